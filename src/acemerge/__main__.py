@@ -1,0 +1,3 @@
+from acemerge.cli import main
+
+main()

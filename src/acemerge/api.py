@@ -1,0 +1,265 @@
+"""The one path from a recipe to a merged model that the command line and Python share."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.writer import OutputFolder, output_folder
+from acemerge.compute import Inputs, compute
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.methods import LayerResult, make
+from acemerge.plan import Plan, expert_labels, make_plan
+from acemerge.recipe import Recipe, make_recipe, parse_size
+from acemerge.report.card import model_card
+from acemerge.report.manifest import build_manifest, to_bytes
+from acemerge.roles import Roles, find_roles, roles_by_name, roles_from_model
+from acemerge.run import OnProgress, computed_in_order, hashing, write_model
+from acemerge.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What decides how a recipe is run, but not the values that come out."""
+
+    device: str = "cpu"
+    max_shard_size: str = "5GB"
+    workers: int = 1
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None for a dry run."""
+
+    out: Path | None
+    manifest: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
+        """For every tensor: role, rule, reason, status and the rule's own numbers."""
+        tensors: Mapping[str, Mapping[str, Any]] = self.manifest["tensors"]
+        return tensors
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet."""
+
+    plan: Plan
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    device: torch.device
+    max_shard: int
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.base, *self.experts)
+
+
+def merge(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    method: str | Mapping[str, Any] = "ace",
+    out: str | Path | None = None,
+    **options: Any,
+) -> MergeReport:
+    """Merge checkpoint folders into the folder `out`; without `out`, compute everything and write nothing.
+
+    Args:
+        base: folder of the model that all experts were fine-tuned from.
+        experts: their folders.
+        method: a rule's name, or a table with `name` and its parameters.
+        options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
+            `overwrite`, `max_shard_size`), `weights` for the experts, and parameters of the rule (`eps=1e-4`).
+
+    Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
+    """
+    run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
+    weights = options.pop("weights", [1.0] * len(experts))
+    if len(weights) != len(experts):
+        raise UsageError("weights", f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
+    spec = {"name": method, **options} if isinstance(method, str) else {**method, **options}
+    pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
+    recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
+    return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
+
+
+def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
+    """Check the options, open the checkpoints and plan the merge, from headers alone."""
+    if out is not None:
+        _check_output_apart(out, [recipe.base, *(expert.model for expert in recipe.experts)])
+    if options.workers < 1:
+        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
+    device, max_shard = _device(options.device), parse_size(options.max_shard_size)
+    base = open_checkpoint(Path(recipe.base))
+    experts = tuple(open_checkpoint(Path(expert.model)) for expert in recipe.experts)
+    labels = expert_labels([expert.model for expert in recipe.experts])
+    # The experts' own names come too, after the base's: a tied tensor may have its other spelling there only.
+    names = dict(base.tensors)
+    for expert in experts:
+        names.update({name: spec for name, spec in expert.tensors.items() if name not in names})
+    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, names))
+    return Opened(plan, base, experts, device, max_shard)
+
+
+def run_recipe(
+    recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
+) -> MergeReport:
+    """Plan and execute a recipe; without `out` compute everything and write nothing."""
+    opened = open_recipe(recipe, out, options)
+    plan, started = opened.plan, time.perf_counter()
+    inputs = Inputs(recipe, opened.base, opened.experts, plan.experts, opened.device)
+    paths = [str(checkpoint.path) for checkpoint in opened.checkpoints]
+    if out is None:
+        results = computed_in_order(plan.jobs, inputs, options.workers, on_progress)
+        records = {job.name: result.record for job, result in results}
+        return MergeReport(None, build_manifest(plan, records, [(p, {}) for p in paths], {}, _since(started)))
+    with output_folder(out, options.overwrite) as output, hashing(opened.checkpoints) as input_sums:
+        written = write_model(plan, inputs, output, opened.max_shard, options.workers, on_progress)
+        _write_assets(opened.base, plan, output)
+        output.write_bytes("README.md", model_card(plan, written).encode())
+        sums = input_sums()
+        for checkpoint in opened.checkpoints:
+            checkpoint.check_unchanged()
+        provenance = list(zip(paths, sums, strict=True))
+        manifest = build_manifest(plan, written, provenance, output.written, _since(started))
+        output.publish(to_bytes(manifest))
+    return MergeReport(out, manifest)
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 3)
+
+
+def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
+    """UsageError when the output folder is, holds or lies in an input."""
+    target = out.resolve()
+    for path in inputs:
+        source = Path(path).resolve()
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+            what = f"is the same folder as, inside or around the input {path}"
+            raise UsageError(out, what, "choose a folder of its own for the output")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}", "no CUDA device is available", "use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto") from None
+
+
+def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
+    """The base's configuration, tokenizer and processor files; the config follows a forced output type."""
+    root = base.path.resolve()
+    for name in base.assets:
+        source = contained(root, name)
+        if name == CONFIG and plan.recipe.dtype != "auto":
+            config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
+            key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+            text = json.dumps({**config, key: plan.recipe.dtype}, indent=2, ensure_ascii=False)
+            output.write_bytes(name, text.encode() + b"\n")
+        else:
+            output.write_chunks(name, files.read_chunks(source))
+
+
+# --- in memory ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A state dict as a source of tensors."""
+
+    values: Mapping[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in self.values.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.values[name].detach()
+
+
+def merge_deltas(
+    deltas: Float[Tensor, "T *shape"],
+    method: str = "ace",
+    *,
+    weights: Sequence[float] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    **params: Any,
+) -> LayerResult:
+    """Merge the task vectors `D_t = W_t - W_0` of one layer, (T, out, in), by a rule with `params`.
+
+    The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. The input is
+    never modified. Returns `.delta` (out, in), the rule's scale in it, and `.stats`.
+    """
+    if deltas.ndim < 2 or len(deltas) == 0 or not deltas.dtype.is_floating_point:
+        what = f"{deltas.dtype} of shape {list(deltas.shape)}"
+        raise UsageError("deltas", what, "give floating-point task vectors of shape (T, out, in), T of 1 or more")
+    rule = make(method, params)
+    if rule.requires_matrix and deltas.ndim != 3:
+        what = f"{method} needs matrices, not shape {list(deltas.shape[1:])}"
+        raise UsageError("deltas", what, "give shape (T, out, in) or use an elementwise method")
+    if weights is not None and len(weights) != len(deltas):
+        raise UsageError("weights", f"{len(weights)} weights for {len(deltas)} experts", "give one weight each")
+    if not torch.isfinite(deltas).all():
+        raise CheckpointError("deltas", "hold values that are not finite", "mend the experts they come from")
+    dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
+    factors = torch.tensor(weights or [1.0] * len(deltas), dtype=torch.float64, device=deltas.device)
+    return rule.merge(deltas.detach().to(dtype), factors)
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], method: str = "ace", **params: Any
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory by the default policy, with roles told by names and shapes.
+
+    Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay.
+    """
+    specs = _Memory(base).tensors
+    return _merge_in_memory(base, experts, method, params, roles_by_name(specs, {}))
+
+
+def merge_models(base: nn.Module, experts: Sequence[nn.Module], method: str = "ace", **params: Any) -> nn.Module:
+    """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched."""
+    merged = copy.deepcopy(base)
+    state = base.state_dict()
+    roles = roles_from_model(base, _Memory(state).tensors, type(base).__name__)
+    values = _merge_in_memory(state, [expert.state_dict() for expert in experts], method, params, roles)
+    merged.load_state_dict(values, strict=False)  # tied spellings are left out; they share their storage
+    return merged
+
+
+def _merge_in_memory(
+    base: Mapping[str, Tensor],
+    experts: Sequence[Mapping[str, Tensor]],
+    method: str,
+    params: Mapping[str, Any],
+    roles: Roles,
+) -> dict[str, Tensor]:
+    labels = [str(i) for i in range(1, len(experts) + 1)]
+    recipe = make_recipe({"base": "base", "experts": labels, "method": {"name": method, **params}}, "merge")
+    sources = [_Memory(expert) for expert in experts]
+    plan = make_plan(recipe, _Memory(base), sources, labels, roles)
+    device = next((value.device for value in base.values()), torch.device("cpu"))
+    inputs = Inputs(recipe, _Memory(base), sources, labels, device)
+    return {job.name: compute(job, inputs).value.to(base[job.name].device).clone() for job in plan.jobs}

@@ -1,0 +1,1 @@
+"""All that knows a file format: reading folders of safetensors and writing them."""

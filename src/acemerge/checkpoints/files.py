@@ -1,0 +1,204 @@
+"""The only operating-system calls of the library: what a test replaces to fail the k-th of them.
+
+Readers use pread, never a memory map: a mapped file that shrinks kills the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from acemerge.errors import AcemergeError, CheckpointError, WriteError
+
+_CHUNK = 1 << 22
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError into a CheckpointError that names `path`."""
+    try:
+        yield
+    except OSError as failure:
+        raise CheckpointError(path, _reason(failure), "check the path, its permissions and the disk") from failure
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a WriteError that names `path`."""
+    try:
+        yield
+    except OSError as failure:
+        cure = "free space or choose another output folder, then run again"
+        raise WriteError(path, _reason(failure), cure) from failure
+
+
+def _reason(failure: OSError) -> str:
+    return (failure.strerror or str(failure)).lower()
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def open_for_reading(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a fifo or a device would hang or never end
+        os.close(descriptor)
+        raise CheckpointError(path, "not a regular file", "name a folder of ordinary files")
+    return descriptor
+
+
+def close(descriptor: int) -> None:
+    os.close(descriptor)
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` from `offset`; a file that ends too early is an error, not a short read."""
+    done = 0
+    with reading(path):
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                what = f"ends at byte {offset + done:,}, {len(buffer) - done:,} bytes too early"
+                raise CheckpointError(path, what, "the file is truncated or changed while it was read: fetch it again")
+            done += count
+
+
+def fingerprint(path: Path) -> tuple[int, int]:
+    """Size and modification time in nanoseconds: what changes when a file is written during a run."""
+    with reading(path):
+        state = os.stat(path)
+    return state.st_size, state.st_mtime_ns
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes; a larger one is refused unread."""
+    with reading(path):
+        descriptor = open_for_reading(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > limit:
+                what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
+                raise CheckpointError(path, what, "this is no file of a model: remove it")
+            buffer = bytearray(size)
+            read_into(descriptor, memoryview(buffer), 0, path)
+            return bytes(buffer)
+        finally:
+            os.close(descriptor)
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """A whole file, a piece at a time."""
+    with reading(path):
+        descriptor = open_for_reading(path)
+        try:
+            while block := os.read(descriptor, _CHUNK):
+                yield block
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for block in read_chunks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def list_folder(path: Path) -> list[str]:
+    """The names in a folder, sorted: no result may depend on the order of a directory."""
+    with reading(path):
+        return sorted(os.listdir(path))
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path) -> None:
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def create(path: Path) -> int:
+    """A new file, open for writing. Links and existing files are refused."""
+    with writing(path):
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+
+
+def write_all(descriptor: int, data: memoryview | bytes, path: Path) -> None:
+    view = memoryview(data)
+    with writing(path):
+        while len(view):
+            view = view[os.write(descriptor, view[: 1 << 30]) :]
+
+
+def sync_and_close(descriptor: int, path: Path) -> None:
+    with writing(path):
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    with writing(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    with writing(target):
+        os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file; that it is gone already is fine."""
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder if it is empty."""
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies."""
+    while True:
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_same_file(descriptor, path):
+                break
+        except BlockingIOError:
+            os.close(descriptor)
+            raise WriteError(
+                path.parent, "another run is writing here", "wait for it or choose another folder"
+            ) from None
+        except OSError as failure:
+            os.close(descriptor)
+            raise WriteError(path, _reason(failure), "choose a folder on another disk") from failure
+        os.close(descriptor)  # the last holder removed the file between our open and our lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(AcemergeError):
+            remove(path)
+        os.close(descriptor)
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,172 @@
+"""The header of a safetensors file, read strictly.
+
+The format is 8 bytes of little-endian length, that many bytes of JSON, then the tensors without a gap. The
+reference reader accepts duplicate keys and hostile names, so the header is checked here in full before any
+tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acemerge.checkpoints import files
+from acemerge.errors import CheckpointError
+
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 100_000
+_CURE = "the file is damaged or was not made by a safetensors writer: fetch or save it again"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_UNSUPPORTED = re.compile(r"F8_|F4|F6_|U16|U32|U64|C64")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: the bytes of `spec` from `offset` in `file`."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """All tensors of one file, in the order of their bytes; CheckpointError where the file breaks the format."""
+    size, _ = files.fingerprint(path)
+    with files.reading(path):
+        descriptor = files.open_for_reading(path)
+    try:
+        length = _header_length(descriptor, size, path)
+        text = bytearray(length)
+        files.read_into(descriptor, memoryview(text), 8, path)
+    finally:
+        files.close(descriptor)
+    entries = parse_json(bytes(text), path)
+    if not isinstance(entries, dict):
+        raise CheckpointError(path, "the header is no JSON object", _CURE)
+    _check_metadata(entries.pop("__metadata__", {}), path)
+    if len(entries) > MAX_TENSORS:
+        what = f"{len(entries):,} tensors, more than the {MAX_TENSORS:,} that a shard may hold"
+        raise CheckpointError(path, what, "save it in more shards")
+    infos = [_tensor_info(name, entry, 8 + length, path) for name, entry in entries.items()]
+    infos.sort(key=lambda info: (info.offset, info.spec.nbytes))
+    _check_layout(infos, 8 + length, size, path)
+    return infos
+
+
+def _header_length(descriptor: int, size: int, path: Path) -> int:
+    if size < 8:
+        raise CheckpointError(path, f"{size} bytes are too few for a safetensors file", _CURE)
+    prefix = bytearray(8)
+    files.read_into(descriptor, memoryview(prefix), 0, path)
+    length = int.from_bytes(prefix, "little")
+    if length > size - 8:
+        raise CheckpointError(path, f"a header of {length:,} bytes does not fit in a file of {size:,}", _CURE)
+    if length > MAX_HEADER:
+        raise CheckpointError(path, f"a header of {length:,} bytes is over the limit of {MAX_HEADER:,}", _CURE)
+    return length
+
+
+def parse_json(text: bytes, path: Path) -> Any:
+    """JSON with duplicate keys, NaN and bottomless nesting refused."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CheckpointError(path, f"the key {twice!r} stands twice", _CURE)
+        return result
+
+    def no_constants(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+    except (ValueError, RecursionError) as failure:
+        detail = str(failure)[:120] or type(failure).__name__
+        raise CheckpointError(path, f"not valid JSON ({detail})", _CURE) from None
+
+
+def _check_metadata(metadata: Any, path: Path) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(path, "__metadata__ is not a table of strings", _CURE)
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuse names that could be taken for a path or break a line."""
+    path_like = name.startswith("/") or "\\" in name or ".." in name.split("/")
+    if not name or len(name) > 512 or not name.isprintable() or path_like:
+        raise CheckpointError(path, f"the tensor name {name[:80]!r} is not allowed", _CURE)
+
+
+def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+    check_name(name, path)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(path, f"the entry of tensor {name!r} is malformed", _CURE)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        if isinstance(dtype, str) and _UNSUPPORTED.match(dtype):
+            cure = "dequantise the checkpoint to bfloat16 first"
+            raise CheckpointError(path, f"tensor {name!r} has the type {dtype}, which cannot be merged", cure)
+        raise CheckpointError(path, f"tensor {name!r} has an unknown type {str(dtype)[:40]!r}", _CURE)
+    if not _is_sizes(shape) or len(shape) > 16:
+        raise CheckpointError(path, f"tensor {name!r} has a malformed shape", _CURE)
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(path, f"tensor {name!r} has malformed data offsets", _CURE)
+    spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
+    if spec.nbytes != offsets[1] - offsets[0]:
+        what = f"tensor {name!r} needs {spec.nbytes:,} bytes by its shape but has {offsets[1] - offsets[0]:,}"
+        raise CheckpointError(path, what, _CURE)
+    return TensorInfo(spec, path, data_start + offsets[0])
+
+
+def _is_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+
+
+def _check_layout(infos: list[TensorInfo], start: int, size: int, path: Path) -> None:
+    position = start
+    for info in infos:
+        if info.offset != position:
+            what = "overlaps the tensor before it" if info.offset < position else "leaves a hole before it"
+            raise CheckpointError(path, f"tensor {info.spec.name!r} {what}", _CURE)
+        position += info.spec.nbytes
+    if position != size:
+        what = f"{size:,} bytes long, but its header describes {position:,}"
+        raise CheckpointError(path, what, "the file is truncated or has bytes appended: fetch it again")

@@ -1,0 +1,222 @@
+"""Writing an output folder so that nothing unfinished ever looks finished.
+
+Every file is written as `NAME.partial` and synced. Only when all are there are they renamed into place, the
+manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
+earlier output as it was; a failure while renaming puts it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import INDEX, SINGLE, is_model_file
+from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
+from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.shapes import Tensor
+
+MANIFEST = "acemerge.json"
+HEADS = "heads"
+_LOCK = ".acemerge.lock"
+_PARTIAL = ".partial"
+_OLD = ".old"
+
+
+def split_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
+    """Tensors to files: `model.safetensors`, or numbered shards of at most `max_bytes` each.
+
+    A tensor larger than that gets a shard of its own. Wide types come first, so that every tensor is aligned.
+    """
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in ordered:
+        if shards[-1] and size + spec.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    if len(shards) == 1:
+        return [(SINGLE, shards[0])]
+    total = len(shards)
+    return [(f"model-{i:05d}-of-{total:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
+
+
+def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
+    """The safetensors header of tensors stored one behind the other."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in specs:
+        entries[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
+        position += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Hash and size of a file."""
+
+    sha256: str
+    nbytes: int
+
+
+@dataclass
+class OutputFolder:
+    """The files of one run, until `publish` makes them visible at once."""
+
+    path: Path
+    written: dict[str, FileSum] = field(default_factory=dict)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        self.write_chunks(name, [data])
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write `NAME.partial`, synced, and record its hash and size."""
+        target = self.path / (name + _PARTIAL)
+        digest, size = hashlib.sha256(), 0
+        descriptor = files.create(target)
+        try:
+            for chunk in chunks:
+                files.write_all(descriptor, chunk, target)
+                digest.update(chunk)
+                size += len(chunk)
+        except BaseException:
+            files.close(descriptor)
+            raise
+        files.sync_and_close(descriptor, target)
+        self.written[name] = FileSum(digest.hexdigest(), size)
+
+    def write_tensors(self, name: str, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
+        """Write a safetensors file, asking `read` for one tensor after the other."""
+
+        def chunks() -> Iterator[bytes | memoryview]:
+            yield header_bytes(specs)
+            for spec in specs:
+                tensor = read(spec.name)
+                if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                    raise AssertionError(f"{spec.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {spec}")
+                yield tensor_bytes(tensor)
+
+        self.write_chunks(name, chunks())
+        _check_readable(self.path / (name + _PARTIAL), {spec.name for spec in specs})
+
+    def write_index(self, shards: list[tuple[str, list[TensorSpec]]]) -> None:
+        if len(shards) == 1:
+            return
+        weight_map = {spec.name: file for file, specs in shards for spec in specs}
+        total = sum(spec.nbytes for _, specs in shards for spec in specs)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        self.write_bytes(INDEX, json.dumps(index, indent=2).encode() + b"\n")
+
+    def publish(self, manifest: bytes) -> None:
+        """Rename everything into place, the manifest last; on failure put an earlier output back."""
+        manifest_name = MANIFEST + _PARTIAL
+        descriptor = files.create(self.path / manifest_name)
+        files.write_all(descriptor, manifest, self.path / manifest_name)
+        files.sync_and_close(descriptor, self.path / manifest_name)
+        replaced: list[str] = []
+        placed: list[str] = []
+        try:
+            for name in self._obsolete():
+                files.rename(self.path / name, self.path / (name + _OLD))
+                replaced.append(name)
+            for name in [*self.written, MANIFEST]:
+                if name == MANIFEST:
+                    self._sync()
+                files.rename(self.path / (name + _PARTIAL), self.path / name)
+                placed.append(name)
+            self._sync()
+        except BaseException:
+            self._roll_back(replaced, placed)
+            raise
+        for name in replaced:
+            files.remove(self.path / (name + _OLD))
+
+    def _sync(self) -> None:
+        if (self.path / HEADS).is_dir():
+            files.sync_folder(self.path / HEADS)
+        files.sync_folder(self.path)
+
+    def _obsolete(self) -> list[str]:
+        """The files of an earlier output that must go or be replaced, its manifest first."""
+        old = [name for name in files.list_folder(self.path) if is_model_file(name) or name in self.written]
+        if (self.path / HEADS).is_dir():
+            heads = files.list_folder(self.path / HEADS)
+            old += [f"{HEADS}/{name}" for name in heads if name.endswith(".safetensors")]
+        manifest = [MANIFEST] if (self.path / MANIFEST).exists() else []
+        return manifest + old
+
+    def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
+        with contextlib.suppress(AcemergeError):
+            for name in reversed(placed):
+                files.remove(self.path / name)
+            for name in reversed(replaced):
+                files.rename(self.path / (name + _OLD), self.path / name)
+
+    def discard(self) -> None:
+        """Remove what was written and not published."""
+        for folder in (self.path / HEADS, self.path):
+            if not folder.is_dir():
+                continue
+            for name in files.list_folder(folder):
+                if name.endswith(_PARTIAL):
+                    files.remove(folder / name)
+        files.remove_folder(self.path / HEADS)
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, overwrite: bool) -> Iterator[OutputFolder]:
+    """Hold `path` for one run. What is not published when the block ends is removed.
+
+    Raises UsageError for a link or a folder that is not empty (unless `overwrite`), WriteError where the
+    folder cannot be made or another run holds it.
+    """
+    created = not path.exists()
+    if path.is_symlink() or (path / HEADS).is_symlink():
+        raise UsageError(path, "is a link", "name the folder itself")
+    if not created and not path.is_dir():
+        raise UsageError(path, "is a file", "name a folder")
+    if not created and not overwrite and set(files.list_folder(path)) - {_LOCK}:
+        what = "holds a finished merge" if (path / MANIFEST).exists() else "is not empty"
+        raise UsageError(path, what, "choose another folder or add --overwrite")
+    files.make_folder(path)
+    try:
+        with files.lock(path / _LOCK):
+            output = OutputFolder(path)
+            output.discard()  # what a killed run left
+            try:
+                yield output
+            except BaseException:
+                with contextlib.suppress(AcemergeError):
+                    output.discard()
+                raise
+    finally:
+        if created:
+            files.remove_folder(path)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they are stored: row-major, little-endian."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _check_readable(path: Path, names: set[str]) -> None:
+    """Open a written file with the reference reader and compare its tensor names."""
+    with safetensors.safe_open(path, framework="pt") as reader:
+        if set(reader.keys()) != names:
+            raise WriteError(path, "does not read back as it was written", "check the disk and run again")

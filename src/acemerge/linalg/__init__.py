@@ -1,0 +1,1 @@
+"""The numerics: symmetric products, solves and spectra, each with a slow float64 oracle in the tests."""

@@ -1,0 +1,116 @@
+"""Which tensor gets which rule: the recipe's own rules first, then the policy's table."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.errors import UsageError
+from acemerge.methods import Method
+from acemerge.methods.elementwise import Average
+from acemerge.recipe import Recipe
+from acemerge.roles import Role
+
+Action = Literal["merge", "base", "heads"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one tensor gets and why. `method` is set when it is merged."""
+
+    action: Action
+    reason: str
+    method: Method | None = None
+
+
+class Policy:
+    """The recipe's decisions, with every rule built once."""
+
+    def __init__(self, recipe: Recipe, model_type: str, names: Collection[str]) -> None:
+        self._recipe = recipe
+        self._main = recipe.build_method()
+        # With `method: average` its own scale holds for every averaged tensor.
+        self._average: Method = self._main if isinstance(self._main, Average) else Average()
+        self._rules = [(rule, rule.method.build() if rule.method else None) for rule in recipe.rules]
+        self._family = _paper_family(model_type, names) if recipe.policy == "paper" else None
+
+    @property
+    def orientation(self) -> str:
+        return "stored" if self._family else self._recipe.orientation
+
+    def decide(self, spec: TensorSpec, role: Role) -> Decision:
+        for rule, method in self._rules:
+            if fnmatchcase(spec.name, rule.match):
+                reason = f"recipe rule {rule.match!r}"
+                if method is None:
+                    return Decision(rule.action or "base", reason)
+                self._check_shape(spec, role, method)
+                return Decision("merge", reason, method)
+        return self._paper(spec) if self._family else self._default(spec, role)
+
+    def _check_shape(self, spec: TensorSpec, role: Role, method: Method) -> None:
+        if method.requires_matrix and len(spec.shape) != 2 and role.name != "experts":
+            what = f"{method.name} needs a matrix, but the tensor has shape {list(spec.shape)}"
+            raise UsageError(f"tensor {spec.name!r}", what, "narrow the rule's `match` or use an elementwise method")
+
+    def _default(self, spec: TensorSpec, role: Role) -> Decision:
+        if role.name == "linear":
+            return self._merge("a linear layer's weight")
+        if role.name == "conv1d":
+            how = "as stored" if self._recipe.orientation == "stored" else "transposed to (out, in)"
+            return self._merge(f"a Conv1D weight, stored (in, out), {how}")
+        if role.name == "experts":
+            return self._merge("fused experts, slice by slice")
+        if role.name in ("embedding", "output_head"):
+            return self._vocabulary(spec, role)
+        what = {"norm": "a norm", "bias": "a bias", "convolution": "a convolution"}.get(role.name)
+        return Decision("merge", f"{what or 'not a linear layer'}: averaged", self._average)
+
+    def _vocabulary(self, spec: TensorSpec, role: Role) -> Decision:
+        what = "an embedding" if role.name == "embedding" else "an output head over the vocabulary"
+        if self._recipe.embeddings == "base":
+            return Decision("base", f"{what}: kept, as the recipe asks")
+        if self._recipe.embeddings == "rule" and (len(spec.shape) == 2 or not self._main.requires_matrix):
+            return self._merge(f"{what}: by the rule, as the recipe asks")
+        return Decision("merge", f"{what}: a token Gram is no input covariance", self._average)
+
+    def _merge(self, reason: str) -> Decision:
+        return Decision("merge", reason, self._main)
+
+    def _paper(self, spec: TensorSpec) -> Decision:
+        """What the ACE paper's own runs did: every 2-D tensor but a few, as stored; the rest averaged."""
+        assert self._family is not None
+        if any(fnmatchcase(spec.name, pattern) for pattern in self._family.kept):
+            return Decision("base", f"policy paper, {self._family.name}: not merged")
+        if len(spec.shape) == 2:
+            return self._merge(f"policy paper, {self._family.name}: 2-D")
+        return Decision("merge", f"policy paper, {self._family.name}: not 2-D, averaged", self._average)
+
+
+@dataclass(frozen=True)
+class _PaperFamily:
+    """A model family of the paper's experiments; tensors whose name matches `kept` stay at the base."""
+
+    name: str
+    kept: tuple[str, ...]
+
+
+_PAPER_FAMILIES = (
+    (("clip", "vit"), _PaperFamily("ViT", ("*text_projection*",))),
+    (("roberta",), _PaperFamily("RoBERTa", ("*classifier*", "*bias", "*LayerNorm*", "*embeddings*"))),
+    (("gpt2",), _PaperFamily("GPT-2", ("*score*",))),
+)
+_PAPER_LANGUAGE_MODEL = _PaperFamily("language model", ("*embed_tokens*", "*lm_head*"))
+
+
+def _paper_family(model_type: str, names: Collection[str]) -> _PaperFamily:
+    for beginnings, family in _PAPER_FAMILIES:
+        if model_type.startswith(beginnings):
+            return family
+    if any("embed_tokens" in name for name in names):
+        return _PAPER_LANGUAGE_MODEL
+    what = f"the paper has no run with model_type {model_type or 'unknown'!r}"
+    raise UsageError("policy paper", what, "use policy default")

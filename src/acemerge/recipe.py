@@ -1,0 +1,194 @@
+"""What the user asks for: a YAML file or the command line's options, checked before anything is opened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from acemerge.errors import UsageError, nearest
+from acemerge.methods import Method, make
+
+_MAX_RECIPE = 1 << 20
+
+OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["float32", "float64"]
+PolicyName = Literal["default", "paper"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodSpec(_Strict):
+    """A rule and its parameters: `ace`, or `{name: ace, eps: 2e-4}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_bare_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    def build(self, scale: float | None = None) -> Method:
+        params = dict(self.model_extra or {})
+        if scale is not None:
+            params["scale"] = scale
+        return make(self.name, params)
+
+
+class ExpertSpec(_Strict):
+    """One fine-tuned model and its weight."""
+
+    model: str
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_bare_path(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
+
+class TensorRule(_Strict):
+    """What tensors whose name matches a glob get: a rule, the base's own values, or the experts' kept beside."""
+
+    match: str
+    method: MethodSpec | None = None
+    action: Literal["base", "heads"] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> TensorRule:
+        if (self.method is None) == (self.action is None):
+            raise ValueError("give either `method` or `action`")
+        return self
+
+
+class Recipe(_Strict):
+    """Everything that decides the values of the merged model."""
+
+    method: MethodSpec = MethodSpec(name="ace")
+    base: str
+    experts: Annotated[list[ExpertSpec], Field(min_length=1)]
+    scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    policy: PolicyName = "default"
+    embeddings: Literal["average", "rule", "base"] = "average"
+    orientation: Literal["input", "stored"] = "input"
+    dtype: OutputDtype = "auto"
+    compute_dtype: ComputeDtype = "float32"
+    nonfinite: Literal["error", "skip-expert"] = "error"
+    seed: int = 0
+    rules: list[TensorRule] = []
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: MethodSpec) -> MethodSpec:
+        value.build()
+        return value
+
+    def build_method(self) -> Method:
+        return self.method.build(self.scale)
+
+
+def make_recipe(content: Mapping[str, Any], where: object = "recipe") -> Recipe:
+    """A validated recipe; UsageError names the first wrong key or value and the cure."""
+    try:
+        return Recipe.model_validate(dict(content))
+    except ValidationError as failure:
+        raise _explain(failure, where) from None
+
+
+def load_recipe(
+    path: Path, overrides: Mapping[str, Any], method: str | None = None, params: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe file. Relative folders in it are relative to the file.
+
+    `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
+    """
+    content = _read_yaml(path)
+    if isinstance(content.get("base"), str):
+        content["base"] = _relative_to(path.parent, content["base"])
+    if isinstance(content.get("experts"), list):
+        content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
+    rule = method or content.get("method", "ace")
+    if params:
+        rule = {**({"name": rule} if isinstance(rule, str) else rule), **params}
+    return make_recipe({**content, "method": rule, **overrides}, path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_RECIPE:
+            raise UsageError(path, "too large for a recipe", "name the recipe's YAML file")
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as failure:
+        reason = (failure.strerror or "cannot be read").lower()
+        raise UsageError(path, reason, "name the recipe's YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as failure:
+        raise UsageError(path, f"not valid YAML ({' '.join(str(failure).split())[:160]})", "mend the file") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UsageError(path, "not a table of keys", "begin with `base:`, `experts:` and `method:`")
+    return content
+
+
+def _locate_expert(folder: Path, expert: Any) -> Any:
+    if isinstance(expert, str):
+        return _relative_to(folder, expert)
+    if isinstance(expert, dict) and isinstance(expert.get("model"), str):
+        return {**expert, "model": _relative_to(folder, expert["model"])}
+    return expert
+
+
+def _relative_to(folder: Path, path: str) -> str:
+    return str(folder / Path(path).expanduser())
+
+
+def parse_settings(settings: list[str]) -> dict[str, Any]:
+    """`["eps=2e-4", "tau=0.3"]` to parameters; values are left to the rule's own validation."""
+    params = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {setting}", "not of the form KEY=VALUE", "write for example --set eps=2e-4")
+        params[key.strip()] = value.strip()
+    return params
+
+
+_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """`5GB` or `512MiB` to bytes."""
+    compact = text.strip().upper().replace(" ", "")
+    digits = compact.rstrip("BIKMGT")
+    try:
+        size = float(digits) * _SIZE_UNITS[compact[len(digits) :]]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 1 <= size < 1 << 62:
+        raise UsageError(f"size {text!r}", "not a size in bytes", "write for example 5GB or 512MiB")
+    return int(size)
+
+
+def _explain(failure: ValidationError, where: object) -> UsageError:
+    """The first problem of a validation, with the nearest right key for a wrong one."""
+    first = failure.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: type[BaseModel] = Recipe
+        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule)):
+            if len(first["loc"]) > 1 and first["loc"][0] == part:
+                model = owner
+        return UsageError(where, f"unknown key {place!r}", nearest(str(first["loc"][-1]), list(model.model_fields)))
+    if first["type"] == "missing":
+        return UsageError(where, f"the key {place!r} is missing", "add it")
+    if first["type"] == "too_short":
+        return UsageError(where, f"{place!r} is empty", "name at least one expert")
+    message = first["msg"].removeprefix("Value error, ")
+    value = str(first["input"])[:60]
+    return UsageError(where, f"{place!r}: {message[0].lower()}{message[1:]}, not {value!r}", "see the README's recipe")

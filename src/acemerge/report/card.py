@@ -1,0 +1,50 @@
+"""The model card `README.md` of an output folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from acemerge.plan import Plan
+
+
+def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown with the Hub's metadata, the recipe, what was done and how to load it."""
+    recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    metadata = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
+    counts = Counter(record["rule"] for record in records.values())
+    done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
+    heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# Merged from {len(plan.experts)} experts by {plan.recipe.method.name}",
+        "",
+        f"Made with acemerge from the base `{Path(plan.recipe.base).name}` and the experts "
+        + ", ".join(f"`{label}`" for label in plan.experts)
+        + ".",
+        f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
+        *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
+        "",
+        "## Load",
+        "",
+        "```python",
+        "from transformers import AutoModel",
+        "",
+        'model = AutoModel.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        yaml.safe_dump(recipe, sort_keys=False).strip(),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

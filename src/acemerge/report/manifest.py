@@ -1,0 +1,97 @@
+"""`acemerge.json`: what was merged from what, by which rule, and the hash of every file. Written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.header import parse_json
+from acemerge.checkpoints.writer import MANIFEST, FileSum
+from acemerge.errors import CheckpointError
+from acemerge.plan import Plan
+
+FORMAT = "acemerge-manifest-1"
+_MAX_MANIFEST = 512 << 20
+
+
+def build_manifest(
+    plan: Plan,
+    records: Mapping[str, Mapping[str, Any]],
+    inputs: Sequence[tuple[str, Mapping[str, FileSum]]],
+    outputs: Mapping[str, FileSum],
+    seconds: float,
+) -> dict[str, Any]:
+    """The manifest as a table; `inputs` is (path, files) for the base and then every expert."""
+    return {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "recipe": plan.recipe.model_dump(mode="json"),
+        "inputs": [{"path": path, "files": _sums(sums)} for path, sums in inputs],
+        "outputs": _sums(outputs),
+        "experts": list(plan.experts),
+        "roles": plan.roles_source,
+        "tensors": {name: dict(record) for name, record in records.items()},
+        "heads": {
+            label: {head.spec.name: head.reason for head in heads}
+            for label, heads in zip(plan.experts, plan.heads, strict=True)
+        },
+        "warnings": list(plan.warnings),
+        "seconds": seconds,
+    }
+
+
+def _sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:
+    return {name: {"sha256": s.sha256, "bytes": s.nbytes} for name, s in sorted(sums.items())}
+
+
+def versions() -> dict[str, str]:
+    try:
+        own = version("acemerge")
+    except PackageNotFoundError:  # run from a source tree
+        own = "unknown"
+    return {
+        "acemerge": own,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "safetensors": str(safetensors.__version__),
+        "platform": platform.platform(),
+    }
+
+
+def to_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The one spelling of a manifest, with a digest of all the rest as its last key."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = hashlib.sha256(_spell(content)).hexdigest()
+    return _spell({**content, "digest": digest})
+
+
+def _spell(content: Mapping[str, Any]) -> bytes:
+    # Python's JSON writes NaN and infinities as words that are no JSON: they become null.
+    clean = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(clean, indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an output folder; CheckpointError when it is missing, malformed or altered."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        cure = "the merge is not finished: run it again"
+        raise CheckpointError(folder, f"has no {MANIFEST}", cure)
+    text = files.read_small(path, _MAX_MANIFEST)
+    manifest = parse_json(text, path)
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(path, f"is no {FORMAT}", "merge again with this version of acemerge")
+    if to_bytes(manifest) != text:
+        raise CheckpointError(path, "its digest does not match its content", "merge again, or restore the file")
+    return manifest

@@ -1,0 +1,23 @@
+"""Shape annotations. Tests check them at run time with jaxtyping; without it they are plain tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+else:
+    try:
+        from jaxtyping import Float
+    except ModuleNotFoundError:
+
+        class Float:
+            """Stands in for `jaxtyping.Float`: `Float[Tensor, "out in"]` is `Tensor`."""
+
+            def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
+                return item[0]
+
+
+__all__ = ["Float", "Tensor"]

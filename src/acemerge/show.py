@@ -1,0 +1,177 @@
+"""What the command line prints: plan, progress, summary, rules."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from acemerge.api import MergeReport
+from acemerge.errors import UsageError, nearest
+from acemerge.methods import METHODS, Method
+from acemerge.plan import Plan
+from acemerge.run import OnProgress
+from acemerge.run import Progress as Finished
+
+_QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
+
+
+@contextlib.contextmanager
+def progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
+    """A live bar on a terminal, one line a minute elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        with _bar(console) as on_progress:
+            yield on_progress
+    else:
+        yield _lines(console)
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[OnProgress]:
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:>10}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", table_column=None),
+    )
+    started = time.monotonic()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading headers", total=None, rate="")
+
+        def on_progress(done: Finished) -> None:
+            rate = done.bytes_done / max(time.monotonic() - started, 1e-9)
+            name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
+            bar.update(task, completed=done.done, total=done.total, description=name, rate=f"{size(rate)}/s")
+
+        yield on_progress
+
+
+def _lines(console: Console) -> OnProgress:
+    started = last = time.monotonic()
+
+    def on_progress(done: Finished) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _QUIET_INTERVAL:
+            return
+        last = now
+        left = (now - started) * (done.bytes_total - done.bytes_done) / max(done.bytes_done, 1)
+        rate = size(done.bytes_done / (now - started))
+        _say(console, f"{done.done}/{done.total} tensors, {rate}/s, {left:.0f} s left, {done.name}")
+
+    return on_progress
+
+
+def merge_summary(console: Console, report: MergeReport) -> None:
+    manifest = report.manifest
+    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
+    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
+    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
+    _say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
+    unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
+    for status, count in unusual.most_common():
+        _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
+    for warning in manifest["warnings"]:
+        _say(console, f"warning: {warning}")
+    _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+
+
+_STATUS = {
+    "no update": "no expert changed them, the base's values are kept",
+    "float64": "ill-conditioned, computed again in float64",
+    "pseudo-inverse": "singular, solved by the pseudo-inverse",
+}
+
+
+def plan(console: Console, plan: Plan) -> None:
+    rows = [(job.name, "x".join(map(str, job.spec.shape)), job.role.name, job.rule, job.reason) for job in plan.jobs]
+    _table(console, ("tensor", "shape", "role", "rule", "why"), rows)
+    for label, heads in zip(plan.experts, plan.heads, strict=True):
+        for head in heads:
+            _say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
+    _say(console, f"\nroles from {plan.roles_source}")
+    for warning in plan.warnings:
+        _say(console, f"warning: {warning}")
+    _say(
+        console,
+        f"{len(plan.jobs)} tensors; read {size(plan.bytes_read)}, write {size(plan.bytes_written)}; "
+        f"{plan.operations / 1e9:,.1f} GFLOP; peak memory about {size(plan.peak_memory)}",
+    )
+
+
+def verified(console: Console, out: Path, manifest: Mapping[str, Any]) -> None:
+    files = manifest["outputs"]
+    total = size(sum(entry["bytes"] for entry in files.values()))
+    _say(console, f"{out}: {len(files)} files, {len(manifest['tensors'])} tensors, {total}, all as written")
+
+
+def methods(console: Console, name: str | None) -> None:
+    if name is None:
+        rows = [
+            (
+                rule.name,
+                ", ".join(f"{key}={default}" for key, default, _ in _parameters(rule)),
+                _first_sentence(rule),
+                rule.source,
+            )
+            for rule in METHODS.values()
+        ]
+        _table(console, ("rule", "parameters", "what it does", "source"), rows)
+        return
+    if name not in METHODS:
+        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
+    rule = METHODS[name]
+    _say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
+    _table(console, ("parameter", "default", "meaning"), _parameters(rule))
+
+
+def _table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    console.print(table)
+
+
+def _say(console: Console, text: str) -> None:
+    """Plain text: names from files are never read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _first_sentence(rule: type[Method]) -> str:
+    paragraph = (inspect.getdoc(rule) or "").split("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _parameters(rule: type[Method]) -> list[tuple[str, Any, str]]:
+    """Name, default and meaning of each parameter of a rule."""
+    hints = get_type_hints(rule, include_extras=True)
+    rows = []
+    for parameter in dataclasses.fields(rule):  # type: ignore[arg-type]
+        about = [m for m in getattr(hints[parameter.name], "__metadata__", ()) if isinstance(m, FieldInfo)]
+        rows.append((parameter.name, parameter.default, (about[0].description or "") if about else ""))
+    return rows
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.3 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
