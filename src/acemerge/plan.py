@@ -123,15 +123,8 @@ def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: S
     planner.check_related()
     jobs = tuple(planner.job(name) for name in base.tensors if roles.tied.get(name) not in base.tensors)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
-    _refuse_if_nothing_is_shared(jobs, labels)
     read = sum(spec.nbytes for source in (base, *experts) for spec in source.tensors.values())
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), read)
-
-
-def _refuse_if_nothing_is_shared(jobs: Sequence[Job], labels: Sequence[str]) -> None:
-    if jobs and all(not job.sources for job in jobs):
-        what = "shares no tensor with the base that could be merged"
-        raise CheckpointError(f"expert {labels[0]}", what, "check that the experts come from this base")
 
 
 class _Planner:
@@ -141,6 +134,7 @@ class _Planner:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
         self.warnings: list[str] = []
+        self.known = {spelling for name in base.tensors for spelling in [name, *self._spellings(name)]}
         self.head_names: set[str] = set()  # base tensors that every expert keeps for itself
         counts = Counter(_group(name) for name in base.tensors)
         self.backbone = counts.most_common(1)[0][0] if counts else ""
@@ -151,6 +145,9 @@ class _Planner:
             if ours and theirs and ours != theirs:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
+            if self.known.isdisjoint(expert.tensors):
+                cure = "check that it comes from this base and that its names have no prefix of their own"
+                raise CheckpointError(f"expert {label}", "has no tensor under a name of the base's", cure)
 
     def job(self, name: str) -> Job:
         spec, role = self.base.tensors[name], self.roles.by_name[name]
@@ -236,11 +233,10 @@ class _Planner:
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
-        known = {spelling for name in self.base.tensors for spelling in [name, *self._spellings(name)]}
         for name, spec in self.experts[i].tensors.items():
             if name in self.head_names:
                 heads.append(Head(spec, "task head"))
-            elif name not in known:
+            elif name not in self.known:
                 heads.append(Head(spec, "missing in the base"))
                 if _group(name) == self.backbone:
                     self.warnings.append(f"expert {self.labels[i]}: {name} is not in the base; kept in heads/ only")

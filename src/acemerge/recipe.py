@@ -177,7 +177,8 @@ def parse_size(text: str) -> int:
 
 def _explain(failure: ValidationError, where: object) -> UsageError:
     """The first problem of a validation, with the nearest right key for a wrong one."""
-    first = failure.errors()[0]
+    # A misspelt key is also a missing one: say what is there before what is not.
+    first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: type[BaseModel] = Recipe

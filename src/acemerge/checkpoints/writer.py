@@ -143,8 +143,9 @@ class OutputFolder:
         except BaseException:
             self._roll_back(replaced, placed)
             raise
-        for name in replaced:
-            files.remove(self.path / (name + _OLD))
+        with contextlib.suppress(AcemergeError):  # the new output is there: what is left of the old does no harm
+            for name in replaced:
+                files.remove(self.path / (name + _OLD))
 
     def _sync(self) -> None:
         if (self.path / HEADS).is_dir():
@@ -167,13 +168,13 @@ class OutputFolder:
             for name in reversed(replaced):
                 files.rename(self.path / (name + _OLD), self.path / name)
 
-    def discard(self) -> None:
+    def discard(self, suffixes: tuple[str, ...] = (_PARTIAL,)) -> None:
         """Remove what was written and not published."""
         for folder in (self.path / HEADS, self.path):
             if not folder.is_dir():
                 continue
             for name in files.list_folder(folder):
-                if name.endswith(_PARTIAL):
+                if name.endswith(suffixes):
                     files.remove(folder / name)
         files.remove_folder(self.path / HEADS)
 
@@ -197,7 +198,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[OutputFolder]:
     try:
         with files.lock(path / _LOCK):
             output = OutputFolder(path)
-            output.discard()  # what a killed run left
+            output.discard((_PARTIAL, _OLD))  # what a killed run left
             try:
                 yield output
             except BaseException:

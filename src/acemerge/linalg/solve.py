@@ -44,12 +44,18 @@ def solve_right(
     `B (A + 1 c^T)^(-1) = Y - (Y 1)(c^T A^(-1)) / (1 + c^T A^(-1) 1)`, `Y = B A^(-1)`.
 
     In float32 the status is "unreliable" where the factor fails or the estimated error is above
-    `ERROR_TOLERANCE`: the caller forms A and B again in float64. In float64 a matrix that is not
-    positive definite is solved by the pseudo-inverse.
+    `ERROR_TOLERANCE`: the caller forms A and B again in float64. In float64 a singular A is replaced by its
+    pseudo-inverse, the limit of a vanishing ridge when B and c lie in its range, as sums of Gram matrices do.
     """
     L, info = torch.linalg.cholesky_ex(A)
-    if info.item() != 0 or not torch.isfinite(L.diagonal()).all():
-        return _unreliable(B) if A.dtype == torch.float32 else _solve_pseudo_inverse(A, B, prior)
+    if info.item() == 0 and bool(torch.isfinite(L.diagonal()).all()):
+        return _solve_cholesky(A, B, prior, L)
+    if A.dtype == torch.float32:
+        return Solution(B, "unreliable", float("inf"), 0, float("inf"))
+    return _solve_pseudo_inverse(A, B, prior)
+
+
+def _solve_cholesky(A: Tensor, B: Tensor, prior: Tensor | None, L: Tensor) -> Solution:
     Y = torch.cholesky_solve(B.T, L).T  # (out, in)
     condition, inverse_norm = _spectrum_estimates(A, L)
     error = _rounding_error(A, B, Y, inverse_norm)
@@ -57,25 +63,26 @@ def solve_right(
     if A.dtype == torch.float32 and not error <= ERROR_TOLERANCE:
         status = "unreliable"
     if prior is not None:
-        row = torch.cholesky_solve(prior[:, None], L)[:, 0]  # c^T A^(-1), (in,)
-        Y = Y - torch.outer(Y.sum(1), row / (1 + row.sum()))
+        Y = _with_prior(Y, torch.cholesky_solve(prior[:, None], L)[:, 0])
     return Solution(Y, status, condition, A.shape[0], error)
 
 
-def _unreliable(B: Tensor) -> Solution:
-    return Solution(B, "unreliable", float("inf"), 0, float("inf"))
-
-
 def _solve_pseudo_inverse(A: Tensor, B: Tensor, prior: Tensor | None) -> Solution:
-    """The slow path for a singular system: `B pinv(A + 1 c^T)` by a full SVD."""
-    system = A if prior is None else A + prior
-    U, s, Vh = torch.linalg.svd(system)
-    cutoff = s[0] * torch.finfo(A.dtype).eps * A.shape[0]
-    rank = int((s > cutoff).sum())
-    if rank == 0:
-        return Solution(torch.zeros_like(B), "pseudo-inverse", float("inf"), 0, 0.0)
-    value = (B @ Vh[:rank].T / s[:rank]) @ U[:, :rank].T
-    return Solution(value, "pseudo-inverse", (s[0] / s[rank - 1]).item(), rank, float("nan"))
+    """`A^+` from the eigen-decomposition, eigenvalues at rounding level left out."""
+    values, vectors = torch.linalg.eigh(A)
+    kept = values > values[-1].clamp_min(0) * torch.finfo(A.dtype).eps * A.shape[0]
+    values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
+    inverse = (vectors / values) @ vectors.T
+    Y = B @ inverse
+    if prior is not None:
+        Y = _with_prior(Y, prior @ inverse)
+    condition = (values[-1] / values[0]).item() if len(values) else float("inf")
+    return Solution(Y, "pseudo-inverse", float(condition), len(values), float("nan"))
+
+
+def _with_prior(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """Sherman-Morrison, with `row = c^T A^(-1)`."""
+    return Y - torch.outer(Y.sum(1), row / (1 + row.sum()))
 
 
 def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:

@@ -1,0 +1,20 @@
+"""Shapes are checked at run time in every test: the hook must come before acemerge is imported."""
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["acemerge.linalg", "acemerge.methods.ace", "acemerge.methods.elementwise"], "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from builders import PlainModel  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> PlainModel:
+    """A base and three experts without any architecture: tensors in folders."""
+    return PlainModel(tmp_path)

@@ -1,0 +1,102 @@
+"""The numerics against slow, obvious float64 versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
+from acemerge.linalg.solve import solve_right
+from acemerge.linalg.spectral import leading_polar
+from oracles import matrix_with_condition, relative_error
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=GENERATOR, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (40, 513), (700, 1030), (1, 600)], ids=str)
+def test_symmetric_product(shape: tuple[int, int]) -> None:
+    x = randn(*shape)
+    found = symmetric_product(x)
+    assert torch.equal(found, found.T)
+    assert relative_error(found, x.T @ x) < 1e-14
+    assert relative_error(symmetric_product(x.T), x @ x.T) < 1e-14  # a transposed view
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (600, 540), (540, 600)], ids=str)
+def test_normal_equations(shape: tuple[int, int]) -> None:
+    X, Z = randn(3, *shape), randn(3, *shape)
+    for sources in (X, Z):
+        equations = NormalEquations.zeros_like(X[0], torch.float64)
+        for x, z, w in zip(X, sources, (1.0, 0.5, 2.0), strict=True):
+            equations.add(x, x if sources is X else z, w)
+        weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)[:, None, None]
+        assert relative_error(equations.gram, (weights * (sources.mT @ sources)).sum(0)) < 1e-13
+        assert relative_error(equations.target, (weights * (X @ sources.mT @ sources)).sum(0)) < 1e-13
+
+
+def test_energies_are_summed_in_float64() -> None:
+    deltas = torch.full((2, 1000, 1000), 1e-3, dtype=torch.float32)
+    assert energies(deltas) == pytest.approx([1.0, 1.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_solve_right(condition: float, with_prior: bool) -> None:
+    square = matrix_with_condition(40, 40, condition**0.5, GENERATOR)
+    A, B, prior = square.T @ square, randn(25, 40), randn(40).abs() if with_prior else None
+    system = A if prior is None else A + prior
+    solution = solve_right(A, B, prior)
+    assert solution.status == "ok"
+    assert relative_error(solution.value, torch.linalg.solve(system.T, B.T).T) < 1e-8
+    assert solution.condition == pytest.approx(condition, rel=0.7)
+
+
+def test_the_error_estimate_bounds_the_error_of_float32() -> None:
+    """What the fallback to float64 rests on: never below the true error, never fifty times above it."""
+    for out, cols in [(64, 64), (200, 120), (120, 200)]:
+        for condition in (1e1, 1e2, 1e3):
+            D = matrix_with_condition(out, cols, condition, GENERATOR).float()
+            ridge = 1e-4 * torch.eye(cols)
+            A, B = D.T @ D + ridge, D @ (D.T @ D)
+            exact_gram = D.double().T @ D.double()
+            exact = torch.linalg.solve(exact_gram + ridge.double(), (D.double() @ exact_gram).T).T
+            solution = solve_right(A, B)
+            error = relative_error(solution.value, exact)
+            assert error < solution.error < 50 * error + 1e-6
+            assert solution.trusted == (solution.error <= 1e-5)
+
+
+def test_a_matrix_that_is_not_positive_definite_is_unreliable_in_float32_and_inverted_in_float64() -> None:
+    x = randn(4, 9)
+    A, B = x.T @ x, randn(5, 4) @ x
+    assert solve_right(A.float(), B.float()).status == "unreliable"
+    solution = solve_right(A, B)
+    assert (solution.status, solution.rank) == ("pseudo-inverse", 4)
+    assert relative_error(solution.value, B @ torch.linalg.pinv(A)) < 1e-10
+    nothing = solve_right(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
+    assert (nothing.rank, nothing.value.abs().max()) == (0, 0)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20), (600, 520)], ids=str)
+@pytest.mark.parametrize("condition", [1e1, 1e4, 1e12])
+def test_leading_polar(shape: tuple[int, int], condition: float) -> None:
+    X = matrix_with_condition(*shape, condition, GENERATOR)
+    for k in (1, min(shape) // 3, min(shape)):
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        found = leading_polar(X, k)
+        kept = int((s[:k] > 1e-11 * s[0]).sum())  # beyond that no method has a direction to keep
+        assert relative_error(found.singular_values, s[:k]) < 1e-9
+        if kept == k:
+            assert relative_error(found.polar, U[:, :k] @ Vh[:k]) < (1e-4 if condition > 1e6 else 1e-9)
+
+
+def test_leading_polar_of_a_rank_deficient_matrix_keeps_the_rank() -> None:
+    X = randn(20, 3) @ randn(3, 14)
+    found = leading_polar(X, 6)
+    U, _, Vh = torch.linalg.svd(X)
+    assert relative_error(found.polar, U[:, :3] @ Vh[:3]) < 1e-10

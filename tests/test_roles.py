@@ -1,0 +1,110 @@
+"""Roles: what the architecture says, and that names and shapes say the same where they can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.roles import find_roles, role_by_name, roles_by_name, roles_from_model
+from builders import FAMILIES, make_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_architecture_knows_every_tensor_and_names_agree(family: str, tmp_path: Path) -> None:
+    make_model(family).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    roles = find_roles(checkpoint.config, checkpoint.tensors)
+    assert roles.source == f"the architecture {FAMILIES[family][0]}"
+    assert {role.origin for role in roles.by_name.values()} == {"architecture"}
+    guessed = roles_by_name(checkpoint.tensors, checkpoint.config).by_name
+    for name, role in roles.by_name.items():
+        assert (role.name, role.transposed) == (guessed[name].name, guessed[name].transposed), name
+
+
+def test_special_tensors_are_told_apart(tmp_path: Path) -> None:
+    for family in ("gpt2", "qwen3_moe", "t5", "clip"):
+        make_model(family).save_pretrained(tmp_path / family)
+
+    def role(family: str, name: str) -> str:
+        checkpoint = open_checkpoint(tmp_path / family)
+        found = find_roles(checkpoint.config, checkpoint.tensors).by_name[name]
+        return found.name + (" transposed" if found.transposed else "")
+
+    assert role("gpt2", "transformer.h.0.attn.c_attn.weight") == "conv1d transposed"
+    assert role("gpt2", "transformer.wpe.weight") == "embedding"
+    assert role("qwen3_moe", "lm_head.weight") == "output_head"
+    assert role("qwen3_moe", "model.layers.0.mlp.experts.0.up_proj.weight") == "linear"
+    assert role("qwen3_moe", "model.layers.0.mlp.gate.weight") == "linear"
+    assert role("t5", "shared.weight") == "embedding"
+    assert role("clip", "vision_model.embeddings.patch_embedding.weight") == "convolution"
+    assert role("clip", "logit_scale") == "other"
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({}, "names no architecture"),
+        ({"architectures": ["NoSuchModel"], "model_type": "bert"}, "has no 'NoSuchModel'"),
+        ({"architectures": ["os"], "model_type": "bert"}, "has no 'os'"),
+        ({"architectures": ["BertModel"], "model_type": "bert", "hidden_size": "x"}, "could not be built"),
+        ({"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 10**9}, "asks for"),
+    ],
+)
+def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dict[str, object], reason: str) -> None:
+    spec = TensorSpec("encoder.dense.weight", torch.float32, (4, 3))
+    roles = find_roles(config, {spec.name: spec})
+    assert reason in roles.source
+    assert roles.by_name[spec.name].name == "linear"
+    assert roles.by_name[spec.name].origin == "name"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("h.0.mlp.experts.gate_up", (4, 6, 5), "experts"),
+        ("features.0.weight", (8, 3, 3, 3), "convolution"),
+        ("bn.running_mean", (8,), "other"),
+        ("model.norm.weight", (8,), "norm"),
+        ("h.0.ln_1.weight", (8,), "norm"),
+        ("wte.weight", (50, 8), "embedding"),
+        ("lm_head.weight", (50, 8), "output_head"),
+        ("fc.weight", (5, 8), "linear"),
+        ("fc.bias", (5,), "bias"),
+        ("logit_scale", (), "other"),
+    ],
+)
+def test_roles_by_name(name: str, shape: tuple[int, ...], expected: str) -> None:
+    assert role_by_name(TensorSpec(name, torch.float32, shape), conv1d=False).name == expected
+
+
+def test_a_plain_module_is_asked_for_its_modules() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Module()
+            self.dense = nn.Linear(4, 4)
+            self.tied = self.dense
+
+    model = Fused()
+    state = {name: TensorSpec(name, v.dtype, tuple(v.shape)) for name, v in model.state_dict().items()}
+    roles = roles_from_model(model, state, "Fused")
+    assert roles.by_name["dense.weight"].name == "linear"
+    assert roles.tied == {"tied.weight": "dense.weight", "tied.bias": "dense.bias"}
+
+
+def test_fused_experts_may_be_stored_transposed() -> None:
+    class MyExperts(nn.Module):
+        def __init__(self, is_transposed: bool) -> None:
+            super().__init__()
+            self.is_transposed = is_transposed
+            self.up = nn.Parameter(torch.zeros(2, 4, 3))
+
+    for transposed in (False, True):
+        spec = {"up": TensorSpec("up", torch.float32, (2, 4, 3))}
+        role = roles_from_model(MyExperts(transposed), spec, "test").by_name["up"]
+        assert (role.name, role.transposed) == ("experts", transposed)
