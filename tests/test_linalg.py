@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
-from acemerge.linalg.solve import solve_right
+from acemerge.linalg.solve import ERROR_TOLERANCE, invert, rounding_error, with_rank_one
 from acemerge.linalg.spectral import leading_polar
 from oracles import matrix_with_condition, relative_error
 
@@ -45,41 +45,47 @@ def test_energies_are_summed_in_float64() -> None:
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
-@pytest.mark.parametrize("with_prior", [False, True])
-def test_solve_right(condition: float, with_prior: bool) -> None:
+def test_invert_and_the_prior_row(condition: float) -> None:
     square = matrix_with_condition(40, 40, condition**0.5, GENERATOR)
-    A, B, prior = square.T @ square, randn(25, 40), randn(40).abs() if with_prior else None
-    system = A if prior is None else A + prior
-    solution = solve_right(A, B, prior)
-    assert solution.status == "ok"
-    assert relative_error(solution.value, torch.linalg.solve(system.T, B.T).T) < 1e-8
-    assert solution.condition == pytest.approx(condition, rel=0.7)
+    A, B, prior = square.T @ square, randn(25, 40), randn(40).abs()
+    inverse = invert(A)
+    assert (inverse.status, inverse.rank) == ("ok", 40)
+    assert inverse.condition == pytest.approx(condition, rel=0.7)
+    Y = inverse(B)
+    assert relative_error(Y, torch.linalg.solve(A, B.T).T) < 1e-8
+    with_prior = with_rank_one(Y, inverse(prior[None])[0])
+    assert relative_error(with_prior, torch.linalg.solve((A + prior).T, B.T).T) < 1e-8
 
 
 def test_the_error_estimate_bounds_the_error_of_float32() -> None:
     """What the fallback to float64 rests on: never below the true error, never fifty times above it."""
+    trusted = set()
     for out, cols in [(64, 64), (200, 120), (120, 200)]:
-        for condition in (1e1, 1e2, 1e3):
+        for condition, size in [(1e1, 1.0), (1e1, 1e-4), (1e2, 1e-4), (1e3, 1e-4)]:
             D = matrix_with_condition(out, cols, condition, GENERATOR).float()
-            ridge = 1e-4 * torch.eye(cols)
+            ridge = size * torch.eye(cols)
             A, B = D.T @ D + ridge, D @ (D.T @ D)
             exact_gram = D.double().T @ D.double()
             exact = torch.linalg.solve(exact_gram + ridge.double(), (D.double() @ exact_gram).T).T
-            solution = solve_right(A, B)
-            error = relative_error(solution.value, exact)
-            assert error < solution.error < 50 * error + 1e-6
-            assert solution.trusted == (solution.error <= 1e-5)
+            inverse = invert(A)
+            Y = inverse(B)
+            error, estimate = relative_error(Y, exact), rounding_error(A, B, Y, inverse.norm)
+            assert error < estimate < 50 * error + 1e-6
+            assert inverse.trusts(A, B, Y) == (estimate <= ERROR_TOLERANCE)
+            trusted.add(inverse.trusts(A, B, Y))
+    assert trusted == {True, False}
 
 
-def test_a_matrix_that_is_not_positive_definite_is_unreliable_in_float32_and_inverted_in_float64() -> None:
+def test_a_matrix_that_is_not_positive_definite_fails_in_float32_and_is_pseudo_inverted_in_float64() -> None:
     x = randn(4, 9)
     A, B = x.T @ x, randn(5, 4) @ x
-    assert solve_right(A.float(), B.float()).status == "unreliable"
-    solution = solve_right(A, B)
-    assert (solution.status, solution.rank) == ("pseudo-inverse", 4)
-    assert relative_error(solution.value, B @ torch.linalg.pinv(A)) < 1e-10
-    nothing = solve_right(torch.zeros(3, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64))
-    assert (nothing.rank, nothing.value.abs().max()) == (0, 0)
+    assert invert(A.float()).status == "failed"
+    inverse = invert(A)
+    assert (inverse.status, inverse.rank) == ("pseudo-inverse", 4)
+    assert relative_error(inverse(B), B @ torch.linalg.pinv(A)) < 1e-10
+    nothing = invert(torch.zeros(3, 3, dtype=torch.float64))
+    assert nothing.rank == 0
+    assert nothing(torch.ones(2, 3, dtype=torch.float64)).abs().max() == 0
 
 
 @pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20), (600, 520)], ids=str)

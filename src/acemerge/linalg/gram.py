@@ -20,23 +20,30 @@ def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
 
 
 def symmetric_product(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """`x^T x`. Only block columns of the lower triangle are multiplied, the rest is mirrored."""
+    """`x^T x`."""
+    return add_symmetric_product(x.new_zeros(x.shape[1], x.shape[1]), x, 1.0)
+
+
+def add_symmetric_product(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n n"]:
+    """`total += weight x^T x` in place, for a symmetric `total`.
+
+    Only block columns of the lower triangle are multiplied, the rest is mirrored.
+    """
     n = x.shape[1]
     if n < _BLOCKED_FROM:
-        return x.T @ x
-    out = x.new_empty(n, n)
+        return total.addmm_(x.T, x, alpha=weight)
     edges = [n * i // _BLOCKS for i in range(_BLOCKS + 1)]
     for lo, hi in pairwise(edges):
-        torch.mm(x[:, lo:].T, x[:, lo:hi], out=out[lo:, lo:hi])
-        out[lo:hi, hi:] = out[hi:, lo:hi].T
-    return out
+        total[lo:, lo:hi].addmm_(x[:, lo:].T, x[:, lo:hi], alpha=weight)
+        total[lo:hi, hi:] = total[hi:, lo:hi].T
+    return total
 
 
 @dataclass(frozen=True)
 class NormalEquations:
     """The running sums `A = sum_t w_t Z_t^T Z_t` and `B = sum_t w_t X_t Z_t^T Z_t`.
 
-    Whatever the number of experts, no more than these two matrices and one Gram matrix exist at once.
+    Whatever the number of experts, no more than these two matrices and one product exist at once.
     """
 
     gram: Float[Tensor, "in in"]
@@ -52,11 +59,12 @@ class NormalEquations:
 
     def add(self, x: Float[Tensor, "out in"], z: Float[Tensor, "out in"], weight: float) -> None:
         """Add one expert with target `x`, source of the second moment `z` and weight `w_t`, in place."""
-        second_moment = symmetric_product(z)  # (in, in)
-        self.gram.add_(second_moment, alpha=weight)
         out_features, in_features = x.shape
-        if out_features < in_features:  # x (z^T z) = (x z^T) z costs out < in times less per product
+        if out_features < in_features:  # x (z^T z) = (x z^T) z: cheaper, and no second moment is formed
+            add_symmetric_product(self.gram, z, weight)
             left = symmetric_product(z.T) if x is z else x @ z.T  # (out, out)
             self.target.addmm_(left, z, alpha=weight)
         else:
+            second_moment = symmetric_product(z)  # (in, in)
+            self.gram.add_(second_moment, alpha=weight)
             self.target.addmm_(x, second_moment, alpha=weight)

@@ -1,15 +1,14 @@
-"""Solvers for `M A = B` with a symmetric positive (semi)definite A, and how far to trust them."""
+"""Solving `M A = B` with a symmetric positive (semi)definite A, and how far to trust the answer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from acemerge.shapes import Float, Tensor
-
-Status = Literal["ok", "unreliable", "pseudo-inverse"]
 
 # A float32 answer whose estimated relative error is above this is computed again in float64.
 ERROR_TOLERANCE = 1e-5
@@ -20,68 +19,60 @@ _ROUNDING_GROWTH = 8.0
 
 
 @dataclass(frozen=True)
-class Solution:
-    """`value` (out, in) solves `M A = B`; `error` estimates its relative error in the Frobenius norm."""
+class Inverse:
+    """`A^(-1)` in factored form.
 
-    value: Float[Tensor, "out in"]
-    status: Status
+    `status` is "ok", "pseudo-inverse", or "failed" where float32 gave no factor; `rank` counts the
+    eigenvalues that were kept, `condition` is an estimate, `norm` estimates `||A^(-1)||_F`.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    status: Literal["ok", "pseudo-inverse", "failed"]
     condition: float
     rank: int
-    error: float
+    norm: float
 
-    @property
-    def trusted(self) -> bool:
-        return self.status != "unreliable"
+    def __call__(self, B: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """`B A^(-1)`."""
+        return self.apply(B)
+
+    def trusts(self, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], Y: Float[Tensor, "out in"]) -> bool:
+        """Whether `Y = B A^(-1)` is accurate enough; always true in float64, where nothing wider is left."""
+        if A.dtype != torch.float32:
+            return True
+        return self.status == "ok" and rounding_error(A, B, Y, self.norm) <= ERROR_TOLERANCE
 
 
-def solve_right(
-    A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], prior: Float[Tensor, " in"] | None = None
-) -> Solution:
-    """`B (A + 1 c^T)^(-1)` with `c = prior`: the prior adds the row c to every row of A.
+def invert(A: Float[Tensor, "in in"]) -> Inverse:
+    """The inverse by one Cholesky factor.
 
-    A is symmetric positive definite, so one Cholesky factor serves; the prior is rank one, so
-    Sherman-Morrison adds one right-hand side:
-    `B (A + 1 c^T)^(-1) = Y - (Y 1)(c^T A^(-1)) / (1 + c^T A^(-1) 1)`, `Y = B A^(-1)`.
-
-    In float32 the status is "unreliable" where the factor fails or the estimated error is above
-    `ERROR_TOLERANCE`: the caller forms A and B again in float64. In float64 a singular A is replaced by its
-    pseudo-inverse, the limit of a vanishing ridge when B and c lie in its range, as sums of Gram matrices do.
+    Where A is not positive definite to working precision: "failed" in float32, so that the caller forms A
+    again in float64; in float64 the pseudo-inverse, which is the limit of a vanishing ridge for right-hand
+    sides in the range of A, as sums of Gram matrices have.
     """
     L, info = torch.linalg.cholesky_ex(A)
     if info.item() == 0 and bool(torch.isfinite(L.diagonal()).all()):
-        return _solve_cholesky(A, B, prior, L)
+        condition, norm = _spectrum_estimates(A, L)
+        return Inverse(lambda B: torch.cholesky_solve(B.T, L).T, "ok", condition, A.shape[0], norm)
     if A.dtype == torch.float32:
-        return Solution(B, "unreliable", float("inf"), 0, float("inf"))
-    return _solve_pseudo_inverse(A, B, prior)
+        return Inverse(lambda B: B, "failed", float("inf"), 0, float("inf"))
+    return _pseudo_inverse(A)
 
 
-def _solve_cholesky(A: Tensor, B: Tensor, prior: Tensor | None, L: Tensor) -> Solution:
-    Y = torch.cholesky_solve(B.T, L).T  # (out, in)
-    condition, inverse_norm = _spectrum_estimates(A, L)
-    error = _rounding_error(A, B, Y, inverse_norm)
-    status: Status = "ok"
-    if A.dtype == torch.float32 and not error <= ERROR_TOLERANCE:
-        status = "unreliable"
-    if prior is not None:
-        Y = _with_prior(Y, torch.cholesky_solve(prior[:, None], L)[:, 0])
-    return Solution(Y, status, condition, A.shape[0], error)
-
-
-def _solve_pseudo_inverse(A: Tensor, B: Tensor, prior: Tensor | None) -> Solution:
+def _pseudo_inverse(A: Tensor) -> Inverse:
     """`A^+` from the eigen-decomposition, eigenvalues at rounding level left out."""
     values, vectors = torch.linalg.eigh(A)
     kept = values > values[-1].clamp_min(0) * torch.finfo(A.dtype).eps * A.shape[0]
     values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
-    inverse = (vectors / values) @ vectors.T
-    Y = B @ inverse
-    if prior is not None:
-        Y = _with_prior(Y, prior @ inverse)
-    condition = (values[-1] / values[0]).item() if len(values) else float("inf")
-    return Solution(Y, "pseudo-inverse", float(condition), len(values), float("nan"))
+    condition = float(values[-1] / values[0]) if len(values) else float("inf")
+    norm = float((1 / values).norm())
+    return Inverse(lambda B: (B @ vectors / values) @ vectors.T, "pseudo-inverse", condition, len(values), norm)
 
 
-def _with_prior(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
-    """Sherman-Morrison, with `row = c^T A^(-1)`."""
+def with_rank_one(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """`B (A + 1 c^T)^(-1)` from `Y = B A^(-1)` and `row = c^T A^(-1)`, by Sherman-Morrison:
+    `Y - (Y 1) row / (1 + row 1)`. The prior P = 1 c^T adds the row c to every row of A.
+    """
     return Y - torch.outer(Y.sum(1), row / (1 + row.sum()))
 
 
@@ -101,16 +92,17 @@ def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:
     return float(largest * smallest_inverse), float(inverse_norm)
 
 
-def _rounding_error(A: Tensor, B: Tensor, Y: Tensor, inverse_norm: float) -> float:
-    """First-order estimate of `||dY|| / ||Y||` when A and B carry independent rounding errors.
+def rounding_error(
+    A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], Y: Float[Tensor, "out in"], inverse_norm: float
+) -> float:
+    """Estimate of `||dY|| / ||Y||` for `Y = B A^(-1)` when A and B carry independent rounding errors.
 
     `dY = (dB - Y dA) A^(-1)`; with entries of dA, dB of size u times the root mean square entry of A, B,
     `||dB A^(-1)||_F ~ u rms(B) sqrt(out) ||A^(-1)||_F`, and the like for `Y dA`.
     """
-    unit = torch.finfo(A.dtype).eps / 2
-    rms_A: float = (A.norm() / A.numel() ** 0.5).item()
-    rms_B: float = (B.norm() / B.numel() ** 0.5).item()
-    norm_Y: float = Y.norm().item()
+    norm_Y = Y.norm().item()
     if norm_Y == 0:
         return 0.0
+    rms_A, rms_B = (float(matrix.norm()) / matrix.numel() ** 0.5 for matrix in (A, B))
+    unit = torch.finfo(A.dtype).eps / 2
     return float(_ROUNDING_GROWTH * unit * inverse_norm * (rms_B * B.shape[0] ** 0.5 / norm_Y + rms_A))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,8 +10,8 @@ import torch
 from pydantic import Field
 
 from acemerge.errors import UsageError
-from acemerge.linalg.gram import NormalEquations, energies
-from acemerge.linalg.solve import Solution, solve_right
+from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
+from acemerge.linalg.solve import Inverse, invert, with_rank_one
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.base import LayerResult
 from acemerge.methods.elementwise import Scale, weighted_sum
@@ -66,73 +67,156 @@ class Ace:
             deltas, weights, n = deltas[active], weights[active], n[active]
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
-        layer = self._solve(deltas, weights, n, hetero)
-        status: str = layer.solution.status
-        if not layer.solution.trusted:
-            layer = self._solve(deltas, weights, n, hetero, torch.float64)
-            status = "float64" if layer.solution.status == "ok" else layer.solution.status
-        M = layer.solution.value
-        k = int(self.k_frac * min(M.shape)) if hetero and self.ablation == "E4" else 0
-        if k > 0:
-            leading = leading_polar(layer.residual(deltas) + M, k)
-            M = M + leading.singular_values.mean() * leading.polar
+        terms = self._terms(deltas, weights, n, hetero)
+        refined = int(self.k_frac * min(deltas.shape[1:])) if hetero and self.ablation == "E4" else 0
+        M, inverse, trusted = self._closed_form(deltas, terms, refined, deltas.dtype)
+        status: str = inverse.status
+        if not trusted:
+            del M
+            M, inverse, _ = self._closed_form(deltas, terms, refined, torch.float64)
+            status = "float64" if inverse.status == "ok" else inverse.status
         stats: dict[str, Any] = {
             "status": status,
             "gamma": gamma,
             "branch": "heterogeneous" if hetero else "homogeneous",
             "eps": self.eps,
-            "condition": layer.solution.condition,
-            "rank": layer.solution.rank,
-            "refined": k,
+            "condition": inverse.condition,
+            "rank": inverse.rank,
+            "refined": refined,
         }
         return LayerResult((self.scale * M).to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
-        short = min(rows, columns)
+        refine = 4 * rows * columns * min(rows, columns) if self.ablation == "E4" else 0
+        if _prefers_dual(experts, rows, columns):
+            stacked = experts * rows
+            return stacked**2 * columns + stacked**3 // 3 + 2 * rows * stacked * (stacked + columns) + refine
         per_expert = rows * columns * (columns + (3 * rows if rows < columns else 2 * columns))
-        solve = columns**3 // 3 + 2 * rows * columns**2
-        refine = 2 * rows * columns * (columns + short) + 4 * short**3 if self.ablation == "E4" else 0
-        return experts * per_expert + solve + refine
+        return experts * per_expert + columns**3 // 3 + 2 * rows * columns**2 + refine
 
-    def _solve(
-        self, deltas: Tensor, weights: Tensor, n: Tensor, hetero: bool, dtype: torch.dtype | None = None
-    ) -> _Layer:
-        """The closed form `pre`, by running sums over the experts, in `dtype`."""
-        dtype = dtype or deltas.dtype
-        in_features = deltas.shape[2]
-        equations = NormalEquations.zeros_like(deltas[0], dtype)
-        mean_row = torch.zeros(in_features, dtype=dtype, device=deltas.device)  # sum_t w_t mu_t^T S_t
-        ridges = torch.zeros_like(weights)
-        for t, D in enumerate(deltas):
-            mu = D.to(dtype).mean(0)  # (in,)
-            C = D.to(dtype) - mu  # (out, in)
-            z = energies(C[None]).item() if hetero else 1.0
-            if z == 0:  # every row alike: nothing left to normalise
-                continue
-            weight = weights[t].item() / z
-            ridges[t] = self.eps * weight
-            equations.add(C, C, weight)
-            mean_row.add_((C @ mu) @ C, alpha=weight)
-        A, B = equations.gram, equations.target
-        prior = None
-        if self.ablation in ("E3", "E4"):
-            prior = A.sum(0) / (in_features * (n.mean().item() if hetero else 1.0))  # c, (in,)
-        ridge_target = weighted_sum(deltas, ridges).to(dtype)  # sum_t e_t D_t, centred below
-        R = A + ridges.sum() * torch.eye(in_features, dtype=dtype, device=A.device)
-        solution = solve_right(R, B + (ridge_target - ridge_target.mean(0)), prior)
-        return _Layer(solution, B + mean_row, R)
+    def _terms(self, deltas: Tensor, weights: Tensor, n: Tensor, hetero: bool) -> _Terms:
+        """The scalars of every expert: `w_t` or `w_t / z_t`, and its ridge."""
+        scales = weights
+        if hetero:
+            z = torch.stack([energies((D - D.mean(0))[None])[0] for D in deltas])
+            scales = torch.where(z > 0, weights / z, 0)  # every row alike: nothing to normalise
+        with_prior = self.ablation in ("E3", "E4")
+        prior = 1 / (n.mean().item() if hetero else 1.0) if with_prior else None
+        return _Terms(scales, self.eps * scales, prior)
+
+    def _closed_form(
+        self, deltas: Tensor, terms: _Terms, refined: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Inverse, bool]:
+        """M, the inverse it came from and whether it can be trusted, all in `dtype`."""
+        solve = _solve_dual if _prefers_dual(*deltas.shape) else _solve_primal
+        pre, residual, inverse, trusted = solve(deltas, terms, dtype)
+        if refined and trusted:
+            leading = leading_polar(residual().add_(pre), refined)
+            pre = pre.add_(leading.polar, alpha=float(leading.singular_values.mean()))
+        return pre, inverse, trusted
 
 
 @dataclass(frozen=True)
-class _Layer:
-    solution: Solution
-    uncentred_target: Float[Tensor, "out in"]  # sum_t D_t S_t
-    ridged_gram: Float[Tensor, "in in"]  # sum_t R_t
+class _Terms:
+    """`a_t`, the factor on S_t; `e_t`, its ridge, both (T,); the factor on the prior row, None without it."""
 
-    def residual(self, deltas: Float[Tensor, "T out in"]) -> Float[Tensor, "out in"]:
-        """`res = sum_t D_t (S_t - Rbar)`, with uncentred D_t and unregularised S_t."""
-        total = deltas.sum(0).to(self.ridged_gram.dtype)
-        return torch.addmm(self.uncentred_target, total, self.ridged_gram, alpha=-1 / len(deltas))
+    scales: Float[Tensor, " T"]
+    ridges: Float[Tensor, " T"]
+    prior: float | None
+
+
+# pre, the function that gives res = sum_t D_t (S_t - Rbar), the inverse, whether pre can be trusted
+_Solved = tuple[Tensor, Callable[[], Tensor], Inverse, bool]
+
+
+def _prefers_dual(experts: int, rows: int, columns: int) -> bool:
+    """Fewer rows in all task vectors together than columns: the dual system is smaller, and of full rank."""
+    return experts * rows < columns
+
+
+def _solve_primal(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
+    """In the input space: A (in, in), running sums over the experts."""
+    in_features = deltas.shape[2]
+    equations = NormalEquations.zeros_like(deltas[0], dtype)
+    A, B = equations.gram, equations.target  # sum_t a_t S_t, sum_t a_t C_t S_t
+    mean_row = torch.zeros(in_features, dtype=dtype, device=deltas.device)  # sum_t a_t mu_t^T S_t
+    for D, scale in zip(deltas, terms.scales.tolist(), strict=True):
+        mu = D.to(dtype).mean(0)  # (in,)
+        C = D.to(dtype) - mu  # (out, in)
+        equations.add(C, C, scale)
+        mean_row.add_((C @ mu) @ C, alpha=scale)
+    prior = None if terms.prior is None else A.sum(0) * (terms.prior / in_features)  # c, (in,)
+    A.diagonal().add_(terms.ridges.sum().item())  # A is now sum_t R_t
+    ridged = weighted_sum(deltas, terms.ridges).to(dtype)  # sum_t e_t D_t
+    target = B + (ridged - ridged.mean(0))  # sum_t C_t R_t
+    inverse = invert(A)
+    Y = inverse(target)
+    trusted = inverse.trusts(A, target, Y)
+    del target
+    if prior is not None:
+        Y = with_rank_one(Y, inverse(prior[None])[0])
+
+    def residual() -> Tensor:
+        total = deltas.sum(0).to(dtype)
+        return torch.addmm(B.add_(mean_row), total, A, alpha=-1 / len(deltas))
+
+    return Y, residual, inverse, trusted
+
+
+def _solve_dual(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
+    """In the space of all rows: with F = stack_t sqrt(a_t) C_t (N, in), N = T out, and e = sum_t e_t,
+    `H F (F^T F + e I)^(-1) = H (F F^T + e I)^(-1) F`. F itself is never formed: centring acts on the products.
+    """
+    T, out, in_features = deltas.shape
+    roots = terms.scales.sqrt().to(dtype)  # (T,)
+    per_row = roots.repeat_interleave(out)  # (N,)
+    products = _row_products(deltas, dtype).view(T, out, T, out)  # D D^T
+    products -= products.mean(3, keepdim=True)  # D C^T
+    all_D = products.sum(0).view(out, -1) * per_row  # (sum_t D_t) F^T, (out, N)
+    own_D = torch.cat([products[t, :, t] * roots[t] for t in range(T)], 1)  # sqrt(a_t) D_t C_t^T side by side
+    products -= products.mean(1, keepdim=True)  # C C^T
+    own_C = torch.cat([products[t, :, t] * roots[t] for t in range(T)], 1)
+    # a_t C_t S_t + e_t C_t = (sqrt(a_t) C_t C_t^T + e_t / sqrt(a_t) I) F_t
+    ridge_roots = (terms.ridges / terms.scales.sqrt()).nan_to_num_().to(dtype).tolist()
+    eye = torch.eye(out, dtype=dtype, device=deltas.device)
+    H = own_C + torch.cat([ridge * eye for ridge in ridge_roots], 1)  # (out, N)
+    K = products.view(T * out, T * out).mul_(per_row).mul_(per_row[:, None])  # F F^T
+    ridge = terms.ridges.sum().item()
+    K.diagonal().add_(ridge)
+    inverse = invert(K)
+    Q = inverse(H)
+    trusted = inverse.trusts(K, H, Q)
+    Y = _times_centred(Q * per_row, deltas, dtype)
+    if terms.prior is not None:
+        sums = deltas.sum(2, dtype=dtype)  # D 1, (T, out)
+        sums = (sums - sums.mean(1, keepdim=True)).view(-1) * per_row  # F 1, (N,)
+        row = inverse((sums * (terms.prior / in_features))[None])  # c^T A^(-1) = (F 1)^T K^(-1) F / in
+        Y = with_rank_one(Y, _times_centred(row * per_row, deltas, dtype)[0])
+
+    def residual() -> Tensor:
+        mixed = _times_centred((own_D - all_D / T) * per_row, deltas, dtype)
+        return mixed.sub_(deltas.sum(0).to(dtype), alpha=ridge / T)
+
+    return Y, residual, inverse, trusted
+
+
+def _row_products(deltas: Float[Tensor, "T out in"], dtype: torch.dtype) -> Float[Tensor, "N N"]:
+    """`D D^T` of all rows of all experts, without a copy of them in `dtype`."""
+    if deltas.dtype == dtype:
+        return symmetric_product(deltas.reshape(-1, deltas.shape[2]).T)
+    return torch.cat([torch.cat([D.to(dtype) @ E.to(dtype).T for E in deltas], 1) for D in deltas])
+
+
+def _times_centred(
+    Q: Float[Tensor, "m N"], deltas: Float[Tensor, "T out in"], dtype: torch.dtype
+) -> Float[Tensor, "m in"]:
+    """`Q stack_t C_t = sum_t (Q_t J) D_t`: the centring J = I - 1 1^T / out moves to the small factor."""
+    centred = Q.view(len(Q), len(deltas), -1)
+    centred = centred - centred.mean(2, keepdim=True)  # (m, T, out)
+    total = torch.zeros(len(Q), deltas.shape[2], dtype=dtype, device=deltas.device)
+    for t, D in enumerate(deltas):
+        total.addmm_(centred[:, t], D.to(dtype))
+    return total
 
 
 def heterogeneity(n: Float[Tensor, " T"]) -> float | None:
@@ -140,4 +224,4 @@ def heterogeneity(n: Float[Tensor, " T"]) -> float | None:
     if len(n) < 2:
         return None
     logs = torch.log(n + _TINY)
-    return (logs.var() / (logs.mean().square() + _TINY)).item()
+    return float(logs.var() / (logs.mean().square() + _TINY))
