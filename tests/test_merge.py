@@ -188,7 +188,7 @@ def test_a_layer_that_all_experts_lack_is_refused(plain: PlainModel) -> None:
 
 def test_experts_under_other_names_are_refused(plain: PlainModel) -> None:
     plain.tuned = [{f"module.{name}": value for name, value in expert.items()} for expert in plain.tuned]
-    refused(plain, CheckpointError, "expert e1: has no tensor under a name of the base's")
+    refused(plain, CheckpointError, "expert e1: has no layer under a name of the base's")
 
 
 def test_an_extra_head_is_kept_and_recorded(plain: PlainModel) -> None:

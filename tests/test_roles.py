@@ -52,7 +52,11 @@ def test_special_tensors_are_told_apart(tmp_path: Path) -> None:
         ({"architectures": ["NoSuchModel"], "model_type": "bert"}, "has no 'NoSuchModel'"),
         ({"architectures": ["os"], "model_type": "bert"}, "has no 'os'"),
         ({"architectures": ["BertModel"], "model_type": "bert", "hidden_size": "x"}, "could not be built"),
+        ({"architectures": ["pipeline"], "model_type": "bert"}, "has no 'pipeline'"),
         ({"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 10**9}, "asks for"),
+        ({"architectures": ["BertModel"], "model_type": "bert", "num_labels": 10**7}, "asks for num_labels"),
+        ({"architectures": ["CLIPModel"], "model_type": "clip", "text_config": {"num_hidden_layers": 10**6}}, "asks"),
+        ({"architectures": ["SwinModel"], "model_type": "swin", "depths": [10**6, 1]}, "asks for depths"),
     ],
 )
 def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dict[str, object], reason: str) -> None:
@@ -61,6 +65,47 @@ def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dic
     assert reason in roles.source
     assert roles.by_name[spec.name].name == "linear"
     assert roles.by_name[spec.name].origin == "name"
+
+
+def test_a_config_cannot_reach_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither code nor files of another repository are asked for, whatever the config names."""
+    import socket
+
+    def no_network(*_: object, **__: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    spec = TensorSpec("encoder.dense.weight", torch.float32, (4, 3))
+    hostile = {
+        "attn_implementation": "evil-org/evil-kernel",
+        "_attn_implementation": "evil-org/evil-kernel",
+        "auto_map": {"AutoModel": "evil--code.Model"},
+        "text_config": {"attn_implementation": "evil-org/evil-kernel"},
+        "backbone": "evil/repo",
+        "use_pretrained_backbone": True,
+        "use_timm_backbone": False,
+        "backbone_config": None,
+    }
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    for architecture, model_type in [("BertModel", "bert"), ("DPTForDepthEstimation", "dpt"), ("DetrModel", "detr")]:
+        config = {"architectures": [architecture], "model_type": model_type, **small, **hostile}
+        assert find_roles(config, {spec.name: spec}).source
+
+
+def test_fused_experts_of_llama4_are_stored_in_out() -> None:
+    import transformers
+
+    config = transformers.Llama4TextConfig(
+        hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, vocab_size=40, head_dim=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.Llama4ForCausalLM(config)
+    specs = {n: TensorSpec(n, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()}
+    roles = roles_from_model(model, specs, "test").by_name
+    fused = {name: role for name, role in roles.items() if role.name == "experts"}
+    assert len(fused) == 2
+    assert all(role.transposed for role in fused.values())
 
 
 @pytest.mark.parametrize(
@@ -86,7 +131,6 @@ def test_a_plain_module_is_asked_for_its_modules() -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.experts = nn.Module()
             self.dense = nn.Linear(4, 4)
             self.tied = self.dense
 
@@ -94,7 +138,7 @@ def test_a_plain_module_is_asked_for_its_modules() -> None:
     state = {name: TensorSpec(name, v.dtype, tuple(v.shape)) for name, v in model.state_dict().items()}
     roles = roles_from_model(model, state, "Fused")
     assert roles.by_name["dense.weight"].name == "linear"
-    assert roles.tied == {"tied.weight": "dense.weight", "tied.bias": "dense.bias"}
+    assert roles.identity["tied.weight"] == roles.identity["dense.weight"] == "dense.weight"
 
 
 def test_fused_experts_may_be_stored_transposed() -> None:

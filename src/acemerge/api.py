@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import nn
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.checkpoints.writer import OutputFolder, output_folder
+from acemerge.checkpoints.writer import CARD, OutputFolder, output_folder
 from acemerge.compute import Inputs, compute
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import LayerResult, make
 from acemerge.plan import Plan, expert_labels, make_plan
-from acemerge.recipe import Recipe, make_recipe, parse_size
+from acemerge.recipe import Recipe, make_recipe, parse_size, with_params
 from acemerge.report.card import model_card
 from acemerge.report.manifest import build_manifest, to_bytes
 from acemerge.roles import Roles, find_roles, roles_by_name, roles_from_model
@@ -87,11 +88,13 @@ def merge(
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
     run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
-    weights = options.pop("weights", [1.0] * len(experts))
+    if isinstance(experts, str | Path):
+        raise UsageError("experts", f"{experts} is one path", "give a list of paths")
+    weights = options.pop("weights", None) or [1.0] * len(experts)
     if len(weights) != len(experts):
         raise UsageError("weights", f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
-    spec = {"name": method, **options} if isinstance(method, str) else {**method, **options}
+    spec = with_params(method, options)
     pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
     recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
     return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
@@ -107,11 +110,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     base = open_checkpoint(Path(recipe.base))
     experts = tuple(open_checkpoint(Path(expert.model)) for expert in recipe.experts)
     labels = expert_labels([expert.model for expert in recipe.experts])
-    # The experts' own names come too, after the base's: a tied tensor may have its other spelling there only.
-    names = dict(base.tensors)
-    for expert in experts:
-        names.update({name: spec for name, spec in expert.tensors.items() if name not in names})
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, names))
+    # The experts' own names too: a tied tensor may have its other spelling there only.
+    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
+    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
     return Opened(plan, base, experts, device, max_shard)
 
 
@@ -130,12 +131,12 @@ def run_recipe(
     with output_folder(out, options.overwrite) as output, hashing(opened.checkpoints) as input_sums:
         written = write_model(plan, inputs, output, opened.max_shard, options.workers, on_progress)
         _write_assets(opened.base, plan, output)
-        output.write_bytes("README.md", model_card(plan, written).encode())
+        output.write_bytes(CARD, model_card(plan, written).encode())
         sums = input_sums()
         for checkpoint in opened.checkpoints:
             checkpoint.check_unchanged()
         provenance = list(zip(paths, sums, strict=True))
-        manifest = build_manifest(plan, written, provenance, output.written, _since(started))
+        manifest = build_manifest(plan, written, provenance, dict(output.written), _since(started))
         output.publish(to_bytes(manifest))
     return MergeReport(out, manifest)
 
@@ -146,9 +147,11 @@ def _since(started: float) -> float:
 
 def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input."""
-    target = out.resolve()
+    with files.writing(out):
+        target = out.resolve()
     for path in inputs:
-        source = Path(path).resolve()
+        with files.reading(Path(path)):
+            source = Path(path).resolve()
         if target == source or target.is_relative_to(source) or source.is_relative_to(target):
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
@@ -175,7 +178,7 @@ def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
         if name == CONFIG and plan.recipe.dtype != "auto":
             config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
             key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
-            text = json.dumps({**config, key: plan.recipe.dtype}, indent=2, ensure_ascii=False)
+            text = json.dumps({**config, key: plan.recipe.dtype}, indent=2)
             output.write_bytes(name, text.encode() + b"\n")
         else:
             output.write_chunks(name, files.read_chunks(source))
@@ -191,7 +194,7 @@ class _Memory:
     values: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
         return {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in self.values.items()}
 
@@ -224,7 +227,13 @@ def merge_deltas(
     if not torch.isfinite(deltas).all():
         raise CheckpointError("deltas", "hold values that are not finite", "mend the experts they come from")
     dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
-    factors = torch.tensor(weights or [1.0] * len(deltas), dtype=torch.float64, device=deltas.device)
+    if dtype not in (torch.float32, torch.float64):
+        raise UsageError("compute_dtype", f"{dtype} is too narrow to add up in", "use torch.float32 or torch.float64")
+    ones = [1.0] * len(deltas)
+    factors = torch.tensor([float(w) for w in (ones if weights is None else weights)], dtype=torch.float64)
+    if not torch.isfinite(factors).all():
+        raise UsageError("weights", "not all are finite", "give finite numbers")
+    factors = factors.to(deltas.device)
     return rule.merge(deltas.detach().to(dtype), factors)
 
 
@@ -235,18 +244,26 @@ def merge_state_dicts(
 
     Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay.
     """
-    specs = _Memory(base).tensors
-    return _merge_in_memory(base, experts, method, params, roles_by_name(specs, {}))
+    return _merge_in_memory(base, experts, method, params, roles_by_name(_all_specs([base, *experts]), {}))
 
 
 def merge_models(base: nn.Module, experts: Sequence[nn.Module], method: str = "ace", **params: Any) -> nn.Module:
-    """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched."""
+    """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched.
+
+    The modules' parameters are what is merged: fused experts in memory are one matrix to the rule where a
+    checkpoint may hold their parts apart.
+    """
     merged = copy.deepcopy(base)
-    state = base.state_dict()
-    roles = roles_from_model(base, _Memory(state).tensors, type(base).__name__)
-    values = _merge_in_memory(state, [expert.state_dict() for expert in experts], method, params, roles)
+    state, tuned = base.state_dict(), [expert.state_dict() for expert in experts]
+    roles = roles_from_model(base, _all_specs([state, *tuned]), type(base).__name__)
+    values = _merge_in_memory(state, tuned, method, params, roles)
     merged.load_state_dict(values, strict=False)  # tied spellings are left out; they share their storage
     return merged
+
+
+def _all_specs(states: Sequence[Mapping[str, Tensor]]) -> dict[str, TensorSpec]:
+    """Every name in any of the state dicts, the first one's description where several have it."""
+    return {name: spec for state in reversed(states) for name, spec in _Memory(state).tensors.items()}
 
 
 def _merge_in_memory(

@@ -26,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 # Nobody reads a pipe at 80 columns.
-out_console = Console(width=None if sys.stdout.isatty() else 200)
+out_console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
 err_console = Console(stderr=True)
 
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
@@ -171,12 +171,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(arguments, standalone_mode=False, prog_name="acemerge")
+        if code == 130:  # typer's own answer to an interrupt says nothing
+            raise KeyboardInterrupt
     except (
         AcemergeError,
         typer.TyperException,
         KeyboardInterrupt,
         typer.Abort,
-        BrokenPipeError,
+        OSError,
         MemoryError,
     ) as failure:
         if "--debug" in arguments:
@@ -199,8 +201,8 @@ def _report(failure: BaseException) -> int:
         line, code = f"command line: {message}; see acemerge --help", 2
     elif isinstance(failure, MemoryError):
         line, code = "memory: not enough for the largest tensor; use fewer workers or a larger machine", 4
-    elif isinstance(failure, BrokenPipeError):
-        return 0
+    elif isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
+        line, code = f"standard output: {failure.strerror}; what was said to be written is written", 5
     else:
         line, code = "interrupted: nothing was published; run the same command again", 130
     sys.stderr.write(f"acemerge: error: {line}\n")

@@ -43,9 +43,9 @@ def compute(job: Job, inputs: Inputs) -> Computed:
     not finite in the output type.
     """
     started = time.perf_counter()
-    base = inputs.base.read(job.name)
-    _check_copies(job, base, inputs)
     try:
+        base = inputs.base.read(job.name)
+        _check_copies(job, base, inputs)
         value, record = _merged(job, job.method, base, inputs) if job.method else _kept(job, base, inputs)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
@@ -98,7 +98,8 @@ def _task_vectors(job: Job, base: Tensor, inputs: Inputs) -> tuple[Float[Tensor,
         Wt = expert.read(name)
         if inputs.recipe.nonfinite == "skip-expert" and not _is_finite(Wt):
             continue
-        check_finite(Wt, name, f"expert {inputs.labels[i]}")
+        cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+        check_finite(Wt, name, f"expert {inputs.labels[i]}", cure)
         torch.sub(Wt.to(device=inputs.device, dtype=dtype), W0, out=deltas[len(used)])
         used.append(i)
     if not used:
@@ -120,9 +121,10 @@ def _check_copies(job: Job, base: Tensor, inputs: Inputs) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
     for i, name in job.copies:
         source, label = (inputs.base, "base") if i == 0 else (inputs.experts[i - 1], f"expert {inputs.labels[i - 1]}")
-        original = base if i == 0 else source.read(job.sources[i - 1])
-        if not torch.equal(original, source.read(name)):
-            what = f"tensor {name!r} should be tied to {job.name!r} but differs"
+        first = job.name if i == 0 else job.sources[i - 1]
+        original = base if i == 0 else source.read(first)
+        if not torch.equal(original.view(torch.uint8), source.read(name).view(torch.uint8)):
+            what = f"tensors {first!r} and {name!r} should be tied but differ"
             raise CheckpointError(label, what, "set tie_word_embeddings to false in its config.json and the base's")
 
 
@@ -133,13 +135,13 @@ def _is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def check_finite(values: Tensor, name: str, where: str) -> None:
+def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again") -> None:
     """CheckpointError with the coordinate of the first NaN or infinity."""
     if _is_finite(values):
         return
     place = (~torch.isfinite(values)).nonzero()[0].tolist()
     what = f"tensor {name!r} is {values[tuple(place)].item()} at {place}"
-    raise CheckpointError(where, what, "fetch it again, or leave an expert out with --nonfinite skip-expert")
+    raise CheckpointError(where, what, cure)
 
 
 def _cast(value: Tensor, job: Job) -> Tensor:

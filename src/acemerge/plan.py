@@ -39,8 +39,8 @@ class Source(Protocol):
 class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
-    `sources[i]` is the tensor's name in the i-th expert, empty where the base's values are kept. `copies` are
-    further spellings of a tied tensor, (checkpoint, name) with 0 for the base, whose bytes must agree.
+    `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
+    spellings of a tied tensor, (checkpoint, name) with 0 for the base, whose bytes must agree.
     """
 
     spec: TensorSpec
@@ -121,7 +121,7 @@ def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: S
     """
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
-    jobs = tuple(planner.job(name) for name in base.tensors if roles.tied.get(name) not in base.tensors)
+    jobs = tuple(planner.job(names[0]) for names in planner.base_names.values())
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     read = sum(spec.nbytes for source in (base, *experts) for spec in source.tensors.values())
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), read)
@@ -134,35 +134,50 @@ class _Planner:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
         self.warnings: list[str] = []
-        self.known = {spelling for name in base.tensors for spelling in [name, *self._spellings(name)]}
-        self.head_names: set[str] = set()  # base tensors that every expert keeps for itself
-        counts = Counter(_group(name) for name in base.tensors)
+        self.base_names = self._by_identity(base)
+        self.expert_names = [self._by_identity(expert) for expert in experts]
+        self.kept_apart: set[str] = set()  # identities of base tensors that every expert keeps for itself
+        counts = Counter(_group(identity) for identity in self.base_names)
         self.backbone = counts.most_common(1)[0][0] if counts else ""
 
     def check_related(self) -> None:
-        for label, expert in zip(self.labels, self.experts, strict=True):
+        matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
+        for label, expert, names in zip(self.labels, self.experts, self.expert_names, strict=True):
             ours, theirs = (source.config.get("model_type") for source in (self.base, expert))
             if ours and theirs and ours != theirs:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
-            if self.known.isdisjoint(expert.tensors):
+            if not matrices & names.keys():
                 cure = "check that it comes from this base and that its names have no prefix of their own"
-                raise CheckpointError(f"expert {label}", "has no tensor under a name of the base's", cure)
+                raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
+
+    def _is_matrix(self, name: str) -> bool:
+        return self.roles.by_name[name].name in ("linear", "conv1d", "experts")
+
+    def _by_identity(self, source: Source) -> dict[str, list[str]]:
+        """The names in a source by the parameter that they stand for."""
+        names: dict[str, list[str]] = {}
+        for name in source.tensors:
+            names.setdefault(self.roles.identity[name], []).append(name)
+        return names
 
     def job(self, name: str) -> Job:
         spec, role = self.base.tensors[name], self.roles.by_name[name]
         decision = self.policy.decide(spec, role)
         out = replace(spec, dtype=self._output_dtype(spec))
+        identity = self.roles.identity[name]
         if decision.action == "heads":
-            self.head_names.add(name)
+            self.kept_apart.add(identity)
         if decision.action != "merge":
             return Job(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
-        sources = tuple(self._name_in(expert, name) for expert in self.experts)
+        sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
         if not any(sources):
             return self._base_only(out, role)
         for label, found in zip(self.labels, sources, strict=True):
+            if not found and self._is_no_parameter(role):
+                return Job(out, role, "no parameter of the architecture: the base's own")
             if not found:
                 raise CheckpointError(f"expert {label}", f"lacks tensor {name!r}", _keep(name))
         shapes = [expert.tensors[found].shape for expert, found in zip(self.experts, sources, strict=True)]
@@ -173,9 +188,9 @@ class _Planner:
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"
-        copies = [(0, other) for other in self._spellings(out.name) if other in self.base.tensors]
-        for i, expert in enumerate(self.experts, 1):
-            copies += [(i, other) for other in self._spellings(sources[i - 1]) if other in expert.tensors]
+        identity = self.roles.identity[out.name]
+        everywhere = [self.base_names, *self.expert_names]
+        copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
         return Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
 
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
@@ -183,15 +198,9 @@ class _Planner:
             return spec.dtype
         return _DTYPES[self.recipe.dtype]
 
-    def _name_in(self, expert: Source, name: str) -> str:
-        """The tensor's name in an expert, which may use another spelling of a tied one; empty if it has none."""
-        return next((n for n in [name, *self._spellings(name)] if n in expert.tensors), "")
-
-    def _spellings(self, name: str) -> list[str]:
-        """The other names of a tied tensor."""
-        first = self.roles.tied.get(name, name)
-        group = [first, *(alias for alias, owner in self.roles.tied.items() if owner == first)]
-        return [other for other in group if other != name]
+    def _is_no_parameter(self, role: Role) -> bool:
+        """The architecture is known and does not have it, as a mask that an older version saved."""
+        return role.origin == "name" and self.roles.from_architecture
 
     def _integer_job(self, out: TensorSpec, role: Role) -> Job:
         sources = tuple(out.name if out.name in expert.tensors else "" for expert in self.experts)
@@ -203,13 +212,16 @@ class _Planner:
 
     def _base_only(self, out: TensorSpec, role: Role) -> Job:
         """No expert has it: the base's own head, unless it belongs to the backbone."""
-        if _group(out.name) == self.backbone and self._shares_backbone():
+        if self._is_no_parameter(role):
+            return Job(out, role, "no parameter of the architecture: the base's own")
+        if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
             raise CheckpointError(f"expert {self.labels[0]}", what, _keep(out.name))
         return Job(out, role, "no expert has it: the base's own")
 
-    def _shares_backbone(self) -> bool:
-        return any(_group(name) == self.backbone for expert in self.experts for name in expert.tensors)
+    def _in_backbone(self, name: str) -> bool:
+        """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
+        return _group(self.roles.identity[name]) == self.backbone
 
     def _mismatched(self, out: TensorSpec, role: Role, shapes: list[tuple[int, ...]]) -> Job:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
@@ -218,9 +230,9 @@ class _Planner:
         if role.name in ("embedding", "output_head"):
             cure = f"bring the vocabularies to one size, or {_keep(out.name)}"
             raise CheckpointError(f"expert {self.labels[i]}", found, cure)
-        if role.name not in ("linear", "bias") or _group(out.name) == self.backbone:
+        if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {self.labels[i]}", found, "merge models of one size")
-        self.head_names.add(out.name)
+        self.kept_apart.add(self.roles.identity[out.name])
         return Job(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
 
     def _refuse_integers(self, name: str, sources: tuple[str, ...]) -> None:
@@ -234,11 +246,12 @@ class _Planner:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
         for name, spec in self.experts[i].tensors.items():
-            if name in self.head_names:
+            identity = self.roles.identity[name]
+            if identity in self.kept_apart:
                 heads.append(Head(spec, "task head"))
-            elif name not in self.known:
+            elif identity not in self.base_names:
                 heads.append(Head(spec, "missing in the base"))
-                if _group(name) == self.backbone:
+                if self._in_backbone(name):
                     self.warnings.append(f"expert {self.labels[i]}: {name} is not in the base; kept in heads/ only")
         return heads
 
@@ -256,7 +269,7 @@ def _group(name: str) -> str:
 def expert_labels(paths: Sequence[str]) -> list[str]:
     """A short name for each expert, used for its heads' file: the folder's name, numbered where two agree."""
     folders = [path.rstrip("/").split("/")[-1] for path in paths]
-    names = [re.sub(r"[^\w.-]", "-", folder, flags=re.ASCII).strip(".") or "expert" for folder in folders]
+    names = [re.sub(r"[^\w.-]", "-", folder, flags=re.ASCII).strip(".")[-100:] or "expert" for folder in folders]
     if len(set(names)) == len(names):
         return names
     return [f"{i}-{name}" for i, name in enumerate(names, 1)]

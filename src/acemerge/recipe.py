@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from acemerge.errors import UsageError, nearest
+from acemerge.checkpoints import files
+from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.methods import Method, make
 
 _MAX_RECIPE = 1 << 20
@@ -114,20 +116,22 @@ def load_recipe(
         content["base"] = _relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
-    rule = method or content.get("method", "ace")
-    if params:
-        rule = {**({"name": rule} if isinstance(rule, str) else rule), **params}
+    rule = with_params(method or content.get("method", "ace"), params or {})
     return make_recipe({**content, "method": rule, **overrides}, path)
+
+
+def with_params(method: Any, params: Mapping[str, Any]) -> Any:
+    """A rule, by name or as a table, with more parameters; what is neither is left to the validation."""
+    if isinstance(method, str):
+        return {"name": method, **params}
+    return {**method, **params} if isinstance(method, dict) else method
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_RECIPE:
-            raise UsageError(path, "too large for a recipe", "name the recipe's YAML file")
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except OSError as failure:
-        reason = (failure.strerror or "cannot be read").lower()
-        raise UsageError(path, reason, "name the recipe's YAML file") from None
+        content = yaml.safe_load(files.read_small(path, _MAX_RECIPE).decode("utf-8"))
+    except CheckpointError as failure:
+        raise UsageError(path, failure.what, "name the recipe's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as failure:
         raise UsageError(path, f"not valid YAML ({' '.join(str(failure).split())[:160]})", "mend the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -144,7 +148,9 @@ def _locate_expert(folder: Path, expert: Any) -> Any:
 
 
 def _relative_to(folder: Path, path: str) -> str:
-    return str(folder / Path(path).expanduser())
+    with contextlib.suppress(RuntimeError):  # ~nobody: left as it is, to be reported as missing
+        path = str(Path(path).expanduser())
+    return str(folder / path)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     params = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
+        if not equals or key.strip() in ("", "name"):
             raise UsageError(f"--set {setting}", "not of the form KEY=VALUE", "write for example --set eps=2e-4")
         params[key.strip()] = value.strip()
     return params

@@ -6,9 +6,9 @@ import contextlib
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -29,11 +29,16 @@ class Role:
 
 @dataclass(frozen=True)
 class Roles:
-    """The role of every tensor, and `tied`: each other spelling of a shared tensor -> its first name."""
+    """The role of every tensor name, and which names mean the same tensor.
+
+    `identity` sends a name to that of the parameter it stands for: the two spellings of a tied head, `h.0.x` and
+    `transformer.h.0.x` of one architecture, `LayerNorm.gamma` and `LayerNorm.weight` have one identity.
+    """
 
     by_name: Mapping[str, Role]
-    tied: Mapping[str, str]
+    identity: Mapping[str, str]
     source: str
+    from_architecture: bool
 
 
 def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Roles:
@@ -42,7 +47,7 @@ def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> 
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
     and shape; `Roles.source` says so.
     """
-    model, why_not = _meta_model(config, most_layers=max(1000, len(tensors)))
+    model, why_not = _meta_model(config, most=max(1000, len(tensors)))
     if model is None:
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
     return roles_from_model(model, tensors, f"the architecture {type(model).__name__}")
@@ -51,63 +56,102 @@ def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> 
 def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source: str) -> Roles:
     """Roles from the modules of `model`, whose checkpoint names may differ from its parameter names."""
     in_model = _roles_of_parameters(model)
-    rename = _checkpoint_renaming(model)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     conv1d = any(role.name == "conv1d" for role in in_model.values())
-    by_name = {}
-    for name, spec in tensors.items():
-        role = in_model.get(rename(name))
-        if role is not None and role.name == "experts" and len(spec.shape) == 2:
-            role = Role("linear")  # one expert's matrix, fused only in memory
-        by_name[name] = role or role_by_name(spec, conv1d)
-    tied = _tied_spellings(model)
-    groups: dict[str, str] = {}
-    tied_names = {}
-    for name in tensors:
-        parameter = tied.get(rename(name))
-        if parameter is not None:
-            first = groups.setdefault(parameter, name)
-            if first != name:
-                tied_names[name] = first
-    return Roles(by_name, tied_names, source)
+    rename, tied = _checkpoint_renaming(model), _tied_spellings(model)
+    by_name, identity = {}, {}
+    for name in sorted(tensors):
+        parameter, one_to_one = rename(name)
+        role = _fit_to_shape(in_model.get(parameter), tensors[name].shape, shapes.get(parameter, ()))
+        by_name[name] = role or role_by_name(tensors[name], conv1d)
+        identity[name] = tied.get(parameter, parameter) if one_to_one else name
+    return Roles(by_name, identity, source, from_architecture=True)
 
 
-def _meta_model(config: Mapping[str, Any], most_layers: int) -> tuple[nn.Module | None, str]:
-    """The model of `config` on the meta device, or None and why not. No code named by the config is run."""
-    for key, value in config.items():
-        if "layer" in key and isinstance(value, int) and value > most_layers:
-            return None, f"config.json asks for {key} = {value:,}"
+def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
+    """The architecture's role where it can hold for a tensor stored in another shape than the parameter's."""
+    if role is None or role.name not in ("linear", "conv1d", "experts"):
+        return role
+    if len(stored) == 2:  # with fused experts in memory: one expert's matrix, apart on disk
+        return Role("linear") if role.name == "experts" else role
+    if len(stored) != 3 or role.name != "experts":
+        return None
+    if stored != built and stored[1:] == built[:0:-1]:
+        return Role("experts", transposed=not role.transposed)
+    return role
+
+
+# Keys by which a config could ask transformers for code or files from elsewhere.
+_REACHING_OUT = re.compile(
+    r"auto_map|attn_implementation|experts_implementation|kernel|backbone|pretrained|_name_or_path"
+)
+# Keys whose values may be large without making the model deep.
+_WIDTHS = re.compile(r"vocab|position|size|dim|token|_id$|_ids$|length|window|theta|channels|factor|width")
+_DEPTHS = re.compile(r"layer|depth|block|stage|num_")
+
+
+def _meta_model(config: Mapping[str, Any], most: int) -> tuple[nn.Module | None, str]:
+    """The model of `config` on the meta device, or None and why not.
+
+    Whatever the config names, no code is fetched or run but transformers' own, and the Hub is not asked.
+    """
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(config.get("model_type"), str):
+        return None, "config.json names no architecture"
+    too_many = _too_many(config, most)
+    if too_many:
+        return None, f"config.json asks for {too_many}"
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
         return None, "transformers is not installed: pip install 'acemerge[hf]'"
-    architectures = config.get("architectures")
-    model_type = config.get("model_type")
-    if not isinstance(architectures, list) or not architectures or not isinstance(model_type, str):
-        return None, "config.json names no architecture"
-    cls: Any = getattr(transformers, str(architectures[0]), None)
-    if cls is None or not issubclass(cls, transformers.PreTrainedModel) or cls.config_class is None:
-        return None, f"transformers has no {str(architectures[0])[:80]!r}"
-    with _quiet(logging.getLogger("transformers")):
+    name = str(architectures[0])[:80]
+    with _isolated():
         try:
-            settings = {k: v for k, v in config.items() if k not in ("auto_map", "torch_dtype", "dtype")}
-            built = cls.config_class.from_dict(settings)
+            cls: Any = getattr(transformers, name, None)
+            if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+                return None, f"transformers has no {name!r}"
+            settings = {**_sanitised(config), "attn_implementation": "eager"}
+            built = cls.config_class.from_dict(settings)  # type: ignore[attr-defined]
             with torch.device("meta"):
-                model: nn.Module = cls(built)
-                cast(Any, model).tie_weights()
+                model: Any = cls(built)
+                model.tie_weights()
         except Exception as failure:  # whatever an odd config makes the architecture raise
-            return None, f"{architectures[0]} could not be built: {type(failure).__name__}"
+            return None, f"{name} could not be built: {type(failure).__name__}"
     return model, ""
 
 
+def _sanitised(config: Any) -> Any:
+    if isinstance(config, Mapping):
+        ours = ("torch_dtype", "dtype")
+        return {k: _sanitised(v) for k, v in config.items() if k not in ours and not _REACHING_OUT.search(k)}
+    return [_sanitised(item) for item in config] if isinstance(config, list) else config
+
+
+def _too_many(config: Any, most: int, key: str = "") -> str:
+    """The first count in the config that would make building it endless, as `key = value`; else empty."""
+    if isinstance(config, Mapping):
+        return next((found for k, v in config.items() if (found := _too_many(v, most, str(k)))), "")
+    if isinstance(config, list):
+        return next((found for item in config if (found := _too_many(item, most, key))), "")
+    wide = _WIDTHS.search(key) and not _DEPTHS.search(key)
+    large = isinstance(config, int) and config > most and not wide
+    return f"{key} = {config:,}" if large else ""
+
+
 @contextlib.contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Silences transformers' own messages: what matters is said by the plan."""
-    level = logger.level
+def _isolated() -> Iterator[None]:
+    """Keeps transformers offline and silences its messages: what matters is said by the plan."""
+    logger = logging.getLogger("transformers")
+    hub: Any = importlib.import_module("huggingface_hub.constants")
+    level, offline = logger.level, hub.HF_HUB_OFFLINE
     logger.setLevel(logging.CRITICAL)
+    hub.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         logger.setLevel(level)
+        hub.HF_HUB_OFFLINE = offline
 
 
 def _roles_of_parameters(model: nn.Module) -> dict[str, Role]:
@@ -118,8 +162,9 @@ def _roles_of_parameters(model: nn.Module) -> dict[str, Role]:
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             roles[dot + name] = _role_of_parameter(module, name, parameter.ndim, module is head)
-        for name, buffer in module.named_buffers(recurse=False):
-            roles[dot + name] = Role("norm" if buffer is not None and _is_norm(module) else "other")
+        for name, _ in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:  # those are no part of a checkpoint
+                roles[dot + name] = Role("norm" if _is_norm(module) else "other")
     return roles
 
 
@@ -137,39 +182,49 @@ def _role_of_parameter(module: nn.Module, name: str, ndim: int, is_output_head: 
     if type(module).__name__ == "Conv1D":
         return Role("conv1d", transposed=True)
     if ndim == 3 and "expert" in type(module).__name__.lower():
-        return Role("experts", transposed=bool(getattr(module, "is_transposed", False)))
+        return Role("experts", transposed=_stores_in_out(module))
     if ndim == 2 and (isinstance(module, nn.Linear) or name.endswith("weight")):
         return Role("linear")
     return Role("embedding" if ndim == 2 and "embed" in name else "other")
+
+
+def _stores_in_out(module: nn.Module) -> bool:
+    """Whether fused experts are (expert, in, out): the first matrix's input is as wide as the second's output."""
+    shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3]
+    if len(shapes) == 2:
+        (_, a, b), (_, c, d) = shapes
+        if (a == d) != (b == c):
+            return a == d
+    return bool(getattr(module, "is_transposed", False))
 
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _checkpoint_renaming(model: nn.Module) -> Callable[[str], str]:
-    """Checkpoint name -> parameter name, by the renamings that transformers itself applies on loading."""
+def _checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+    """Checkpoint name -> parameter name and whether it is all of it, as transformers itself does on loading."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")
         transforms = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
     except (ImportError, AttributeError):  # an older transformers, or a plain nn.Module: names are the same
-        return lambda name: name
+        return lambda name: (name, True)
     converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
     state = model.state_dict()
     prefix = str(getattr(model, "base_model_prefix", ""))
-    return lambda name: str(loading.rename_source_key(name, renamings, converters, prefix, state)[0])
+
+    def rename(name: str) -> tuple[str, bool]:
+        parameter, converter = loading.rename_source_key(name, renamings, converters, prefix, state)
+        return str(parameter), converter is None
+
+    return rename
 
 
 def _tied_spellings(model: nn.Module) -> dict[str, str]:
-    """Parameter name -> first name of the parameter that it shares, for parameters with several names."""
+    """Parameter name -> first name of the parameter, which differs where it is shared."""
     first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), name)
-        if owner != name:
-            tied[name] = tied[owner] = owner
-    return tied
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 # --- by name and shape --------------------------------------------------------------------------------------
@@ -185,15 +240,13 @@ def roles_by_name(
 ) -> Roles:
     conv1d = _stores_conv1d(tensors)
     by_name = {name: role_by_name(spec, conv1d) for name, spec in tensors.items()}
-    tied = {}
+    identity = {name: name for name in tensors}
     if config.get("tie_word_embeddings"):
-        heads = [name for name, role in by_name.items() if role.name == "output_head"]
         embeddings = [name for name, role in by_name.items() if role.name == "embedding"]
-        for head in heads:
+        for head in (name for name, role in by_name.items() if role.name == "output_head"):
             same = [name for name in embeddings if tensors[name].shape == tensors[head].shape]
-            if same:
-                tied[head] = same[0]
-    return Roles(by_name, tied, source)
+            identity[head] = same[0] if same else head
+    return Roles(by_name, identity, source, from_architecture=False)
 
 
 def role_by_name(spec: TensorSpec, conv1d: bool) -> Role:
@@ -229,11 +282,3 @@ def _is_transposed(weight: TensorSpec, tensors: Mapping[str, TensorSpec]) -> boo
     if bias is None or len(weight.shape) != 2 or len(bias.shape) != 1:
         return False
     return bias.shape[0] == weight.shape[1] != weight.shape[0]
-
-
-def summarise(roles: Iterable[Role]) -> str:
-    """How many roles came from where, for the plan's first lines."""
-    counts = {"architecture": 0, "name": 0}
-    for role in roles:
-        counts[role.origin] += 1
-    return ", ".join(f"{count} by {origin}" for origin, count in counts.items() if count)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.folder import contained, is_model_file, open_checkpoint
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.writer import HEADS
 from acemerge.compute import check_finite
@@ -22,33 +22,46 @@ def verify(folder: str | Path) -> dict[str, Any]:
     Raises CheckpointError that names the first file or tensor that is missing, altered or not finite.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")
+    with files.reading(folder):
+        if not folder.is_dir():
+            raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")
     manifest = load_manifest(folder)
-    for name, expected in manifest["outputs"].items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(path, "is missing", _CURE)
-        if files.fingerprint(path)[0] != expected["bytes"]:
-            raise CheckpointError(path, "has another size than when it was written", _CURE)
-        if files.sha256(path) != expected["sha256"]:
-            raise CheckpointError(path, "was altered since it was written", _CURE)
+    outputs = manifest["outputs"]
+    for name in _model_files(folder):
+        if name not in outputs:
+            raise CheckpointError(folder / name, "is not in the manifest", "remove it, or merge again")
+    for name, expected in outputs.items():
+        _check_file(contained(folder.resolve(), name), expected)
     _check_tensors(folder, manifest)
     return manifest
 
 
+def _model_files(folder: Path) -> list[str]:
+    """The files that a reader would take for a part of the model."""
+    heads = [f"{HEADS}/{name}" for name in files.list_folder(folder / HEADS)] if (folder / HEADS).is_dir() else []
+    return [name for name in files.list_folder(folder) if is_model_file(name)] + heads
+
+
+def _check_file(path: Path, expected: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(path, "is missing", _CURE)
+    if files.fingerprint(path)[0] != expected["bytes"]:
+        raise CheckpointError(path, "has another size than when it was written", _CURE)
+    if files.sha256(path) != expected["sha256"]:
+        raise CheckpointError(path, "was altered since it was written", _CURE)
+
+
 def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(folder)
-    for name in manifest["tensors"]:
-        if name not in checkpoint.tensors:
-            raise CheckpointError(folder, f"tensor {name!r} is missing", _CURE)
+    missing = manifest["tensors"].keys() - checkpoint.tensors.keys()
+    if missing:
+        raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", _CURE)
     for name, spec in checkpoint.tensors.items():
         if name not in manifest["tensors"]:
             raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", _CURE)
         if spec.dtype.is_floating_point:
-            check_finite(checkpoint.read(name), name, str(folder))
+            check_finite(checkpoint.read(name), name, str(folder), _CURE)
     for label, heads in manifest["heads"].items():
-        if heads:
-            path = folder / HEADS / f"{label}.safetensors"
-            if {info.spec.name for info in read_header(path)} != set(heads):
-                raise CheckpointError(path, "has other tensors than the manifest says", _CURE)
+        name = f"{HEADS}/{label}.safetensors"
+        if heads and {info.spec.name for info in read_header(contained(folder.resolve(), name))} != set(heads):
+            raise CheckpointError(folder / name, "has other tensors than the manifest says", _CURE)

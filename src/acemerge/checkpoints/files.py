@@ -20,25 +20,25 @@ _CHUNK = 1 << 22
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError into a CheckpointError that names `path`."""
+    """Turn an OSError, or a path that is none, into a CheckpointError that names `path`."""
     try:
         yield
-    except OSError as failure:
+    except (OSError, ValueError, RuntimeError) as failure:
         raise CheckpointError(path, _reason(failure), "check the path, its permissions and the disk") from failure
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a WriteError that names `path`."""
+    """Turn an OSError, or a path that is none, into a WriteError that names `path`."""
     try:
         yield
-    except OSError as failure:
+    except (OSError, ValueError, RuntimeError) as failure:
         cure = "free space or choose another output folder, then run again"
         raise WriteError(path, _reason(failure), cure) from failure
 
 
-def _reason(failure: OSError) -> str:
-    return (failure.strerror or str(failure)).lower()
+def _reason(failure: Exception) -> str:
+    return ((failure.strerror if isinstance(failure, OSError) else None) or str(failure)).lower()
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ def is_model_file(name: str) -> bool:
 _ASSET = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|vocab_\w+"
     r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|chat_template"
-    r"|config_sentence_transformers|sentence_bert_config|modules)\.json"
-    r"|vocab\.txt|merges\.txt|bpe\.codes|chat_template\.jinja"
-    r"|tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|source\.spm|target\.spm"
+    r"|config_sentence_transformers|sentence_bert_config|modules|normalizer|encoder|entity_vocab|tekken)\.json"
+    r"|vocab\.txt|merges\.txt|bpe\.codes|vocab\.bpe|chat_template\.jinja"
+    r"|tokenizer\.model|spiece\.model|spm\.model|sentencepiece(\.bpe)?\.model|source\.spm|target\.spm"
 )
 
 
@@ -79,10 +79,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises CheckpointError for a folder that is missing, incomplete, inconsistent or holds no safetensors.
     """
-    if not path.is_dir():
-        cure = "name a checkpoint folder with model.safetensors in it"
-        raise CheckpointError(path, "not a folder" if path.exists() else "no such folder", cure)
-    root = path.resolve()
+    with files.reading(path):
+        if not path.is_dir():
+            cure = "name a checkpoint folder with model.safetensors in it"
+            raise CheckpointError(path, "not a folder" if path.exists() else "no such folder", cure)
+        root = path.resolve()
     names = files.list_folder(root)
     weight_files = _weight_files(root, names)
     prints = {file: files.fingerprint(file) for file in weight_files}
@@ -161,7 +162,8 @@ def contained(root: Path, name: str) -> Path:
 
     A Hub cache keeps files as links `snapshots/REV/name -> ../../blobs/HASH`: those blobs belong to the folder.
     """
-    target = (root / name).resolve()
+    with files.reading(root / name):
+        target = (root / name).resolve()
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
@@ -173,9 +175,10 @@ def contained(root: Path, name: str) -> Path:
 def read_config(path: Path) -> Mapping[str, Any]:
     """`config.json` as a table; it is data, and no code that it names is ever loaded."""
     target = contained(path.parent, path.name)
-    config = parse_json(files.read_small(target, MAX_CONFIG), path)
+    # transformers itself writes Infinity for some limits.
+    config = parse_json(files.read_small(target, MAX_CONFIG), path, "fetch the file again", constants=True)
     if not isinstance(config, dict):
-        raise CheckpointError(path, "is no JSON object", "fetch it again")
+        raise CheckpointError(path, "is no JSON object", "fetch the file again")
     if "quantization_config" in config:
         cure = "merge the unquantised checkpoint, or dequantise it first"
         raise CheckpointError(path, "the checkpoint is quantised", cure)

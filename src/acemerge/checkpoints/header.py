@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,25 +103,26 @@ def _header_length(descriptor: int, size: int, path: Path) -> int:
     return length
 
 
-def parse_json(text: bytes, path: Path) -> Any:
-    """JSON with duplicate keys, NaN and bottomless nesting refused."""
+def parse_json(text: bytes, path: Path, cure: str = _CURE, constants: bool = False) -> Any:
+    """JSON with duplicate keys, bottomless nesting and, unless `constants`, NaN and infinities refused."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(path, f"the key {twice!r} stands twice", _CURE)
+            counts = Counter(key for key, _ in pairs)
+            twice = counts.most_common(1)[0][0]
+            raise CheckpointError(path, f"the key {twice[:80]!r} stands twice", cure)
         return result
 
     def no_constants(name: str) -> Any:
         raise ValueError(f"{name} is not JSON")
 
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        parse = None if constants else no_constants
+        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=parse)
     except (ValueError, RecursionError) as failure:
         detail = str(failure)[:120] or type(failure).__name__
-        raise CheckpointError(path, f"not valid JSON ({detail})", _CURE) from None
+        raise CheckpointError(path, f"not valid JSON ({detail})", cure) from None
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -157,7 +159,7 @@ def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorIn
 
 
 def _is_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in values)
 
 
 def _check_layout(infos: list[TensorInfo], start: int, size: int, path: Path) -> None:

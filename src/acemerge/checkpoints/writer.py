@@ -19,12 +19,14 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import INDEX, SINGLE, is_model_file
-from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
+from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec, parse_json
 from acemerge.errors import AcemergeError, UsageError, WriteError
 from acemerge.shapes import Tensor
 
 MANIFEST = "acemerge.json"
+CARD = "README.md"
 HEADS = "heads"
+MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 _PARTIAL = ".partial"
 _OLD = ".old"
@@ -124,21 +126,20 @@ class OutputFolder:
 
     def publish(self, manifest: bytes) -> None:
         """Rename everything into place, the manifest last; on failure put an earlier output back."""
-        manifest_name = MANIFEST + _PARTIAL
-        descriptor = files.create(self.path / manifest_name)
-        files.write_all(descriptor, manifest, self.path / manifest_name)
-        files.sync_and_close(descriptor, self.path / manifest_name)
+        outputs = list(self.written)
+        self.write_bytes(MANIFEST, manifest)
         replaced: list[str] = []
         placed: list[str] = []
         try:
             for name in self._obsolete():
                 files.rename(self.path / name, self.path / (name + _OLD))
                 replaced.append(name)
-            for name in [*self.written, MANIFEST]:
-                if name == MANIFEST:
-                    self._sync()
+            for name in outputs:
                 files.rename(self.path / (name + _PARTIAL), self.path / name)
                 placed.append(name)
+            self._sync()
+            files.rename(self.path / (MANIFEST + _PARTIAL), self.path / MANIFEST)
+            placed.append(MANIFEST)
             self._sync()
         except BaseException:
             self._roll_back(replaced, placed)
@@ -154,29 +155,60 @@ class OutputFolder:
 
     def _obsolete(self) -> list[str]:
         """The files of an earlier output that must go or be replaced, its manifest first."""
-        old = [name for name in files.list_folder(self.path) if is_model_file(name) or name in self.written]
-        if (self.path / HEADS).is_dir():
-            heads = files.list_folder(self.path / HEADS)
-            old += [f"{HEADS}/{name}" for name in heads if name.endswith(".safetensors")]
-        manifest = [MANIFEST] if (self.path / MANIFEST).exists() else []
-        return manifest + old
+        there = [name for name in self._listing() if _is_output(name) or name in self.written]
+        return sorted(there, key=lambda name: name != MANIFEST)
+
+    def _listing(self) -> list[str]:
+        """Every file here and in heads/, by its name in the manifest."""
+        names = files.list_folder(self.path)
+        if HEADS in names:
+            names += [f"{HEADS}/{name}" for name in files.list_folder(self.path / HEADS)]
+        return [name for name in names if not (self.path / name).is_dir()]
 
     def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
-        with contextlib.suppress(AcemergeError):
-            for name in reversed(placed):
+        """Undo as much as can be undone; what cannot is put back by the next run's `recover`."""
+        for name in reversed(placed):
+            with contextlib.suppress(AcemergeError):
                 files.remove(self.path / name)
-            for name in reversed(replaced):
+        for name in reversed(replaced):
+            with contextlib.suppress(AcemergeError):
                 files.rename(self.path / (name + _OLD), self.path / name)
 
-    def discard(self, suffixes: tuple[str, ...] = (_PARTIAL,)) -> None:
+    def recover(self) -> None:
+        """Tidy up after a run that was killed: before its manifest was in place, the earlier output comes back."""
+        listing = self._listing()
+        old = [name.removesuffix(_OLD) for name in listing if name.endswith(_OLD)]
+        old = [name for name in old if _is_output(name)]
+        if MANIFEST not in listing and MANIFEST in old:
+            earlier = self._outputs_of(MANIFEST + _OLD)
+            for name in listing:
+                if _is_output(name) and name not in earlier:  # placed by the killed run
+                    files.remove(self.path / name)
+            for name in sorted(old, key=lambda name: name == MANIFEST):
+                files.rename(self.path / (name + _OLD), self.path / name)
+        for name in old:
+            files.remove(self.path / (name + _OLD))
+
+    def _outputs_of(self, manifest: str) -> set[str]:
+        """The files that a manifest lists."""
+        path = self.path / manifest
+        content = parse_json(files.read_small(path, MAX_MANIFEST), path)
+        outputs = content.get("outputs") if isinstance(content, dict) else None
+        return set(outputs) if isinstance(outputs, dict) else set()
+
+    def discard(self) -> None:
         """Remove what was written and not published."""
-        for folder in (self.path / HEADS, self.path):
-            if not folder.is_dir():
-                continue
-            for name in files.list_folder(folder):
-                if name.endswith(suffixes):
-                    files.remove(folder / name)
+        for name in self._listing():
+            if name.endswith(_PARTIAL) and _is_output(name.removesuffix(_PARTIAL)):
+                files.remove(self.path / name)
         files.remove_folder(self.path / HEADS)
+
+
+def _is_output(name: str) -> bool:
+    """Whether acemerge writes files of this name."""
+    if name.startswith(f"{HEADS}/"):
+        return name.endswith(".safetensors")
+    return name in (MANIFEST, CARD) or is_model_file(name)
 
 
 @contextlib.contextmanager
@@ -186,19 +218,21 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[OutputFolder]:
     Raises UsageError for a link or a folder that is not empty (unless `overwrite`), WriteError where the
     folder cannot be made or another run holds it.
     """
-    created = not path.exists()
-    if path.is_symlink() or (path / HEADS).is_symlink():
-        raise UsageError(path, "is a link", "name the folder itself")
-    if not created and not path.is_dir():
-        raise UsageError(path, "is a file", "name a folder")
-    if not created and not overwrite and set(files.list_folder(path)) - {_LOCK}:
-        what = "holds a finished merge" if (path / MANIFEST).exists() else "is not empty"
-        raise UsageError(path, what, "choose another folder or add --overwrite")
+    with files.writing(path):
+        created = not path.exists()
+        if path.is_symlink() or (path / HEADS).is_symlink():
+            raise UsageError(path, "is a link", "name the folder itself")
+        if not created and not path.is_dir():
+            raise UsageError(path, "is a file", "name a folder")
     files.make_folder(path)
     try:
         with files.lock(path / _LOCK):
+            if not overwrite and set(files.list_folder(path)) - {_LOCK}:
+                what = "holds a finished merge" if (path / MANIFEST).exists() else "is not empty"
+                raise UsageError(path, what, "choose another folder or add --overwrite")
             output = OutputFolder(path)
-            output.discard((_PARTIAL, _OLD))  # what a killed run left
+            output.recover()
+            output.discard()
             try:
                 yield output
             except BaseException:
@@ -218,6 +252,10 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def _check_readable(path: Path, names: set[str]) -> None:
     """Open a written file with the reference reader and compare its tensor names."""
-    with safetensors.safe_open(path, framework="pt") as reader:
-        if set(reader.keys()) != names:
-            raise WriteError(path, "does not read back as it was written", "check the disk and run again")
+    try:
+        with safetensors.safe_open(path, framework="pt") as reader:
+            found = set(reader.keys())
+    except (OSError, ValueError, safetensors.SafetensorError) as failure:
+        raise WriteError(path, f"does not read back ({failure})", "check the path and the disk, run again") from None
+    if found != names:
+        raise WriteError(path, "does not read back as it was written", "check the disk and run again")

@@ -13,15 +13,33 @@ from typing import Any
 
 import safetensors
 import torch
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
-from acemerge.checkpoints.writer import MANIFEST, FileSum
+from acemerge.checkpoints.writer import MANIFEST, MAX_MANIFEST, FileSum
 from acemerge.errors import CheckpointError
 from acemerge.plan import Plan
 
 FORMAT = "acemerge-manifest-1"
-_MAX_MANIFEST = 512 << 20
+
+
+class _File(TypedDict):
+    sha256: str
+    bytes: int
+
+
+class _Needed(TypedDict):
+    """What readers of a manifest rely on."""
+
+    outputs: dict[str, _File]
+    tensors: dict[str, dict[str, Any]]
+    heads: dict[str, dict[str, str]]
+    recipe: dict[str, Any]
+
+
+_SHAPE = TypeAdapter(_Needed)
 
 
 def build_manifest(
@@ -79,7 +97,7 @@ def to_bytes(manifest: Mapping[str, Any]) -> bytes:
 def _spell(content: Mapping[str, Any]) -> bytes:
     # Python's JSON writes NaN and infinities as words that are no JSON: they become null.
     clean = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    return json.dumps(clean, indent=1, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(clean, indent=1).encode() + b"\n"
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -88,10 +106,15 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         cure = "the merge is not finished: run it again"
         raise CheckpointError(folder, f"has no {MANIFEST}", cure)
-    text = files.read_small(path, _MAX_MANIFEST)
+    text = files.read_small(path, MAX_MANIFEST)
     manifest = parse_json(text, path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(path, f"is no {FORMAT}", "merge again with this version of acemerge")
     if to_bytes(manifest) != text:
         raise CheckpointError(path, "its digest does not match its content", "merge again, or restore the file")
+    try:
+        _SHAPE.validate_python(manifest)
+    except ValidationError as failure:
+        place = ".".join(map(str, failure.errors()[0]["loc"]))
+        raise CheckpointError(path, f"{place!r} is malformed", "merge again with this version of acemerge") from None
     return manifest
