@@ -284,7 +284,11 @@ def _start_slow_merge(plain: PlainModel, out: Path) -> subprocess.Popen[str]:
     base, experts = plain.save()
     words = ["merge", "--base", str(base), *(w for e in experts for w in ("--expert", str(e))), "-o", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _SLOW, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert process.stdout is not None
     process.stdout.readline()
