@@ -108,6 +108,23 @@ def test_mixed_types_are_promoted_and_the_output_follows_the_base(plain: PlainMo
     assert all(merged[name].dtype == value.dtype for name, value in plain.base.items())
 
 
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("of_expert", FLOATS, ids=str)
+@pytest.mark.parametrize("of_base", FLOATS, ids=str)
+def test_every_pair_of_types(tmp_path: Path, of_base: torch.dtype, of_expert: torch.dtype) -> None:
+    """Task vectors are taken in float32, in float64 where one side is; the result is rounded to the base's type."""
+    plain = PlainModel(tmp_path, of_base, experts=2)
+    plain.tuned = [{n: v.to(of_expert) if v.is_floating_point() else v for n, v in e.items()} for e in plain.tuned]
+    _, merged = merge(plain, method="average")
+    for name, W0 in plain.base.items():
+        if W0.is_floating_point():
+            exact = W0.double() + sum(expert[name].double() - W0.double() for expert in plain.tuned) / 2
+            wide = torch.float64 in (of_base, of_expert)
+            torch.testing.assert_close(merged[name], (exact if wide else exact.float()).to(of_base))
+
+
 def test_a_forced_type_reaches_weights_and_config(plain: PlainModel) -> None:
     base, experts = plain.save()
     (base / "config.json").write_text(json.dumps({"dtype": "float32", "x": 1}))

@@ -66,7 +66,7 @@ def test_the_model_card_names_base_experts_and_recipe(out: Path) -> None:
 def test_verify_finds_any_flipped_bit(out: Path) -> None:
     rng = random.Random(0)
     paths = [path for path in out.rglob("*") if path.is_file()]
-    for trial in range(200):
+    for trial in range(500):
         path = paths[trial % len(paths)]
         good = path.read_bytes()
         bad = bytearray(good)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PlainModel
 from torch import nn
 
 from acemerge.cli import main
+from builders import PlainModel
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -12,7 +12,7 @@ import torch
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerResult, Method
-from acemerge.plan import Job, Source
+from acemerge.plan import Job, Source, keep_base
 from acemerge.recipe import Recipe
 from acemerge.shapes import Float, Tensor
 
@@ -59,8 +59,8 @@ def _kept(job: Job, base: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Any
     if job.must_agree:
         for label, expert, name in zip(inputs.labels, inputs.experts, job.sources, strict=True):
             if name and not torch.equal(base, expert.read(name)):
-                cure = f"add the recipe rule {{match: {job.name}, action: base}} to keep the base's"
-                raise CheckpointError(f"expert {label}", f"integer tensor {job.name!r} differs from the base's", cure)
+                what = f"integer tensor {job.name!r} differs from the base's"
+                raise CheckpointError(f"expert {label}", what, keep_base(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, "base")
     return _cast(base, job), {"status": "kept"}

@@ -20,7 +20,7 @@ from acemerge.roles import Role, Roles
 from acemerge.shapes import Tensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Code, libraries and allocator slack, whatever the model; then T task vectors and the rule's own matrices.
+# Code, libraries and allocator slack, whatever the model; then T task vectors and what a rule adds to them.
 _RESIDENT = 500_000_000
 _WORK_MATRICES = 4
 
@@ -98,10 +98,17 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes: T + 4 of the largest tensor in the compute type, and what the process itself needs."""
+        """Bytes for one worker: T + 4 of a tensor in the compute type, a matrix rule's square system and its
+        factor, and what the process itself needs.
+        """
         width = 8 if self.recipe.compute_dtype == "float64" else 4
-        largest = max((job.spec.count for job in self.jobs if job.method), default=0)
-        return _RESIDENT + largest * width * (len(self.experts) + _WORK_MATRICES)
+        largest = 0
+        for job in self.jobs:
+            if job.method:
+                _, rows, columns = matrix_shape(job)
+                system = min(columns, len(self.experts) * rows) ** 2 if job.method.requires_matrix else 0
+                largest = max(largest, job.spec.count * (len(self.experts) + _WORK_MATRICES) + 2 * system)
+        return _RESIDENT + largest * width
 
 
 def matrix_shape(job: Job) -> tuple[int, int, int]:
@@ -179,7 +186,7 @@ class _Planner:
             if not found and self._is_no_parameter(role):
                 return Job(out, role, "no parameter of the architecture: the base's own")
             if not found:
-                raise CheckpointError(f"expert {label}", f"lacks tensor {name!r}", _keep(name))
+                raise CheckpointError(f"expert {label}", f"lacks tensor {name!r}", keep_base(name))
         shapes = [expert.tensors[found].shape for expert, found in zip(self.experts, sources, strict=True)]
         if any(shape != spec.shape for shape in shapes):
             return self._mismatched(out, role, shapes)
@@ -207,7 +214,7 @@ class _Planner:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
-                raise CheckpointError(f"expert {label}", what, _keep(out.name))
+                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
         return Job(out, role, "an integer buffer: must agree, copied", sources=sources, must_agree=True)
 
     def _base_only(self, out: TensorSpec, role: Role) -> Job:
@@ -216,7 +223,7 @@ class _Planner:
             return Job(out, role, "no parameter of the architecture: the base's own")
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {self.labels[0]}", what, _keep(out.name))
+            raise CheckpointError(f"expert {self.labels[0]}", what, keep_base(out.name))
         return Job(out, role, "no expert has it: the base's own")
 
     def _in_backbone(self, name: str) -> bool:
@@ -228,7 +235,7 @@ class _Planner:
         i = next(i for i, shape in enumerate(shapes) if shape != out.shape)
         found = f"tensor {out.name!r} has shape {list(shapes[i])}, but {list(out.shape)} in the base"
         if role.name in ("embedding", "output_head"):
-            cure = f"bring the vocabularies to one size, or {_keep(out.name)}"
+            cure = f"bring the vocabularies to one size, or {keep_base(out.name)}"
             raise CheckpointError(f"expert {self.labels[i]}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {self.labels[i]}", found, "merge models of one size")
@@ -256,7 +263,7 @@ class _Planner:
         return heads
 
 
-def _keep(name: str) -> str:
+def keep_base(name: str) -> str:
     """The cure that keeps the base's values of one tensor."""
     return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
 

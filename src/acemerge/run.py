@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ OnProgress = Callable[[Progress], None]
 
 def computed_in_order(
     jobs: Sequence[Job], inputs: Inputs, workers: int, on_progress: OnProgress
-) -> Iterator[tuple[Job, Computed]]:
+) -> Generator[tuple[Job, Computed], None, None]:
     """Every job's result in the order of `jobs`; at most `workers + 1` tensors are in flight.
 
     Each job is computed by one thread from its own inputs, so the result does not depend on `workers`.
@@ -81,7 +81,7 @@ def write_model(
             output.write_tensors(file, specs, next_tensor)
         next(results, None)  # reports the last tensor
     finally:
-        results.close()  # type: ignore[attr-defined]
+        results.close()
     output.write_index(shards)
     _write_heads(plan, inputs, output)
     return {name: records[name] for name in by_name}
