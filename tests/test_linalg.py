@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
-from acemerge.linalg.solve import ERROR_TOLERANCE, invert, rounding_error, with_rank_one
+from acemerge.linalg.solve import SMALL_ERROR_TOLERANCE, invert, rounding_error, with_rank_one
 from acemerge.linalg.spectral import leading_polar
 from oracles import matrix_with_condition, relative_error
 
@@ -39,9 +39,11 @@ def test_normal_equations(shape: tuple[int, int]) -> None:
         assert relative_error(equations.target, (weights * (X @ sources.mT @ sources)).sum(0)) < 1e-13
 
 
-def test_energies_are_summed_in_float64() -> None:
-    deltas = torch.full((2, 1000, 1000), 1e-3, dtype=torch.float32)
-    assert energies(deltas) == pytest.approx([1.0, 1.0], rel=1e-6)
+@pytest.mark.parametrize("shape", [(2, 1000, 1000), (2, 7), (2,), (2, 3, 4, 5), (2, 0)], ids=str)
+def test_energies(shape: tuple[int, ...]) -> None:
+    deltas = torch.full(shape, 1e-3, dtype=torch.float32)
+    expected = [deltas[0].numel() * 1e-6] * 2
+    assert energies(deltas).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e3, 1e6])
@@ -71,7 +73,7 @@ def test_the_error_estimate_bounds_the_error_of_float32() -> None:
             Y = inverse(B)
             error, estimate = relative_error(Y, exact), rounding_error(A, B, Y, inverse.norm)
             assert error < estimate < 50 * error + 1e-6
-            assert inverse.trusts(A, B, Y) == (estimate <= ERROR_TOLERANCE)
+            assert inverse.trusts(A, B, Y) == (estimate <= SMALL_ERROR_TOLERANCE)
             trusted.add(inverse.trusts(A, B, Y))
     assert trusted == {True, False}
 

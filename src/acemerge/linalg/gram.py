@@ -15,8 +15,10 @@ _BLOCKS = 4
 
 
 def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
-    """`n_t = ||D_t||_F^2` for each expert, summed in float64."""
-    return torch.stack([torch.linalg.vector_norm(d, dtype=torch.float64).square() for d in deltas])
+    """`n_t = ||D_t||_F^2` for each expert: rows in the tensor's own type, their sum in float64."""
+    flat = deltas[..., None] if deltas.ndim == 1 else deltas
+    rows: Tensor = torch.linalg.vector_norm(flat, dim=-1).double()
+    return rows.square().reshape(len(deltas), -1).sum(1)
 
 
 def symmetric_product(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
