@@ -32,7 +32,7 @@ def is_model_file(name: str) -> bool:
 _ASSET = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|vocab_\w+"
     r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|chat_template"
-    r"|config_sentence_transformers|sentence_bert_config|modules|normalizer|encoder|entity_vocab|tekken)\.json"
+    r"|config_sentence_transformers|sentence_bert_config|normalizer|encoder|entity_vocab|tekken)\.json"
     r"|vocab\.txt|merges\.txt|bpe\.codes|vocab\.bpe|chat_template\.jinja"
     r"|tokenizer\.model|spiece\.model|spm\.model|sentencepiece(\.bpe)?\.model|source\.spm|target\.spm"
 )
