@@ -51,8 +51,8 @@ def test_invert_and_the_prior_row(condition: float) -> None:
     square = matrix_with_condition(40, 40, condition**0.5, GENERATOR)
     A, B, prior = square.T @ square, randn(25, 40), randn(40).abs()
     inverse = invert(A)
-    assert (inverse.status, inverse.rank) == ("ok", 40)
-    assert inverse.condition == pytest.approx(condition, rel=0.7)
+    assert (inverse.diagnosis.status, inverse.diagnosis.rank) == ("ok", 40)
+    assert inverse.diagnosis.condition == pytest.approx(condition, rel=0.7)
     Y = inverse(B)
     assert relative_error(Y, torch.linalg.solve(A, B.T).T) < 1e-8
     with_prior = with_rank_one(Y, inverse(prior[None])[0])
@@ -71,22 +71,22 @@ def test_the_error_estimate_bounds_the_error_of_float32() -> None:
             exact = torch.linalg.solve(exact_gram + ridge.double(), (D.double() @ exact_gram).T).T
             inverse = invert(A)
             Y = inverse(B)
-            error, estimate = relative_error(Y, exact), rounding_error(A, B, Y, inverse.norm)
+            error, estimate = relative_error(Y, exact), rounding_error(A, B, Y, inverse.diagnosis.norm)
             assert error < estimate < 50 * error + 1e-6
-            assert inverse.trusts(A, B, Y) == (estimate <= SMALL_ERROR_TOLERANCE)
-            trusted.add(inverse.trusts(A, B, Y))
+            assert inverse.diagnosis.trusts(A, B, Y) == (estimate <= SMALL_ERROR_TOLERANCE)
+            trusted.add(inverse.diagnosis.trusts(A, B, Y))
     assert trusted == {True, False}
 
 
 def test_a_matrix_that_is_not_positive_definite_fails_in_float32_and_is_pseudo_inverted_in_float64() -> None:
     x = randn(4, 9)
     A, B = x.T @ x, randn(5, 4) @ x
-    assert invert(A.float()).status == "failed"
+    assert invert(A.float()).diagnosis.status == "failed"
     inverse = invert(A)
-    assert (inverse.status, inverse.rank) == ("pseudo-inverse", 4)
+    assert (inverse.diagnosis.status, inverse.diagnosis.rank) == ("pseudo-inverse", 4)
     assert relative_error(inverse(B), B @ torch.linalg.pinv(A)) < 1e-10
     nothing = invert(torch.zeros(3, 3, dtype=torch.float64))
-    assert nothing.rank == 0
+    assert nothing.diagnosis.rank == 0
     assert nothing(torch.ones(2, 3, dtype=torch.float64)).abs().max() == 0
 
 

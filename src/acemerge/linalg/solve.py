@@ -22,22 +22,17 @@ _ROUNDING_GROWTH = 8.0
 
 
 @dataclass(frozen=True)
-class Inverse:
-    """`A^(-1)` in factored form.
+class Diagnosis:
+    """What is known of a system matrix A once it is factored.
 
     `status` is "ok", "pseudo-inverse", or "failed" where float32 gave no factor; `rank` counts the
     eigenvalues that were kept, `condition` is an estimate, `norm` estimates `||A^(-1)||_F`.
     """
 
-    apply: Callable[[Tensor], Tensor]
     status: Literal["ok", "pseudo-inverse", "failed"]
     condition: float
     rank: int
     norm: float
-
-    def __call__(self, B: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """`B A^(-1)`."""
-        return self.apply(B)
 
     def trusts(self, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], Y: Float[Tensor, "out in"]) -> bool:
         """Whether `Y = B A^(-1)` is accurate enough; always true in float64, where nothing wider is left."""
@@ -45,6 +40,17 @@ class Inverse:
             return True
         tolerance = SMALL_ERROR_TOLERANCE if len(A) <= _SMALL else ERROR_TOLERANCE
         return self.status == "ok" and rounding_error(A, B, Y, self.norm) <= tolerance
+
+
+@dataclass(frozen=True)
+class Inverse:
+    """`A^(-1)` in factored form: `inverse(B)` is `B A^(-1)`."""
+
+    apply: Callable[[Tensor], Tensor]
+    diagnosis: Diagnosis
+
+    def __call__(self, B: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        return self.apply(B)
 
 
 def invert(A: Float[Tensor, "in in"]) -> Inverse:
@@ -57,9 +63,9 @@ def invert(A: Float[Tensor, "in in"]) -> Inverse:
     L, info = torch.linalg.cholesky_ex(A)
     if info.item() == 0 and bool(torch.isfinite(L.diagonal()).all()):
         condition, norm = _spectrum_estimates(A, L)
-        return Inverse(lambda B: torch.cholesky_solve(B.T, L).T, "ok", condition, A.shape[0], norm)
+        return Inverse(lambda B: torch.cholesky_solve(B.T, L).T, Diagnosis("ok", condition, len(A), norm))
     if A.dtype == torch.float32:
-        return Inverse(lambda B: B, "failed", float("inf"), 0, float("inf"))
+        return Inverse(lambda B: B, Diagnosis("failed", float("inf"), 0, float("inf")))
     return _pseudo_inverse(A)
 
 
@@ -70,7 +76,8 @@ def _pseudo_inverse(A: Tensor) -> Inverse:
     values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
     condition = float(values[-1] / values[0]) if len(values) else float("inf")
     norm = float((1 / values).norm())
-    return Inverse(lambda B: (B @ vectors / values) @ vectors.T, "pseudo-inverse", condition, len(values), norm)
+    diagnosis = Diagnosis("pseudo-inverse", condition, len(values), norm)
+    return Inverse(lambda B: (B @ vectors / values) @ vectors.T, diagnosis)
 
 
 def with_rank_one(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:

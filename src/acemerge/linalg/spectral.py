@@ -31,8 +31,7 @@ def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
     if X.shape[0] < X.shape[1]:
         flipped = leading_polar(X.T, k)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    wide = X.double()
-    values, vectors = torch.linalg.eigh(symmetric_product(wide))  # ascending
+    values, vectors = torch.linalg.eigh(symmetric_product(X.double()))  # ascending
     s = values[-k:].flip(0).clamp_min(0).sqrt()
     V = vectors[:, -k:].flip(1)  # (in, k)
     if not s[-1] > _GRAM_RANGE * s[0]:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
-from acemerge.linalg.solve import Inverse, invert, with_rank_one
+from acemerge.linalg.solve import Diagnosis, invert, with_rank_one
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.base import LayerResult
 from acemerge.methods.elementwise import Scale, weighted_sum
@@ -69,19 +69,19 @@ class Ace:
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
         terms = self._terms(deltas, weights, n, hetero)
         refined = int(self.k_frac * min(deltas.shape[1:])) if hetero and self.ablation == "E4" else 0
-        M, inverse, trusted = self._closed_form(deltas, terms, refined, deltas.dtype)
-        status: str = inverse.status
+        M, diagnosis, trusted = self._closed_form(deltas, terms, refined, deltas.dtype)
+        status: str = diagnosis.status
         if not trusted:
             del M
-            M, inverse, _ = self._closed_form(deltas, terms, refined, torch.float64)
-            status = "float64" if inverse.status == "ok" else inverse.status
+            M, diagnosis, _ = self._closed_form(deltas, terms, refined, torch.float64)
+            status = "float64" if diagnosis.status == "ok" else diagnosis.status
         stats: dict[str, Any] = {
             "status": status,
             "gamma": gamma,
             "branch": "heterogeneous" if hetero else "homogeneous",
             "eps": self.eps,
-            "condition": inverse.condition,
-            "rank": inverse.rank,
+            "condition": diagnosis.condition,
+            "rank": diagnosis.rank,
             "refined": refined,
         }
         return LayerResult((self.scale * M).to(deltas.dtype), stats)
@@ -106,14 +106,16 @@ class Ace:
 
     def _closed_form(
         self, deltas: Tensor, terms: _Terms, refined: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Inverse, bool]:
-        """M, the inverse it came from and whether it can be trusted, all in `dtype`."""
+    ) -> tuple[Tensor, Diagnosis, bool]:
+        """M, what is known of its system matrix and whether it can be trusted, all in `dtype`."""
         solve = _solve_dual if _prefers_dual(*deltas.shape) else _solve_primal
-        pre, residual, inverse, trusted = solve(deltas, terms, dtype)
+        pre, residual, diagnosis, trusted = solve(deltas, terms, dtype)
         if refined and trusted:
-            leading = leading_polar(residual().add_(pre), refined)
+            sum_of_both = residual().add_(pre)
+            del residual  # and with it the system matrix
+            leading = leading_polar(sum_of_both, refined)
             pre = pre.add_(leading.polar, alpha=float(leading.singular_values.mean()))
-        return pre, inverse, trusted
+        return pre, diagnosis, trusted
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class _Terms:
     prior: float | None
 
 
-# pre, the function that gives res = sum_t D_t (S_t - Rbar), the inverse, whether pre can be trusted
-_Solved = tuple[Tensor, Callable[[], Tensor], Inverse, bool]
+# pre, the function that gives res = sum_t D_t (S_t - Rbar), the diagnosis, whether pre can be trusted
+_Solved = tuple[Tensor, Callable[[], Tensor], Diagnosis, bool]
 
 
 def _prefers_dual(experts: int, rows: int, columns: int) -> bool:
@@ -151,7 +153,7 @@ def _solve_primal(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
     target = B + (ridged - ridged.mean(0))  # sum_t C_t R_t
     inverse = invert(A)
     Y = inverse(target)
-    trusted = inverse.trusts(A, target, Y)
+    trusted = inverse.diagnosis.trusts(A, target, Y)
     del target
     if prior is not None:
         Y = with_rank_one(Y, inverse(prior[None])[0])
@@ -160,7 +162,7 @@ def _solve_primal(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
         total = deltas.sum(0).to(dtype)
         return torch.addmm(B.add_(mean_row), total, A, alpha=-1 / len(deltas))
 
-    return Y, residual, inverse, trusted
+    return Y, residual, inverse.diagnosis, trusted
 
 
 def _solve_dual(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
@@ -185,7 +187,7 @@ def _solve_dual(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
     K.diagonal().add_(ridge)
     inverse = invert(K)
     Q = inverse(H)
-    trusted = inverse.trusts(K, H, Q)
+    trusted = inverse.diagnosis.trusts(K, H, Q)
     Y = _times_centred(Q * per_row, deltas, dtype)
     if terms.prior is not None:
         sums = deltas.sum(2, dtype=dtype)  # D 1, (T, out)
@@ -197,7 +199,7 @@ def _solve_dual(deltas: Tensor, terms: _Terms, dtype: torch.dtype) -> _Solved:
         mixed = _times_centred((own_D - all_D / T) * per_row, deltas, dtype)
         return mixed.sub_(deltas.sum(0).to(dtype), alpha=ridge / T)
 
-    return Y, residual, inverse, trusted
+    return Y, residual, inverse.diagnosis, trusted
 
 
 def _row_products(deltas: Float[Tensor, "T out in"], dtype: torch.dtype) -> Float[Tensor, "N N"]:
