@@ -60,7 +60,7 @@ def test_the_output_is_complete_and_verifies(out: Path) -> None:
 def test_the_model_card_names_base_experts_and_recipe(out: Path) -> None:
     card = (out / "README.md").read_text()
     assert "base_model_relation: merge" in card
-    assert all(name in card for name in ("`base`", "`e1`", "`e3`", "from_pretrained", "heads/"))
+    assert all(name in card for name in ("name: ace", "`base`", "`e1`", "`e3`", "from_pretrained", "heads/"))
 
 
 def test_verify_finds_any_flipped_bit(out: Path) -> None:

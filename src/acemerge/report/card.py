@@ -14,7 +14,8 @@ from acemerge.plan import Plan
 
 def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown with the Hub's metadata, the recipe, what was done and how to load it."""
-    recipe = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    method = plan.recipe.method.model_dump(mode="json")
+    recipe = {"method": method, **plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method"})}
     metadata = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
     counts = Counter(record["rule"] for record in records.values())
     done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
