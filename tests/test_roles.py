@@ -67,29 +67,68 @@ def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dic
     assert roles.by_name[spec.name].origin == "name"
 
 
-def test_a_config_cannot_reach_out(monkeypatch: pytest.MonkeyPatch) -> None:
+HOSTILE = {
+    "attn_implementation": "evil-org/evil-kernel",
+    "_attn_implementation": "evil-org/evil-kernel",
+    "auto_map": {"AutoModel": "evil--code.Model"},
+    "backbone": "evil/repo",
+    "use_pretrained_backbone": True,
+    "use_timm_backbone": False,
+    "backbone_config": None,
+}
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "DPTForDepthEstimation", "DetrModel"])
+def test_a_config_cannot_reach_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither code nor files of another repository are asked for, whatever the config names."""
     import socket
 
-    def no_network(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
+    import transformers
 
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    spec = TensorSpec("encoder.dense.weight", torch.float32, (4, 3))
-    hostile = {
-        "attn_implementation": "evil-org/evil-kernel",
-        "_attn_implementation": "evil-org/evil-kernel",
-        "auto_map": {"AutoModel": "evil--code.Model"},
-        "text_config": {"attn_implementation": "evil-org/evil-kernel"},
-        "backbone": "evil/repo",
-        "use_pretrained_backbone": True,
-        "use_timm_backbone": False,
-        "backbone_config": None,
-    }
+    asked: list[object] = []  # errors raised here would be swallowed with those of an odd config
+
+    def network(*address: object, **_: object) -> None:
+        asked.append(address)
+        raise OSError("no network")
+
+    seen: list[dict[str, object]] = []
+    cls = getattr(transformers, architecture)
+    build = cls.config_class.from_dict
+
+    def spied(settings: dict[str, object], **rest: object) -> object:
+        seen.append(settings)
+        return build(settings, **rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", network)
+    monkeypatch.setattr(cls.config_class, "from_dict", spied)
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    for architecture, model_type in [("BertModel", "bert"), ("DPTForDepthEstimation", "dpt"), ("DetrModel", "detr")]:
-        config = {"architectures": [architecture], "model_type": model_type, **small, **hostile}
-        assert find_roles(config, {spec.name: spec}).source
+    spec = TensorSpec("encoder.dense.weight", torch.float32, (4, 3))
+    config = {"architectures": [architecture], "model_type": "any", **small, **HOSTILE, "text_config": HOSTILE}
+    find_roles(config, {spec.name: spec})
+    assert asked == []
+    (settings,) = seen
+    assert settings["attn_implementation"] == "eager"
+    assert settings.keys() & HOSTILE.keys() == {"attn_implementation"}
+    assert settings["text_config"] == {}
+
+
+def test_building_a_model_leaves_the_hub_as_it_was_and_offline_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+    from huggingface_hub import constants
+
+    offline: list[bool] = []
+    real = transformers.BertModel.__init__
+
+    def spied(self: object, *args: object, **rest: object) -> None:
+        offline.append(constants.HF_HUB_OFFLINE)
+        real(self, *args, **rest)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.BertModel, "__init__", spied)
+    config = {"architectures": ["BertModel"], "model_type": "bert", "hidden_size": 8, "num_attention_heads": 2}
+    find_roles(config, {})
+    assert offline == [True]
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_fused_experts_of_llama4_are_stored_in_out() -> None:
