@@ -1,9 +1,10 @@
 """Time `ace` against the formula as it is printed: every Gram matrix formed, a general inverse, a full SVD.
 
-    .venv/bin/python benchmarks/ace_against_naive.py [--quick]
+    .venv/bin/python benchmarks/ace_against_naive.py [--quick] [--errors]
 
 Both run in one process on the same threads in float32, alternately, and the best of the repeats counts. The
 task vectors are random: a low-rank part that carries the task and noise, energies equal or spread twentyfold.
+`--errors` times nothing: it compares float32 with float64.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 
 import acemerge
 
-# experts, out, in
+Case = tuple[str, tuple[int, int, int], bool]  # layer, (experts, out, in), heterogeneous
+
 SHAPES = {
     "ViT-B attention": (8, 768, 768),
     "ViT-B MLP up": (8, 3072, 768),
@@ -74,26 +76,47 @@ def seconds(run: Callable[..., object], *args: object, **options: object) -> flo
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="leave out the largest layers")
-    quick = parser.parse_args().quick
+    parser.add_argument("--errors", action="store_true", help="distance of float32 from float64, no times")
+    arguments = parser.parse_args()
     torch.set_num_threads(2)
+    cases = [
+        (layer, shape, hetero)
+        for layer, shape in SHAPES.items()
+        for hetero in (False, True)
+        if not (arguments.quick and math.prod(shape) > 2e7)
+    ]
+    if arguments.errors:
+        print_errors(cases)
+    else:
+        print_times(cases)
+
+
+def print_errors(cases: list[Case]) -> None:
+    print("| layer | experts x out x in | branch | relative error | status |\n|---|---|---|--:|---|")
+    for layer, shape, hetero in cases:
+        D, tau = task_vectors(*shape, hetero), -1.0 if hetero else 1e9
+        single = acemerge.merge_deltas(D, "ace", tau=tau)
+        double = acemerge.merge_deltas(D, "ace", tau=tau, compute_dtype=torch.float64).delta
+        error = float((single.delta.double() - double).norm() / double.norm())
+        print(f"| {describe(layer, shape, hetero)} | {error:.1e} | {single.stats['status']} |", flush=True)
+
+
+def describe(layer: str, shape: tuple[int, int, int], hetero: bool) -> str:
+    return f"{layer} | {' x '.join(map(str, shape))} | {'heterogeneous' if hetero else 'homogeneous'}"
+
+
+def print_times(cases: list[Case]) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     print("| layer | experts x out x in | branch | naive, s | ace, s | ratio | status |\n|---|---|---|--:|--:|--:|---|")
     ratios = []
-    for layer, shape in SHAPES.items():
-        if quick and math.prod(shape) > 2e7:
-            continue
-        for hetero in (False, True):
-            D = task_vectors(*shape, hetero)
-            tau = -1.0 if hetero else 1e9
-            status = acemerge.merge_deltas(D, "ace", tau=tau).stats["status"]
-            times = [(seconds(naive, D, hetero), seconds(acemerge.merge_deltas, D, "ace", tau=tau)) for _ in range(3)]
-            slow, fast = (min(column) for column in zip(*times, strict=True))
-            ratios.append(slow / fast)
-            branch = "heterogeneous" if hetero else "homogeneous"
-            size = " x ".join(map(str, shape))
-            print(
-                f"| {layer} | {size} | {branch} | {slow:.2f} | {fast:.2f} | {slow / fast:.2f} | {status} |", flush=True
-            )
+    for layer, shape, hetero in cases:
+        D, tau = task_vectors(*shape, hetero), -1.0 if hetero else 1e9
+        status = acemerge.merge_deltas(D, "ace", tau=tau).stats["status"]
+        times = [(seconds(naive, D, hetero), seconds(acemerge.merge_deltas, D, "ace", tau=tau)) for _ in range(3)]
+        slow, fast = (min(column) for column in zip(*times, strict=True))
+        ratios.append(slow / fast)
+        numbers = f"{slow:.2f} | {fast:.2f} | {slow / fast:.2f}"
+        print(f"| {describe(layer, shape, hetero)} | {numbers} | {status} |", flush=True)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     print(f"\ngeometric mean of the ratios {mean:.2f}, smallest {min(ratios):.2f}")
 
