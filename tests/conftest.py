@@ -2,7 +2,8 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["acemerge.linalg", "acemerge.methods.ace", "acemerge.methods.elementwise"], "beartype.beartype")
+FAMILIES = ("ace", "actmat", "elementwise", "masks", "sparse", "spectral", "sphere", "svc", "wudi")
+install_import_hook(["acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype")
 
 from pathlib import Path  # noqa: E402
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
+from acemerge.linalg.least_squares import Problem, least_squares, prefers_dual
+from acemerge.linalg.select import kth_largest_magnitude
 from acemerge.linalg.solve import SMALL_ERROR_TOLERANCE, invert, rounding_error, with_rank_one
-from acemerge.linalg.spectral import leading_polar
+from acemerge.linalg.spectral import inverse_root, leading_polar, leading_singular
 from oracles import matrix_with_condition, relative_error
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -31,12 +33,14 @@ def test_symmetric_product(shape: tuple[int, int]) -> None:
 def test_normal_equations(shape: tuple[int, int]) -> None:
     X, Z = randn(3, *shape), randn(3, *shape)
     for sources in (X, Z):
-        equations = NormalEquations.zeros_like(X[0], torch.float64)
+        equations = NormalEquations(*shape, torch.float64, torch.device("cpu"))
         for x, z, w in zip(X, sources, (1.0, 0.5, 2.0), strict=True):
             equations.add(x, x if sources is X else z, w)
         weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)[:, None, None]
-        assert relative_error(equations.gram, (weights * (sources.mT @ sources)).sum(0)) < 1e-13
-        assert relative_error(equations.target, (weights * (X @ sources.mT @ sources)).sum(0)) < 1e-13
+        A, B = equations.sums()
+        assert torch.equal(A, A.T)
+        assert relative_error(A, (weights * (sources.mT @ sources)).sum(0)) < 1e-13
+        assert relative_error(B, (weights * (X @ sources.mT @ sources)).sum(0)) < 1e-13
 
 
 @pytest.mark.parametrize("shape", [(2, 1000, 1000), (2, 7), (2,), (2, 3, 4, 5), (2, 0)], ids=str)
@@ -108,3 +112,71 @@ def test_leading_polar_of_a_rank_deficient_matrix_keeps_the_rank() -> None:
     found = leading_polar(X, 6)
     U, _, Vh = torch.linalg.svd(X)
     assert relative_error(found.polar, U[:, :3] @ Vh[:3]) < 1e-10
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (20, 20), (540, 530)], ids=str)
+@pytest.mark.parametrize("condition", [1e1, 1e5, 1e9])
+def test_leading_singular(shape: tuple[int, int], condition: float) -> None:
+    X = matrix_with_condition(*shape, condition, GENERATOR)
+    for k in (1, min(shape) // 3, min(shape)):
+        U, s, Vh = torch.linalg.svd(X, full_matrices=False)
+        found = leading_singular(X, k)
+        assert relative_error(found.s, s[:k]) < 1e-9
+        assert relative_error(found.matrix(), (U[:, :k] * s[:k]) @ Vh[:k]) < 1e-9
+        for vectors in (found.U, found.V):
+            assert (
+                relative_error(vectors.T @ vectors, torch.eye(k, dtype=torch.float64)) < 1e-13 * condition + 1e-9
+            )  # rounding of X V over s_k
+
+
+def test_leading_singular_leaves_out_null_directions() -> None:
+    X = randn(20, 3) @ randn(3, 14)
+    found = leading_singular(X, 6)
+    assert found.rank == 3
+    assert found.U.shape == (20, 3)
+    assert found.s[3:].tolist() == [0.0, 0.0, 0.0]
+    assert relative_error(found.matrix(), X) < 1e-12
+    assert leading_singular(torch.zeros(4, 5), 2).rank == 0
+
+
+def test_inverse_root() -> None:
+    x = randn(30, 12)
+    root = inverse_root(x.T @ x)
+    assert relative_error(root @ (x.T @ x) @ root, torch.eye(12, dtype=torch.float64)) < 1e-12
+    flat = randn(3, 9)
+    U, _, Vh = torch.linalg.svd(flat, full_matrices=False)
+    assert relative_error(flat @ inverse_root(flat.T @ flat), U @ Vh) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_kth_largest_magnitude_is_the_sorted_one(dtype: torch.dtype) -> None:
+    for x in (randn(37, 53), 1e-30 * randn(200), torch.zeros(5), torch.full((9,), -2.5), randn(1 << 21)):
+        x = x.to(dtype)
+        ordered = x.flatten().abs().float().sort(descending=True).values
+        for k in {1, 2, len(ordered) // 5 + 1, len(ordered)} & set(range(1, len(ordered) + 1)):
+            assert kth_largest_magnitude(x, k) == ordered[k - 1].item()
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30), (4, 30), (9, 520)], ids=str)
+@pytest.mark.parametrize("own_targets", [True, False])
+@pytest.mark.parametrize("prior", [None, 0.7])
+def test_least_squares(shape: tuple[int, int], own_targets: bool, prior: float | None) -> None:
+    """The printed formula with every matrix formed; few short experts take the dual form."""
+    Z, X = randn(3, *shape), randn(3, *shape)
+    weights, pulls, ridge, relative = [1.0, 0.0, 2.0], [0.5, 0.1, 3.0], 0.3, 0.2
+    pulls[1] = 0.0  # an expert of no weight pulls nowhere
+    sources = lambda t, dtype: Z[t].to(dtype)  # noqa: E731
+    targets = sources if own_targets else lambda t, dtype: X[t].to(dtype)
+    problem = Problem(targets, sources, weights, shape, pulls, ridge, relative, prior)
+    assert problem.prefers_dual == prefers_dual(3, *shape) == (3 * shape[0] < shape[1])
+    fit = least_squares(problem, torch.float64, torch.device("cpu"))
+
+    T = Z if own_targets else X
+    G = [w * z.T @ z for w, z in zip(weights, Z, strict=True)]
+    total = sum(G)
+    A = total + (ridge + relative * total.trace() / shape[1]) * torch.eye(shape[1], dtype=torch.float64)
+    moments = sum(t @ g for t, g in zip(T, G, strict=True))
+    B = moments + sum(p * z for p, z in zip(pulls, Z, strict=True))
+    c = torch.zeros(shape[1]) if prior is None else prior * total.mean(0)
+    assert relative_error(fit.M, B @ torch.linalg.inv(A + c)) < 1e-10
+    assert relative_error(fit.residual(X[0]), moments - X[0] @ A / 3) < 1e-10

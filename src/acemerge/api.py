@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, open_checkpoint
-from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.writer import CARD, OutputFolder, output_folder
-from acemerge.compute import Inputs, compute
-from acemerge.errors import CheckpointError, UsageError
-from acemerge.methods import LayerResult, make
+from acemerge.compute import Inputs
+from acemerge.errors import UsageError
 from acemerge.plan import Plan, expert_labels, make_plan
 from acemerge.recipe import Recipe, make_recipe, parse_size, with_params
 from acemerge.report.card import model_card
 from acemerge.report.manifest import build_manifest, to_bytes
-from acemerge.roles import Roles, find_roles, roles_by_name, roles_from_model
+from acemerge.roles import find_roles
 from acemerge.run import OnProgress, computed_in_order, hashing, write_model
-from acemerge.shapes import Float, Tensor
+from acemerge.thresholds import with_thresholds
 
 
 @dataclass(frozen=True)
@@ -125,10 +120,12 @@ def run_recipe(
     inputs = Inputs(recipe, opened.base, opened.experts, plan.experts, opened.device)
     paths = [str(checkpoint.path) for checkpoint in opened.checkpoints]
     if out is None:
+        inputs = with_thresholds(inputs, plan, options.workers)
         results = computed_in_order(plan.jobs, inputs, options.workers, on_progress)
         records = {job.name: result.record for job, result in results}
         return MergeReport(None, build_manifest(plan, records, [(p, {}) for p in paths], {}, _since(started)))
     with output_folder(out, options.overwrite) as output, hashing(opened.checkpoints) as input_sums:
+        inputs = with_thresholds(inputs, plan, options.workers)
         written = write_model(plan, inputs, output, opened.max_shard, options.workers, on_progress)
         _write_assets(opened.base, plan, output)
         output.write_bytes(CARD, model_card(plan, written).encode())
@@ -182,101 +179,3 @@ def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
             output.write_bytes(name, text.encode() + b"\n")
         else:
             output.write_chunks(name, files.read_chunks(source))
-
-
-# --- in memory ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Memory:
-    """A state dict as a source of tensors."""
-
-    values: Mapping[str, Tensor]
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def tensors(self) -> Mapping[str, TensorSpec]:
-        return {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in self.values.items()}
-
-    def read(self, name: str) -> Tensor:
-        return self.values[name].detach()
-
-
-def merge_deltas(
-    deltas: Float[Tensor, "T *shape"],
-    method: str = "ace",
-    *,
-    weights: Sequence[float] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    **params: Any,
-) -> LayerResult:
-    """Merge the task vectors `D_t = W_t - W_0` of one layer, (T, out, in), by a rule with `params`.
-
-    The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. The input is
-    never modified. Returns `.delta` (out, in), the rule's scale in it, and `.stats`.
-    """
-    if deltas.ndim < 2 or len(deltas) == 0 or not deltas.dtype.is_floating_point:
-        what = f"{deltas.dtype} of shape {list(deltas.shape)}"
-        raise UsageError("deltas", what, "give floating-point task vectors of shape (T, out, in), T of 1 or more")
-    rule = make(method, params)
-    if rule.requires_matrix and deltas.ndim != 3:
-        what = f"{method} needs matrices, not shape {list(deltas.shape[1:])}"
-        raise UsageError("deltas", what, "give shape (T, out, in) or use an elementwise method")
-    if weights is not None and len(weights) != len(deltas):
-        raise UsageError("weights", f"{len(weights)} weights for {len(deltas)} experts", "give one weight each")
-    if not torch.isfinite(deltas).all():
-        raise CheckpointError("deltas", "hold values that are not finite", "mend the experts they come from")
-    dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
-    if dtype not in (torch.float32, torch.float64):
-        raise UsageError("compute_dtype", f"{dtype} is too narrow to add up in", "use torch.float32 or torch.float64")
-    ones = [1.0] * len(deltas)
-    factors = torch.tensor([float(w) for w in (ones if weights is None else weights)], dtype=torch.float64)
-    if not torch.isfinite(factors).all():
-        raise UsageError("weights", "not all are finite", "give finite numbers")
-    factors = factors.to(deltas.device)
-    return rule.merge(deltas.detach().to(dtype), factors)
-
-
-def merge_state_dicts(
-    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], method: str = "ace", **params: Any
-) -> dict[str, Tensor]:
-    """Merge state dicts in memory by the default policy, with roles told by names and shapes.
-
-    Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay.
-    """
-    return _merge_in_memory(base, experts, method, params, roles_by_name(_all_specs([base, *experts]), {}))
-
-
-def merge_models(base: nn.Module, experts: Sequence[nn.Module], method: str = "ace", **params: Any) -> nn.Module:
-    """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched.
-
-    The modules' parameters are what is merged: fused experts in memory are one matrix to the rule where a
-    checkpoint may hold their parts apart.
-    """
-    merged = copy.deepcopy(base)
-    state, tuned = base.state_dict(), [expert.state_dict() for expert in experts]
-    roles = roles_from_model(base, _all_specs([state, *tuned]), type(base).__name__)
-    values = _merge_in_memory(state, tuned, method, params, roles)
-    merged.load_state_dict(values, strict=False)  # tied spellings are left out; they share their storage
-    return merged
-
-
-def _all_specs(states: Sequence[Mapping[str, Tensor]]) -> dict[str, TensorSpec]:
-    """Every name in any of the state dicts, the first one's description where several have it."""
-    return {name: spec for state in reversed(states) for name, spec in _Memory(state).tensors.items()}
-
-
-def _merge_in_memory(
-    base: Mapping[str, Tensor],
-    experts: Sequence[Mapping[str, Tensor]],
-    method: str,
-    params: Mapping[str, Any],
-    roles: Roles,
-) -> dict[str, Tensor]:
-    labels = [str(i) for i in range(1, len(experts) + 1)]
-    recipe = make_recipe({"base": "base", "experts": labels, "method": {"name": method, **params}}, "merge")
-    sources = [_Memory(expert) for expert in experts]
-    plan = make_plan(recipe, _Memory(base), sources, labels, roles)
-    device = next((value.device for value in base.values()), torch.device("cpu"))
-    inputs = Inputs(recipe, _Memory(base), sources, labels, device)
-    return {job.name: compute(job, inputs).value.to(base[job.name].device).clone() for job in plan.jobs}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError
-from acemerge.methods import Method
+from acemerge.methods import Method, check_experts
 from acemerge.policy import Decision, Policy
 from acemerge.recipe import Recipe
 from acemerge.roles import Role, Roles
@@ -106,7 +106,7 @@ class Plan:
         for job in self.jobs:
             if job.method:
                 _, rows, columns = matrix_shape(job)
-                system = min(columns, len(self.experts) * rows) ** 2 if job.method.requires_matrix else 0
+                system = min(columns, len(self.experts) * rows) ** 2 if job.method.needs.matrix else 0
                 largest = max(largest, job.spec.count * (len(self.experts) + _WORK_MATRICES) + 2 * system)
         return _RESIDENT + largest * width
 
@@ -129,6 +129,8 @@ def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: S
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
     jobs = tuple(planner.job(names[0]) for names in planner.base_names.values())
+    for method in _distinct(job.method for job in jobs if job.method):
+        check_experts(method, [expert.weight for expert in recipe.experts])
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     read = sum(spec.nbytes for source in (base, *experts) for spec in source.tensors.values())
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), read)
@@ -261,6 +263,10 @@ class _Planner:
                 if self._in_backbone(name):
                     self.warnings.append(f"expert {self.labels[i]}: {name} is not in the base; kept in heads/ only")
         return heads
+
+
+def _distinct(methods: Iterable[Method]) -> list[Method]:
+    return list({id(method): method for method in methods}.values())
 
 
 def keep_base(name: str) -> str:

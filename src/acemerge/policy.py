@@ -52,7 +52,7 @@ class Policy:
         return self._paper(spec) if self._family else self._default(spec, role)
 
     def _check_shape(self, spec: TensorSpec, role: Role, method: Method) -> None:
-        if method.requires_matrix and len(spec.shape) != 2 and role.name != "experts":
+        if method.needs.matrix and len(spec.shape) != 2 and role.name != "experts":
             what = f"{method.name} needs a matrix, but the tensor has shape {list(spec.shape)}"
             raise UsageError(f"tensor {spec.name!r}", what, "narrow the rule's `match` or use an elementwise method")
 
@@ -73,7 +73,7 @@ class Policy:
         what = "an embedding" if role.name == "embedding" else "an output head over the vocabulary"
         if self._recipe.embeddings == "base":
             return Decision("base", f"{what}: kept, as the recipe asks")
-        if self._recipe.embeddings == "rule" and (len(spec.shape) == 2 or not self._main.requires_matrix):
+        if self._recipe.embeddings == "rule" and (len(spec.shape) == 2 or not self._main.needs.matrix):
             return self._merge(f"{what}: by the rule, as the recipe asks")
         return Decision("merge", f"{what}: a token Gram is no input covariance", self._average)
 

@@ -13,7 +13,8 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.checkpoints.writer import HEADS, FileSum, OutputFolder, split_shards
+from acemerge.checkpoints.masks import mask_spec
+from acemerge.checkpoints.writer import HEADS, MASKS, FileSum, OutputFolder, split_shards
 from acemerge.compute import Computed, Inputs, check_finite, compute
 from acemerge.plan import Job, Plan
 from acemerge.shapes import Tensor
@@ -74,17 +75,37 @@ def write_model(
         job, result = next(results)
         assert job.name == name
         records[name] = result.record
+        write_masks(result)
         return result.value
 
     try:
-        for file, specs in shards:
-            output.write_tensors(file, specs, next_tensor)
-        next(results, None)  # reports the last tensor
+        with _mask_files(plan, ordered, output) as write_masks:
+            for file, specs in shards:
+                output.write_tensors(file, specs, next_tensor)
+            next(results, None)  # reports the last tensor
     finally:
         results.close()
     output.write_index(shards)
     _write_heads(plan, inputs, output)
     return {name: records[name] for name in by_name}
+
+
+@contextlib.contextmanager
+def _mask_files(plan: Plan, ordered: Sequence[Job], output: OutputFolder) -> Iterator[Callable[[Computed], None]]:
+    """One file of masks per expert, written along with the model, where a rule of the plan makes masks."""
+    specs = [mask_spec(job.spec) for job in ordered if job.method and job.method.needs.masks]
+    with contextlib.ExitStack() as files_open:
+        if specs:
+            files.make_folder(output.path / MASKS)
+        names = [f"{MASKS}/{label}.safetensors" for label in plan.experts] if specs else []
+        writers = [files_open.enter_context(output.tensor_stream(name, specs)) for name in names]
+
+        def write(result: Computed) -> None:
+            if result.masks:
+                for writer, mask in zip(writers, result.masks, strict=True):
+                    writer(mask)
+
+        yield write
 
 
 def _write_heads(plan: Plan, inputs: Inputs, output: OutputFolder) -> None:

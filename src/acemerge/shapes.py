@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float, Int
 else:
     try:
-        from jaxtyping import Float
+        from jaxtyping import Bool, Float, Int
     except ModuleNotFoundError:
 
         class Float:
@@ -19,5 +19,7 @@ else:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 return item[0]
 
+        Bool = Int = Float
 
-__all__ = ["Float", "Tensor"]
+
+__all__ = ["Bool", "Float", "Int", "Tensor"]

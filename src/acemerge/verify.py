@@ -8,7 +8,7 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, is_model_file, open_checkpoint
 from acemerge.checkpoints.header import read_header
-from acemerge.checkpoints.writer import HEADS
+from acemerge.checkpoints.writer import HEADS, SIDE_FOLDERS
 from acemerge.compute import check_finite
 from acemerge.errors import CheckpointError
 from acemerge.report.manifest import load_manifest
@@ -38,8 +38,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 def _model_files(folder: Path) -> list[str]:
     """The files that a reader would take for a part of the model."""
-    heads = [f"{HEADS}/{name}" for name in files.list_folder(folder / HEADS)] if (folder / HEADS).is_dir() else []
-    return [name for name in files.list_folder(folder) if is_model_file(name)] + heads
+    beside = [side for side in SIDE_FOLDERS if (folder / side).is_dir()]
+    extra = [f"{side}/{name}" for side in beside for name in files.list_folder(folder / side)]
+    return [name for name in files.list_folder(folder) if is_model_file(name)] + extra
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:

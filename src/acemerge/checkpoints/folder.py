@@ -103,6 +103,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, config, assets, places, prints)
 
 
+def open_file(path: Path) -> Checkpoint:
+    """One safetensors file by itself."""
+    places = {info.spec.name: info for info in read_header(path)}
+    tensors = {name: info.spec for name, info in places.items()}
+    return Checkpoint(path, tensors, {}, (), places, {path: files.fingerprint(path)})
+
+
 def _weight_files(root: Path, names: list[str]) -> list[Path]:
     """The files that hold the weights, every one inside the folder."""
     if SINGLE in names and INDEX in names:

@@ -26,6 +26,8 @@ from acemerge.shapes import Tensor
 MANIFEST = "acemerge.json"
 CARD = "README.md"
 HEADS = "heads"
+MASKS = "masks"
+SIDE_FOLDERS = (HEADS, MASKS)
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 _PARTIAL = ".partial"
@@ -87,34 +89,52 @@ class OutputFolder:
         self.write_chunks(name, [data])
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write `NAME.partial`, synced, and record its hash and size."""
+        with self.stream(name) as write:
+            for chunk in chunks:
+                write(chunk)
+
+    @contextlib.contextmanager
+    def stream(self, name: str) -> Iterator[Callable[[bytes | memoryview], None]]:
+        """Write `NAME.partial` piece by piece; synced, and its hash and size recorded, when the block ends."""
         target = self.path / (name + _PARTIAL)
         digest, size = hashlib.sha256(), 0
         descriptor = files.create(target)
+
+        def write(chunk: bytes | memoryview) -> None:
+            nonlocal size
+            files.write_all(descriptor, chunk, target)
+            digest.update(chunk)
+            size += len(chunk)
+
         try:
-            for chunk in chunks:
-                files.write_all(descriptor, chunk, target)
-                digest.update(chunk)
-                size += len(chunk)
+            yield write
         except BaseException:
             files.close(descriptor)
             raise
         files.sync_and_close(descriptor, target)
         self.written[name] = FileSum(digest.hexdigest(), size)
 
-    def write_tensors(self, name: str, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
-        """Write a safetensors file, asking `read` for one tensor after the other."""
+    @contextlib.contextmanager
+    def tensor_stream(self, name: str, specs: list[TensorSpec]) -> Iterator[Callable[[Tensor], None]]:
+        """Write a safetensors file tensor by tensor, in the order of `specs`, and read it back when it is done."""
+        waiting = iter(specs)
+        with self.stream(name) as write:
+            write(header_bytes(specs))
 
-        def chunks() -> Iterator[bytes | memoryview]:
-            yield header_bytes(specs)
-            for spec in specs:
-                tensor = read(spec.name)
+            def write_tensor(tensor: Tensor) -> None:
+                spec = next(waiting)
                 if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                     raise AssertionError(f"{spec.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {spec}")
-                yield tensor_bytes(tensor)
+                write(tensor_bytes(tensor))
 
-        self.write_chunks(name, chunks())
+            yield write_tensor
         _check_readable(self.path / (name + _PARTIAL), {spec.name for spec in specs})
+
+    def write_tensors(self, name: str, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
+        """Write a safetensors file, asking `read` for one tensor after the other."""
+        with self.tensor_stream(name, specs) as write:
+            for spec in specs:
+                write(read(spec.name))
 
     def write_index(self, shards: list[tuple[str, list[TensorSpec]]]) -> None:
         if len(shards) == 1:
@@ -147,10 +167,13 @@ class OutputFolder:
         with contextlib.suppress(AcemergeError):  # the new output is there: what is left of the old does no harm
             for name in replaced:
                 files.remove(self.path / (name + _OLD))
+            for folder in SIDE_FOLDERS:
+                files.remove_folder(self.path / folder)
 
     def _sync(self) -> None:
-        if (self.path / HEADS).is_dir():
-            files.sync_folder(self.path / HEADS)
+        for folder in SIDE_FOLDERS:
+            if (self.path / folder).is_dir():
+                files.sync_folder(self.path / folder)
         files.sync_folder(self.path)
 
     def _obsolete(self) -> list[str]:
@@ -159,10 +182,11 @@ class OutputFolder:
         return sorted(there, key=lambda name: name != MANIFEST)
 
     def _listing(self) -> list[str]:
-        """Every file here and in heads/, by its name in the manifest."""
+        """Every file here and in the side folders, by its name in the manifest."""
         names = files.list_folder(self.path)
-        if HEADS in names:
-            names += [f"{HEADS}/{name}" for name in files.list_folder(self.path / HEADS)]
+        for folder in SIDE_FOLDERS:
+            if folder in names:
+                names += [f"{folder}/{name}" for name in files.list_folder(self.path / folder)]
         return [name for name in names if not (self.path / name).is_dir()]
 
     def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
@@ -201,12 +225,13 @@ class OutputFolder:
         for name in self._listing():
             if name.endswith(_PARTIAL) and _is_output(name.removesuffix(_PARTIAL)):
                 files.remove(self.path / name)
-        files.remove_folder(self.path / HEADS)
+        for folder in SIDE_FOLDERS:
+            files.remove_folder(self.path / folder)
 
 
 def _is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
-    if name.startswith(f"{HEADS}/"):
+    if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
         return name.endswith(".safetensors")
     return name in (MANIFEST, CARD) or is_model_file(name)
 
@@ -220,7 +245,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[OutputFolder]:
     """
     with files.writing(path):
         created = not path.exists()
-        if path.is_symlink() or (path / HEADS).is_symlink():
+        if path.is_symlink() or any((path / folder).is_symlink() for folder in SIDE_FOLDERS):
             raise UsageError(path, "is a link", "name the folder itself")
         if not created and not path.is_dir():
             raise UsageError(path, "is a file", "name a folder")

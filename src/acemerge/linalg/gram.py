@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
-
 import torch
 
 from acemerge.shapes import Float, Tensor
 
-# Below this width one product is faster than several block products.
-_BLOCKED_FROM = 512
-_BLOCKS = 4
+# A symmetric product is halved until its blocks are a quarter of it: smaller ones lose more speed than the
+# spared half of the triangle is worth. Below this width one product is fastest.
+_SPLIT_FROM = 512
+_LEAVES = 4
 
 
 def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
@@ -21,52 +19,74 @@ def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
     return rows.square().reshape(len(deltas), -1).sum(1)
 
 
-def symmetric_product(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """`x^T x`."""
-    return add_symmetric_product(x.new_zeros(x.shape[1], x.shape[1]), x, 1.0)
+def symmetric_product(x: Float[Tensor, "m n"], out: Float[Tensor, "n n"] | None = None) -> Float[Tensor, "n n"]:
+    """`x^T x`, into `out` where given."""
+    product = x.new_empty(x.shape[1], x.shape[1]) if out is None else out
+    add_lower(product, x, 1.0, 0.0)
+    return mirror(product)
 
 
-def add_symmetric_product(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float) -> Float[Tensor, "n n"]:
-    """`total += weight x^T x` in place, for a symmetric `total`.
+def add_lower(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float, beta: float = 1.0) -> None:
+    """`total = beta total + weight x^T x` in place, in blocks that cover the lower triangle; see `mirror`."""
+    _add_lower(total, x, weight, beta, _leaf(x.shape[1]))
 
-    Only block columns of the lower triangle are multiplied, the rest is mirrored.
-    """
-    n = x.shape[1]
-    if n < _BLOCKED_FROM:
-        return total.addmm_(x.T, x, alpha=weight)
-    edges = [n * i // _BLOCKS for i in range(_BLOCKS + 1)]
-    for lo, hi in pairwise(edges):
-        total[lo:, lo:hi].addmm_(x[:, lo:].T, x[:, lo:hi], alpha=weight)
-        total[lo:hi, hi:] = total[hi:, lo:hi].T
+
+def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """Complete what `add_lower` left out, in place."""
+    _mirror(total, _leaf(len(total)))
     return total
 
 
-@dataclass(frozen=True)
+def _leaf(n: int) -> int:
+    return max(_SPLIT_FROM - 1, n // _LEAVES)
+
+
+def _add_lower(total: Tensor, x: Tensor, weight: float, beta: float, leaf: int) -> None:
+    n = x.shape[1]
+    if n <= leaf:
+        total.addmm_(x.T, x, alpha=weight, beta=beta)
+        return
+    half = n // 2
+    _add_lower(total[:half, :half], x[:, :half], weight, beta, leaf)
+    _add_lower(total[half:, half:], x[:, half:], weight, beta, leaf)
+    total[half:, :half].addmm_(x[:, half:].T, x[:, :half], alpha=weight, beta=beta)
+
+
+def _mirror(total: Tensor, leaf: int) -> None:
+    n = len(total)
+    if n <= leaf:
+        return
+    half = n // 2
+    _mirror(total[:half, :half], leaf)
+    _mirror(total[half:, half:], leaf)
+    total[:half, half:] = total[half:, :half].T
+
+
 class NormalEquations:
     """The running sums `A = sum_t w_t Z_t^T Z_t` and `B = sum_t w_t X_t Z_t^T Z_t`.
 
-    Whatever the number of experts, no more than these two matrices and one product exist at once.
+    Whatever the number of experts, no more than these two matrices and one second moment exist at once.
     """
 
-    gram: Float[Tensor, "in in"]
-    target: Float[Tensor, "out in"]
-
-    @classmethod
-    def zeros_like(cls, delta: Float[Tensor, "out in"], dtype: torch.dtype) -> NormalEquations:
-        out_features, in_features = delta.shape
-        return cls(
-            gram=torch.zeros(in_features, in_features, dtype=dtype, device=delta.device),
-            target=torch.zeros(out_features, in_features, dtype=dtype, device=delta.device),
-        )
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._gram = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self._target = torch.zeros(out_features, in_features, dtype=dtype, device=device)
+        side = min(out_features, in_features)
+        self._moment = torch.empty(side, side, dtype=dtype, device=device)  # of one expert at a time
 
     def add(self, x: Float[Tensor, "out in"], z: Float[Tensor, "out in"], weight: float) -> None:
-        """Add one expert with target `x`, source of the second moment `z` and weight `w_t`, in place."""
+        """Add one expert with target `x`, source of the second moment `z` and weight `w_t`."""
         out_features, in_features = x.shape
         if out_features < in_features:  # x (z^T z) = (x z^T) z: cheaper, and no second moment is formed
-            add_symmetric_product(self.gram, z, weight)
-            left = symmetric_product(z.T) if x is z else x @ z.T  # (out, out)
-            self.target.addmm_(left, z, alpha=weight)
+            add_lower(self._gram, z, weight)
+            left = symmetric_product(z.T, self._moment) if x is z else torch.mm(x, z.T, out=self._moment)
+            self._target.addmm_(left, z, alpha=weight)
         else:
-            second_moment = symmetric_product(z)  # (in, in)
-            self.gram.add_(second_moment, alpha=weight)
-            self.target.addmm_(x, second_moment, alpha=weight)
+            second_moment = symmetric_product(z, self._moment)  # (in, in)
+            self._gram.add_(second_moment, alpha=weight)
+            self._target.addmm_(x, second_moment, alpha=weight)
+
+    def sums(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
+        """A and B. The end: nothing can be added after it."""
+        del self._moment
+        return mirror(self._gram), self._target

@@ -1,4 +1,4 @@
-"""Leading singular subspaces without a full SVD."""
+"""Leading singular vectors and polar factors from Gram matrices, without a full SVD."""
 
 from __future__ import annotations
 
@@ -9,8 +9,45 @@ import torch
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 
-# A Gram matrix squares the spectrum: below this ratio s_k / s_1 its eigenvectors lose too many digits.
-_GRAM_RANGE = 1e-5
+# A Gram matrix squares the spectrum: eigenvectors of singular values below this share of the largest are found
+# from a second one, of what is left when the others are projected out.
+_GRAM_RANGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Singular:
+    """Leading singular triplets of a matrix (out, in): `U` (out, r), `s` (k,) descending, `V` (in, r).
+
+    Null directions have no singular vectors: r <= k counts the others. All in float64.
+    """
+
+    U: Float[Tensor, "out r"]
+    s: Float[Tensor, " k"]
+    V: Float[Tensor, "in r"]
+
+    @property
+    def rank(self) -> int:
+        return self.U.shape[1]
+
+    def polar(self) -> Float[Tensor, "out in"]:
+        """`U V^T`."""
+        return self.U @ self.V.T
+
+    def matrix(self) -> Float[Tensor, "out in"]:
+        """`U diag(s) V^T`, the best approximation of rank k."""
+        return (self.U * self.s[: self.rank]) @ self.V.T
+
+
+def leading_singular(X: Float[Tensor, "out in"], k: int) -> Singular:
+    """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64."""
+    if X.shape[0] < X.shape[1]:
+        flipped = leading_singular(X.T, k)
+        return Singular(flipped.V, flipped.s, flipped.U)
+    X = X.double()
+    s, V = _right_singular(X, k, floor=None)
+    U = X @ V
+    U /= s
+    return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
 
 
 @dataclass(frozen=True)
@@ -22,25 +59,40 @@ class LeadingPolar:
 
 
 def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
-    """The top k singular values of X and the product of their singular vectors.
+    """The product of the top k singular vectors of X, in X's type: `U_k V_k^T = X V_k diag(1/s) V_k^T`.
 
-    By the eigen-decomposition of the smaller Gram matrix, in float64:
-    `U_k V_k^T = X V_k diag(1/s) V_k^T`. A spectrum too wide for that goes through a full SVD.
     Null directions have no polar part and add nothing.
     """
     if X.shape[0] < X.shape[1]:
         flipped = leading_polar(X.T, k)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    values, vectors = torch.linalg.eigh(symmetric_product(X.double()))  # ascending
-    s = values[-k:].flip(0).clamp_min(0).sqrt()
-    V = vectors[:, -k:].flip(1)  # (in, k)
-    if not s[-1] > _GRAM_RANGE * s[0]:
-        return _leading_polar_svd(X, k)
-    polar = X @ ((V / s) @ V.T).to(X.dtype)
-    return LeadingPolar(polar, s.to(X.dtype))
+    s, V = _right_singular(X.double(), k, floor=None)
+    found = torch.nn.functional.pad(s, (0, k - len(s)))
+    if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
+        return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)
+    return LeadingPolar(X @ ((V / s) @ V.T).to(X.dtype), found)
 
 
-def _leading_polar_svd(X: Tensor, k: int) -> LeadingPolar:
-    U, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    rank = int((s[:k] > s[0] * max(X.shape) * torch.finfo(torch.float64).eps).sum())
-    return LeadingPolar((U[:, :rank] @ Vh[:rank]).to(X.dtype), s[:k].to(X.dtype))
+def _right_singular(X: Tensor, k: int, floor: float | None) -> tuple[Tensor, Tensor]:
+    """The singular values of X (m, n) above rounding, k at most, and their right singular vectors (n, r)."""
+    values, vectors = torch.linalg.eigh(symmetric_product(X))
+    s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    if floor is None:
+        floor = float(s[0]) * max(X.shape) * torch.finfo(X.dtype).eps
+    good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
+    if good >= k or good == 0:
+        return s[: min(good, k)], V[:, : min(good, k)]
+    rest = V[:, good:]
+    small, W = _right_singular(X @ rest, k - good, floor)
+    return torch.cat([s[:good], small]), torch.cat([V[:, :good], rest @ W], 1)
+
+
+def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """`G^(-1/2)` of a symmetric positive semidefinite matrix, null directions left out, in float64."""
+    if len(G) == 0:
+        return G.double()
+    values, vectors = torch.linalg.eigh(G.double())
+    kept = values > values[-1].clamp_min(0) * len(G) * torch.finfo(values.dtype).eps
+    V = vectors[:, kept]
+    root: Tensor = (V / values[kept].sqrt()) @ V.T
+    return root

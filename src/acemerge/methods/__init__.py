@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter, ValidationError
-
-from acemerge.errors import UsageError, nearest
 from acemerge.methods.ace import Ace
-from acemerge.methods.base import LayerResult, Method
+from acemerge.methods.actmat import Actmat, Tact
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
+from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.registry import METHODS, make, register
+from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
+from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
+from acemerge.methods.sphere import Karcher, ModelStock, Slerp
+from acemerge.methods.svc import Svc
+from acemerge.methods.wudi import SwudiA, Wudi
 
-__all__ = ["METHODS", "LayerResult", "Method", "make", "register"]
+__all__ = ["METHODS", "Layer", "LayerResult", "Method", "Needs", "check_experts", "expert_seeds", "make", "register"]
 
-METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(cls: M) -> M:
-    """Add a rule under its `name`; usable as a class decorator."""
-    METHODS[cls.name] = cls
-    return cls
-
-
-for _rule in (Average, TaskArithmetic, Ace):
+for _rule in (
+    Average,
+    TaskArithmetic,
+    Ties,
+    DareLinear,
+    DareTies,
+    Della,
+    Breadcrumbs,
+    Consensus,
+    Emr,
+    Slerp,
+    ModelStock,
+    Karcher,
+    Cart,
+    TsvM,
+    IsoC,
+    IsoCts,
+    Svc,
+    Ace,
+    Actmat,
+    Tact,
+    Wudi,
+    SwudiA,
+):
     register(_rule)
-
-
-def make(name: str, params: Mapping[str, Any]) -> Method:
-    """The rule `name` with validated parameters; UsageError names a wrong name, key or value."""
-    if name not in METHODS:
-        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
-    cls = METHODS[name]
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in params:
-        if key not in known:
-            raise UsageError(f"method {name!r}", f"no parameter {key!r}", nearest(key, known))
-    try:
-        rule: Method = TypeAdapter(cls).validate_python(dict(params))
-    except ValidationError as failure:
-        first = failure.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        what = f"{first['msg'].lower()}, not {first['input']!r}"
-        raise UsageError(f"method {name!r}, parameter {where!r}", what, f"see `acemerge methods {name}`") from None
-    return rule

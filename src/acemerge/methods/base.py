@@ -2,48 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from acemerge.shapes import Float, Tensor
+import torch
+from pydantic import Field
+
+from acemerge.errors import UsageError
+from acemerge.shapes import Bool, Float, Tensor
+
+Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a rule may know of a layer besides its task vectors, for the T experts in their order.
+
+    `weights` (T,) are float64 on the device of the task vectors. `seeds` start one stream of random numbers per
+    expert. `thresholds` (T,) are the magnitudes that a rule with `needs.keep` trims at; None asks for this
+    tensor's own. `base` is `W_0` for rules that merge weights, not updates; None stands for zeros.
+    """
+
+    weights: Float[Tensor, " T"]
+    seeds: tuple[int, ...]
+    thresholds: tuple[float, ...] | None = None
+    base: Float[Tensor, "*shape"] | None = None
+
+    def part(self, i: int) -> Layer:
+        """The same for the i-th matrix of a stack."""
+        seeds = tuple(_hash(f"{seed}/{i}") for seed in self.seeds)
+        return Layer(self.weights, seeds, self.thresholds, None if self.base is None else self.base[i])
 
 
 @dataclass(frozen=True)
 class LayerResult:
     """What a rule made of one layer.
 
-    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` holds plain numbers,
-    strings and lists, among them `status`: "ok", or what the rule had to fall back to.
+    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` holds plain numbers, strings
+    and lists, among them `status`: "ok", or what the rule had to fall back to. `masks` (T, out, in), where a
+    rule makes them, say which entries of the merged update are an expert's own.
     """
 
     delta: Float[Tensor, "*shape"]
     stats: Mapping[str, Any]
+    masks: Bool[Tensor, "T *shape"] | None = None
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a rule asks of its input.
+
+    `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
+    `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
+    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for.
+    """
+
+    matrix: bool = False
+    base: bool = False
+    keep: float | None = None
+    weights: Literal["any", "not negative", "not cancelling"] = "any"
+    most_experts: int | None = None
+    masks: bool = False
+
+
+@runtime_checkable
 class Method(Protocol):
     """A merge rule: a frozen dataclass of its parameters with one pure function.
 
-    It knows no files, devices or names. `requires_matrix` is true where the formula needs (out, in);
-    the other rules take tensors of any shape.
+    It knows no files, devices or names.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
-    requires_matrix: ClassVar[bool]
 
+    @property
+    def needs(self) -> Needs: ...
     @property
     def scale(self) -> float: ...
 
-    def merge(self, deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"]) -> LayerResult:
+    def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         """Merge the task vectors of one layer.
 
         Args:
             deltas: `D_t = W_t - W_0`, float32 or float64, (T, out, in). Never modified.
-            weights: one weight per expert, float64 on the same device.
+            layer: weights, seeds and the like.
         """
         ...
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """Floating-point operations for one layer, a symmetric product at half the price of a general one."""
         ...
+
+
+def check_experts(method: Method, weights: Sequence[float]) -> None:
+    """UsageError where a rule is not defined for this many experts or for these weights."""
+    needs = method.needs
+    if needs.most_experts is not None and len(weights) > needs.most_experts:
+        what = f"takes at most {needs.most_experts} experts, not {len(weights)}"
+        raise UsageError(method.name, what, "merge fewer, or use a rule that takes any number, as karcher")
+    if needs.weights == "not negative" and min(weights) < 0:
+        raise UsageError(method.name, "an expert has a negative weight", "use weights of zero or more")
+    if needs.weights == "not cancelling" and sum(weights) == 0:
+        raise UsageError(method.name, "the expert weights sum to zero", "change the weights")
+
+
+def expert_seeds(seed: int, name: str, experts: Sequence[int]) -> tuple[int, ...]:
+    """One seed per expert for the tensor `name`: the same whatever else is merged, when or where."""
+    return tuple(_hash(f"{seed}/{expert}/{name}") for expert in experts)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def no_update(deltas: Float[Tensor, "T *shape"]) -> LayerResult:
+    """The result where no expert has an update that counts."""
+    return LayerResult(torch.zeros_like(deltas[0]), {"status": "no update"})

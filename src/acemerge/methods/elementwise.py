@@ -1,18 +1,19 @@
-"""Rules that look at one entry of the task vectors at a time."""
+"""Linear rules, and how a rule that looks at one entry at a time walks over a tensor."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 
-from acemerge.errors import UsageError
-from acemerge.methods.base import LayerResult
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.shapes import Float, Tensor
 
-Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
+# Entries of one expert that are worked on at once: few enough to stay in a core's cache.
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -20,20 +21,18 @@ class Average:
     """Weighted mean of the task vectors, `M = sum_t w_t D_t / sum_t w_t`.
 
     Source: Wortsman et al. 2022, Model soups (arXiv 2203.05482). With equal weights it is the mean of the
-    fine-tuned weights. Raises UsageError when the weights sum to zero.
+    fine-tuned weights. Undefined, and refused, when the weights sum to zero.
     """
 
     name: ClassVar[str] = "average"
     source: ClassVar[str] = "arXiv 2203.05482"
-    requires_matrix: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs(weights="not cancelling")
 
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"]) -> LayerResult:
-        total = weights.sum().item()
-        if total == 0:
-            raise UsageError("average", "the expert weights sum to zero", "change the weights")
-        return LayerResult(weighted_sum(deltas, weights * (self.scale / total)), {"status": "ok"})
+    def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
+        total = layer.weights.sum().item()
+        return LayerResult(weighted_sum(deltas, layer.weights * (self.scale / total)), {"status": "ok"})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 2 * experts * rows * columns
@@ -49,12 +48,12 @@ class TaskArithmetic:
 
     name: ClassVar[str] = "task_arithmetic"
     source: ClassVar[str] = "arXiv 2212.04089"
-    requires_matrix: ClassVar[bool] = False
+    needs: ClassVar[Needs] = Needs()
 
     scale: Scale = 0.3
 
-    def merge(self, deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"]) -> LayerResult:
-        return LayerResult(weighted_sum(deltas, weights * self.scale), {"status": "ok"})
+    def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
+        return LayerResult(weighted_sum(deltas, layer.weights * self.scale), {"status": "ok"})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 2 * experts * rows * columns
@@ -64,3 +63,11 @@ def weighted_sum(deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"]
     """`sum_t w_t D_t`."""
     total: Tensor = torch.tensordot(weights.to(deltas.dtype), deltas, dims=1)
     return total
+
+
+def row_blocks(deltas: Float[Tensor, "T *shape"]) -> Iterator[slice]:
+    """Slices of a tensor's first dimension that cover it, each small enough for a core's cache."""
+    rows = deltas.shape[1]
+    step = max(1, _BLOCK // max(1, math.prod(deltas.shape[2:])))
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))

@@ -33,6 +33,7 @@ class _File(TypedDict):
 class _Needed(TypedDict):
     """What readers of a manifest rely on."""
 
+    experts: list[str]
     outputs: dict[str, _File]
     tensors: dict[str, dict[str, Any]]
     heads: dict[str, dict[str, str]]

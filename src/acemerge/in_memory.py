@@ -1,0 +1,134 @@
+"""Merging what is in memory already: task vectors, state dicts, modules."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.compute import Inputs, compute, is_finite
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.methods import Layer, LayerResult, check_experts, expert_seeds, make
+from acemerge.plan import make_plan
+from acemerge.recipe import make_recipe
+from acemerge.roles import Roles, roles_by_name, roles_from_model
+from acemerge.shapes import Float, Tensor
+from acemerge.thresholds import with_thresholds
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """A state dict as a source of tensors."""
+
+    values: Mapping[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in self.values.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self.values[name].detach()
+
+
+def merge_deltas(
+    deltas: Float[Tensor, "T *shape"],
+    method: str = "ace",
+    *,
+    weights: Sequence[float] | None = None,
+    base: Float[Tensor, "*shape"] | None = None,
+    seed: int = 0,
+    compute_dtype: torch.dtype | None = None,
+    **params: Any,
+) -> LayerResult:
+    """Merge the task vectors `D_t = W_t - W_0` of one layer, (T, out, in), by a rule with `params`.
+
+    The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. `base` is `W_0`
+    for the rules that merge weights (slerp, karcher); without it they merge the task vectors. `seed` is for
+    the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's scale in it, and
+    `.stats`.
+    """
+    if deltas.ndim < 2 or deltas.numel() == 0 or not deltas.dtype.is_floating_point:
+        what = f"{deltas.dtype} of shape {list(deltas.shape)}"
+        raise UsageError("deltas", what, "give floating-point task vectors of shape (T, out, in), T of 1 or more")
+    rule = make(method, params)
+    if rule.needs.matrix and deltas.ndim != 3:
+        what = f"{method} needs matrices, not shape {list(deltas.shape[1:])}"
+        raise UsageError("deltas", what, "give shape (T, out, in) or use an elementwise method")
+    if base is not None and base.shape != deltas.shape[1:]:
+        what = f"has shape {list(base.shape)}, the task vectors {list(deltas.shape[1:])}"
+        raise UsageError("base", what, "give the layer that the task vectors start from")
+    if not is_finite(deltas) or (base is not None and not is_finite(base)):
+        raise CheckpointError("deltas", "hold values that are not finite", "mend the experts they come from")
+    dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
+    if dtype not in (torch.float32, torch.float64):
+        raise UsageError("compute_dtype", f"{dtype} is too narrow to add up in", "use torch.float32 or torch.float64")
+    factors = _checked_weights(weights, len(deltas))
+    check_experts(rule, factors)
+    layer = Layer(
+        weights=torch.tensor(factors, dtype=torch.float64, device=deltas.device),
+        seeds=expert_seeds(seed, "", range(len(deltas))),
+        base=None if base is None else base.detach().to(device=deltas.device, dtype=dtype),
+    )
+    return rule.merge(deltas.detach().to(dtype), layer)
+
+
+def _checked_weights(weights: Sequence[float] | None, experts: int) -> list[float]:
+    factors = [1.0] * experts if weights is None else [float(weight) for weight in weights]
+    if len(factors) != experts:
+        raise UsageError("weights", f"{len(factors)} weights for {experts} experts", "give one weight each")
+    if not all(math.isfinite(factor) for factor in factors):
+        raise UsageError("weights", "not all are finite", "give finite numbers")
+    return factors
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], method: str = "ace", **params: Any
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory by the default policy, with roles told by names and shapes.
+
+    Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay.
+    """
+    return _merge_in_memory(base, experts, method, params, roles_by_name(_all_specs([base, *experts]), {}))
+
+
+def merge_models(base: nn.Module, experts: Sequence[nn.Module], method: str = "ace", **params: Any) -> nn.Module:
+    """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched.
+
+    The modules' parameters are what is merged: fused experts in memory are one matrix to the rule where a
+    checkpoint may hold their parts apart.
+    """
+    merged = copy.deepcopy(base)
+    state, tuned = base.state_dict(), [expert.state_dict() for expert in experts]
+    roles = roles_from_model(base, _all_specs([state, *tuned]), type(base).__name__)
+    values = _merge_in_memory(state, tuned, method, params, roles)
+    merged.load_state_dict(values, strict=False)  # tied spellings are left out; they share their storage
+    return merged
+
+
+def _all_specs(states: Sequence[Mapping[str, Tensor]]) -> dict[str, TensorSpec]:
+    """Every name in any of the state dicts, the first one's description where several have it."""
+    return {name: spec for state in reversed(states) for name, spec in _Memory(state).tensors.items()}
+
+
+def _merge_in_memory(
+    base: Mapping[str, Tensor],
+    experts: Sequence[Mapping[str, Tensor]],
+    method: str,
+    params: Mapping[str, Any],
+    roles: Roles,
+) -> dict[str, Tensor]:
+    labels = [str(i) for i in range(1, len(experts) + 1)]
+    recipe = make_recipe({"base": "base", "experts": labels, "method": {"name": method, **params}}, "merge")
+    sources = [_Memory(expert) for expert in experts]
+    plan = make_plan(recipe, _Memory(base), sources, labels, roles)
+    device = next((value.device for value in base.values()), torch.device("cpu"))
+    inputs = with_thresholds(Inputs(recipe, _Memory(base), sources, labels, device), plan)
+    return {job.name: compute(job, inputs).value.to(base[job.name].device).clone() for job in plan.jobs}

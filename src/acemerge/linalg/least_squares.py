@@ -1,0 +1,168 @@
+"""The one solution behind the covariance family: a weighted least-squares fit of all experts' updates.
+
+    M = (sum_t a_t X_t G_t + sum_t l_t Z_t) (sum_t a_t G_t + e I + 1 c^T)^(-1),   G_t = Z_t^T Z_t
+
+A rule chooses the source Z_t of its estimate of task t's second moment, the target X_t, the weights a_t, and
+the regulariser: a ridge e, its pull l_t towards the sources, and the prior row c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from acemerge.linalg.gram import NormalEquations, symmetric_product
+from acemerge.linalg.solve import Diagnosis, invert, with_rank_one
+from acemerge.shapes import Float, Tensor
+
+# The matrix (out, in) of the t-th expert in a type, made when asked for: no more than two of them exist at once.
+Experts = Callable[[int, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a rule asks for. `targets` and `sources` may be one and the same function.
+
+    The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
+    `c = f (1 / in) 1^T sum_t a_t G_t`, None without it.
+    """
+
+    targets: Experts
+    sources: Experts
+    weights: list[float]
+    shape: tuple[int, int]
+    pulls: list[float] | None = None
+    ridge: float = 0.0
+    relative_ridge: float = 0.0
+    prior: float | None = None
+
+    @property
+    def prefers_dual(self) -> bool:
+        """Fewer rows in all experts together than columns: their own space is smaller, and of full rank."""
+        return prefers_dual(len(self.weights), *self.shape)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The solution M, what is known of its system matrix and whether M is accurate enough.
+
+    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
+    """
+
+    M: Float[Tensor, "out in"]
+    diagnosis: Diagnosis
+    trusted: bool
+    residual: Callable[[Tensor], Tensor]
+
+
+def prefers_dual(experts: int, rows: int, columns: int) -> bool:
+    """Whether N = T out rows are fewer than the columns."""
+    return experts * rows < columns
+
+
+def least_squares(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
+    """Solve the problem in `dtype`."""
+    return (_dual if problem.prefers_dual else _primal)(problem, dtype, device)
+
+
+def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Fit, str]:
+    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough; and the status."""
+    fit = least_squares(problem, dtype, device)
+    if fit.trusted:
+        return fit, fit.diagnosis.status
+    del fit
+    fit = least_squares(problem, torch.float64, device)
+    return fit, "float64" if fit.diagnosis.status == "ok" else fit.diagnosis.status
+
+
+def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
+    """In the input space: A (in, in), running sums over the experts."""
+    equations = NormalEquations(*problem.shape, dtype, device)
+    pulled: Tensor | None = None
+    for t, weight in enumerate(problem.weights):
+        Z = problem.sources(t, dtype)
+        X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
+        equations.add(X, Z, weight)
+        if problem.pulls is not None:
+            pulled = Z * problem.pulls[t] if pulled is None else pulled.add_(Z, alpha=problem.pulls[t])
+    A, B = equations.sums()
+    prior = None if problem.prior is None else A.mean(0) * problem.prior  # c, (in,)
+    ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
+    A.diagonal().add_(ridge)
+    target = B if pulled is None else pulled.add_(B)
+    inverse = invert(A)
+    M = inverse(target)
+    trusted = inverse.diagnosis.trusts(A, target, M)
+    if prior is not None:
+        M = with_rank_one(M, inverse(prior[None])[0])
+
+    def residual(X: Tensor) -> Tensor:
+        return B.addmm_(X.to(dtype), A, alpha=-1 / len(problem.weights))
+
+    return Fit(M, inverse.diagnosis, trusted, residual)
+
+
+def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
+    """In the space of all rows: with F = stack_t sqrt(a_t) Z_t (N, in) and N = T out,
+    `H F (F^T F + e I)^(-1) = H (F F^T + e I)^(-1) F`. F itself is never formed.
+    """
+    T, (out, columns) = len(problem.weights), problem.shape
+    roots = torch.tensor(problem.weights, dtype=torch.float64, device=device).sqrt()  # (T,)
+    per_row = roots.repeat_interleave(out).to(dtype)  # (N,)
+    products = _row_products(problem.sources, T, out, dtype, device)  # Z Z^T, (N, N)
+    own = _own_blocks(problem, products, dtype) * per_row  # sqrt(a_t) X_t Z_t^T side by side, (out, N)
+    K = products.mul_(per_row).mul_(per_row[:, None])  # F F^T
+    ridge = problem.ridge + problem.relative_ridge * K.trace().item() / columns
+    K.diagonal().add_(ridge)
+    H = own
+    if problem.pulls is not None:  # l_t Z_t = (l_t / sqrt(a_t)) F_t
+        per_expert = torch.tensor(problem.pulls, dtype=torch.float64, device=device) / roots
+        pulls = per_expert.nan_to_num_(posinf=0.0).repeat_interleave(out).to(dtype)
+        H = own + torch.eye(out, dtype=dtype, device=device).repeat(1, T) * pulls
+    inverse = invert(K)
+    Q = inverse(H)
+    trusted = inverse.diagnosis.trusts(K, H, Q)
+    M = _times(Q * per_row, problem.sources, T, columns, dtype)
+    if problem.prior is not None:
+        sums = torch.cat([problem.sources(t, dtype).sum(1) for t in range(T)]) * per_row  # F 1, (N,)
+        row = inverse((sums * (problem.prior / columns))[None])  # c^T A^(-1) = (F 1)^T (F F^T + e I)^(-1) F f / in
+        M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0])
+
+    def residual(X: Tensor) -> Tensor:
+        wide = X.to(dtype)
+        products = torch.cat([wide @ problem.sources(t, dtype).T for t in range(T)], 1) * per_row  # X F^T
+        mixed = _times((own - products / T) * per_row, problem.sources, T, columns, dtype)
+        return mixed.sub_(wide, alpha=ridge / T)
+
+    return Fit(M, inverse.diagnosis, trusted, residual)
+
+
+def _row_products(sources: Experts, T: int, out: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`Z Z^T` of all rows of all experts, (N, N), without a copy of them."""
+    products = torch.empty(T, out, T, out, dtype=dtype, device=device)
+    for s in range(T):
+        Z = sources(s, dtype)
+        symmetric_product(Z.T, products[s, :, s])
+        for t in range(s):
+            products[s, :, t] = Z @ sources(t, dtype).T
+            products[t, :, s] = products[s, :, t].T
+    return products.view(T * out, T * out)
+
+
+def _own_blocks(problem: Problem, products: Float[Tensor, "N N"], dtype: torch.dtype) -> Float[Tensor, "out N"]:
+    """`X_t Z_t^T` side by side."""
+    T, out = len(problem.weights), problem.shape[0]
+    if problem.targets is problem.sources:
+        blocks = products.view(T, out, T, out)
+        return torch.cat([blocks[t, :, t] for t in range(T)], 1)
+    return torch.cat([problem.targets(t, dtype) @ problem.sources(t, dtype).T for t in range(T)], 1)
+
+
+def _times(Q: Float[Tensor, "m N"], sources: Experts, T: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """`Q stack_t Z_t`, (m, in)."""
+    total = torch.zeros(len(Q), columns, dtype=dtype, device=Q.device)
+    for t, part in enumerate(Q.view(len(Q), T, -1).unbind(1)):
+        total.addmm_(part, sources(t, dtype))
+    return total

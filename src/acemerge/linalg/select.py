@@ -1,0 +1,65 @@
+"""The k-th largest magnitude of one tensor, or of a stream that is seen twice, exactly and without sorting.
+
+A non-negative float32 grows with its bit pattern. A first pass counts the upper half of the bits, a second one
+the lower half of those entries that share the upper half of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import reduce
+
+import torch
+
+from acemerge.shapes import Float, Int, Tensor
+
+_LOW_BITS = 16
+_UPPER = 1 << 15  # the sign bit is clear
+_LOWER = 1 << _LOW_BITS
+_BLOCK = 1 << 20
+
+
+def magnitudes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """`|x|` in float32: the type in which magnitudes are ranked."""
+    return x.abs().float()
+
+
+def upper_counts(x: Float[Tensor, "*shape"]) -> Int[Tensor, " upper"]:
+    """How many entries there are for each upper half of a magnitude's bits."""
+    return _sum(torch.bincount(bits >> _LOW_BITS, minlength=_UPPER) for bits in _bits(x))
+
+
+def lower_counts(x: Float[Tensor, "*shape"], upper: int) -> Int[Tensor, " lower"]:
+    """The same for the lower half, of the entries whose upper half is `upper`."""
+    return _sum(
+        torch.bincount(bits[(bits >> _LOW_BITS) == upper] & (_LOWER - 1), minlength=_LOWER) for bits in _bits(x)
+    )
+
+
+def locate(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
+    """The bin that holds the k-th largest entry, k from 1, and the entry's rank within that bin."""
+    above = counts.flip(0).cumsum(0)  # entries in this bin and those above it, from the top
+    position = int(torch.searchsorted(above, k))
+    return len(counts) - 1 - position, k - (int(above[position - 1]) if position else 0)
+
+
+def from_halves(upper: int, lower: int) -> float:
+    """The magnitude with these two halves of bits."""
+    return torch.tensor(upper << _LOW_BITS | lower, dtype=torch.int32).view(torch.float32).item()
+
+
+def kth_largest_magnitude(x: Float[Tensor, "*shape"], k: int) -> float:
+    """The k-th largest of `|x|`, k from 1 to the number of entries, rounded to float32."""
+    upper, rank = locate(upper_counts(x), k)
+    lower, _ = locate(lower_counts(x, upper), rank)
+    return from_halves(upper, lower)
+
+
+def _bits(x: Tensor) -> Iterator[Tensor]:
+    """The magnitudes' bits as int32, in blocks."""
+    for block in x.flatten().split(_BLOCK):
+        yield magnitudes(block).view(torch.int32)
+
+
+def _sum(counts: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, counts)

@@ -1,0 +1,119 @@
+"""ACTMat and TACT: the task vectors' own second moments, without centring or prior."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from acemerge.linalg.gram import energies
+from acemerge.linalg.least_squares import Experts, Problem, least_squares_trusted, prefers_dual
+from acemerge.linalg.select import magnitudes
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.elementwise import Average
+from acemerge.methods.sparse import Share, threshold
+from acemerge.shapes import Float, Tensor
+
+_VOCABULARY = 20_000  # a tensor with a longer side is averaged
+
+Ridge = Annotated[
+    float, Field(ge=0, allow_inf_nan=False, description="ridge, as a share of the mean diagonal of sum G_t")
+]
+Power = Annotated[Literal[0, 1, 2], Field(description="second moments are divided by n_t^(p/2)")]
+
+
+@dataclass(frozen=True)
+class Actmat:
+    """ACTMat: least squares with each update's own second moment as its task's.
+
+        M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = D_t^T D_t / n_t^(p/2)
+
+    Source: arXiv 2604.01329. Tensors with a side above 20,000 (vocabularies) are averaged. A relative ridge
+    `lam * mean(diag(sum G_t)) I`, 1e-5 to 1e-4, and p of 1 or 2 have been seen to help. A weight multiplies
+    G_t, and may not be negative. Directions in which no expert moved stay at the base.
+    """
+
+    name: ClassVar[str] = "actmat"
+    source: ClassVar[str] = "arXiv 2604.01329"
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative")
+
+    lam: Ridge = 0.0
+    p: Power = 0
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        def updates(t: int, dtype: torch.dtype) -> Tensor:
+            return deltas[t].to(dtype)
+
+        return _fit(deltas, layer, updates, updates, self.lam, self.p, self.scale)
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return least_squares_operations(experts, rows, columns, symmetric=True)
+
+
+@dataclass(frozen=True)
+class Tact:
+    """TACT: as ACTMat, with second moments from the largest entries of each update alone.
+
+        M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = trim(D_t)^T trim(D_t) / n_t^(p/2)
+
+    where trim keeps the top `keep` of a tensor's entries by magnitude; the target keeps all of D_t.
+    Source: arXiv 2604.01329. Weights, vocabularies and options as in `actmat`.
+    """
+
+    name: ClassVar[str] = "tact"
+    source: ClassVar[str] = "arXiv 2604.01329"
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative")
+
+    keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
+    lam: Ridge = 0.0
+    p: Power = 0
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        thresholds = [threshold(D, self.keep) for D in deltas]
+
+        def trimmed(t: int, dtype: torch.dtype) -> Tensor:
+            return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
+
+        def updates(t: int, dtype: torch.dtype) -> Tensor:
+            return deltas[t].to(dtype)
+
+        return _fit(deltas, layer, updates, trimmed, self.lam, self.p, self.scale)
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return least_squares_operations(experts, rows, columns, symmetric=False)
+
+
+def _fit(
+    deltas: Float[Tensor, "T out in"],
+    layer: Layer,
+    targets: Experts,
+    sources: Experts,
+    lam: float,
+    p: int,
+    scale: float,
+) -> LayerResult:
+    if max(deltas.shape[1:]) > _VOCABULARY:
+        mean = Average(scale).merge(deltas, layer)
+        return LayerResult(mean.delta, {"status": "averaged, a side above 20,000"})
+    n = energies(deltas)
+    weights = torch.where(n > 0, layer.weights * (n.max() / n) ** (p / 2), 0)  # a common factor changes nothing
+    if not weights.any():
+        return no_update(deltas)
+    problem = Problem(targets, sources, weights.tolist(), (deltas.shape[1], deltas.shape[2]), relative_ridge=lam)
+    fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
+    stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
+    return LayerResult((scale * fit.M).to(deltas.dtype), stats)
+
+
+def least_squares_operations(experts: int, rows: int, columns: int, symmetric: bool) -> int:
+    """The products and the solve of one least-squares fit, `symmetric` where target and source are the same."""
+    if prefers_dual(experts, rows, columns):
+        stacked = experts * rows
+        own = 0 if symmetric else 2 * rows * stacked * columns
+        return own + stacked**2 * columns + stacked**3 // 3 + 2 * rows * stacked * (stacked + columns)
+    own = rows * (3 if symmetric else 4) if rows < columns else 2 * columns
+    return experts * rows * columns * (columns + own) + columns**3 // 3 + 2 * rows * columns**2

@@ -1,0 +1,163 @@
+"""Rules on the singular vectors of the task vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from acemerge.linalg.gram import energies, symmetric_product
+from acemerge.linalg.spectral import inverse_root, leading_singular
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.elementwise import weighted_sum
+from acemerge.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Cart:
+    """CART: the mean, and low-rank parts of what each expert has beyond it.
+
+        M = mean_t D_t + lam sum_t svd_k(D_t - mean_s D_s),   k = max(1, int(k_frac r)), r = min(out, in)
+
+    Source: Choi et al. 2024, Revisiting weight averaging (arXiv 2412.12153). A weight multiplies its D_t.
+    """
+
+    name: ClassVar[str] = "cart"
+    source: ClassVar[str] = "arXiv 2412.12153"
+    needs: ClassVar[Needs] = Needs(matrix=True)
+
+    lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
+    k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        k = max(1, int(self.k_frac * min(deltas.shape[1:])))
+        mean = weighted_sum(deltas, layer.weights / len(deltas))
+        M = mean.double().clone()
+        for D, weight in zip(deltas, layer.weights.tolist(), strict=True):
+            M += leading_singular(weight * D - mean, k).matrix().mul_(self.lam)
+        return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return experts * spectral_operations(rows, columns)
+
+
+@dataclass(frozen=True)
+class TsvM:
+    """TSV-M: the leading singular vectors of all experts side by side, made orthogonal to one another.
+
+        k = int(r / T);  U_t s_t V_t^T = svd_k(D_t);  M = polar([U_1 .. U_T]) diag([s_1 .. s_T]) polar([V_1 .. V_T])^T
+
+    Source: Gargiulo et al. 2025 (arXiv 2412.00081). Departures, where the formula is undefined: experts with no
+    update drop out of T, k is at least 1, and null directions have no singular vectors.
+    A weight multiplies its D_t.
+    """
+
+    name: ClassVar[str] = "tsv_m"
+    source: ClassVar[str] = "arXiv 2412.00081"
+    needs: ClassVar[Needs] = Needs(matrix=True)
+
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        active, weights = with_update(deltas, layer)
+        if not active:
+            return no_update(deltas)
+        k = max(1, min(deltas.shape[1:]) // len(active))
+        parts = [leading_singular(weight * D, k) for D, weight in zip(active, weights, strict=True)]
+        U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
+        s = torch.cat([p.s[: p.rank] for p in parts])
+        M = between_polars(U, s, V).mul_(self.scale)
+        return LayerResult(M.to(deltas.dtype), {"status": "ok", "rank": len(s)})
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return (experts + 2) * spectral_operations(rows, columns)
+
+
+@dataclass(frozen=True)
+class IsoC:
+    """Iso-C: the sum of the task vectors with every singular value set to their mean.
+
+        U s V^T = svd(sum_t D_t);  M = mean(s) U V^T
+
+    Source: Marczak et al. 2025, No task left behind (arXiv 2502.04959). A weight multiplies its D_t. Null
+    directions of the sum count as zeros in the mean and stay zero.
+    """
+
+    name: ClassVar[str] = "iso_c"
+    source: ClassVar[str] = "arXiv 2502.04959"
+    needs: ClassVar[Needs] = Needs(matrix=True)
+
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        total = leading_singular(weighted_sum(deltas, layer.weights), min(deltas.shape[1:]))
+        M = total.polar().mul_(self.scale * total.s.mean())
+        return LayerResult(M.to(deltas.dtype), {"status": "ok" if total.rank else "no update", "rank": total.rank})
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return spectral_operations(rows, columns)
+
+
+@dataclass(frozen=True)
+class IsoCts:
+    """Iso-CTS: directions common to all experts, then each expert's own, all with one singular value.
+
+        k0 = int(common r), p = round((r - k0) / T) T, k = r - p, q = p / T
+        U_c = top k left singular vectors of sum_t D_t;  U_t s_t V_t^T = svd_q((I - U_c U_c^T) D_t)
+        M = mean(all s) polar([U_1 .. U_T U_c]) polar([V_1 .. V_T V_c])^T
+
+    Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Null directions have no singular
+    vectors and count as zeros in the mean.
+    """
+
+    name: ClassVar[str] = "iso_cts"
+    source: ClassVar[str] = "arXiv 2502.04959"
+    needs: ClassVar[Needs] = Needs(matrix=True)
+
+    common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        active, weights = with_update(deltas, layer)
+        if not active:
+            return no_update(deltas)
+        r, T = min(deltas.shape[1:]), len(active)
+        q = min(round((r - int(self.common * r)) / T), r // T)
+        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T)
+        parts = []
+        for D, weight in zip(active, weights, strict=True) if q else ():
+            X = weight * D.double()
+            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q))
+        parts.append(shared)
+        U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
+        s = torch.cat([p.s for p in parts])
+        M = between_polars(U, None, V).mul_(self.scale * s.mean())
+        return LayerResult(M.to(deltas.dtype), {"status": "ok", "rank": U.shape[1]})
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return (experts + 3) * spectral_operations(rows, columns)
+
+
+def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[Tensor], Sequence[float]]:
+    """The task vectors that are not zero and have a weight, and these weights."""
+    kept: list[int] = ((energies(deltas) > 0) & (layer.weights != 0)).nonzero().flatten().tolist()
+    return [deltas[t] for t in kept], layer.weights[kept].tolist()
+
+
+def between_polars(
+    U: Float[Tensor, "out k"], s: Float[Tensor, " k"] | None, V: Float[Tensor, "in k"]
+) -> Float[Tensor, "out in"]:
+    """`polar(U) diag(s) polar(V)^T` with `polar(X) = X (X^T X)^(-1/2)`; ones for s where it is None."""
+    left, right = inverse_root(symmetric_product(U)), inverse_root(symmetric_product(V))
+    core = left @ right if s is None else (left * s) @ right  # (k, k), symmetric factors
+    return U @ core @ V.T
+
+
+def spectral_operations(rows: int, columns: int) -> int:
+    """A Gram matrix of the shorter side n, its eigen-decomposition (about 9 n^3) and a product back."""
+    n = min(rows, columns)
+    return 3 * rows * columns * n + 9 * n**3

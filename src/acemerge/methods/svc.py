@@ -1,0 +1,80 @@
+"""A wrapper that calibrates the singular values of what another rule made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import AfterValidator, Field
+
+from acemerge.linalg.spectral import leading_singular
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
+from acemerge.methods.registry import make
+from acemerge.methods.spectral import spectral_operations, with_update
+from acemerge.shapes import Float, Tensor
+
+
+def _inner(over: str | Mapping[str, Any]) -> Method:
+    """A rule from its name, or from a table of `name` and parameters."""
+    table = {"name": over} if isinstance(over, str) else dict(over)
+    return make(str(table.pop("name", "")), table)
+
+
+def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
+    _inner(over)
+    return over
+
+
+@dataclass(frozen=True)
+class Svc:
+    """Singular value calibration of another rule's update M: directions that some experts already overshoot
+    shrink, by how much of each expert's own update they hold.
+
+        U s V^T = svd(M);  q_rt = <u_r^T M, u_r^T D_t> / ||u_r^T D_t||^2
+        s_r <- s_r T / sum_t max(a, q_rt)
+
+    Source: arXiv 2602.05536. `a` is 1 / T where absent, and 1 for merges like tsv_m. Experts with no update
+    drop out of T, and q_rt = 0 where an expert has nothing in a direction. Where M has equal singular values,
+    as iso_c's, its directions are not unique and neither is the result.
+    """
+
+    name: ClassVar[str] = "svc"
+    source: ClassVar[str] = "arXiv 2602.05536"
+
+    over: Annotated[
+        str | dict[str, Any], AfterValidator(_check), Field(description="the rule it calibrates, by name or as a table")
+    ] = "ace"
+    a: Annotated[float | None, Field(gt=0, description="least share of an expert; 1 / T where absent")] = None
+    scale: Scale = 1.0
+
+    @cached_property
+    def inner(self) -> Method:
+        """The rule it calibrates."""
+        return _inner(self.over)
+
+    @property
+    def needs(self) -> Needs:
+        inner = self.inner.needs
+        return Needs(True, inner.base, inner.keep, inner.weights, inner.most_experts)
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        inner = self.inner.merge(deltas, layer)
+        active, weights = with_update(deltas, layer)
+        M = inner.delta.double()
+        U = leading_singular(M, min(M.shape)).U  # (out, r)
+        rows = U.T @ M  # (r, in): u_r^T M = s_r v_r^T
+        calls = torch.zeros(len(rows), dtype=M.dtype, device=M.device)
+        for D, weight in zip(active, weights, strict=True):
+            own = U.T @ (weight * D.double())  # (r, in)
+            squares = own.square().sum(1)
+            q = torch.where(squares > 0, (rows * own).sum(1) / squares, 0)
+            calls += q.clamp_min(1 / len(active) if self.a is None else self.a)
+        factors = self.scale * len(active) / calls
+        return LayerResult(((U * factors) @ rows).to(deltas.dtype), {**inner.stats, "rank": U.shape[1]})
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        inner = self.inner.operations(experts, rows, columns)
+        return inner + 2 * spectral_operations(rows, columns) + 2 * experts * rows * columns * min(rows, columns)

@@ -1,0 +1,78 @@
+"""What holds for which rule: the one table that every test over all rules reads. A new rule adds one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import acemerge
+
+
+@dataclass(frozen=True)
+class Traits:
+    """The laws that a rule obeys; `params` choose the form of it that they are stated for.
+
+    `order`: the experts' order is irrelevant. `scales`: c D gives c M. `returns`: equal experts give the expert
+    back. `rotates`: rotating inputs and outputs rotates M. `drops`: an expert with no update is as if it were not
+    there. `rank`: its stats hold a rank. `experts`: how many it takes.
+    """
+
+    order: bool = True
+    scales: bool = True
+    returns: bool = False
+    rotates: bool = False
+    drops: bool = True
+    rank: bool = False
+    experts: int = 99
+    params: tuple[tuple[str, Any], ...] = ()
+
+
+RULES = {
+    "average": Traits(returns=True, rotates=True, drops=False),
+    "task_arithmetic": Traits(rotates=True),
+    "ties": Traits(),
+    "dare_linear": Traits(order=False),
+    "dare_ties": Traits(order=False),
+    "della": Traits(order=False),
+    "breadcrumbs": Traits(),
+    "consensus": Traits(drops=False),
+    "emr": Traits(returns=True),
+    "slerp": Traits(rotates=True, drops=False, experts=2),
+    "model_stock": Traits(returns=True, rotates=True),
+    "karcher": Traits(returns=True, rotates=True),
+    "cart": Traits(returns=True, rotates=True, drops=False, rank=True),
+    "tsv_m": Traits(rotates=True, rank=True),
+    "iso_c": Traits(rotates=True, rank=True),
+    "iso_cts": Traits(rotates=True, rank=True),
+    "svc": Traits(rotates=True, rank=True, params=(("over", "task_arithmetic"),)),
+    "ace": Traits(scales=False, rank=True),
+    "actmat": Traits(returns=True, rotates=True, rank=True),
+    "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
+    "wudi": Traits(scales=False),
+    "swudi_a": Traits(rotates=True, rank=True),
+}
+
+
+def having(trait: str) -> list[str]:
+    return [name for name, traits in RULES.items() if getattr(traits, trait)]
+
+
+def merged(deltas: Tensor, name: str, **params: Any) -> Tensor:
+    """The rule's result, in the form that its laws are stated for."""
+    return result(deltas, name, **{**dict(RULES[name].params), **params}).delta
+
+
+def result(deltas: Tensor, name: str, **params: Any) -> acemerge.LayerResult:
+    return acemerge.merge_deltas(accepted(deltas, name), name, **params)
+
+
+def accepted(deltas: Tensor, name: str) -> Tensor:
+    """As many of the experts as the rule takes."""
+    return deltas[: RULES[name].experts]
+
+
+def rotation(size: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
