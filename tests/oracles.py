@@ -1,9 +1,259 @@
-"""Slow, obvious float64 versions of the rules, written from the formulas as they are printed."""
+"""Slow, obvious float64 versions of the rules, written from the formulas as they are printed.
+
+`deltas` are (T, out, in). An expert's weight multiplies its task vector in the elementwise and spectral rules, and its
+term of the objective in the covariance family.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
+
 import torch
 from torch import Tensor
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`; the plain norm where that is zero."""
+    difference = (found.double() - expected.double()).norm()
+    scale = expected.double().norm()
+    return float(difference / scale if scale > 0 else difference)
+
+
+def matrix_with_condition(out: int, cols: int, condition: float, generator: torch.Generator) -> Tensor:
+    """A random (out, in) float64 matrix with singular values from 1 down to 1 / condition."""
+    r = min(out, cols)
+    U = torch.linalg.qr(torch.randn(out, r, generator=generator, dtype=torch.float64))[0]
+    V = torch.linalg.qr(torch.randn(cols, r, generator=generator, dtype=torch.float64))[0]
+    return U * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), r, dtype=torch.float64) @ V.T
+
+
+@cache
+def task_vectors(T: int, shape: tuple[int, int], condition: float = 100.0, seed: int = 0) -> Tensor:
+    """(T, out, in) float64: singular values well apart, entries as small as a fine-tune's, sizes that differ.
+
+    The same tensor on every call: leave it as it is.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [0.1, 0.2, 0.05, 0.15][:T]
+    return torch.stack([size * matrix_with_condition(*shape, condition, generator) for size in sizes])
+
+
+def weighted(deltas: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """w_t D_t in float64."""
+    return deltas.double() * factors(len(deltas), weights)[:, None, None]
+
+
+def factors(T: int, weights: Sequence[float] | None) -> Tensor:
+    return torch.ones(T, dtype=torch.float64) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
+
+
+# --- elementwise rules ---------------------------------------------------------------------------------------
+
+
+def average(deltas: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    return weighted(deltas, weights).sum(0) / factors(len(deltas), weights).sum()
+
+
+def task_arithmetic(deltas: Tensor, weights: Sequence[float] | None = None, scale: float = 0.3) -> Tensor:
+    return scale * weighted(deltas, weights).sum(0)
+
+
+def largest(D: Tensor, share: float) -> Tensor:
+    """Which entries are among the top `share` by magnitude, and those equal to the last of them."""
+    count = int(share * D.numel())
+    return D.abs() >= D.abs().flatten().sort(descending=True).values[count - 1] if count else torch.zeros_like(D).bool()
+
+
+def elect(D: Tensor) -> Tensor:
+    """Per entry, the mean of the non-zero values that have the sign of the sum; the majority's where it is zero."""
+    sign = D.sum(0).sign()
+    sign = torch.where(sign == 0, sign.sum().sign(), sign)
+    agrees = D.sign() == sign  # zeros too where sign is 0, which changes nothing
+    return torch.where(agrees, D, 0).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def ties(deltas: Tensor, weights: Sequence[float] | None = None, keep: float = 0.2) -> Tensor:
+    D = weighted(deltas, weights)
+    return elect(torch.stack([torch.where(largest(d, keep), d, 0) for d in D]))
+
+
+def breadcrumbs(
+    deltas: Tensor, weights: Sequence[float] | None = None, density: float = 0.9, gamma: float = 0.01
+) -> Tensor:
+    total = torch.zeros_like(deltas[0]).double()
+    for d in weighted(deltas, weights):
+        descending = d.abs().flatten().sort(descending=True).values
+        skipped, kept = int(gamma * d.numel()), int(density * d.numel())
+        inside = (d.abs() <= descending[skipped]) & (d.abs() >= descending[skipped + kept - 1])
+        total += torch.where(inside, d, 0)
+    return total
+
+
+def consensus(deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 0.4) -> Tensor:
+    D = weighted(deltas, weights)
+    total = D.sum(0)
+    votes = sum((d.abs() > lam * (total - d).abs()).int() for d in D)
+    return torch.where(votes >= min(2, len(D)), total, 0)
+
+
+def emr(deltas: Tensor, weights: Sequence[float] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The unified update M, each expert's mask, each expert's lambda."""
+    D = weighted(deltas, weights)
+    sign = D.sum(0).sign()
+    M = sign * torch.where(D.sign() == sign, D.abs(), 0).amax(0)
+    masks = D * M > 0
+    lambdas = torch.stack([d.abs().sum() / (mask * M).abs().sum() for d, mask in zip(D, masks, strict=True)])
+    return M, masks, lambdas
+
+
+def model_stock(deltas: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    D = weighted(deltas, weights)
+    T = len(D)
+    if T == 1:
+        return D[0]
+    cosines = [(a * b).sum() / (a.norm() * b.norm()) for a, b in combinations(D, 2)]
+    c = sum(cosines) / len(cosines)
+    return T * c / (1 + (T - 1) * c) * D.mean(0)
+
+
+# --- rules on the sphere: they merge weights, W_t = W_0 + D_t -------------------------------------------------
+
+
+def slerp(deltas: Tensor, weights: Sequence[float] | None = None, base: Tensor | None = None, t: float = 0.5) -> Tensor:
+    D = weighted(deltas, weights)
+    W0 = torch.zeros_like(D[0]) if base is None else base.double()
+    first, second = (W0, W0 + D[0]) if len(D) == 1 else W0 + D
+    cosine = (first * second).sum() / (first.norm() * second.norm())
+    if cosine.abs() > 0.9995:
+        return (1 - t) * first + t * second - W0
+    a = torch.acos(cosine)
+    return (torch.sin((1 - t) * a) * first + torch.sin(t * a) * second) / torch.sin(a) - W0
+
+
+def karcher(deltas: Tensor, weights: Sequence[float] | None = None, base: Tensor | None = None) -> Tensor:
+    W0 = torch.zeros_like(deltas[0]).double() if base is None else base.double()
+    W = (W0 + weighted(deltas, weights)).flatten(1)
+    a = factors(len(W), weights) / factors(len(W), weights).sum()
+    points = W / W.norm(dim=1, keepdim=True)
+    u = a @ points / (a @ points).norm()
+    for _ in range(500):
+        cosines = points @ u
+        away = points - cosines[:, None] * u  # tangent at u, of length sin(angle)
+        angles = torch.atan2(away.norm(dim=1), cosines)
+        step = a @ (away * (angles / away.norm(dim=1).clamp(min=1e-300))[:, None])
+        if step.norm() < 1e-14:
+            return ((a @ W.norm(dim=1)) * u).view_as(W0) - W0
+        u = torch.cos(step.norm()) * u + torch.sin(step.norm()) * step / step.norm()
+    raise ArithmeticError("no convergence")
+
+
+# --- spectral rules ------------------------------------------------------------------------------------------
+
+
+def svd(X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(X, full_matrices=False)
+
+
+def polar(X: Tensor) -> Tensor:
+    U, _, Vh = svd(X)
+    return U @ Vh
+
+
+def cart(
+    deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 1.5, k_frac: float = 0.08
+) -> Tensor:  # fmt: skip
+    D = weighted(deltas, weights)
+    k = max(1, int(k_frac * min(D[0].shape)))
+    M = D.mean(0)
+    for d in D:
+        U, s, Vh = svd(d - D.mean(0))
+        M = M + lam * U[:, :k] @ s[:k].diag() @ Vh[:k]
+    return M
+
+
+def tsv_m(deltas: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    D = weighted(deltas, weights)
+    k = max(1, min(D[0].shape) // len(D))
+    parts = [svd(d) for d in D]
+    U = torch.cat([u[:, :k] for u, _, _ in parts], 1)
+    s = torch.cat([s[:k] for _, s, _ in parts])
+    V = torch.cat([vh[:k].T for _, _, vh in parts], 1)
+    return polar(U) @ s.diag() @ polar(V).T
+
+
+def iso_c(deltas: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    U, s, Vh = svd(weighted(deltas, weights).sum(0))
+    return s.mean() * U @ Vh
+
+
+def iso_cts(deltas: Tensor, weights: Sequence[float] | None = None, common: float = 0.8) -> Tensor:
+    D = weighted(deltas, weights)
+    T, r = len(D), min(D[0].shape)
+    k0 = int(common * r)
+    p = round((r - k0) / T) * T
+    k, q = r - p, p // T
+    Uc, sc, Vhc = svd(D.sum(0))
+    Uc = Uc[:, :k]
+    parts = [svd(d - Uc @ (Uc.T @ d)) for d in D]
+    U = torch.cat([*(u[:, :q] for u, _, _ in parts), Uc], 1)
+    s = torch.cat([*(s[:q] for _, s, _ in parts), sc[:k]])
+    V = torch.cat([*(vh[:q].T for _, _, vh in parts), Vhc[:k].T], 1)
+    return s.mean() * polar(U) @ polar(V).T
+
+
+def svc(M: Tensor, deltas: Tensor, weights: Sequence[float] | None = None, a: float | None = None) -> Tensor:
+    """Calibrates another rule's M."""
+    T = len(deltas)
+    a = 1 / T if a is None else a
+    U, s, Vh = svd(M)
+    rows = U.T @ M  # row r is u_r^T M
+    owns = [U.T @ d for d in weighted(deltas, weights)]
+    for r in range(len(s)):
+        q = [float(rows[r] @ own[r] / own[r].square().sum()) for own in owns]
+        s[r] = s[r] * T / sum(max(a, value) for value in q)
+    return U @ s.diag() @ Vh
+
+
+# --- covariance family ---------------------------------------------------------------------------------------
+
+
+def actmat(
+    deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 0.0, p: int = 0, keep: float = 1.0
+) -> Tensor:  # fmt: skip
+    """M = (sum_t D_t G_t) pinv(sum_t G_t); G_t from the top `keep` entries of D_t, which makes it tact."""
+    D = deltas.double()
+    trimmed = [torch.where(largest(d, keep), d, 0) for d in D]
+    n = [d.square().sum() for d in D]
+    G = [w * x.T @ x / e ** (p / 2) for w, x, e in zip(factors(len(D), weights), trimmed, n, strict=True)]
+    total = sum(G)
+    ridge = lam * total.diag().mean() * torch.eye(len(total), dtype=torch.float64)
+    return sum(d @ g for d, g in zip(D, G, strict=True)) @ torch.linalg.pinv(total + ridge, hermitian=True)
+
+
+def wudi(deltas: Tensor, weights: Sequence[float] | None = None, steps: int = 300, lr: float = 1e-5) -> Tensor:
+    D, w = deltas.double(), factors(len(deltas), weights)
+    M = weighted(deltas, weights).sum(0).requires_grad_()
+    adam = torch.optim.Adam([M], lr=lr)
+    for _ in range(steps):
+        adam.zero_grad()
+        loss = sum(f * ((M - d) @ d.T).square().sum() / d.square().sum() for f, d in zip(w, D, strict=True))
+        loss.backward()
+        adam.step()
+    return M.detach()
+
+
+def swudi_a(deltas: Tensor, weights: Sequence[float] | None = None, anchor: str = "sum") -> Tensor:
+    D, w = deltas.double(), factors(len(deltas), weights)
+    A = sum(f * d.T @ d / d.square().sum() for f, d in zip(w, D, strict=True))
+    B = sum(f * d @ d.T @ d / d.square().sum() for f, d in zip(w, D, strict=True))
+    X0 = weighted(deltas, weights).sum(0) if anchor == "sum" else average(deltas, weights)
+    V, ell, _ = torch.linalg.svd(A)  # symmetric and positive: its singular values are its eigenvalues, descending
+    K = math.ceil(ell.sqrt().sum() ** 2 / ell.sum())
+    V, ell = V[:, :K], ell[:K].clamp(min=1e-8 * ell[0])
+    return X0 - X0 @ V @ V.T + B @ V @ (1 / ell).diag() @ V.T
 
 
 def ace(
@@ -13,7 +263,7 @@ def ace(
     """arXiv 2603.02945: every Gram matrix formed, a general inverse, a full SVD."""
     D = deltas.double()
     T, out, cols = D.shape
-    w = torch.ones(T, dtype=torch.float64) if weights is None else weights.double()
+    w = torch.ones(T, dtype=torch.float64) if weights is None else torch.as_tensor(weights).double()
     eye = torch.eye(cols, dtype=torch.float64)
     n = torch.stack([(d**2).sum() for d in D])
     logs = torch.log(n + 1e-12)
@@ -34,18 +284,3 @@ def ace(
     U, s, Vh = torch.linalg.svd(res + pre, full_matrices=False)
     k = int(min(out, cols) * k_frac)
     return pre if k == 0 else pre + s[:k].mean() * U[:, :k] @ Vh[:k]
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of `expected`; the plain norm where that is zero."""
-    difference = (found.double() - expected.double()).norm()
-    scale = expected.double().norm()
-    return float(difference / scale if scale > 0 else difference)
-
-
-def matrix_with_condition(out: int, cols: int, condition: float, generator: torch.Generator) -> Tensor:
-    """A random (out, in) float64 matrix with singular values from 1 down to 1 / condition."""
-    r = min(out, cols)
-    U = torch.linalg.qr(torch.randn(out, r, generator=generator, dtype=torch.float64))[0]
-    V = torch.linalg.qr(torch.randn(cols, r, generator=generator, dtype=torch.float64))[0]
-    return U * torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), r, dtype=torch.float64) @ V.T

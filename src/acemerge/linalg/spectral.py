@@ -38,13 +38,16 @@ class Singular:
         return (self.U * self.s[: self.rank]) @ self.V.T
 
 
-def leading_singular(X: Float[Tensor, "out in"], k: int) -> Singular:
-    """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64."""
+def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0) -> Singular:
+    """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64.
+
+    Singular values of at most `floor`, or at the level of rounding, are taken for zero.
+    """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_singular(X.T, k)
+        flipped = leading_singular(X.T, k, floor)
         return Singular(flipped.V, flipped.s, flipped.U)
     X = X.double()
-    s, V = _right_singular(X, k, floor=None)
+    s, V = _right_singular(X, k, max(floor, rounding_floor(X)))
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -66,19 +69,22 @@ def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
     if X.shape[0] < X.shape[1]:
         flipped = leading_polar(X.T, k)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    s, V = _right_singular(X.double(), k, floor=None)
+    s, V = _right_singular(X.double(), k, rounding_floor(X.double()))
     found = torch.nn.functional.pad(s, (0, k - len(s)))
     if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
         return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)
     return LeadingPolar(X @ ((V / s) @ V.T).to(X.dtype), found)
 
 
-def _right_singular(X: Tensor, k: int, floor: float | None) -> tuple[Tensor, Tensor]:
-    """The singular values of X (m, n) above rounding, k at most, and their right singular vectors (n, r)."""
+def rounding_floor(X: Float[Tensor, "out in"]) -> float:
+    """What a singular value of zero may come out as: `max(out, in) u ||X||_F`."""
+    return float(X.norm()) * max(X.shape) * torch.finfo(X.dtype).eps
+
+
+def _right_singular(X: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
+    """The singular values of X (m, n) above the floor, k at most, and their right singular vectors (n, r)."""
     values, vectors = torch.linalg.eigh(symmetric_product(X))
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    if floor is None:
-        floor = float(s[0]) * max(X.shape) * torch.finfo(X.dtype).eps
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
     if good >= k or good == 0:
         return s[: min(good, k)], V[:, : min(good, k)]

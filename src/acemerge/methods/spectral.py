@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.spectral import inverse_root, leading_singular
+from acemerge.linalg.spectral import inverse_root, leading_singular, rounding_floor
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
@@ -131,7 +131,7 @@ class IsoCts:
         parts = []
         for D, weight in zip(active, weights, strict=True) if q else ():
             X = weight * D.double()
-            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q))
+            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X)))
         parts.append(shared)
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])

@@ -70,7 +70,9 @@ class Svc:
         for D, weight in zip(active, weights, strict=True):
             own = U.T @ (weight * D.double())  # (r, in)
             squares = own.square().sum(1)
-            q = torch.where(squares > 0, (rows * own).sum(1) / squares, 0)
+            # What rounding leaves in a direction where the update has no part.
+            nothing = torch.finfo(deltas.dtype).eps ** 2 * max(D.shape) * own.square().sum()
+            q = torch.where(squares > nothing, (rows * own).sum(1) / squares, 0)
             calls += q.clamp_min(1 / len(active) if self.a is None else self.a)
         factors = self.scale * len(active) / calls
         return LayerResult(((U * factors) @ rows).to(deltas.dtype), {**inner.stats, "rank": U.shape[1]})

@@ -24,9 +24,9 @@ class Wudi:
 
         L(M) = sum_t ||(M - D_t) D_t^T||_F^2 / n_t,   start sum_t D_t, Adam
 
-    Source: arXiv 2503.08099. The gradient is `2 (M A - B)` with `A = sum_t D_t^T D_t / n_t` and
-    `B = sum_t D_t D_t^T D_t / n_t`, so a step costs the same for any number of experts. Departure: an expert
-    with no update drops out. A weight multiplies an expert's term and its part of the start; it may not be
+    Source: arXiv 2503.08099. With `M = X0 + N` and `X0 = sum_t D_t` the gradient is `2 (N A - B)`,
+    `A = sum_t D_t^T D_t / n_t`, `B = sum_t (D_t - X0) D_t^T D_t / n_t`: a step costs the same for any number of
+    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies an expert's term and its part of the start; it may not be
     negative.
     """
 
@@ -39,21 +39,22 @@ class Wudi:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        equations = normalised_equations(deltas, layer, deltas.dtype)
+        X0 = weighted_sum(deltas, layer.weights)
+        equations = normalised_equations(deltas, layer, deltas.dtype, X0)
         if equations is None:
             return no_update(deltas)
         A, B = equations
-        M = weighted_sum(deltas, layer.weights)
-        M.grad = torch.empty_like(M)
-        adam = torch.optim.Adam([M], lr=self.lr, fused=True)
+        N = torch.zeros_like(X0)
+        N.grad = torch.empty_like(N)
+        adam = torch.optim.Adam([N], lr=self.lr, fused=True)
         for _ in range(self.steps):
-            torch.addmm(B, M, A, beta=-2, alpha=2, out=M.grad)
+            torch.addmm(B, N, A, beta=-2, alpha=2, out=N.grad)
             adam.step()
-        return LayerResult(M.detach().mul_(self.scale), {"status": "ok", "steps": self.steps})
+        return LayerResult(X0.add_(N.detach()).mul_(self.scale), {"status": "ok", "steps": self.steps})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         step = 2 * rows * columns * columns
-        return least_squares_operations(experts, rows, columns, symmetric=True) + self.steps * step
+        return least_squares_operations(experts, rows, columns, symmetric=False) + self.steps * step
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class SwudiA:
         A = V diag(l) V^T, descending;  K = ceil((sum sqrt(l))^2 / sum l)
         M = X0 (I - V_K V_K^T) + B V_K diag(1 / l_K) V_K^T,   X0 = sum_t D_t
 
-    with A and B as in `wudi`. Source: arXiv 2606.07289. Eigenvalues are floored at 1e-8 of the largest when
+    with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues are floored at 1e-8 of the largest when
     they divide. `anchor: mean` takes the mean for X0, which large language models need. Weights as in `wudi`.
     """
 
@@ -75,7 +76,7 @@ class SwudiA:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        equations = normalised_equations(deltas, layer, torch.float64)
+        equations = normalised_equations(deltas, layer, torch.float64, None)
         if equations is None:
             return no_update(deltas)
         A, B = equations
@@ -95,9 +96,15 @@ class SwudiA:
 
 
 def normalised_equations(
-    deltas: Float[Tensor, "T out in"], layer: Layer, dtype: torch.dtype
+    deltas: Float[Tensor, "T out in"],
+    layer: Layer,
+    dtype: torch.dtype,
+    origin: Float[Tensor, "out in"] | None,
 ) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]] | None:
-    """`A = sum_t w_t D_t^T D_t / n_t` and `B = sum_t w_t D_t D_t^T D_t / n_t`; None where no expert counts."""
+    """`A = sum_t w_t D_t^T D_t / n_t` and `B = sum_t w_t (D_t - origin) D_t^T D_t / n_t`.
+
+    None where no expert counts.
+    """
     n = torch.where(layer.weights > 0, energies(deltas), 0)
     weights = torch.where(n > 0, layer.weights * n.max() / n, 0)
     if not weights.any():
@@ -105,7 +112,8 @@ def normalised_equations(
     size = n.max().sqrt().item()  # squares of very small or large updates would leave the range of float32
     equations = NormalEquations(deltas.shape[1], deltas.shape[2], dtype, deltas.device)
     for D, weight in zip(deltas, weights.tolist(), strict=True):
-        unit = D.to(dtype) / size
-        equations.add(unit, unit, weight)
+        source = D.to(dtype) / size
+        target = source if origin is None else (D - origin).to(dtype) / size
+        equations.add(target, source, weight)
     A, B = equations.sums()
     return A, B.mul_(size)
