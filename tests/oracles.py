@@ -135,7 +135,7 @@ def slerp(deltas: Tensor, weights: Sequence[float] | None = None, base: Tensor |
 
 def karcher(deltas: Tensor, weights: Sequence[float] | None = None, base: Tensor | None = None) -> Tensor:
     W0 = torch.zeros_like(deltas[0]).double() if base is None else base.double()
-    W = (W0 + weighted(deltas, weights)).flatten(1)
+    W = (W0 + deltas.double()).flatten(1)
     a = factors(len(W), weights) / factors(len(W), weights).sum()
     points = W / W.norm(dim=1, keepdim=True)
     u = a @ points / (a @ points).norm()

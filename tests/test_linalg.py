@@ -163,8 +163,8 @@ def test_the_kth_largest_magnitude_is_the_sorted_one(dtype: torch.dtype) -> None
 def test_least_squares(shape: tuple[int, int], own_targets: bool, prior: float | None) -> None:
     """The printed formula with every matrix formed; few short experts take the dual form."""
     Z, X = randn(3, *shape), randn(3, *shape)
-    weights, pulls, ridge, relative = [1.0, 0.0, 2.0], [0.5, 0.1, 3.0], 0.3, 0.2
-    pulls[1] = 0.0  # an expert of no weight pulls nowhere
+    weights, ridge, relative = [1.0, 0.0, 2.0], 0.3, 0.2
+    pulls = [0.5, 0.0, 3.0] if own_targets else None  # an expert of no weight pulls nowhere
     sources = lambda t, dtype: Z[t].to(dtype)  # noqa: E731
     targets = sources if own_targets else lambda t, dtype: X[t].to(dtype)
     problem = Problem(targets, sources, weights, shape, pulls, ridge, relative, prior)
@@ -176,7 +176,7 @@ def test_least_squares(shape: tuple[int, int], own_targets: bool, prior: float |
     total = sum(G)
     A = total + (ridge + relative * total.trace() / shape[1]) * torch.eye(shape[1], dtype=torch.float64)
     moments = sum(t @ g for t, g in zip(T, G, strict=True))
-    B = moments + sum(p * z for p, z in zip(pulls, Z, strict=True))
+    B = moments + sum(p * z for p, z in zip(pulls or [0.0] * 3, Z, strict=True))
     c = torch.zeros(shape[1]) if prior is None else prior * total.mean(0)
     assert relative_error(fit.M, B @ torch.linalg.inv(A + c)) < 1e-10
     assert relative_error(fit.residual(X[0]), moments - X[0] @ A / 3) < 1e-10

@@ -36,7 +36,7 @@ RULES = {
     "svc over average": ("svc", {"over": "average"}, calibrated(oracles.average)),
     "svc over task_arithmetic": (
         "svc",
-        {"over": {"name": "task_arithmetic", "scale": 1.0}},
+        {"over": "task_arithmetic"},
         calibrated(lambda deltas, weights: oracles.task_arithmetic(deltas, weights, scale=1.0)),
     ),
     "svc over ace": ("svc", {"over": "ace"}, calibrated(oracles.ace)),
@@ -202,6 +202,17 @@ def test_svc_over_the_average_of_experts_at_right_angles_is_their_sum(zeros: str
         rotation = oracles.polar(torch.randn(12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
         deltas = rotation @ deltas @ rotation
     assert relative_error(merged(deltas, "svc", over="average"), deltas.sum(0)) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("T", [1, 2])
+@pytest.mark.parametrize("size", [8, 12])
+def test_svc_over_ace_of_a_square_layer_is_the_formula(size: int, T: int, seed: int) -> None:
+    """Centred columns leave M without the output direction of ones: one singular value is zero but for rounding."""
+    deltas = task_vectors(T, (size, size), seed=seed)
+    M = oracles.ace(deltas)
+    assert torch.linalg.svdvals(M)[-1] < 1e-13
+    assert relative_error(merged(deltas, "svc", over="ace"), oracles.svc(M, deltas)) < 1e-8
 
 
 def test_svc_passes_parameters_to_the_rule_it_calibrates() -> None:

@@ -82,6 +82,12 @@ class Plan:
     bytes_read: int
 
     @property
+    def bytes_reread(self) -> int:
+        """What rules that keep a share of the whole model read first, in two passes, for their thresholds."""
+        tensors = [job.spec for job in self.jobs if job.method and job.method.needs.keep is not None]
+        return 2 * sum(spec.nbytes for spec in tensors) * (1 + len(self.experts))
+
+    @property
     def bytes_written(self) -> int:
         heads = sum(head.spec.nbytes for expert in self.heads for head in expert)
         return heads + sum(job.spec.nbytes for job in self.jobs)

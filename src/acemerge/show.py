@@ -106,9 +106,10 @@ def plan(console: Console, plan: Plan) -> None:
     _say(console, f"\nroles from {plan.roles_source}")
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
+    read = size(plan.bytes_read + plan.bytes_reread)
     _say(
         console,
-        f"{len(plan.jobs)} tensors; read {size(plan.bytes_read)}, write {size(plan.bytes_written)}; "
+        f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
         f"{plan.operations / 1e9:,.1f} GFLOP; peak memory about {size(plan.peak_memory)}",
     )
 

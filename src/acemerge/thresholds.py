@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from acemerge.compute import Inputs, task_vectors
-from acemerge.linalg.select import from_halves, locate, lower_counts, upper_counts
+from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
 from acemerge.plan import Job, Plan
 from acemerge.shapes import Float, Tensor
 
@@ -32,7 +32,7 @@ def with_thresholds(inputs: Inputs, plan: Plan, workers: int = 1) -> Inputs:
 
 def _thresholds(keep: float, jobs: Sequence[Job], inputs: Inputs, workers: int) -> list[float]:
     upper = _counts(jobs, inputs, workers, lambda _, D: upper_counts(D))
-    halves = [locate(counts, max(1, int(keep * int(counts.sum())))) if counts.any() else (0, 1) for counts in upper]
+    halves = [locate(counts, share_of(keep, int(counts.sum()))) if counts.any() else (0, 1) for counts in upper]
     lower = _counts(jobs, inputs, workers, lambda t, D: lower_counts(D, halves[t][0]))
     return [
         from_halves(high, locate(counts, rank)[0]) if counts.any() else 0.0

@@ -38,7 +38,7 @@ def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def _leaf(n: int) -> int:
-    return max(_SPLIT_FROM - 1, n // _LEAVES)
+    return n if n < _SPLIT_FROM else -(-n // _LEAVES)
 
 
 def _add_lower(total: Tensor, x: Tensor, weight: float, beta: float, leaf: int) -> None:
@@ -63,7 +63,7 @@ def _mirror(total: Tensor, leaf: int) -> None:
 
 
 class NormalEquations:
-    """The running sums `A = sum_t w_t Z_t^T Z_t` and `B = sum_t w_t X_t Z_t^T Z_t`.
+    """The running sums `A = sum_t w_t Z_t^T Z_t` and `B = sum_t X_t (w_t Z_t^T Z_t + l_t I)`.
 
     Whatever the number of experts, no more than these two matrices and one second moment exist at once.
     """
@@ -74,19 +74,27 @@ class NormalEquations:
         side = min(out_features, in_features)
         self._moment = torch.empty(side, side, dtype=dtype, device=device)  # of one expert at a time
 
-    def add(self, x: Float[Tensor, "out in"], z: Float[Tensor, "out in"], weight: float) -> None:
-        """Add one expert with target `x`, source of the second moment `z` and weight `w_t`."""
+    def add(self, x: Float[Tensor, "out in"], z: Float[Tensor, "out in"], weight: float, pull: float = 0.0) -> None:
+        """Add one expert: target `x`, source of the second moment `z`, weight `w_t` and pull `l_t`.
+
+        A pull needs `x` and `z` to be the same; an expert of no weight adds nothing.
+        """
         out_features, in_features = x.shape
+        if weight == 0:
+            return
         if out_features < in_features:  # x (z^T z) = (x z^T) z: cheaper, and no second moment is formed
             add_lower(self._gram, z, weight)
             left = symmetric_product(z.T, self._moment) if x is z else torch.mm(x, z.T, out=self._moment)
+            left.diagonal().add_(pull / weight)
             self._target.addmm_(left, z, alpha=weight)
         else:
             second_moment = symmetric_product(z, self._moment)  # (in, in)
             self._gram.add_(second_moment, alpha=weight)
+            second_moment.diagonal().add_(pull / weight)
             self._target.addmm_(x, second_moment, alpha=weight)
 
     def sums(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
         """A and B. The end: nothing can be added after it."""
         del self._moment
-        return mirror(self._gram), self._target
+        out_features, in_features = self._target.shape
+        return mirror(self._gram) if out_features < in_features else self._gram, self._target

@@ -1,9 +1,9 @@
 """The one solution behind the covariance family: a weighted least-squares fit of all experts' updates.
 
-    M = (sum_t a_t X_t G_t + sum_t l_t Z_t) (sum_t a_t G_t + e I + 1 c^T)^(-1),   G_t = Z_t^T Z_t
+    M = (sum_t X_t (a_t G_t + l_t I)) (sum_t a_t G_t + e I + 1 c^T)^(-1),   G_t = Z_t^T Z_t
 
 A rule chooses the source Z_t of its estimate of task t's second moment, the target X_t, the weights a_t, and
-the regulariser: a ridge e, its pull l_t towards the sources, and the prior row c.
+the regulariser: a ridge e, its pull l_t towards the targets, and the prior row c.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Experts = Callable[[int, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """What a rule asks for. `targets` and `sources` may be one and the same function.
+    """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.
 
     The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
     `c = f (1 / in) 1^T sum_t a_t G_t`, None without it.
@@ -80,25 +80,25 @@ def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.de
 def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     """In the input space: A (in, in), running sums over the experts."""
     equations = NormalEquations(*problem.shape, dtype, device)
-    pulled: Tensor | None = None
-    for t, weight in enumerate(problem.weights):
+    pulls = problem.pulls or [0.0] * len(problem.weights)
+    for t, (weight, pull) in enumerate(zip(problem.weights, pulls, strict=True)):
         Z = problem.sources(t, dtype)
         X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
-        equations.add(X, Z, weight)
-        if problem.pulls is not None:
-            pulled = Z * problem.pulls[t] if pulled is None else pulled.add_(Z, alpha=problem.pulls[t])
+        equations.add(X, Z, weight, pull)
     A, B = equations.sums()
     prior = None if problem.prior is None else A.mean(0) * problem.prior  # c, (in,)
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
     A.diagonal().add_(ridge)
-    target = B if pulled is None else pulled.add_(B)
     inverse = invert(A)
-    M = inverse(target)
-    trusted = inverse.diagnosis.trusts(A, target, M)
+    M = inverse(B)
+    trusted = inverse.diagnosis.trusts(A, B, M)
     if prior is not None:
         M = with_rank_one(M, inverse(prior[None])[0])
 
     def residual(X: Tensor) -> Tensor:
+        for t, pull in enumerate(pulls):
+            if pull:
+                B.sub_(problem.targets(t, dtype), alpha=pull)
         return B.addmm_(X.to(dtype), A, alpha=-1 / len(problem.weights))
 
     return Fit(M, inverse.diagnosis, trusted, residual)

@@ -48,6 +48,11 @@ def from_halves(upper: int, lower: int) -> float:
     return torch.tensor(upper << _LOW_BITS | lower, dtype=torch.int32).view(torch.float32).item()
 
 
+def share_of(keep: float, n: int) -> int:
+    """`int(keep n)`, at least 1; a product that falls short of a whole number by rounding counts as it."""
+    return max(1, int(keep * n + 1e-6))
+
+
 def kth_largest_magnitude(x: Float[Tensor, "*shape"], k: int) -> float:
     """The k-th largest of `|x|`, k from 1 to the number of entries, rounded to float32."""
     upper, rank = locate(upper_counts(x), k)

@@ -88,7 +88,7 @@ def with_rank_one(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Floa
     """`B (A + 1 c^T)^(-1)` from `Y = B A^(-1)` and `row = c^T A^(-1)`, by Sherman-Morrison:
     `Y - (Y 1) row / (1 + row 1)`. The prior P = 1 c^T adds the row c to every row of A.
     """
-    return Y - torch.outer(Y.sum(1), row / (1 + row.sum()))
+    return torch.addr(Y, Y.sum(1), row / (1 + row.sum()), alpha=-1)
 
 
 def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -21,6 +22,11 @@ def register(cls: M) -> M:
     return cls
 
 
+@functools.cache
+def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
+    return TypeAdapter(cls)
+
+
 def make(name: str, params: Mapping[str, Any]) -> Method:
     """The rule `name` with validated parameters; UsageError names a wrong name, key or value."""
     if name not in METHODS:
@@ -31,7 +37,7 @@ def make(name: str, params: Mapping[str, Any]) -> Method:
         if key not in known:
             raise UsageError(f"method {name!r}", f"no parameter {key!r}", nearest(key, known))
     try:
-        rule: Method = TypeAdapter(cls).validate_python(dict(params))
+        rule: Method = _adapter(cls).validate_python(dict(params))
     except ValidationError as failure:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

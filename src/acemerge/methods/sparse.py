@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from acemerge.linalg.select import kth_largest_magnitude, magnitudes
+from acemerge.linalg.select import kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
 from acemerge.methods.elementwise import row_blocks
@@ -175,7 +175,7 @@ class Breadcrumbs:
         n = deltas[0].numel()
         weights: list[float] = layer.weights.tolist()
         largest = min(int(self.gamma * n), n - 1)
-        last = min(n, largest + max(1, int(self.density * n)))
+        last = min(n, largest + share_of(self.density, n))
         bounds = [(kth_largest_magnitude(D, last), kth_largest_magnitude(D, largest + 1)) for D in deltas]
 
         def middle(t: int, rows: slice) -> Tensor:
@@ -190,8 +190,8 @@ class Breadcrumbs:
 
 
 def threshold(D: Float[Tensor, "*shape"], keep: float) -> float:
-    """The smallest magnitude among the top `keep` of the entries, at least one of them."""
-    return kth_largest_magnitude(D, max(1, int(keep * D.numel())))
+    """The smallest magnitude among the top `keep` of the entries."""
+    return kth_largest_magnitude(D, share_of(keep, D.numel()))
 
 
 def _dropped(deltas: Float[Tensor, "T *shape"], layer: Layer, p: float) -> Sparse:

@@ -110,8 +110,8 @@ class IsoCts:
         U_c = top k left singular vectors of sum_t D_t;  U_t s_t V_t^T = svd_q((I - U_c U_c^T) D_t)
         M = mean(all s) polar([U_1 .. U_T U_c]) polar([V_1 .. V_T V_c])^T
 
-    Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Null directions have no singular
-    vectors and count as zeros in the mean.
+    Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Departures: experts with no update
+    drop out of T; null directions have no singular vectors and count as zeros in the mean.
     """
 
     name: ClassVar[str] = "iso_cts"

@@ -41,7 +41,7 @@ class Slerp:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        ends = Weights(deltas, layer, with_base=len(deltas) == 1)
+        ends = Weights(deltas, layer.weights, layer.base, with_base=len(deltas) == 1)
         gram = ends.gram()
         norms = gram.diagonal().sqrt()
         cosine = float((gram[0, 1] / norms.prod()).clamp(-1, 1)) if norms.min() > _SHORT else 1.0
@@ -113,7 +113,7 @@ class Karcher:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        ends = Weights(deltas, layer)
+        ends = Weights(deltas, torch.ones_like(layer.weights), layer.base)
         gram = ends.gram()
         norms = gram.diagonal().sqrt()
         kept = (norms > _SHORT) & (layer.weights > 0)
@@ -151,18 +151,19 @@ def mean_direction(
 
 @dataclass(frozen=True)
 class Weights:
-    """The experts' weights `W_0 + w_t D_t`, the base itself in front where asked, never all formed at once."""
+    """The weights `W_0 + f_t D_t`, the base itself in front where asked, never all formed at once."""
 
     deltas: Float[Tensor, "T *shape"]
-    layer: Layer
+    factors: Float[Tensor, " T"]
+    base: Float[Tensor, "*shape"] | None
     with_base: bool = False
 
     def _block(self, rows: slice) -> Float[Tensor, "N rows *rest"]:
-        factors = self.layer.weights.to(self.deltas.dtype).view(-1, *[1] * (self.deltas.ndim - 1))
+        factors = self.factors.to(self.deltas.dtype).view(-1, *[1] * (self.deltas.ndim - 1))
         block = self.deltas[:, rows] * factors
         if self.with_base:
             block = torch.cat([torch.zeros_like(block[:1]), block])
-        return block if self.layer.base is None else block + self.layer.base[rows]
+        return block if self.base is None else block + self.base[rows]
 
     def gram(self) -> Float[Tensor, "N N"]:
         """Inner products of the flattened weights, float64."""
@@ -173,7 +174,7 @@ class Weights:
         M = torch.empty_like(self.deltas[0])
         for rows in row_blocks(self.deltas):
             merged = torch.tensordot(torch.tensor(shares, dtype=M.dtype, device=M.device), self._block(rows), dims=1)
-            M[rows] = (merged if self.layer.base is None else merged - self.layer.base[rows]) * scale
+            M[rows] = (merged if self.base is None else merged - self.base[rows]) * scale
         return M
 
 

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import AfterValidator, Field
 
-from acemerge.linalg.spectral import leading_singular
+from acemerge.errors import UsageError
+from acemerge.linalg.spectral import leading_singular, rounding_floor
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
 from acemerge.methods.registry import make
 from acemerge.methods.spectral import spectral_operations, with_update
@@ -20,7 +21,9 @@ from acemerge.shapes import Float, Tensor
 def _inner(over: str | Mapping[str, Any]) -> Method:
     """A rule from its name, or from a table of `name` and parameters."""
     table = {"name": over} if isinstance(over, str) else dict(over)
-    return make(str(table.pop("name", "")), table)
+    if "scale" in table:
+        raise UsageError("method 'svc'", "the rule it calibrates has a scale", "give the scale to svc itself")
+    return make(str(table.pop("name", "")), {**table, "scale": 1.0})
 
 
 def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -36,7 +39,8 @@ class Svc:
         U s V^T = svd(M);  q_rt = <u_r^T M, u_r^T D_t> / ||u_r^T D_t||^2
         s_r <- s_r T / sum_t max(a, q_rt)
 
-    Source: arXiv 2602.05536. `a` is 1 / T where absent, and 1 for merges like tsv_m. Experts with no update
+    Source: arXiv 2602.05536. `a` is 1 / T where absent; the paper takes 1 for merges like tsv_m. M has no scale:
+    give svc's own. Experts with no update
     drop out of T, and q_rt = 0 where an expert has nothing in a direction. Where M has equal singular values,
     as iso_c's, its directions are not unique and neither is the result.
     """
@@ -63,16 +67,16 @@ class Svc:
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         inner = self.inner.merge(deltas, layer)
         active, weights = with_update(deltas, layer)
-        M = inner.delta.double()
-        U = leading_singular(M, min(M.shape)).U  # (out, r)
-        rows = U.T @ M  # (r, in): u_r^T M = s_r v_r^T
-        calls = torch.zeros(len(rows), dtype=M.dtype, device=M.device)
+        found = leading_singular(inner.delta, min(inner.delta.shape))
+        U, s = found.U, found.s[: found.rank]
+        rows = (found.V * s).T  # (r, in): u_r^T M = s_r v_r^T, also where s_r is so small that u_r is rounding
+        calls = torch.zeros(len(rows), dtype=U.dtype, device=U.device)
         for D, weight in zip(active, weights, strict=True):
             own = U.T @ (weight * D.double())  # (r, in)
             squares = own.square().sum(1)
-            # What rounding leaves in a direction where the update has no part.
-            nothing = torch.finfo(deltas.dtype).eps ** 2 * max(D.shape) * own.square().sum()
-            q = torch.where(squares > nothing, (rows * own).sum(1) / squares, 0)
+            # Where the update has no part rounding still leaves this much, for u_r itself is so far off.
+            nothing = rounding_floor(own) * s[0] / s if len(s) else s
+            q = torch.where(squares > nothing.square(), (rows * own).sum(1) / squares, 0)
             calls += q.clamp_min(1 / len(active) if self.a is None else self.a)
         factors = self.scale * len(active) / calls
         return LayerResult(((U * factors) @ rows).to(deltas.dtype), {**inner.stats, "rank": U.shape[1]})

@@ -26,8 +26,8 @@ class Wudi:
 
     Source: arXiv 2503.08099. With `M = X0 + N` and `X0 = sum_t D_t` the gradient is `2 (N A - B)`,
     `A = sum_t D_t^T D_t / n_t`, `B = sum_t (D_t - X0) D_t^T D_t / n_t`: a step costs the same for any number of
-    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies an expert's term and its part of the start; it may not be
-    negative.
+    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies
+    an expert's term and its part of the start; it may not be negative.
     """
 
     name: ClassVar[str] = "wudi"
@@ -64,8 +64,9 @@ class SwudiA:
         A = V diag(l) V^T, descending;  K = ceil((sum sqrt(l))^2 / sum l)
         M = X0 (I - V_K V_K^T) + B V_K diag(1 / l_K) V_K^T,   X0 = sum_t D_t
 
-    with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues are floored at 1e-8 of the largest when
-    they divide. `anchor: mean` takes the mean for X0, which large language models need. Weights as in `wudi`.
+    with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues
+    are floored at 1e-8 of the largest when they divide. `anchor: mean` takes the mean for X0, which large language
+    models need. Weights as in `wudi`.
     """
 
     name: ClassVar[str] = "swudi_a"
@@ -82,7 +83,7 @@ class SwudiA:
         A, B = equations
         X0 = weighted_sum(deltas, layer.weights).double()
         if self.anchor == "mean":
-            X0 /= layer.weights.sum()
+            X0 /= layer.weights[energies(deltas) > 0].sum()
         values, vectors = torch.linalg.eigh(A)
         spectrum = values.flip(0).clamp_min(0)  # l, (in,)
         K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
