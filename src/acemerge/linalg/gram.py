@@ -6,10 +6,10 @@ import torch
 
 from acemerge.shapes import Float, Tensor
 
-# A symmetric product is halved until its blocks are a quarter of it: smaller ones lose more speed than the
-# spared half of the triangle is worth. Below this width one product is fastest.
+# A symmetric product is halved into blocks of a quarter of it, an eighth where it is large: smaller ones lose more
+# speed than the spared half of the triangle is worth. Below the first width one product is fastest.
 _SPLIT_FROM = 512
-_LEAVES = 4
+_SPLIT_FINER_FROM = 2048
 
 
 def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
@@ -38,7 +38,9 @@ def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def _leaf(n: int) -> int:
-    return n if n < _SPLIT_FROM else -(-n // _LEAVES)
+    if n < _SPLIT_FROM:
+        return n
+    return -(-n // (4 if n < _SPLIT_FINER_FROM else 8))
 
 
 def _add_lower(total: Tensor, x: Tensor, weight: float, beta: float, leaf: int) -> None:
