@@ -2,7 +2,7 @@
 
 from jaxtyping import install_import_hook
 
-FAMILIES = ("ace", "actmat", "elementwise", "masks", "sparse", "spectral", "sphere", "svc", "wudi")
+FAMILIES = ("ace", "actmat", "election", "elementwise", "masks", "sparse", "spectral", "sphere", "svc", "wudi")
 install_import_hook(["acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype")
 
 from pathlib import Path  # noqa: E402

@@ -20,9 +20,8 @@ from acemerge.roles import Role, Roles
 from acemerge.shapes import Tensor
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Code, libraries and allocator slack, whatever the model; then T task vectors and what a rule adds to them.
+# Code, libraries and allocator slack, whatever the model.
 _RESIDENT = 500_000_000
-_WORK_MATRICES = 4
 
 
 class Source(Protocol):
@@ -104,16 +103,17 @@ class Plan:
 
     @property
     def peak_memory(self) -> int:
-        """Bytes for one worker: T + 4 of a tensor in the compute type, a matrix rule's square system and its
-        factor, and what the process itself needs.
+        """Bytes for one worker: T task vectors of the largest tensor, what its rule works in, and what the process
+        itself needs.
         """
         width = 8 if self.recipe.compute_dtype == "float64" else 4
         largest = 0
         for job in self.jobs:
             if job.method:
-                _, rows, columns = matrix_shape(job)
-                system = min(columns, len(self.experts) * rows) ** 2 if job.method.needs.matrix else 0
-                largest = max(largest, job.spec.count * (len(self.experts) + _WORK_MATRICES) + 2 * system)
+                slices, rows, columns = matrix_shape(job)
+                work = job.method.needs.work.entries(len(self.experts), rows, columns)
+                result = job.spec.count if slices > 1 else 0
+                largest = max(largest, job.spec.count * len(self.experts) + work + result)
         return _RESIDENT + largest * width
 
 

@@ -11,7 +11,7 @@ import torch
 from acemerge.compute import Inputs, task_vectors
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
 from acemerge.plan import Job, Plan
-from acemerge.shapes import Float, Tensor
+from acemerge.shapes import Int, Tensor
 
 # Counts for one task vector of the t-th expert.
 _Count = Callable[[int, Tensor], Tensor]
@@ -40,7 +40,7 @@ def _thresholds(keep: float, jobs: Sequence[Job], inputs: Inputs, workers: int) 
     ]
 
 
-def _counts(jobs: Sequence[Job], inputs: Inputs, workers: int, count: _Count) -> Float[Tensor, "T bins"]:
+def _counts(jobs: Sequence[Job], inputs: Inputs, workers: int, count: _Count) -> Int[Tensor, "T bins"]:
     """For every expert the sum of the counts of all its task vectors."""
 
     def of_job(job: Job) -> dict[int, Tensor]:

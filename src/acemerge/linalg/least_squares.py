@@ -48,7 +48,7 @@ class Problem:
 class Fit:
     """The solution M, what is known of its system matrix and whether M is accurate enough.
 
-    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
+    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`, to be asked for once.
     """
 
     M: Float[Tensor, "out in"]

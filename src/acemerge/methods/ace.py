@@ -11,7 +11,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted, prefers_dual
 from acemerge.linalg.spectral import leading_polar
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
@@ -41,7 +41,7 @@ class Ace:
 
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative")
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
     tau: Annotated[float, Field(description="heterogeneous branch when gamma is above it")] = 0.3

@@ -11,7 +11,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Experts, Problem, least_squares_trusted, prefers_dual
 from acemerge.linalg.select import magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.sparse import Share, threshold
 from acemerge.shapes import Float, Tensor
@@ -37,7 +37,7 @@ class Actmat:
 
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative")
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
 
     lam: Ridge = 0.0
     p: Power = 0
@@ -65,7 +65,7 @@ class Tact:
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative")
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0

@@ -51,12 +51,29 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size
+    and so many square matrices. Their `side` is the layer's shorter one, its columns, or that of the least-squares
+    system, the smaller of columns and T rows.
+    """
+
+    tensors: int = 4
+    squares: int = 0
+    side: Literal["shorter", "columns", "system"] = "system"
+
+    def entries(self, experts: int, rows: int, columns: int) -> int:
+        sides = {"shorter": min(rows, columns), "columns": columns, "system": min(columns, experts * rows)}
+        return self.tensors * rows * columns + self.squares * sides[self.side] ** 2
+
+
+@dataclass(frozen=True)
 class Needs:
     """What a rule asks of its input.
 
     `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
     `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
-    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for.
+    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for. `work` is the memory it takes,
+    a repetition in float64 included.
     """
 
     matrix: bool = False
@@ -65,6 +82,7 @@ class Needs:
     weights: Literal["any", "not negative", "not cancelling"] = "any"
     most_experts: int | None = None
     masks: bool = False
+    work: Work = Work()
 
 
 @runtime_checkable

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
-from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.election import Sparse, elected_mean, total
 from acemerge.shapes import Float, Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-# (expert, block of rows) -> the expert's sparse and weighted update there; called once for each, in order.
-Sparse = Callable[[int, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -203,58 +199,3 @@ def _dropped(deltas: Float[Tensor, "T *shape"], layer: Layer, p: float) -> Spars
         return D * (chance.uniform_like(D, t) >= p) * factors[t]
 
     return dropped
-
-
-def total(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:
-    """`scale sum_t sparse_t`."""
-    M = torch.zeros_like(deltas[0])
-    for rows in row_blocks(deltas):
-        for t in range(len(deltas)):
-            M[rows].add_(sparse(t, rows), alpha=scale)
-    return M
-
-
-def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:
-    """`scale` times the mean of the non-zero `sparse_t` that have the elected sign.
-
-    The sign of their sum is elected; where that is zero, the sign that most entries of the tensor elected,
-    plus if they are even.
-    """
-    M = torch.empty_like(deltas[0])
-    majority, ties = 0, []
-    for rows in row_blocks(deltas):
-        up, down = _means_by_sign(sparse(t, rows) for t in range(len(deltas)))
-        sums = up.sum + down.sum
-        majority += int(sums.sign().sum())
-        tied = (sums == 0) & (up.count > 0)
-        M[rows] = torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
-        if tied.any():
-            ties.append((rows, tied, down.mean()[tied] * scale))
-    if majority < 0:
-        for rows, tied, below in ties:
-            M[rows] = M[rows].masked_scatter(tied, below)
-    return M
-
-
-@dataclass(frozen=True)
-class _Side:
-    """Sum and count of the entries of one sign."""
-
-    sum: Tensor
-    count: Tensor
-
-    def mean(self) -> Tensor:
-        return self.sum / self.count.clamp(min=1)
-
-
-def _means_by_sign(parts: Iterable[Tensor]) -> tuple[_Side, _Side]:
-    sums: list[Tensor] = []
-    for part in parts:
-        if not sums:
-            sums = [torch.zeros_like(part) for _ in range(4)]
-        positive = part.clamp(min=0)
-        sums[0] += positive
-        sums[1] += part - positive
-        sums[2] += part > 0
-        sums[3] += part < 0
-    return _Side(sums[0], sums[2]), _Side(sums[1], sums[3])

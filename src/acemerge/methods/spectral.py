@@ -11,9 +11,12 @@ from pydantic import Field
 
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.spectral import inverse_root, leading_singular, rounding_floor
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
+
+# Singular vectors are float64, and an eigen-decomposition takes several copies of its matrix.
+SPECTRAL_WORK = Work(11, 34, "shorter")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Cart:
 
     name: ClassVar[str] = "cart"
     source: ClassVar[str] = "arXiv 2412.12153"
-    needs: ClassVar[Needs] = Needs(matrix=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
 
     lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
@@ -58,7 +61,7 @@ class TsvM:
 
     name: ClassVar[str] = "tsv_m"
     source: ClassVar[str] = "arXiv 2412.00081"
-    needs: ClassVar[Needs] = Needs(matrix=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
 
     scale: Scale = 1.0
 
@@ -89,7 +92,7 @@ class IsoC:
 
     name: ClassVar[str] = "iso_c"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
 
     scale: Scale = 1.0
 
@@ -116,7 +119,7 @@ class IsoCts:
 
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
     scale: Scale = 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -14,7 +14,7 @@ from acemerge.errors import UsageError
 from acemerge.linalg.spectral import leading_singular, rounding_floor
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
 from acemerge.methods.registry import make
-from acemerge.methods.spectral import spectral_operations, with_update
+from acemerge.methods.spectral import SPECTRAL_WORK, spectral_operations, with_update
 from acemerge.shapes import Float, Tensor
 
 
@@ -62,7 +62,8 @@ class Svc:
     @property
     def needs(self) -> Needs:
         inner = self.inner.needs
-        return Needs(True, inner.base, inner.keep, inner.weights, inner.most_experts)
+        work = replace(SPECTRAL_WORK, side="system")  # at least the shorter side: covers what it calibrates too
+        return Needs(True, inner.base, inner.keep, inner.weights, inner.most_experts, work=work)
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         inner = self.inner.merge(deltas, layer)

@@ -1,6 +1,6 @@
 """Time `ace` on a GPU over all layers of a model, in CUDA events, with the peak of allocated memory.
 
-    .venv/bin/python benchmarks/cuda.py [--models vit-l,gpt2] [--rule ace]
+    .venv/bin/python benchmarks/gpu.py [--models vit-l,gpt2] [--rule ace]
 
 Needs a CUDA device and a torch build for it. The task vectors of a layer are made on the GPU before its time
 begins; layers follow one another as in a merge, and the peak is that of the largest of them, task vectors included.
