@@ -121,6 +121,7 @@ def test_emr_writes_a_mask_per_expert_and_gives_the_expert_back(plain: PlainMode
     merged = out_of(plain, method="emr")
     assert sorted(f.name for f in (plain.root / "out" / "masks").iterdir()) == [f"e{i}.safetensors" for i in (1, 2, 3)]
     verify(plain.root / "out")
+    assert "`masks/`" in (plain.root / "out" / "README.md").read_text()
     for i, tuned in enumerate(plain.tuned, 1):
         found = acemerge.expert_weights(plain.root / "out", plain.root / "base", f"e{i}")
         own = {name: tuned[name] - plain.base[name] for name in BY_RULE}

@@ -20,6 +20,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
     counts = Counter(record["rule"] for record in records.values())
     done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
     heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
+    masked = any(job.method and job.method.needs.masks for job in plan.jobs)
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).strip(),
@@ -31,6 +32,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         + ", ".join(f"`{label}`" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
+        *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
         *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
         "",
         "## Load",
