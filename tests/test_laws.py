@@ -26,10 +26,20 @@ def task_vectors(draw: st.DrawFn, most: int = 10) -> Tensor:
 
 
 def slack(deltas: Tensor, name: str) -> float:
-    """1e-12, times what the rule's solve or singular vectors amplify rounding by: their condition number."""
+    """1e-12, times what the rule's solve or singular vectors amplify rounding by: their condition number.
+
+    Never more than 1e-6, so that no draw lets everything pass.
+    """
     stats = acemerge.merge_deltas(accepted(deltas, name), name, **dict(RULES[name].params)).stats
     spread = torch.linalg.cond(deltas).max().item() * torch.linalg.cond(deltas.sum(0)).item()
-    return 1e-12 * max(1.0, stats.get("condition", 1.0), spread if RULES[name].rank else 1.0)
+    return min(1e-6, 1e-12 * max(1.0, stats.get("condition", 1.0), spread if RULES[name].rank else 1.0))
+
+
+def differs(found: Tensor, expected: Tensor, deltas: Tensor) -> float:
+    """The relative error; where experts cancel and nothing but rounding of them is left, none."""
+    if (found - expected).norm() < 1e-14 * deltas.norm():
+        return 0.0
+    return relative_error(found, expected)
 
 
 @pytest.mark.parametrize("name", having("order"))
@@ -38,14 +48,14 @@ def test_the_order_of_experts_is_irrelevant(name: str, deltas: Tensor, random: o
     deltas = accepted(deltas, name)
     order = list(range(len(deltas)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    params = {"t": 0.5} if name == "slerp" else {}
-    assert relative_error(merged(deltas[order], name, **params), merged(deltas, name)) < slack(deltas, name)
+    assert differs(merged(deltas[order], name), merged(deltas, name), deltas) < slack(deltas, name)
 
 
 @pytest.mark.parametrize("name", having("scales"))
 @given(task_vectors(), st.floats(0.125, 8))
 def test_scaling_the_task_vectors_scales_the_merge(name: str, deltas: Tensor, factor: float) -> None:
-    assert relative_error(merged(factor * deltas, name), factor * merged(deltas, name)) < slack(deltas, name)
+    scaled = factor * merged(deltas, name)
+    assert differs(merged(factor * deltas, name), scaled, factor * deltas) < slack(deltas, name)
 
 
 @pytest.mark.parametrize("name", having("rotates"))

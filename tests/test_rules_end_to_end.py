@@ -117,18 +117,20 @@ def test_masks_pack_eight_to_a_byte(shape: tuple[int, ...]) -> None:
     assert torch.equal(unpack(packed, shape), mask)
 
 
-def test_emr_writes_a_mask_per_expert_and_gives_the_expert_back(plain: PlainModel) -> None:
-    merged = out_of(plain, method="emr")
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_emr_writes_a_mask_per_expert_and_gives_the_expert_back(plain: PlainModel, scale: float) -> None:
+    merged = out_of(plain, method="emr", scale=scale)
     assert sorted(f.name for f in (plain.root / "out" / "masks").iterdir()) == [f"e{i}.safetensors" for i in (1, 2, 3)]
     verify(plain.root / "out")
     assert "`masks/`" in (plain.root / "out" / "README.md").read_text()
     for i, tuned in enumerate(plain.tuned, 1):
         found = acemerge.expert_weights(plain.root / "out", plain.root / "base", f"e{i}")
         own = {name: tuned[name] - plain.base[name] for name in BY_RULE}
-        kept = {n: (own[n] * (merged[n] - plain.base[n]) > 0) * (merged[n] - plain.base[n]) for n in BY_RULE}
-        scale = sum(D.abs().sum() for D in own.values()) / sum(D.abs().sum() for D in kept.values())
+        unified = {n: (merged[n] - plain.base[n]) / scale for n in BY_RULE}
+        kept = {n: (own[n] * unified[n] > 0) * unified[n] for n in BY_RULE}
+        rescale = sum(D.abs().sum() for D in own.values()) / sum(D.abs().sum() for D in kept.values())
         for name in BY_RULE:
-            torch.testing.assert_close(found[name], plain.base[name] + scale * kept[name], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found[name], plain.base[name] + rescale * kept[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(found["layers.0.norm.weight"], merged["layers.0.norm.weight"])
     with pytest.raises(UsageError, match="did you mean `e1`"):
         acemerge.expert_weights(plain.root / "out", plain.root / "base", "e11")

@@ -65,8 +65,9 @@ def merge_deltas(
     if base is not None and base.shape != deltas.shape[1:]:
         what = f"has shape {list(base.shape)}, the task vectors {list(deltas.shape[1:])}"
         raise UsageError("base", what, "give the layer that the task vectors start from")
-    if not is_finite(deltas) or (base is not None and not is_finite(base)):
-        raise CheckpointError("deltas", "hold values that are not finite", "mend the experts they come from")
+    for where, values in (("deltas", deltas), ("base", base)):
+        if values is not None and not is_finite(values):
+            raise CheckpointError(where, "has values that are not finite", "mend the checkpoint they come from")
     dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise UsageError("compute_dtype", f"{dtype} is too narrow to add up in", "use torch.float32 or torch.float64")

@@ -72,8 +72,8 @@ class Needs:
 
     `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
     `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
-    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for. `work` is the memory it takes,
-    a repetition in float64 included.
+    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for. `masks`: its results hold masks,
+    to be written beside the model. `work` is the memory it takes, a repetition in float64 included.
     """
 
     matrix: bool = False

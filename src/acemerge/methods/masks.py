@@ -81,7 +81,7 @@ class Emr:
             masks[:, rows] = parts * unified > 0
             flat = (masks[:, rows] * unified.abs()).flatten(1)
             own += parts.abs().flatten(1).sum(1, dtype=torch.float64)
-            kept += flat.sum(1, dtype=torch.float64) * abs(self.scale)
+            kept += flat.sum(1, dtype=torch.float64) * self.scale
             M[rows] = unified * self.scale
         stats = {"status": "ok", "own_l1": own.tolist(), "masked_l1": kept.tolist()}
         return LayerResult(M, stats, masks)

@@ -40,9 +40,8 @@ class Svc:
         s_r <- s_r T / sum_t max(a, q_rt)
 
     Source: arXiv 2602.05536. `a` is 1 / T where absent; the paper takes 1 for merges like tsv_m. M has no scale:
-    give svc's own. Experts with no update
-    drop out of T, and q_rt = 0 where an expert has nothing in a direction. Where M has equal singular values,
-    as iso_c's, its directions are not unique and neither is the result.
+    give svc's own. Experts with no update drop out of T, and q_rt = 0 where an expert has nothing in a direction.
+    Where M has equal singular values, as iso_c's, its directions are not unique and neither is the result.
     """
 
     name: ClassVar[str] = "svc"
