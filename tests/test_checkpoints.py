@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.checkpoints.header import MAX_HEADER, TensorSpec, read_header
+from acemerge.checkpoints.header import MAX_HEADER, MAX_PARTS, TensorSpec, read_header
 from acemerge.checkpoints.writer import header_bytes, split_shards, tensor_bytes
 from acemerge.errors import AcemergeError, CheckpointError
 from builders import raw_safetensors, write_checkpoint, write_sharded
@@ -69,6 +69,19 @@ def test_a_malformed_file_is_refused(case: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     assert "model.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_json_of_too_many_parts_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    many = b'{"a": [' + b"[]," * (MAX_PARTS // 2) + b"0]}"
+    write_sharded(tmp_path / "sharded", [{"a": torch.zeros(2)}])
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_bytes(many)
+    write_checkpoint(tmp_path / "config", {"a": torch.zeros(2)})
+    (tmp_path / "config" / "config.json").write_bytes(many)
+    (tmp_path / "header").mkdir()
+    (tmp_path / "header" / "model.safetensors").write_bytes(raw_safetensors(many))
+    for place in ("sharded", "config", "header"):
+        with pytest.raises(CheckpointError, match="more than the 1,000,000 that its JSON may have"):
+            open_checkpoint(tmp_path / place)
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
@@ -207,7 +220,10 @@ def test_special_files_do_not_hang(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}', '{"quantization_config": {"bits": 4}}'])
+DEEP = '{"a": ' * 65 + "1" + "}" * 65
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": 1, "a": 2}', '{"quantization_config": {"bits": 4}}', DEEP])
 def test_a_bad_config_is_refused(text: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, SHARDS[0])
     (tmp_path / "config.json").write_text(text)

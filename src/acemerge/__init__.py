@@ -1,10 +1,16 @@
 """Merge fine-tuned models into one, without data."""
 
-from acemerge.api import MergeReport, merge
-from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
-from acemerge.in_memory import merge_deltas, merge_models, merge_state_dicts
-from acemerge.masks import expert_weights
-from acemerge.methods import METHODS, Layer, LayerResult, Method, Needs, register
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from acemerge.api import MergeReport, merge
+    from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
+    from acemerge.in_memory import merge_deltas, merge_models, merge_state_dicts
+    from acemerge.masks import expert_weights
+    from acemerge.methods import METHODS, Layer, LayerResult, Method, Needs, register
 
 __all__ = [
     "METHODS",
@@ -25,3 +31,19 @@ __all__ = [
     "merge_state_dicts",
     "register",
 ]
+
+_HOMES = {
+    "api": ("MergeReport", "merge"),
+    "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
+    "in_memory": ("merge_deltas", "merge_models", "merge_state_dicts"),
+    "masks": ("expert_weights",),
+    "methods": ("METHODS", "Layer", "LayerResult", "Method", "Needs", "register"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is asked for: torch takes seconds, and the command line sets it up first."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'acemerge' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"acemerge.{_HOME[name]}"), name)

@@ -9,30 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, open_checkpoint
-from acemerge.checkpoints.writer import CARD, OutputFolder, output_folder
-from acemerge.compute import Inputs
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
+from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
+from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
+from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import UsageError
-from acemerge.plan import Plan, expert_labels, make_plan
-from acemerge.recipe import Recipe, make_recipe, parse_size, with_params
+from acemerge.identity import difference, digest, identity
+from acemerge.jobs import Plan
+from acemerge.opening import Opened, RunOptions, open_recipe
+from acemerge.recipe import Recipe, make_recipe, with_params
 from acemerge.report.card import model_card
-from acemerge.report.manifest import build_manifest, to_bytes
-from acemerge.roles import find_roles
-from acemerge.run import OnProgress, computed_in_order, hashing, write_model
+from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
+from acemerge.run import OnProgress, dry_run, find_thresholds, walker, write_heads, write_weights
 from acemerge.thresholds import with_thresholds
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What decides how a recipe is run, but not the values that come out."""
-
-    device: str = "cpu"
-    max_shard_size: str = "5GB"
-    workers: int = 1
-    overwrite: bool = False
+from acemerge.verify import verify
 
 
 @dataclass(frozen=True)
@@ -49,21 +41,6 @@ class MergeReport:
         return tensors
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet."""
-
-    plan: Plan
-    base: Checkpoint
-    experts: tuple[Checkpoint, ...]
-    device: torch.device
-    max_shard: int
-
-    @property
-    def checkpoints(self) -> tuple[Checkpoint, ...]:
-        return (self.base, *self.experts)
-
-
 def merge(
     base: str | Path,
     experts: Sequence[str | Path],
@@ -78,7 +55,8 @@ def merge(
         experts: their folders.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`), `weights` for the experts, and parameters of the rule (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`), `weights` for the experts, and parameters of the rule
+            (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -95,76 +73,79 @@ def merge(
     return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
 
 
-def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
-    """Check the options, open the checkpoints and plan the merge, from headers alone."""
-    if out is not None:
-        _check_output_apart(out, [recipe.base, *(expert.model for expert in recipe.experts)])
-    if options.workers < 1:
-        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
-    device, max_shard = _device(options.device), parse_size(options.max_shard_size)
-    base = open_checkpoint(Path(recipe.base))
-    experts = tuple(open_checkpoint(Path(expert.model)) for expert in recipe.experts)
-    labels = expert_labels([expert.model for expert in recipe.experts])
-    # The experts' own names too: a tied tensor may have its other spelling there only.
-    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
-    return Opened(plan, base, experts, device, max_shard)
-
-
 def run_recipe(
     recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
 ) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
     opened = open_recipe(recipe, out, options)
     plan, started = opened.plan, time.perf_counter()
-    inputs = Inputs(recipe, opened.base, opened.experts, plan.experts, opened.device)
-    paths = [str(checkpoint.path) for checkpoint in opened.checkpoints]
     if out is None:
-        inputs = with_thresholds(inputs, plan, options.workers)
-        results = computed_in_order(plan.jobs, inputs, options.workers, on_progress)
-        records = {job.name: result.record for job, result in results}
-        return MergeReport(None, build_manifest(plan, records, [(p, {}) for p in paths], {}, _since(started)))
-    with output_folder(out, options.overwrite) as output, hashing(opened.checkpoints) as input_sums:
-        inputs = with_thresholds(inputs, plan, options.workers)
-        written = write_model(plan, inputs, output, opened.max_shard, options.workers, on_progress)
-        _write_assets(opened.base, plan, output)
-        output.write_bytes(CARD, model_card(plan, written).encode())
-        sums = input_sums()
-        for checkpoint in opened.checkpoints:
-            checkpoint.check_unchanged()
-        provenance = list(zip(paths, sums, strict=True))
-        manifest = build_manifest(plan, written, provenance, dict(output.written), _since(started))
+        with opened.pipeline(options.workers, hashing=False) as (pipeline, _):
+            setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
+            records = dry_run(plan, setting, walker(pipeline, "merge", on_progress))
+        unread: list[tuple[str, dict[str, FileSum]]] = [(str(c.path), {}) for c in opened.checkpoints]
+        return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)))
+    about = identity(recipe, opened.checkpoints, opened.max_shard, options.device)
+    with output_folder(out, options.overwrite, options.resume) as output:
+        done = Done(about)
+        if options.resume:
+            if _is_finished(out, about, options.overwrite):
+                output.discard()
+                return MergeReport(out, verify(out))
+            done = read_journal(out, opened.layout.files) or done
+            _check_same_run(out, done.identity, about)
+        manifest = _write(opened, output, done, options, on_progress)
+        manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
     return MergeReport(out, manifest)
 
 
+def _write(
+    opened: Opened, output: OutputFolder, done: Done, options: RunOptions, on_progress: OnProgress
+) -> dict[str, Any]:
+    """Write everything but the manifest, and return that."""
+    plan = opened.plan
+    journal = output.begin(done)
+    try:
+        with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
+            walk = walker(pipeline, "thresholds", on_progress)
+            setting = find_thresholds(plan, opened.setting, walk, done, journal)
+            walk = walker(pipeline, "merge", on_progress)
+            records = write_weights(opened.layout, setting, walk, output, done, journal)
+            write_heads(plan, readers, output)
+            _write_assets(opened.base, plan, output)
+            output.write_bytes(CARD, model_card(plan, records).encode())
+            hashes = pipeline.of_readers(Reader.hashes)
+    finally:
+        journal.close()
+    for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
+        check_unchanged(checkpoint, found)
+    inputs = [
+        (str(checkpoint.path), {path.name: FileSum(h.sha256, h.nbytes) for path, h in found.items()})
+        for checkpoint, found in zip(opened.checkpoints, hashes, strict=True)
+    ]
+    return build_manifest(plan, records, inputs, output.written, 0.0)
+
+
+def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether this very run was finished before it was killed."""
+    if files.kind(out / MANIFEST) == "nothing":
+        return False
+    if load_manifest(out).get("run") == digest(about):
+        return True
+    if not overwrite and files.kind(out / JOURNAL) == "nothing":
+        raise UsageError(out, "holds a finished merge of another run", "choose another folder or add --overwrite")
+    return False
+
+
+def _check_same_run(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = difference(before, now)
+    if changed:
+        raise UsageError(out, f"cannot go on: {changed}", "undo the change, or start again with --overwrite")
+
+
 def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
-
-
-def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
-    """UsageError when the output folder is, holds or lies in an input."""
-    with files.writing(out):
-        target = out.resolve()
-    for path in inputs:
-        with files.reading(Path(path)):
-            source = Path(path).resolve()
-        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
-            what = f"is the same folder as, inside or around the input {path}"
-            raise UsageError(out, what, "choose a folder of its own for the output")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}", "no CUDA device is available", "use --device cpu")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto") from None
 
 
 def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from acemerge import api, show
 from acemerge.errors import AcemergeError, UsageError
+from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import Recipe, load_recipe, make_recipe, parse_settings
 from acemerge.report.manifest import versions
 from acemerge.verify import verify as verify_folder
@@ -46,6 +46,13 @@ Dtype = Annotated[
 ShardSize = Annotated[str, typer.Option(help="largest output file")]
 Workers = Annotated[int, typer.Option(help="tensors computed at once")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the output folder holds")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
+]
 Seed = Annotated[int | None, typer.Option(help="seed of the rules that use chance")]
 Nonfinite = Annotated[
     Literal["error", "skip-expert"] | None, typer.Option(help="what to do about NaN or infinity in an expert")
@@ -69,7 +76,7 @@ def _options(
     pass
 
 
-Action = Callable[[Recipe, Path | None, api.RunOptions, bool], None]
+Action = Callable[[Recipe, Path | None, RunOptions, bool], None]
 
 
 def _merging_command(action: Action) -> None:
@@ -91,6 +98,9 @@ def _merging_command(action: Action) -> None:
         max_shard_size: ShardSize = "5GB",
         workers: Workers = 1,
         overwrite: Overwrite = False,
+        resume: Resume = False,
+        max_memory: MaxMemory = None,
+        allow_pickle: AllowPickle = False,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         quiet: Quiet = False,
@@ -115,10 +125,11 @@ def _merging_command(action: Action) -> None:
                 if key not in given:
                     raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
             asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
-        action(asked, out, api.RunOptions(device, max_shard_size, workers, overwrite), quiet)
+        options = RunOptions(device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle)
+        action(asked, out, options, quiet)
 
 
-def _merge(recipe: Recipe, out: Path | None, options: api.RunOptions, quiet: bool) -> None:
+def _merge(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -> None:
     """Merge a base and its experts into one folder."""
     if out is None:
         raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
@@ -128,9 +139,9 @@ def _merge(recipe: Recipe, out: Path | None, options: api.RunOptions, quiet: boo
         show.merge_summary(out_console, report)
 
 
-def _plan(recipe: Recipe, out: Path | None, options: api.RunOptions, quiet: bool) -> None:
+def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -> None:
     """Show every tensor, its role, its rule and why; reads headers only."""
-    opened = api.open_recipe(recipe, out, options)
+    opened = open_recipe(recipe, out, options)
     if not quiet:
         show.plan(out_console, opened.plan)
 
@@ -168,7 +179,6 @@ def demo(
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every failure is one line on stderr and an exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = app(arguments, standalone_mode=False, prog_name="acemerge")
         if code == 130:  # typer's own answer to an interrupt says nothing
@@ -204,6 +214,6 @@ def _report(failure: BaseException) -> int:
     elif isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
         line, code = f"standard output: {failure.strerror}; what was said to be written is written", 5
     else:
-        line, code = "interrupted: nothing was published; run the same command again", 130
+        line, code = "interrupted: nothing was published; run it again, a merge with --resume to go on", 130
     sys.stderr.write(f"acemerge: error: {line}\n")
     return code

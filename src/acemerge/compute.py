@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from acemerge.buffers import Buffers
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
+from acemerge.jobs import Input, Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
-from acemerge.plan import Job, Source, keep_base
+from acemerge.plan import keep_base
 from acemerge.recipe import Recipe
 from acemerge.shapes import Float, Tensor
 
 
 @dataclass(frozen=True)
 class Computed:
-    """The finished tensor, on the CPU in its output type, and what the manifest says of it."""
+    """A finished piece, on the CPU in its output type, and what the manifest says of it."""
 
     value: Tensor
     record: Mapping[str, Any]
@@ -28,112 +31,165 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What every job of a run shares: the models, their labels and the recipe.
+class Setting:
+    """What every job of a run shares.
 
     `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert.
     """
 
     recipe: Recipe
-    base: Source
-    experts: Sequence[Source]
     labels: Sequence[str]
-    device: torch.device
     thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
 
 
-def compute(job: Job, inputs: Inputs) -> Computed:
-    """Read one tensor from every input and merge it.
+class Values(Protocol):
+    """The inputs of one piece."""
+
+    def take(self, wanted: Input) -> Tensor:
+        """The stored values, on any device. Not to be modified."""
+        ...
+
+    def release(self, model: int) -> None:
+        """Nothing more is wanted of this model."""
+        ...
+
+
+# Pieces that are worked on together, each with its inputs.
+Loaded = Sequence[tuple[Piece, Values]]
+Result = TypeVar("Result")
+
+
+class Walk(Protocol):
+    """Goes through pieces in their order, some together, and yields what `work` makes of them."""
+
+    def __call__(
+        self, parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]
+    ) -> Generator[Result, None, None]: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece is computed: the device, and the host's large buffers."""
+
+    device: torch.device
+    buffers: Buffers = field(default_factory=Buffers)
+
+    @contextlib.contextmanager
+    def space(self, shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """A tensor to work in, whatever is in it; not to be used when the block has ended."""
+        if self.device.type != "cpu":
+            yield torch.empty(shape, dtype=dtype, device=self.device)
+            return
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        buffer = self.buffers.take(nbytes)
+        try:
+            yield buffer[:nbytes].view(dtype).view(*shape)
+        finally:
+            self.buffers.give(buffer)
+
+
+def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:
+    """Merge one piece.
 
     Raises CheckpointError for input that is not finite or does not agree, NumericalError for a result that is
     not finite in the output type.
     """
     started = time.perf_counter()
+    job = piece.job
     try:
-        base = inputs.base.read(job.name)
-        _check_copies(job, base, inputs)
-        value, record, masks = _merged(job, job.method, base, inputs) if job.method else _kept(job, base, inputs)
+        base = values.take((0, job.name))
+        _check_copies(job, values, setting)
+        made = _merged if job.method else _kept
+        value, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
         cure = "use --compute-dtype float64, fewer --workers or more memory"
         raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
     about = {"role": job.role.name, "rule": job.rule, "reason": job.reason}
-    return Computed(value, {**about, **record, "seconds": round(time.perf_counter() - started, 6)}, masks)
+    return Computed(value, {**about, **record, "seconds": time.perf_counter() - started}, masks)
+
+
+def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the manifest says of a tensor, from the records of its pieces."""
+    record = dict(records[0])
+    record["seconds"] = round(sum(r["seconds"] for r in records), 6)
+    if len(records) > 1:
+        statuses = {r["status"] for r in records}
+        record["status"] = "no update" if statuses == {"no update"} else min(statuses - {"no update"})
+        if "energies" in record:
+            record["energies"] = [sum(parts) for parts in zip(*(r["energies"] for r in records), strict=True)]
+    return record
 
 
 # The finished tensor, its record, and masks where the rule makes them.
 _Made = tuple[Tensor, dict[str, Any], tuple[Tensor, ...]]
 
 
-def _kept(job: Job, base: Tensor, inputs: Inputs) -> _Made:
+def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+    job = piece.job
     if job.must_agree:
-        for label, expert, name in zip(inputs.labels, inputs.experts, job.sources, strict=True):
-            if name and not torch.equal(base, expert.read(name)):
+        for model, name in job.inputs[1:]:
+            if not torch.equal(base, values.take((model, name))):
                 what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(f"expert {label}", what, keep_base(job.name))
+                raise CheckpointError(f"expert {setting.labels[model - 1]}", what, keep_base(job.name))
     elif base.dtype.is_floating_point:
-        check_finite(base, job.name, "base")
-    return _cast(base, job), {"status": "kept"}, ()
+        check_finite(base, job.name, "base", first_row=_first_row(piece))
+    return _own(_cast(base, job), base), {"status": "kept"}, ()
 
 
-def _merged(job: Job, method: Method, base: Tensor, inputs: Inputs) -> _Made:
-    check_finite(base, job.name, "base")
-    deltas, used = task_vectors(job, base, inputs)
-    n = energies(deltas)
-    skipped = [label for i, label in enumerate(inputs.labels) if i not in used]
-    record: dict[str, Any] = {"energies": n.tolist()}
-    if skipped:
-        record["skipped_experts"] = skipped
-    if not (n > 0).any():  # the base's own bytes, the sign of zero included
-        masks = torch.zeros(deltas.shape, dtype=torch.bool) if method.needs.masks else None
-        return _cast(base, job), {"status": "no update", **record}, _packed(masks, used, inputs)
-    layer = _layer(job, method, base, used, inputs)
-    check_experts(method, layer.weights.tolist())
-    result = apply_rule(method, deltas.mT if job.transposed else deltas, layer)
-    delta = result.delta.mT if job.transposed else result.delta
-    value = delta.add_(base.to(device=delta.device, dtype=delta.dtype))  # never into base: it may be the caller's
-    if not is_finite(value):
-        where, cure = f"tensor {job.name!r}", "use --compute-dtype float64 or a smaller scale"
-        raise NumericalError(where, f"{method.name} gave values that are not finite", cure)
-    masks = result.masks.mT if result.masks is not None and job.transposed else result.masks
-    return _cast(value, job), {**result.stats, **record}, _packed(masks, used, inputs)
+def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+    job, T = piece.job, len(setting.labels)
+    check_finite(base, job.name, "base", first_row=_first_row(piece))
+    with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
+        W0 = space[T].copy_(base)
+        deltas, used = task_vectors(piece, values, setting, W0, space[:T])
+        n = energies(deltas)
+        record: dict[str, Any] = {"energies": n.tolist()}
+        if len(used) < T:
+            record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
+        if not (n > 0).any():  # the base's own bytes, the sign of zero included
+            masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
+            return _own(_cast(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
+        result = _apply(job, deltas, W0, used, setting)
+        value = result.delta.add_(W0)
+        if not is_finite(value):
+            where, cure = f"tensor {job.name!r}", "use --compute-dtype float64 or a smaller scale"
+            raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
+        return _own(_cast(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
 
 
-def _layer(job: Job, method: Method, base: Tensor, used: Sequence[int], inputs: Inputs) -> Layer:
-    """What the rule may know of this tensor, for the experts in use."""
-    recipe, needs = inputs.recipe, method.needs
-    weights = torch.tensor([recipe.experts[i].weight for i in used], dtype=torch.float64, device=inputs.device)
-    thresholds = None if needs.keep is None else tuple(inputs.thresholds[needs.keep][i] for i in used)
-    W0: Tensor | None = None
-    if needs.base:
-        W0 = base.to(device=inputs.device, dtype=_compute_dtype(job, base, inputs))
-        W0 = W0.mT if job.transposed else W0
-    return Layer(weights, expert_seeds(recipe.seed, job.name, used), thresholds, W0)
+def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
+    """The rule's result for this tensor, stored as the tensor is."""
+    assert job.method is not None
+    recipe, needs = setting.recipe, job.method.needs
+    weights = torch.tensor([recipe.experts[i].weight for i in used], dtype=torch.float64, device=deltas.device)
+    check_experts(job.method, weights.tolist())
+    thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
+    seen = W0.mT if job.transposed else W0
+    layer = Layer(weights, expert_seeds(recipe.seed, job.name, used), thresholds, seen if needs.base else None)
+    result = apply_rule(job.method, deltas.mT if job.transposed else deltas, layer)
+    if not job.transposed:
+        return result
+    return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
 
 
-def _compute_dtype(job: Job, base: Tensor, inputs: Inputs) -> torch.dtype:
-    types = {base.dtype, *(e.tensors[name].dtype for e, name in zip(inputs.experts, job.sources, strict=True))}
-    wide = inputs.recipe.compute_dtype == "float64" or torch.float64 in types
-    return torch.float64 if wide else torch.float32
-
-
-def task_vectors(job: Job, base: Tensor, inputs: Inputs) -> tuple[Float[Tensor, "T *shape"], list[int]]:
-    """`D_t = W_t - W_0` in the compute type, and which experts they are from."""
-    dtype = _compute_dtype(job, base, inputs)
-    W0 = base.to(device=inputs.device, dtype=dtype)
-    deltas = torch.empty(len(inputs.experts), *base.shape, dtype=dtype, device=inputs.device)
+def task_vectors(
+    piece: Piece, values: Values, setting: Setting, W0: Float[Tensor, "*shape"], space: Float[Tensor, "T *shape"]
+) -> tuple[Float[Tensor, "T *shape"], list[int]]:
+    """`D_t = W_t - W_0` in the compute type, in `space`, and which experts they are from."""
     used: list[int] = []
-    for i, (expert, name) in enumerate(zip(inputs.experts, job.sources, strict=True)):
-        Wt = expert.read(name)
-        if inputs.recipe.nonfinite == "skip-expert" and not is_finite(Wt):
-            continue
-        cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
-        check_finite(Wt, name, f"expert {inputs.labels[i]}", cure)
-        torch.sub(Wt.to(device=inputs.device, dtype=dtype), W0, out=deltas[len(used)])
-        used.append(i)
+    for i, (model, name) in enumerate(piece.job.inputs[1 : 1 + len(setting.labels)]):
+        Wt = values.take((model, name))
+        skips = setting.recipe.nonfinite == "skip-expert" and not is_finite(Wt)
+        if not skips:
+            cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+            check_finite(Wt, name, f"expert {setting.labels[i]}", cure, _first_row(piece))
+            space[len(used)].copy_(Wt).sub_(W0)
+            used.append(i)
+        values.release(model)
     if not used:
-        raise CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
-    return deltas[: len(used)], used
+        raise CheckpointError(f"tensor {piece.job.name!r}", "no expert has finite values", "fetch the experts again")
+    return space[: len(used)], used
 
 
 def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
@@ -146,23 +202,28 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
     return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
 
 
-def _packed(masks: Tensor | None, used: Sequence[int], inputs: Inputs) -> tuple[Tensor, ...]:
+def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:
     """One packed mask per expert of the recipe; an expert that was skipped has none of the update."""
     if masks is None:
         return ()
     nothing = torch.zeros_like(masks[0])
-    return tuple(pack(masks[used.index(i)] if i in used else nothing) for i in range(len(inputs.experts)))
+    return tuple(pack(masks[used.index(i)] if i in used else nothing) for i in range(experts))
 
 
-def _check_copies(job: Job, base: Tensor, inputs: Inputs) -> None:
+def _check_copies(job: Job, values: Values, setting: Setting) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
-    for i, name in job.copies:
-        source, label = (inputs.base, "base") if i == 0 else (inputs.experts[i - 1], f"expert {inputs.labels[i - 1]}")
-        first = job.name if i == 0 else job.sources[i - 1]
-        original = base if i == 0 else source.read(first)
-        if not torch.equal(original.view(torch.uint8), source.read(name).view(torch.uint8)):
+    firsts = dict(job.inputs[: 1 + len(setting.labels)])
+    for model, name in job.copies:
+        first = firsts[model]
+        original, copy = values.take((model, first)), values.take((model, name))
+        if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
             what = f"tensors {first!r} and {name!r} should be tied but differ"
+            label = f"expert {setting.labels[model - 1]}" if model else "base"
             raise CheckpointError(label, what, "set tie_word_embeddings to false in its config.json and the base's")
+
+
+def _first_row(piece: Piece) -> int:
+    return piece.rows[0] if piece.rows else 0
 
 
 def is_finite(values: Tensor) -> bool:
@@ -173,12 +234,13 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again") -> None:
-    """CheckpointError with the coordinate of the first NaN or infinity."""
+def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again", first_row: int = 0) -> None:
+    """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
     if is_finite(values):
         return
     place = (~torch.isfinite(values)).nonzero()[0].tolist()
-    what = f"tensor {name!r} is {values[tuple(place)].item()} at {place}"
+    value = values[tuple(place)].item()
+    what = f"tensor {name!r} is {value} at {[place[0] + first_row, *place[1:]] if place else place}"
     raise CheckpointError(where, what, cure)
 
 
@@ -191,3 +253,9 @@ def _cast(value: Tensor, job: Job) -> Tensor:
         what = f"its largest magnitude {largest:g} overflows {kind}"
         raise NumericalError(f"tensor {job.name!r}", what, "write --dtype bfloat16 or float32")
     return result.contiguous()
+
+
+def _own(value: Tensor, other: Tensor) -> Tensor:
+    """The value in memory of its own, not that of `other`, which serves again."""
+    shared = value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return value.clone() if shared else value

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from acemerge.checkpoints.folder import SINGLE
-from acemerge.checkpoints.writer import HEADS
+from acemerge.checkpoints.output import HEADS
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.shapes import Float, Tensor
 

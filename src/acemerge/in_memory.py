@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.compute import Inputs, compute, is_finite
+from acemerge.compute import Loaded, Place, Result, Setting, compute, is_finite
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.jobs import Input, Piece, pieces
 from acemerge.methods import Layer, LayerResult, check_experts, expert_seeds, make
 from acemerge.plan import make_plan
 from acemerge.recipe import make_recipe
@@ -34,8 +35,21 @@ class _Memory:
     def tensors(self) -> Mapping[str, TensorSpec]:
         return {name: TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in self.values.items()}
 
-    def read(self, name: str) -> Tensor:
-        return self.values[name].detach()
+
+@dataclass(frozen=True)
+class _PieceOf:
+    """The values of one piece in the state dicts."""
+
+    piece: Piece
+    models: Sequence[Mapping[str, Tensor]]
+
+    def take(self, wanted: Input) -> Tensor:
+        model, name = wanted
+        value = self.models[model][name].detach()
+        return value if self.piece.rows is None else value[slice(*self.piece.rows)]
+
+    def release(self, model: int) -> None:
+        pass
 
 
 def merge_deltas(
@@ -131,5 +145,16 @@ def _merge_in_memory(
     sources = [_Memory(expert) for expert in experts]
     plan = make_plan(recipe, _Memory(base), sources, labels, roles)
     device = next((value.device for value in base.values()), torch.device("cpu"))
-    inputs = with_thresholds(Inputs(recipe, _Memory(base), sources, labels, device), plan)
-    return {job.name: compute(job, inputs).value.to(base[job.name].device).clone() for job in plan.jobs}
+    models, place = [base, *experts], Place(device)
+
+    def walk(parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]) -> Generator[Result, None, None]:
+        for piece in parts:
+            yield work([(piece, _PieceOf(piece, models))], place)
+
+    setting = with_thresholds(Setting(recipe, labels), plan, walk)
+    merged = {}
+    for job in plan.jobs:
+        parts = [compute(piece, _PieceOf(piece, models), setting, place).value for piece in pieces(job, job.entrywise)]
+        value = torch.cat(parts) if len(parts) > 1 else parts[0]
+        merged[job.name] = value.to(base[job.name].device)
+    return merged

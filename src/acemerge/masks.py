@@ -8,7 +8,7 @@ from typing import Any
 
 from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
 from acemerge.checkpoints.masks import unpack
-from acemerge.checkpoints.writer import MASKS
+from acemerge.checkpoints.output import MASKS
 from acemerge.errors import UsageError, nearest
 from acemerge.report.manifest import load_manifest
 from acemerge.shapes import Tensor

@@ -1,129 +1,24 @@
-"""Recipe and headers to a list of jobs. Reads no tensor bytes: all that can be refused is refused here."""
+"""Recipe and headers to a plan. Reads no tensor bytes: all that can be refused is refused here."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError
+from acemerge.jobs import Head, Job, Plan, Source
 from acemerge.methods import Method, check_experts
 from acemerge.policy import Decision, Policy
 from acemerge.recipe import Recipe
 from acemerge.roles import Role, Roles
-from acemerge.shapes import Tensor
 
+_NO_PARAMETER = "no parameter of the architecture: the base's own"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Code, libraries and allocator slack, whatever the model.
-_RESIDENT = 500_000_000
-
-
-class Source(Protocol):
-    """A model as a plan sees it: names, shapes and types, values one tensor at a time."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorSpec]: ...
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-    def read(self, name: str) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One tensor of the output: what it is, which rule makes it and why.
-
-    `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
-    spellings of a tied tensor, (checkpoint, name) with 0 for the base, whose bytes must agree.
-    """
-
-    spec: TensorSpec
-    role: Role
-    reason: str
-    method: Method | None = None
-    transposed: bool = False
-    sources: tuple[str, ...] = ()
-    must_agree: bool = False
-    copies: tuple[tuple[int, str], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def rule(self) -> str:
-        return self.method.name if self.method else "base"
-
-
-@dataclass(frozen=True)
-class Head:
-    """A tensor of one expert that is not merged but written beside the model."""
-
-    spec: TensorSpec
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The jobs in the order of the base's tensors, and each expert's own heads."""
-
-    recipe: Recipe
-    experts: tuple[str, ...]
-    jobs: tuple[Job, ...]
-    heads: tuple[tuple[Head, ...], ...]
-    roles_source: str
-    warnings: tuple[str, ...]
-    bytes_read: int
-
-    @property
-    def bytes_reread(self) -> int:
-        """What rules that keep a share of the whole model read first, in two passes, for their thresholds."""
-        tensors = [job.spec for job in self.jobs if job.method and job.method.needs.keep is not None]
-        return 2 * sum(spec.nbytes for spec in tensors) * (1 + len(self.experts))
-
-    @property
-    def bytes_written(self) -> int:
-        heads = sum(head.spec.nbytes for expert in self.heads for head in expert)
-        return heads + sum(job.spec.nbytes for job in self.jobs)
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of all rules."""
-        total = 0
-        for job in self.jobs:
-            if job.method:
-                slices, rows, columns = matrix_shape(job)
-                total += slices * job.method.operations(len(self.experts), rows, columns)
-        return total
-
-    @property
-    def peak_memory(self) -> int:
-        """Bytes for one worker: T task vectors of the largest tensor, what its rule works in, and what the process
-        itself needs.
-        """
-        width = 8 if self.recipe.compute_dtype == "float64" else 4
-        largest = 0
-        for job in self.jobs:
-            if job.method:
-                slices, rows, columns = matrix_shape(job)
-                work = job.method.needs.work.entries(len(self.experts), rows, columns)
-                result = job.spec.count if slices > 1 else 0
-                largest = max(largest, job.spec.count * len(self.experts) + work + result)
-        return _RESIDENT + largest * width
-
-
-def matrix_shape(job: Job) -> tuple[int, int, int]:
-    """(slices, out, in) of the matrices that a job's rule sees."""
-    shape = job.spec.shape
-    if len(shape) < 2:
-        return 1, 1, math.prod(shape)
-    rows, columns = (shape[-1], shape[-2]) if job.transposed else (shape[-2], shape[-1])
-    return math.prod(shape[:-2]), rows, columns
 
 
 def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: Sequence[str], roles: Roles) -> Plan:
@@ -134,12 +29,11 @@ def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: S
     """
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
-    jobs = tuple(planner.job(names[0]) for names in planner.base_names.values())
+    jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for method in _distinct(job.method for job in jobs if job.method):
         check_experts(method, [expert.weight for expert in recipe.experts])
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
-    read = sum(spec.nbytes for source in (base, *experts) for spec in source.tensors.values())
-    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), read)
+    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings))
 
 
 class _Planner:
@@ -176,6 +70,13 @@ class _Planner:
             names.setdefault(self.roles.identity[name], []).append(name)
         return names
 
+    def sized(self, job: Job) -> Job:
+        """The job with the bytes that it reads and the type that it is computed in."""
+        specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.inputs]
+        wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
+        dtype = torch.float64 if wide else torch.float32
+        return replace(job, bytes_in=sum(spec.nbytes for spec in specs), compute_dtype=dtype)
+
     def job(self, name: str) -> Job:
         spec, role = self.base.tensors[name], self.roles.by_name[name]
         decision = self.policy.decide(spec, role)
@@ -184,7 +85,7 @@ class _Planner:
         if decision.action == "heads":
             self.kept_apart.add(identity)
         if decision.action != "merge":
-            return Job(out, role, decision.reason)
+            return self._kept(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
@@ -192,7 +93,7 @@ class _Planner:
             return self._base_only(out, role)
         for label, found in zip(self.labels, sources, strict=True):
             if not found and self._is_no_parameter(role):
-                return Job(out, role, "no parameter of the architecture: the base's own")
+                return self._kept(out, role, _NO_PARAMETER)
             if not found:
                 raise CheckpointError(f"expert {label}", f"lacks tensor {name!r}", keep_base(name))
         shapes = [expert.tensors[found].shape for expert, found in zip(self.experts, sources, strict=True)]
@@ -206,7 +107,13 @@ class _Planner:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
-        return Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        # Whether an expert is skipped is only known when all of its tensor was seen.
+        entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
+        return replace(job, entrywise=entrywise)
+
+    def _kept(self, out: TensorSpec, role: Role, reason: str) -> Job:
+        return Job(out, role, reason, entrywise=True)
 
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
         if self.recipe.dtype == "auto" or not spec.dtype.is_floating_point:
@@ -223,16 +130,17 @@ class _Planner:
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
                 raise CheckpointError(f"expert {label}", what, keep_base(out.name))
-        return Job(out, role, "an integer buffer: must agree, copied", sources=sources, must_agree=True)
+        reason = "an integer buffer: must agree, copied"
+        return replace(self._kept(out, role, reason), sources=sources, must_agree=True)
 
     def _base_only(self, out: TensorSpec, role: Role) -> Job:
         """No expert has it: the base's own head, unless it belongs to the backbone."""
         if self._is_no_parameter(role):
-            return Job(out, role, "no parameter of the architecture: the base's own")
+            return self._kept(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
             raise CheckpointError(f"expert {self.labels[0]}", what, keep_base(out.name))
-        return Job(out, role, "no expert has it: the base's own")
+        return self._kept(out, role, "no expert has it: the base's own")
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
@@ -248,7 +156,7 @@ class _Planner:
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {self.labels[i]}", found, "merge models of one size")
         self.kept_apart.add(self.roles.identity[out.name])
-        return Job(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
+        return self._kept(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
 
     def _refuse_integers(self, name: str, sources: tuple[str, ...]) -> None:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):

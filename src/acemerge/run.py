@@ -1,29 +1,36 @@
-"""Executes a plan: reads and computes ahead in worker threads, writes in order, publishes at the end."""
+"""Executes a plan: streams its pieces, writes them in order, and notes what is done."""
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import torch
+
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.folder import INDEX
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.journal import Done, Journal, Step
 from acemerge.checkpoints.masks import mask_spec
-from acemerge.checkpoints.writer import HEADS, MASKS, FileSum, OutputFolder, split_shards
-from acemerge.compute import Computed, Inputs, check_finite, compute
-from acemerge.plan import Job, Plan
+from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
+from acemerge.checkpoints.reader import Reader, Span
+from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
+from acemerge.compute import Computed, Loaded, Place, Result, Setting, Walk, check_finite, compute, whole_record
+from acemerge.jobs import Job, Piece, Plan, pieces
+from acemerge.pipeline import Pipeline
 from acemerge.shapes import Tensor
+from acemerge.thresholds import with_thresholds
+
+Records = dict[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One finished tensor, for whoever shows progress."""
+    """How far a stage is, for whoever shows it; `name` is the last tensor done."""
 
+    stage: str
     name: str
     done: int
     total: int
@@ -34,107 +41,141 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-def computed_in_order(
-    jobs: Sequence[Job], inputs: Inputs, workers: int, on_progress: OnProgress
-) -> Generator[tuple[Job, Computed], None, None]:
-    """Every job's result in the order of `jobs`; at most `workers + 1` tensors are in flight.
+def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress) -> Walk:
+    """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
 
-    Each job is computed by one thread from its own inputs, so the result does not depend on `workers`.
-    """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="acemerge")
-    total = sum(job.spec.nbytes for job in jobs)
-    finished = bytes_done = 0
-    try:
-        pending: deque[tuple[Job, Future[Computed]]] = deque()
-        waiting = iter(jobs)
-        while True:
-            while len(pending) <= workers and (job := next(waiting, None)) is not None:
-                pending.append((job, pool.submit(compute, job, inputs)))
-            if not pending:
-                return
-            job, future = pending.popleft()
-            result = future.result()
-            finished, bytes_done = finished + 1, bytes_done + job.spec.nbytes
-            yield job, result
-            on_progress(Progress(job.name, finished, len(jobs), bytes_done, total))
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    def walk(parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]) -> Generator[Result, None, None]:
+        queue = list(parts)
+        total, bytes_total = sum(piece.is_last for piece in queue), sum(piece.bytes_in for piece in queue)
+        done = bytes_done = 0
+        for batch, result in pipeline.stream(queue, work):
+            yield result
+            done += sum(piece.is_last for piece in batch)
+            bytes_done += sum(piece.bytes_in for piece in batch)
+            on_progress(Progress(stage, batch[-1].job.name, done, total, bytes_done, bytes_total))
+
+    return walk
 
 
-def write_model(
-    plan: Plan, inputs: Inputs, output: OutputFolder, max_shard: int, workers: int, on_progress: OnProgress
-) -> dict[str, Mapping[str, Any]]:
-    """Write all weights of the plan to `output` and return what the manifest says of each tensor."""
-    shards = split_shards([job.spec for job in plan.jobs], max_shard)
-    by_name = {job.name: job for job in plan.jobs}
-    ordered = [by_name[spec.name] for _, specs in shards for spec in specs]
-    records: dict[str, Mapping[str, Any]] = {}
-    results = computed_in_order(ordered, inputs, workers, on_progress)
+@dataclass(frozen=True)
+class Layout:
+    """Which files the weights go to, and the order in which they are written."""
 
-    def next_tensor(name: str) -> Tensor:
-        job, result = next(results)
-        assert job.name == name
-        records[name] = result.record
-        write_masks(result)
-        return result.value
+    plan: Plan
+    max_shard: int
 
-    try:
-        with _mask_files(plan, ordered, output) as write_masks:
-            for file, specs in shards:
-                output.write_tensors(file, specs, next_tensor)
-            next(results, None)  # reports the last tensor
-    finally:
-        results.close()
-    output.write_index(shards)
-    _write_heads(plan, inputs, output)
-    return {name: records[name] for name in by_name}
+    @cached_property
+    def shards(self) -> list[tuple[str, list[TensorSpec]]]:
+        return split_shards([job.spec for job in self.plan.jobs], self.max_shard)
 
+    @cached_property
+    def jobs(self) -> list[Job]:
+        by_name = {job.name: job for job in self.plan.jobs}
+        return [by_name[spec.name] for _, specs in self.shards for spec in specs]
 
-@contextlib.contextmanager
-def _mask_files(plan: Plan, ordered: Sequence[Job], output: OutputFolder) -> Iterator[Callable[[Computed], None]]:
-    """One file of masks per expert, written along with the model, where a rule of the plan makes masks."""
-    specs = [mask_spec(job.spec) for job in ordered if job.method and job.method.needs.masks]
-    with contextlib.ExitStack() as files_open:
-        if specs:
-            files.make_folder(output.path / MASKS)
-        names = [f"{MASKS}/{label}.safetensors" for label in plan.experts] if specs else []
-        writers = [files_open.enter_context(output.tensor_stream(name, specs)) for name in names]
+    @cached_property
+    def files(self) -> dict[str, list[TensorSpec]]:
+        """The shards, and one file of masks per expert where a rule makes masks."""
+        masks = [mask_spec(job.spec) for job in self.jobs if job.makes_masks]
+        beside = {f"{MASKS}/{label}.safetensors": masks for label in self.plan.experts} if masks else {}
+        return dict(self.shards) | beside
 
-        def write(result: Computed) -> None:
-            if result.masks:
-                for writer, mask in zip(writers, result.masks, strict=True):
-                    writer(mask)
-
-        yield write
+    @cached_property
+    def goes_to(self) -> dict[str, list[str]]:
+        """For every tensor its shard, then the files of its masks."""
+        masks = list(self.files)[len(self.shards) :]
+        shard = {spec.name: file for file, specs in self.shards for spec in specs}
+        return {job.name: [shard[job.name], *(masks if job.makes_masks else [])] for job in self.jobs}
 
 
-def _write_heads(plan: Plan, inputs: Inputs, output: OutputFolder) -> None:
-    for label, expert, heads in zip(plan.experts, inputs.experts, plan.heads, strict=True):
+def dry_run(plan: Plan, setting: Setting, walk: Walk) -> Records:
+    """Compute everything and keep nothing but the records."""
+    records = _Records()
+    work = merging(setting)
+    for results in walk((piece for job in plan.jobs for piece in pieces(job, job.entrywise)), work):
+        for piece, computed in results:
+            records.add(piece, computed)
+    return records.done
+
+
+def find_thresholds(plan: Plan, setting: Setting, walk: Walk, done: Done, journal: Journal) -> Setting:
+    """The setting with its thresholds, those of an interrupted run if it got as far."""
+    if "thresholds" in done.findings:
+        return replace(setting, thresholds=dict(done.findings["thresholds"]))
+    setting = with_thresholds(setting, plan, walk)
+    if setting.thresholds:
+        journal.found({"thresholds": [[keep, list(values)] for keep, values in setting.thresholds.items()]})
+    return setting
+
+
+def write_weights(
+    layout: Layout, setting: Setting, walk: Walk, output: OutputFolder, done: Done, journal: Journal
+) -> Records:
+    """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
+    records = _Records({step.tensor: step.record for step in done.steps})
+    waiting = [job for job in layout.jobs if job.name not in records.done]
+    if any(name.startswith(MASKS) for name in layout.files):
+        files.make_folder(output.path / MASKS)
+    with TensorFiles(output.path, layout.files, done.begun) as weights:
+        for results in walk((p for job in waiting for p in pieces(job, job.entrywise)), merging(setting)):
+            steps = []
+            for piece, computed in results:
+                goes_to = layout.goes_to[piece.job.name]
+                for file, value in zip(goes_to, (computed.value, *computed.masks), strict=True):
+                    weights.write(file, value)
+                records.add(piece, computed)
+                if piece.is_last:
+                    steps.append(Step(piece.job.name, records.done[piece.job.name], weights.end_of_tensor(goes_to)))
+            journal.add(steps)
+        output.written |= weights.finished
+    if len(layout.shards) > 1:
+        output.write_bytes(INDEX, index_bytes(layout.shards))
+    return {job.name: records.done[job.name] for job in layout.plan.jobs}
+
+
+def merging(setting: Setting) -> Callable[[Loaded, Place], list[tuple[Piece, Computed]]]:
+    """The work of a merge on some pieces."""
+
+    def work(loaded: Loaded, place: Place) -> list[tuple[Piece, Computed]]:
+        return [(piece, compute(piece, values, setting, place)) for piece, values in loaded]
+
+    return work
+
+
+class _Records:
+    """What the manifest says of each tensor, gathered piece by piece."""
+
+    def __init__(self, done: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self.done: Records = dict(done or {})
+        self._parts: list[Mapping[str, Any]] = []
+
+    def add(self, piece: Piece, computed: Computed) -> None:
+        self._parts.append(computed.record)
+        if piece.is_last:
+            self.done[piece.job.name] = whole_record(self._parts)
+            self._parts = []
+
+
+def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> None:
+    """Each expert's own heads; `readers` are those of the base and the experts."""
+    if any(plan.heads):
+        files.make_folder(output.path / HEADS)
+    for label, reader, heads in zip(plan.experts, readers[1:], plan.heads, strict=True):
         if not heads:
             continue
-        files.make_folder(output.path / HEADS)
-        specs: list[TensorSpec] = sorted((head.spec for head in heads), key=lambda spec: -spec.dtype.itemsize)
-
-        def read(name: str, expert: Any = expert, label: str = label) -> Tensor:
-            value: Tensor = expert.read(name)
-            if value.dtype.is_floating_point:
-                check_finite(value, name, f"expert {label}")
-            return value
-
-        output.write_tensors(f"{HEADS}/{label}.safetensors", specs, read)
-
-
-@contextlib.contextmanager
-def hashing(checkpoints: Sequence[Checkpoint]) -> Iterator[Callable[[], list[dict[str, FileSum]]]]:
-    """Hash every weight file in a thread of its own; the yielded function waits for the sums."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="acemerge-hash")
-    paths = dict.fromkeys(path for checkpoint in checkpoints for path in checkpoint.weight_files)
-    futures = {path: pool.submit(_file_sum, path) for path in paths}
-    try:
-        yield lambda: [{p.name: futures[p].result() for p in c.weight_files} for c in checkpoints]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        name = f"{HEADS}/{label}.safetensors"
+        specs = sorted((head.spec for head in heads), key=lambda spec: -spec.dtype.itemsize)
+        with TensorFiles(output.path, {name: specs}, {}) as written:
+            for spec in specs:
+                value = _read_whole(reader, spec.name)
+                if value.dtype.is_floating_point:
+                    check_finite(value, spec.name, f"expert {label}")
+                written.write(name, value)
+                written.end_of_tensor([name])
+            output.written |= written.finished
 
 
-def _file_sum(path: Path) -> FileSum:
-    return FileSum(files.sha256(path), files.fingerprint(path)[0])
+def _read_whole(reader: Reader, name: str) -> Tensor:
+    places = reader.places([Span(name)])
+    (value,) = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+    return value

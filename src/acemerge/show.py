@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from acemerge.api import MergeReport
+from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
+from acemerge.jobs import Plan
 from acemerge.methods import METHODS, Method
-from acemerge.plan import Plan
 from acemerge.run import OnProgress
 from acemerge.run import Progress as Finished
 
@@ -110,7 +111,7 @@ def plan(console: Console, plan: Plan) -> None:
     _say(
         console,
         f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
-        f"{plan.operations / 1e9:,.1f} GFLOP; peak memory about {size(plan.peak_memory)}",
+        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, is_model_file, open_checkpoint
 from acemerge.checkpoints.header import read_header
-from acemerge.checkpoints.writer import HEADS, SIDE_FOLDERS
+from acemerge.checkpoints.output import HEADS, OLD, SIDE_FOLDERS
+from acemerge.checkpoints.writer import PARTIAL
 from acemerge.compute import check_finite
 from acemerge.errors import CheckpointError
 from acemerge.report.manifest import load_manifest
@@ -37,9 +38,10 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 def _model_files(folder: Path) -> list[str]:
-    """The files that a reader would take for a part of the model."""
+    """The files that a reader would take for a part of the model; not those of an unfinished run beside it."""
     beside = [side for side in SIDE_FOLDERS if (folder / side).is_dir()]
     extra = [f"{side}/{name}" for side in beside for name in files.list_folder(folder / side)]
+    extra = [name for name in extra if not name.endswith((PARTIAL, OLD))]
     return [name for name in files.list_folder(folder) if is_model_file(name)] + extra
 
 

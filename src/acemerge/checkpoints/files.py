@@ -10,12 +10,15 @@ import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, cast
 
 from acemerge.errors import AcemergeError, CheckpointError, WriteError
 
 _CHUNK = 1 << 22
+_MOST_BUFFERS = 1024  # of one preadv, on every system
 
 
 @contextlib.contextmanager
@@ -41,38 +44,73 @@ def _reason(failure: Exception) -> str:
     return ((failure.strerror if isinstance(failure, OSError) else None) or str(failure)).lower()
 
 
+# --- looking ----------------------------------------------------------------------------------------------
+
+
+Kind = Literal["nothing", "file", "folder", "link", "other"]
+
+
+def kind(path: Path) -> Kind:
+    """What is at `path`; a link is not followed."""
+    with reading(path):
+        try:
+            mode = os.lstat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            return "nothing"
+    for name, test in (("link", stat.S_ISLNK), ("file", stat.S_ISREG), ("folder", stat.S_ISDIR)):
+        if test(mode):
+            return cast(Kind, name)
+    return "other"
+
+
 # --- reading -----------------------------------------------------------------------------------------------
 
 
 def open_for_reading(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # a fifo or a device would hang or never end
-        os.close(descriptor)
-        raise CheckpointError(path, "not a regular file", "name a folder of ordinary files")
-    return descriptor
+    with reading(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+        except OSError:
+            close(descriptor)
+            raise
+    close(descriptor)
+    # A fifo or a device would hang or never end.
+    raise CheckpointError(path, "not a regular file", "name a folder of ordinary files")
 
 
 def close(descriptor: int) -> None:
-    os.close(descriptor)
+    """Let go of a file. That this fails says nothing of what was read, nor of what was synced before."""
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
 
 
-def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill `buffer` from `offset`; a file that ends too early is an error, not a short read."""
-    done = 0
+def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path: Path) -> None:
+    """Fill `buffers` one after the other from `offset`; a file that ends too early is an error, not a short read."""
+    waiting = deque(buffer for buffer in buffers if len(buffer))
     with reading(path):
-        while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        while waiting:
+            count = os.preadv(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
             if count == 0:
-                what = f"ends at byte {offset + done:,}, {len(buffer) - done:,} bytes too early"
+                missing = sum(map(len, waiting))
+                what = f"ends at byte {offset:,}, {missing:,} bytes too early"
                 raise CheckpointError(path, what, "the file is truncated or changed while it was read: fetch it again")
-            done += count
+            offset += count
+            while waiting and count >= len(waiting[0]):
+                count -= len(waiting.popleft())
+            if count:
+                waiting[0] = waiting[0][count:]
 
 
-def fingerprint(path: Path) -> tuple[int, int]:
-    """Size and modification time in nanoseconds: what changes when a file is written during a run."""
+def fingerprint(path: Path) -> tuple[int, int, int]:
+    """Size, and times of modification and change in nanoseconds: what differs when a file was written to.
+
+    The time of change is the kernel's own: nobody can set it back.
+    """
     with reading(path):
         state = os.stat(path)
-    return state.st_size, state.st_mtime_ns
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def read_small(path: Path, limit: int) -> bytes:
@@ -85,10 +123,10 @@ def read_small(path: Path, limit: int) -> bytes:
                 what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
                 raise CheckpointError(path, what, "this is no file of a model: remove it")
             buffer = bytearray(size)
-            read_into(descriptor, memoryview(buffer), 0, path)
+            read_into(descriptor, [memoryview(buffer)], 0, path)
             return bytes(buffer)
         finally:
-            os.close(descriptor)
+            close(descriptor)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
@@ -99,7 +137,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             while block := os.read(descriptor, _CHUNK):
                 yield block
         finally:
-            os.close(descriptor)
+            close(descriptor)
 
 
 def sha256(path: Path) -> str:
@@ -129,6 +167,19 @@ def create(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
+def reopen(path: Path, nbytes: int) -> int:
+    """A file that was begun, cut to its first `nbytes`, open for writing behind them. Links are refused."""
+    with writing(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, nbytes)
+            os.lseek(descriptor, nbytes, os.SEEK_SET)
+        except OSError:
+            close(descriptor)
+            raise
+    return descriptor
+
+
 def write_all(descriptor: int, data: memoryview | bytes, path: Path) -> None:
     view = memoryview(data)
     with writing(path):
@@ -141,7 +192,7 @@ def sync_and_close(descriptor: int, path: Path) -> None:
         try:
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            close(descriptor)
 
 
 def sync_folder(path: Path) -> None:
@@ -150,7 +201,7 @@ def sync_folder(path: Path) -> None:
         try:
             os.fsync(descriptor)
         finally:
-            os.close(descriptor)
+            close(descriptor)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -181,20 +232,20 @@ def lock(path: Path) -> Iterator[None]:
             if _is_same_file(descriptor, path):
                 break
         except BlockingIOError:
-            os.close(descriptor)
+            close(descriptor)
             raise WriteError(
                 path.parent, "another run is writing here", "wait for it or choose another folder"
             ) from None
         except OSError as failure:
-            os.close(descriptor)
+            close(descriptor)
             raise WriteError(path, _reason(failure), "choose a folder on another disk") from failure
-        os.close(descriptor)  # the last holder removed the file between our open and our lock
+        close(descriptor)  # the last holder removed the file between our open and our lock
     try:
         yield
     finally:
         with contextlib.suppress(AcemergeError):
             remove(path)
-        os.close(descriptor)
+        close(descriptor)
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

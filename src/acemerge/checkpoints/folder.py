@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.header import TensorInfo, TensorSpec, parse_json, read_header
+from acemerge.checkpoints.header import MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
+from acemerge.checkpoints.pickles import read_pickle
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 
@@ -20,7 +21,12 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
+_PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
+_CONVERT = (
+    "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
+)
 MAX_CONFIG = 16 << 20
+_MAX_DEPTH = 64
 
 
 def is_model_file(name: str) -> bool:
@@ -39,6 +45,27 @@ _ASSET = re.compile(
 
 
 @dataclass(frozen=True)
+class _Format:
+    """How weights are stored: the file names, and what lists the tensors of one file without their values."""
+
+    single: str
+    index: str
+    shard: re.Pattern[str]
+    file: re.Pattern[str]
+    read: Callable[[Path], list[TensorInfo]]
+
+
+_SAFETENSORS = _Format(SINGLE, INDEX, _SHARD, re.compile(r"[\w.-]+\.safetensors"), read_header)
+_PICKLED = _Format(
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    re.compile(r"pytorch_model-\d{5}-of-\d{5}\.bin"),
+    re.compile(r"[\w.-]+\.bin"),
+    read_pickle,
+)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """One opened checkpoint: headers read and checked, no tensor bytes yet."""
 
@@ -46,61 +73,70 @@ class Checkpoint:
     tensors: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     assets: tuple[str, ...]
-    _places: Mapping[str, TensorInfo] = field(repr=False)
-    _fingerprints: Mapping[Path, tuple[int, int]] = field(repr=False)
+    places: Mapping[str, TensorInfo] = field(repr=False)
+    fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
 
     @property
     def weight_files(self) -> list[Path]:
-        return list(self._fingerprints)
+        return list(self.fingerprints)
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, on the CPU, in memory of its own."""
-        info, spec = self._places[name], self.tensors[name]
+        info, spec = self.places[name], self.tensors[name]
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = bytearray(spec.nbytes)
         with files.reading(info.file):
             descriptor = files.open_for_reading(info.file)
         try:
-            files.read_into(descriptor, memoryview(buffer), info.offset, info.file)
+            files.read_into(descriptor, [memoryview(buffer)], info.offset, info.file)
         finally:
             files.close(descriptor)
         return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
 
-    def check_unchanged(self) -> None:
-        """CheckpointError when a weight file was written since it was opened."""
-        for path, before in self._fingerprints.items():
-            if files.fingerprint(path) != before:
-                raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")
 
-
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder: read and check its index and the header of every shard.
 
-    Raises CheckpointError for a folder that is missing, incomplete, inconsistent or holds no safetensors.
+    With `allow_pickle` also a folder that has pickled weights only, or one pickled file; as data, never run.
+
+    Raises CheckpointError for a folder that is missing, incomplete, inconsistent or holds no weights.
     """
     with files.reading(path):
-        if not path.is_dir():
+        is_pickle = _PICKLE_FILE.fullmatch(path.name) is not None and path.is_file()
+        if not is_pickle and not path.is_dir():
             cure = "name a checkpoint folder with model.safetensors in it"
             raise CheckpointError(path, "not a folder" if path.exists() else "no such folder", cure)
         root = path.resolve()
+    if is_pickle:
+        return _open_pickle(path, allow_pickle)
     names = files.list_folder(root)
-    weight_files = _weight_files(root, names)
+    kind = _format(root, names, allow_pickle)
+    weight_files = _weight_files(root, names, kind)
     prints = {file: files.fingerprint(file) for file in weight_files}
     places: dict[str, TensorInfo] = {}
     for file in weight_files:
-        for info in read_header(file):
+        for info in kind.read(file):
             name = info.spec.name
             if name in places:
                 what = f"tensor {name!r} is also in {places[name].file.name}"
                 raise CheckpointError(file, what, "keep one of the two shards' copies")
             places[name] = info
-    if INDEX in names:
-        _check_index(root, places)
+    if kind.index in names:
+        _check_index(root, places, kind)
     config = read_config(root / CONFIG) if CONFIG in names else {}
     assets = tuple(name for name in names if _ASSET.fullmatch(name) and _is_asset(root, name))
     tensors = {name: info.spec for name, info in places.items()}
     return Checkpoint(path, tensors, config, assets, places, prints)
+
+
+def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
+    """One pickled file by itself: no configuration, so its tensors are told by name and shape."""
+    if not allow_pickle:
+        raise CheckpointError(path, "is pickled, which can run code", _CONVERT)
+    prints = {path: files.fingerprint(path)}
+    places = {info.spec.name: info for info in read_pickle(path)}
+    return Checkpoint(path, {name: info.spec for name, info in places.items()}, {}, (), places, prints)
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -110,23 +146,30 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, {}, (), places, {path: files.fingerprint(path)})
 
 
-def _weight_files(root: Path, names: list[str]) -> list[Path]:
+def _format(root: Path, names: list[str], allow_pickle: bool) -> _Format:
+    """How the weights of a folder are stored. Safetensors win where both are there."""
+    kinds = (_SAFETENSORS, _PICKLED) if allow_pickle else (_SAFETENSORS,)
+    for kind in kinds:
+        if any(name in (kind.single, kind.index) or kind.shard.fullmatch(name) for name in names):
+            return kind
+    if not allow_pickle and any(_PICKLES.fullmatch(name) for name in names):
+        raise CheckpointError(root, "has only pickled weights, which can run code", _CONVERT)
+    cure = "name a folder with safetensors weights" + (", or the pickled file itself" if allow_pickle else "")
+    raise CheckpointError(root, f"has neither {' nor '.join(f'{k.single} nor {k.index}' for k in kinds)}", cure)
+
+
+def _weight_files(root: Path, names: list[str], kind: _Format) -> list[Path]:
     """The files that hold the weights, every one inside the folder."""
-    if SINGLE in names and INDEX in names:
-        raise CheckpointError(root, f"has both {SINGLE} and {INDEX}", "remove the one that is stale")
-    shards = [name for name in names if _SHARD.fullmatch(name)]
-    if SINGLE in names:
+    if kind.single in names and kind.index in names:
+        raise CheckpointError(root, f"has both {kind.single} and {kind.index}", "remove the one that is stale")
+    shards = [name for name in names if kind.shard.fullmatch(name)]
+    if kind.single in names:
         if shards:
-            raise CheckpointError(root, f"has both {SINGLE} and {shards[0]}", "remove the one that is stale")
-        return [contained(root, SINGLE)]
-    if INDEX not in names:
-        if shards:
-            raise CheckpointError(root, f"has shards but no {INDEX}", "fetch the index file too")
-        if any(_PICKLES.fullmatch(name) for name in names):
-            cure = "save it again with save_pretrained, which writes safetensors"
-            raise CheckpointError(root, "has only pickled weights, which can run code", cure)
-        raise CheckpointError(root, f"has neither {SINGLE} nor {INDEX}", "name a folder with safetensors weights")
-    listed = sorted(set(_weight_map(root).values()))
+            raise CheckpointError(root, f"has both {kind.single} and {shards[0]}", "remove the one that is stale")
+        return [contained(root, kind.single)]
+    if kind.index not in names:
+        raise CheckpointError(root, f"has shards but no {kind.index}", "fetch the index file too")
+    listed = sorted(set(_weight_map(root, kind).values()))
     for name in listed:
         if name not in names:
             raise CheckpointError(root / name, "is in the index but not in the folder", "fetch the missing shard")
@@ -136,21 +179,21 @@ def _weight_files(root: Path, names: list[str]) -> list[Path]:
     return [contained(root, name) for name in listed]
 
 
-def _weight_map(root: Path) -> dict[str, str]:
-    index = root / INDEX
-    content = parse_json(files.read_small(contained(root, INDEX), MAX_CONFIG), index)
+def _weight_map(root: Path, kind: _Format) -> dict[str, str]:
+    index = root / kind.index
+    content = parse_json(files.read_small(contained(root, kind.index), MAX_CONFIG), index, parts=MAX_PARTS)
     mapping = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(index, "has no weight_map", "fetch the index again")
     for name, file in mapping.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
+        if not isinstance(file, str) or not kind.file.fullmatch(file):
             what = f"the weight_map sends {name[:80]!r} to {str(file)[:80]!r}, which is no file of this folder"
             raise CheckpointError(index, what, "mend the index: plain file names only")
     return mapping
 
 
-def _check_index(root: Path, places: Mapping[str, TensorInfo]) -> None:
-    mapping = _weight_map(root)
+def _check_index(root: Path, places: Mapping[str, TensorInfo], kind: _Format) -> None:
+    mapping = _weight_map(root, kind)
     for name, file in mapping.items():
         if name not in places:
             raise CheckpointError(
@@ -183,13 +226,25 @@ def read_config(path: Path) -> Mapping[str, Any]:
     """`config.json` as a table; it is data, and no code that it names is ever loaded."""
     target = contained(path.parent, path.name)
     # transformers itself writes Infinity for some limits.
-    config = parse_json(files.read_small(target, MAX_CONFIG), path, "fetch the file again", constants=True)
+    text = files.read_small(target, MAX_CONFIG)
+    config = parse_json(text, path, "fetch the file again", constants=True, parts=MAX_PARTS)
     if not isinstance(config, dict):
         raise CheckpointError(path, "is no JSON object", "fetch the file again")
+    if not _is_shallow(config):
+        raise CheckpointError(path, f"is nested more than {_MAX_DEPTH} levels deep", "fetch the file again")
     if "quantization_config" in config:
         cure = "merge the unquantised checkpoint, or dequantise it first"
         raise CheckpointError(path, "the checkpoint is quantised", cure)
     return config
+
+
+def _is_shallow(content: Any) -> bool:
+    """Whether whoever walks `content` by recursion will come to an end of it."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        children = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [child for items in children for child in items if isinstance(child, dict | list)]
+    return not level
 
 
 def _is_asset(root: Path, name: str) -> bool:

@@ -22,6 +22,7 @@ from acemerge.errors import CheckpointError
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
+MAX_PARTS = 10 * MAX_TENSORS
 _CURE = "the file is damaged or was not made by a safetensors writer: fetch or save it again"
 
 DTYPES: dict[str, torch.dtype] = {
@@ -68,16 +69,16 @@ class TensorInfo:
 
 def read_header(path: Path) -> list[TensorInfo]:
     """All tensors of one file, in the order of their bytes; CheckpointError where the file breaks the format."""
-    size, _ = files.fingerprint(path)
+    size = files.fingerprint(path)[0]
     with files.reading(path):
         descriptor = files.open_for_reading(path)
     try:
         length = _header_length(descriptor, size, path)
         text = bytearray(length)
-        files.read_into(descriptor, memoryview(text), 8, path)
+        files.read_into(descriptor, [memoryview(text)], 8, path)
     finally:
         files.close(descriptor)
-    entries = parse_json(bytes(text), path)
+    entries = parse_json(bytes(text), path, parts=MAX_PARTS)
     if not isinstance(entries, dict):
         raise CheckpointError(path, "the header is no JSON object", _CURE)
     _check_metadata(entries.pop("__metadata__", {}), path)
@@ -94,7 +95,7 @@ def _header_length(descriptor: int, size: int, path: Path) -> int:
     if size < 8:
         raise CheckpointError(path, f"{size} bytes are too few for a safetensors file", _CURE)
     prefix = bytearray(8)
-    files.read_into(descriptor, memoryview(prefix), 0, path)
+    files.read_into(descriptor, [memoryview(prefix)], 0, path)
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
         raise CheckpointError(path, f"a header of {length:,} bytes does not fit in a file of {size:,}", _CURE)
@@ -103,8 +104,14 @@ def _header_length(descriptor: int, size: int, path: Path) -> int:
     return length
 
 
-def parse_json(text: bytes, path: Path, cure: str = _CURE, constants: bool = False) -> Any:
-    """JSON with duplicate keys, bottomless nesting and, unless `constants`, NaN and infinities refused."""
+def parse_json(text: bytes, path: Path, cure: str = _CURE, constants: bool = False, parts: int | None = None) -> Any:
+    """JSON with duplicate keys, bottomless nesting and, unless `constants`, NaN and infinities refused.
+
+    Also text of more than `parts` lists, tables and items: a few bytes of each take fifty of memory.
+    """
+    count = sum(map(text.count, (b"[", b"{", b",")))
+    if parts is not None and count > parts:
+        raise CheckpointError(path, f"{count:,} parts, more than the {parts:,} that its JSON may have", cure)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)

@@ -1,37 +1,26 @@
-"""Writing an output folder so that nothing unfinished ever looks finished.
+"""Writing safetensors files tensor by tensor, hashed on the way, so that a file can be gone on with.
 
-Every file is written as `NAME.partial` and synced. Only when all are there are they renamed into place, the
-manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
-earlier output as it was; a failure while renaming puts it back.
+A file is written as `NAME.partial` and synced when it is complete; giving it its name is another step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import INDEX, SINGLE, is_model_file
-from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec, parse_json
-from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.checkpoints.folder import SINGLE
+from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
+from acemerge.errors import WriteError
 from acemerge.shapes import Tensor
 
-MANIFEST = "acemerge.json"
-CARD = "README.md"
-HEADS = "heads"
-MASKS = "masks"
-SIDE_FOLDERS = (HEADS, MASKS)
-MAX_MANIFEST = 512 << 20
-_LOCK = ".acemerge.lock"
-_PARTIAL = ".partial"
-_OLD = ".old"
+PARTIAL = ".partial"
 
 
 def split_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
@@ -54,6 +43,14 @@ def split_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[tuple[str,
     return [(f"model-{i:05d}-of-{total:05d}.safetensors", shard) for i, shard in enumerate(shards, 1)]
 
 
+def index_bytes(shards: Sequence[tuple[str, Sequence[TensorSpec]]]) -> bytes:
+    """The index of a model in several shards."""
+    weight_map = {spec.name: file for file, specs in shards for spec in specs}
+    total = sum(spec.nbytes for _, specs in shards for spec in specs)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2).encode() + b"\n"
+
+
 def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
     """The safetensors header of tensors stored one behind the other."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -72,201 +69,110 @@ def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
 
 @dataclass(frozen=True)
 class FileSum:
-    """Hash and size of a file."""
+    """Hash and size of a file, or of its beginning."""
 
     sha256: str
     nbytes: int
 
 
-@dataclass
-class OutputFolder:
-    """The files of one run, until `publish` makes them visible at once."""
+@dataclass(frozen=True)
+class Begun:
+    """The first bytes of a file that a run may go on with."""
 
-    path: Path
-    written: dict[str, FileSum] = field(default_factory=dict)
+    nbytes: int
+    digest: hashlib._Hash
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        self.write_chunks(name, [data])
-
-    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        with self.stream(name) as write:
-            for chunk in chunks:
-                write(chunk)
-
-    @contextlib.contextmanager
-    def stream(self, name: str) -> Iterator[Callable[[bytes | memoryview], None]]:
-        """Write `NAME.partial` piece by piece; synced, and its hash and size recorded, when the block ends."""
-        target = self.path / (name + _PARTIAL)
-        digest, size = hashlib.sha256(), 0
-        descriptor = files.create(target)
-
-        def write(chunk: bytes | memoryview) -> None:
-            nonlocal size
-            files.write_all(descriptor, chunk, target)
-            digest.update(chunk)
-            size += len(chunk)
-
-        try:
-            yield write
-        except BaseException:
-            files.close(descriptor)
-            raise
-        files.sync_and_close(descriptor, target)
-        self.written[name] = FileSum(digest.hexdigest(), size)
-
-    @contextlib.contextmanager
-    def tensor_stream(self, name: str, specs: list[TensorSpec]) -> Iterator[Callable[[Tensor], None]]:
-        """Write a safetensors file tensor by tensor, in the order of `specs`, and read it back when it is done."""
-        waiting = iter(specs)
-        with self.stream(name) as write:
-            write(header_bytes(specs))
-
-            def write_tensor(tensor: Tensor) -> None:
-                spec = next(waiting)
-                if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                    raise AssertionError(f"{spec.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {spec}")
-                write(tensor_bytes(tensor))
-
-            yield write_tensor
-        _check_readable(self.path / (name + _PARTIAL), {spec.name for spec in specs})
-
-    def write_tensors(self, name: str, specs: list[TensorSpec], read: Callable[[str], Tensor]) -> None:
-        """Write a safetensors file, asking `read` for one tensor after the other."""
-        with self.tensor_stream(name, specs) as write:
-            for spec in specs:
-                write(read(spec.name))
-
-    def write_index(self, shards: list[tuple[str, list[TensorSpec]]]) -> None:
-        if len(shards) == 1:
-            return
-        weight_map = {spec.name: file for file, specs in shards for spec in specs}
-        total = sum(spec.nbytes for _, specs in shards for spec in specs)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        self.write_bytes(INDEX, json.dumps(index, indent=2).encode() + b"\n")
-
-    def publish(self, manifest: bytes) -> None:
-        """Rename everything into place, the manifest last; on failure put an earlier output back."""
-        outputs = list(self.written)
-        self.write_bytes(MANIFEST, manifest)
-        replaced: list[str] = []
-        placed: list[str] = []
-        try:
-            for name in self._obsolete():
-                files.rename(self.path / name, self.path / (name + _OLD))
-                replaced.append(name)
-            for name in outputs:
-                files.rename(self.path / (name + _PARTIAL), self.path / name)
-                placed.append(name)
-            self._sync()
-            files.rename(self.path / (MANIFEST + _PARTIAL), self.path / MANIFEST)
-            placed.append(MANIFEST)
-            self._sync()
-        except BaseException:
-            self._roll_back(replaced, placed)
-            raise
-        with contextlib.suppress(AcemergeError):  # the new output is there: what is left of the old does no harm
-            for name in replaced:
-                files.remove(self.path / (name + _OLD))
-            for folder in SIDE_FOLDERS:
-                files.remove_folder(self.path / folder)
-
-    def _sync(self) -> None:
-        for folder in SIDE_FOLDERS:
-            if (self.path / folder).is_dir():
-                files.sync_folder(self.path / folder)
-        files.sync_folder(self.path)
-
-    def _obsolete(self) -> list[str]:
-        """The files of an earlier output that must go or be replaced, its manifest first."""
-        there = [name for name in self._listing() if _is_output(name) or name in self.written]
-        return sorted(there, key=lambda name: name != MANIFEST)
-
-    def _listing(self) -> list[str]:
-        """Every file here and in the side folders, by its name in the manifest."""
-        names = files.list_folder(self.path)
-        for folder in SIDE_FOLDERS:
-            if folder in names:
-                names += [f"{folder}/{name}" for name in files.list_folder(self.path / folder)]
-        return [name for name in names if not (self.path / name).is_dir()]
-
-    def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
-        """Undo as much as can be undone; what cannot is put back by the next run's `recover`."""
-        for name in reversed(placed):
-            with contextlib.suppress(AcemergeError):
-                files.remove(self.path / name)
-        for name in reversed(replaced):
-            with contextlib.suppress(AcemergeError):
-                files.rename(self.path / (name + _OLD), self.path / name)
-
-    def recover(self) -> None:
-        """Tidy up after a run that was killed: before its manifest was in place, the earlier output comes back."""
-        listing = self._listing()
-        old = [name.removesuffix(_OLD) for name in listing if name.endswith(_OLD)]
-        old = [name for name in old if _is_output(name)]
-        if MANIFEST not in listing and MANIFEST in old:
-            earlier = self._outputs_of(MANIFEST + _OLD)
-            for name in listing:
-                if _is_output(name) and name not in earlier:  # placed by the killed run
-                    files.remove(self.path / name)
-            for name in sorted(old, key=lambda name: name == MANIFEST):
-                files.rename(self.path / (name + _OLD), self.path / name)
-        for name in old:
-            files.remove(self.path / (name + _OLD))
-
-    def _outputs_of(self, manifest: str) -> set[str]:
-        """The files that a manifest lists."""
-        path = self.path / manifest
-        content = parse_json(files.read_small(path, MAX_MANIFEST), path)
-        outputs = content.get("outputs") if isinstance(content, dict) else None
-        return set(outputs) if isinstance(outputs, dict) else set()
-
-    def discard(self) -> None:
-        """Remove what was written and not published."""
-        for name in self._listing():
-            if name.endswith(_PARTIAL) and _is_output(name.removesuffix(_PARTIAL)):
-                files.remove(self.path / name)
-        for folder in SIDE_FOLDERS:
-            files.remove_folder(self.path / folder)
+    @property
+    def sum(self) -> FileSum:
+        return FileSum(self.digest.hexdigest(), self.nbytes)
 
 
-def _is_output(name: str) -> bool:
-    """Whether acemerge writes files of this name."""
-    if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
-        return name.endswith(".safetensors")
-    return name in (MANIFEST, CARD) or is_model_file(name)
+class FileWriter:
+    """`NAME.partial`, from its beginning or behind what there is of it."""
+
+    def __init__(self, path: Path, begun: Begun | None = None) -> None:
+        self._path = path
+        self._digest = begun.digest.copy() if begun else hashlib.sha256()
+        self._nbytes = begun.nbytes if begun else 0
+        if begun:
+            self._descriptor = files.reopen(path, begun.nbytes)
+        else:
+            files.remove(path)  # what an interrupted run left of it
+            self._descriptor = files.create(path)
+
+    @property
+    def sum(self) -> FileSum:
+        """Of all that was written so far."""
+        return FileSum(self._digest.copy().hexdigest(), self._nbytes)
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        files.write_all(self._descriptor, chunk, self._path)
+        self._digest.update(chunk)
+        self._nbytes += len(chunk)
+
+    def finish(self) -> FileSum:
+        """Sync and close."""
+        files.sync_and_close(self._descriptor, self._path)
+        return self.sum
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        files.close(self._descriptor)
 
 
-@contextlib.contextmanager
-def output_folder(path: Path, overwrite: bool) -> Iterator[OutputFolder]:
-    """Hold `path` for one run. What is not published when the block ends is removed.
+class TensorFiles:
+    """Several safetensors files, each with its tensors in the order of its specs, whole or in ranges of rows.
 
-    Raises UsageError for a link or a folder that is not empty (unless `overwrite`), WriteError where the
-    folder cannot be made or another run holds it.
+    `begun` says which files there are parts of already. Files are opened with their first tensor and finished,
+    and read back, with their last one; `finished` holds their sums.
     """
-    with files.writing(path):
-        created = not path.exists()
-        if path.is_symlink() or any((path / folder).is_symlink() for folder in SIDE_FOLDERS):
-            raise UsageError(path, "is a link", "name the folder itself")
-        if not created and not path.is_dir():
-            raise UsageError(path, "is a file", "name a folder")
-    files.make_folder(path)
-    try:
-        with files.lock(path / _LOCK):
-            if not overwrite and set(files.list_folder(path)) - {_LOCK}:
-                what = "holds a finished merge" if (path / MANIFEST).exists() else "is not empty"
-                raise UsageError(path, what, "choose another folder or add --overwrite")
-            output = OutputFolder(path)
-            output.recover()
-            output.discard()
-            try:
-                yield output
-            except BaseException:
-                with contextlib.suppress(AcemergeError):
-                    output.discard()
-                raise
-    finally:
-        if created:
-            files.remove_folder(path)
+
+    def __init__(self, folder: Path, layout: Mapping[str, Sequence[TensorSpec]], begun: Mapping[str, Begun]) -> None:
+        self.finished: dict[str, FileSum] = {}
+        self._folder, self._layout, self._begun = folder, layout, dict(begun)
+        self._ends = {name: len(header_bytes(specs)) + sum(s.nbytes for s in specs) for name, specs in layout.items()}
+        self._open: dict[str, FileWriter] = {}
+        for name, part in begun.items():
+            if part.nbytes == self._ends[name]:
+                self._finish(name, self._writer(name))
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        self._writer(name).write(tensor_bytes(tensor))
+
+    def end_of_tensor(self, names: Iterable[str]) -> dict[str, FileSum]:
+        """Finish those files that are complete, and say how far all of them are."""
+        sums = {}
+        for name in names:
+            writer = self._open[name]
+            sums[name] = writer.sum
+            if sums[name].nbytes == self._ends[name]:
+                self._finish(name, writer)
+        return sums
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the files that are not complete as they are."""
+        for writer in self._open.values():
+            writer.close()
+        self._open.clear()
+
+    def _writer(self, name: str) -> FileWriter:
+        if name not in self._open:
+            begun = self._begun.pop(name, None)
+            self._open[name] = FileWriter(self._partial(name), begun)
+            if begun is None:
+                self._open[name].write(header_bytes(self._layout[name]))
+        return self._open[name]
+
+    def _finish(self, name: str, writer: FileWriter) -> None:
+        del self._open[name]
+        self.finished[name] = writer.finish()
+        _check_readable(self._partial(name), {spec.name for spec in self._layout[name]})
+
+    def _partial(self, name: str) -> Path:
+        return self._folder / (name + PARTIAL)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -72,13 +72,16 @@ class Needs:
 
     `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
     `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
-    `Layer.thresholds`. `weights` and `most_experts` bound what it is defined for. `masks`: its results hold masks,
-    to be written beside the model. `work` is the memory it takes, a repetition in float64 included.
+    `Layer.thresholds`. `entrywise`: an entry of the result depends on the same entry of the input alone, and all
+    that is said of it is the status, so that a tensor may be merged in pieces. `weights` and `most_experts` bound
+    what it is defined for. `masks`: its results hold masks, to be written beside the model. `work` is the memory
+    it takes, a repetition in float64 included.
     """
 
     matrix: bool = False
     base: bool = False
     keep: float | None = None
+    entrywise: bool = False
     weights: Literal["any", "not negative", "not cancelling"] = "any"
     most_experts: int | None = None
     masks: bool = False

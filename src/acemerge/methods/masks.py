@@ -28,7 +28,7 @@ class Consensus:
 
     name: ClassVar[str] = "consensus"
     source: ClassVar[str] = "arXiv 2405.07813"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(entrywise=True)
 
     lam: Annotated[float, Field(ge=0, allow_inf_nan=False, description="how much of the others an entry must beat")] = (
         0.4

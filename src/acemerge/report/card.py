@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from acemerge.plan import Plan
+from acemerge.jobs import Plan
 
 
 def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:

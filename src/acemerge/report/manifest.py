@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing_extensions import TypedDict
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
-from acemerge.checkpoints.writer import MANIFEST, MAX_MANIFEST, FileSum
+from acemerge.checkpoints.output import MANIFEST, MAX_MANIFEST
+from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError
-from acemerge.plan import Plan
+from acemerge.jobs import Plan
 
 FORMAT = "acemerge-manifest-1"
 
@@ -96,9 +97,20 @@ def to_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _spell(content: Mapping[str, Any]) -> bytes:
+    """One key a line, and one line a tensor: for people, and for tools that compare lines."""
     # Python's JSON writes NaN and infinities as words that are no JSON: they become null.
     clean = json.loads(json.dumps(content), parse_constant=lambda _: None)
-    return json.dumps(clean, indent=1).encode() + b"\n"
+    return f"{{{_lines(clean, _by_line)}\n}}\n".encode()
+
+
+def _by_line(key: str, value: Any) -> str:
+    if key not in ("tensors", "outputs", "inputs") or not isinstance(value, dict):
+        return json.dumps(value)
+    return f"{{{_lines(value, lambda _, entry: json.dumps(entry))}\n}}"
+
+
+def _lines(table: Mapping[str, Any], spell: Callable[[str, Any], str]) -> str:
+    return ",".join(f"\n{json.dumps(key)}: {spell(key, value)}" for key, value in table.items())
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:

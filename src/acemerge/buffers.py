@@ -1,0 +1,48 @@
+"""Large buffers that are used again: fresh memory costs more to map than to fill."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import torch
+
+from acemerge.shapes import Tensor
+
+# A buffer may serve for something smaller, but not much: the rest would be lost to the budget.
+_SLACK = 1.5
+
+
+class Buffers:
+    """Idle buffers, the longest idle first, no more of them in bytes than `keep` last said. For any thread."""
+
+    def __init__(self) -> None:
+        self._idle: list[Tensor] = []
+        self._limit = 0
+        self._lock = Lock()
+
+    def take(self, nbytes: int) -> Tensor:
+        """A buffer of `nbytes` (uint8), whatever is in it."""
+        with self._lock:
+            fitting = [b for b in self._idle if nbytes <= len(b) <= _SLACK * nbytes]
+            if fitting:
+                best = min(fitting, key=len)
+                self._idle = [b for b in self._idle if b is not best]
+                return best
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def give(self, buffer: Tensor) -> None:
+        """Take a buffer back. Nothing that was made of it may be used any more."""
+        with self._lock:
+            self._idle.append(buffer)
+            self._evict()
+
+    def keep(self, limit: int) -> None:
+        """Let go of idle buffers beyond `limit` bytes."""
+        with self._lock:
+            self._limit = limit
+            self._evict()
+
+    def _evict(self) -> None:
+        excess = sum(map(len, self._idle)) - self._limit
+        while self._idle and excess > 0:
+            excess -= len(self._idle.pop(0))

@@ -1,0 +1,159 @@
+"""What of an unfinished run is done: one line per step, so that a killed run can be gone on with.
+
+A line says which tensor was finished and, for every file written to, how many bytes there were then and their
+SHA-256. Going on, the files are hashed again and cut to the last step that they prove. A line that was torn, or
+that is not as it was written, ends the journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.writer import PARTIAL, Begun, FileSum
+from acemerge.errors import CheckpointError
+
+JOURNAL = ".acemerge.journal"
+_MAX_JOURNAL = 1 << 30
+_BLOCK = 1 << 22
+_CHECK = 16
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished tensor: its record for the manifest, and how far each file was that it went to."""
+
+    tensor: str
+    record: Mapping[str, Any]
+    files: Mapping[str, FileSum]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an unfinished run left: what it was, what it found out beforehand, and its proven steps."""
+
+    identity: Mapping[str, Any]
+    findings: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    begun: Mapping[str, Begun] = field(default_factory=dict)
+
+
+class Journal:
+    """The journal of one run, open for writing."""
+
+    def __init__(self, folder: Path, done: Done) -> None:
+        """Begin a journal with what is known to be done: a new one in the place of any other."""
+        self._path = folder / JOURNAL
+        fresh = folder / (JOURNAL + PARTIAL)
+        files.remove(fresh)
+        self._descriptor = files.create(fresh)
+        self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
+        self.add(done.steps)
+        files.rename(fresh, self._path)
+
+    def found(self, findings: Mapping[str, Any]) -> None:
+        """Note what was found out before the first tensor."""
+        self._write([{"findings": findings}])
+
+    def add(self, steps: Iterable[Step]) -> None:
+        self._write(
+            [
+                {"tensor": s.tensor, "record": s.record, "files": {f: [x.nbytes, x.sha256] for f, x in s.files.items()}}
+                for s in steps
+            ]
+        )
+
+    def close(self) -> None:
+        files.close(self._descriptor)
+
+    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        lines = [json.dumps(entry, separators=(",", ":")).encode() for entry in entries]
+        text = b"".join(_check(line) + b" " + line + b"\n" for line in lines)
+        if text:
+            files.write_all(self._descriptor, text, self._path)
+
+
+def read_journal(folder: Path, names: Collection[str]) -> Done | None:
+    """What an unfinished run in `folder` has done; None where there is none, or none that can be gone on with.
+
+    Only files of these `names` are opened, whatever the journal says.
+    """
+    path = folder / JOURNAL
+    if files.kind(path) != "file":
+        return None
+    entries = _entries(files.read_small(path, _MAX_JOURNAL))
+    if not entries or "identity" not in entries[0]:
+        return None
+    findings: dict[str, Any] = {}
+    steps: list[Step] = []
+    proof = _Proof(folder)
+    try:
+        for entry in entries[1:]:
+            if "findings" in entry:
+                findings |= entry["findings"]
+                continue
+            step = Step(entry["tensor"], entry["record"], {f: FileSum(x[1], x[0]) for f, x in entry["files"].items()})
+            if not (step.files.keys() <= set(names) and proof.holds(step.files)):
+                break
+            steps.append(step)
+    finally:
+        proof.close()
+    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun)
+
+
+def _entries(text: bytes) -> list[dict[str, Any]]:
+    entries = []
+    for line in text.split(b"\n")[:-1]:
+        check, _, content = line.partition(b" ")
+        if check != _check(content):
+            break
+        entries.append(json.loads(content))
+    return entries
+
+
+def _check(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest()[:_CHECK].encode()
+
+
+class _Proof:
+    """Unfinished files, hashed from their beginning step by step."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, int] = {}
+        self.begun: dict[str, Begun] = {}
+
+    def holds(self, expected: Mapping[str, FileSum]) -> bool:
+        """Whether the files' first bytes are those that a step tells of."""
+        found = {}
+        for name, total in expected.items():
+            try:
+                found[name] = self._hashed(name, total.nbytes)
+            except CheckpointError:  # not there, or shorter: the step is to be done again
+                return False
+            if found[name].sum != total:
+                return False
+        self.begun |= found
+        return True
+
+    def _hashed(self, name: str, nbytes: int) -> Begun:
+        before = self.begun.get(name, Begun(0, hashlib.sha256()))
+        digest, position, path = before.digest.copy(), before.nbytes, self._folder / (name + PARTIAL)
+        if name not in self._open:
+            with files.reading(path):
+                self._open[name] = files.open_for_reading(path)
+        while position < nbytes:
+            block = memoryview(bytearray(min(_BLOCK, nbytes - position)))
+            files.read_into(self._open[name], [block], position, path)
+            digest.update(block)
+            position += len(block)
+        return Begun(position, digest)
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            files.close(descriptor)

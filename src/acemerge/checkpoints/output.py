@@ -1,0 +1,209 @@
+"""An output folder in which nothing unfinished ever looks finished.
+
+Every file is written as `NAME.partial` and synced. Only when all are there are they renamed into place, the
+manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
+earlier output as it was; a failure while renaming puts it back. What an interrupted run has written stays beside
+its journal, until it is gone on with or done away with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import is_model_file
+from acemerge.checkpoints.header import parse_json
+from acemerge.checkpoints.journal import JOURNAL, Done, Journal
+from acemerge.checkpoints.writer import PARTIAL, FileSum, FileWriter
+from acemerge.errors import AcemergeError, UsageError, WriteError
+
+MANIFEST = "acemerge.json"
+CARD = "README.md"
+HEADS = "heads"
+MASKS = "masks"
+SIDE_FOLDERS = (HEADS, MASKS)
+MAX_MANIFEST = 512 << 20
+_LOCK = ".acemerge.lock"
+OLD = ".old"
+# After these a run can be gone on with: nothing is wrong with what it was asked to do.
+_RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
+
+
+@dataclass
+class OutputFolder:
+    """The files of one run, until `publish` makes them visible at once."""
+
+    path: Path
+    written: dict[str, FileSum] = field(default_factory=dict)
+    begun: bool = False
+
+    def begin(self, done: Done) -> Journal:
+        """Begin to write, in the place of what an interrupted run left but for what of it is done."""
+        self.begun = True
+        return Journal(self.path, done)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        self.write_chunks(name, [data])
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file beside the weights."""
+        writer = FileWriter(self.path / (name + PARTIAL))
+        try:
+            for chunk in chunks:
+                writer.write(chunk)
+        except BaseException:
+            writer.close()
+            raise
+        self.written[name] = writer.finish()
+
+    def publish(self, manifest: bytes) -> None:
+        """Rename everything into place, the manifest last; on failure put an earlier output back."""
+        outputs = list(self.written)
+        self.write_bytes(MANIFEST, manifest)
+        replaced: list[str] = []
+        placed: list[str] = []
+        try:
+            for name in self._obsolete():
+                files.rename(self.path / name, self.path / (name + OLD))
+                replaced.append(name)
+            for name in outputs:
+                files.rename(self.path / (name + PARTIAL), self.path / name)
+                placed.append(name)
+            self._sync()
+            files.rename(self.path / (MANIFEST + PARTIAL), self.path / MANIFEST)
+            placed.append(MANIFEST)
+            self._sync()
+        except BaseException:
+            self._roll_back(replaced, placed)
+            raise
+        with contextlib.suppress(AcemergeError):  # the new output is there: what is left of the old does no harm
+            self._tidy(replaced)
+
+    def _tidy(self, replaced: Iterable[str]) -> None:
+        files.remove(self.path / JOURNAL)
+        for name in replaced:
+            files.remove(self.path / (name + OLD))
+        self._remove_side_folders()
+
+    def _sync(self) -> None:
+        for folder in SIDE_FOLDERS:
+            if files.kind(self.path / folder) == "folder":
+                files.sync_folder(self.path / folder)
+        files.sync_folder(self.path)
+
+    def _remove_side_folders(self) -> None:
+        for folder in SIDE_FOLDERS:
+            files.remove_folder(self.path / folder)
+
+    def _obsolete(self) -> list[str]:
+        """The files of an earlier output that must go or be replaced, its manifest first."""
+        there = [name for name in self._listing() if _is_output(name) or name in self.written]
+        return sorted(there, key=lambda name: name != MANIFEST)
+
+    def _listing(self) -> list[str]:
+        """Every file here and in the side folders, by its name in the manifest."""
+        names = files.list_folder(self.path)
+        for folder in SIDE_FOLDERS:
+            if folder in names:
+                names += [f"{folder}/{name}" for name in files.list_folder(self.path / folder)]
+        return [name for name in names if files.kind(self.path / name) != "folder"]
+
+    def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
+        """Undo as much as can be undone; what cannot is put back by the next run's `recover`."""
+        for name in reversed(placed):
+            with contextlib.suppress(AcemergeError):
+                files.rename(self.path / name, self.path / (name + PARTIAL))
+        for name in reversed(replaced):
+            with contextlib.suppress(AcemergeError):
+                files.rename(self.path / (name + OLD), self.path / name)
+
+    def recover(self) -> None:
+        """Tidy up after a run that was killed while publishing.
+
+        With its manifest in place, what is left of the earlier output goes. Before that the earlier output comes
+        back, and what was placed is unfinished again.
+        """
+        listing = self._listing()
+        old = [name.removesuffix(OLD) for name in listing if name.endswith(OLD)]
+        old = [name for name in old if _is_output(name)]
+        if MANIFEST in listing:
+            for name in old:
+                files.remove(self.path / (name + OLD))
+            return
+        earlier = self._outputs_of(MANIFEST + OLD) if MANIFEST in old else set()
+        placing = MANIFEST in old or MANIFEST + PARTIAL in listing
+        for name in listing:
+            if placing and _is_output(name) and (name in old or name not in earlier):
+                files.rename(self.path / name, self.path / (name + PARTIAL))
+        for name in sorted(old, key=lambda name: name == MANIFEST):
+            files.rename(self.path / (name + OLD), self.path / name)
+
+    def _outputs_of(self, manifest: str) -> set[str]:
+        """The files that a manifest lists."""
+        path = self.path / manifest
+        content = parse_json(files.read_small(path, MAX_MANIFEST), path)
+        outputs = content.get("outputs") if isinstance(content, dict) else None
+        return set(outputs) if isinstance(outputs, dict) else set()
+
+    def discard(self) -> None:
+        """Remove what was written and not published."""
+        for name in self._listing():
+            begun = name.endswith(PARTIAL) and _is_output(name.removesuffix(PARTIAL))
+            if begun or name in (JOURNAL, JOURNAL + PARTIAL):
+                files.remove(self.path / name)
+        self._remove_side_folders()
+
+
+def _is_output(name: str) -> bool:
+    """Whether acemerge writes files of this name."""
+    if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
+        return name.endswith(".safetensors")
+    return name in (MANIFEST, CARD) or is_model_file(name)
+
+
+@contextlib.contextmanager
+def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator[OutputFolder]:
+    """Hold `path` for one run. A failure removes what was not published, unless the run can be gone on with.
+
+    With `resume`, what an interrupted run left is kept. Raises UsageError for a link or a folder that is not empty
+    (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder cannot be made or another run
+    holds it.
+    """
+    there = files.kind(path)
+    if there == "link" or "link" in [files.kind(path / folder) for folder in SIDE_FOLDERS]:
+        raise UsageError(path, "is a link", "name the folder itself")
+    if there not in ("nothing", "folder"):
+        raise UsageError(path, f"is a {there}", "name a folder")
+    files.make_folder(path)
+    try:
+        with files.lock(path / _LOCK):
+            _check_contents(path, overwrite, resume)
+            output = OutputFolder(path)
+            output.recover()
+            if not resume:
+                output.discard()
+            try:
+                yield output
+            except _RESUMABLE:
+                raise
+            except BaseException:
+                if output.begun:
+                    with contextlib.suppress(AcemergeError):
+                        output.discard()
+                raise
+    finally:
+        if there == "nothing":
+            files.remove_folder(path)
+
+
+def _check_contents(path: Path, overwrite: bool, resume: bool) -> None:
+    names = set(files.list_folder(path)) - {_LOCK}
+    if overwrite or not names or (resume and names & {JOURNAL, JOURNAL + PARTIAL, MANIFEST}):
+        return
+    if JOURNAL in names:
+        raise UsageError(path, "holds an unfinished merge", "add --resume to go on, or --overwrite to start again")
+    what = "holds a finished merge" if MANIFEST in names else "is not empty"
+    raise UsageError(path, what, "choose another folder or add --overwrite")

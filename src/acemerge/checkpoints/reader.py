@@ -1,0 +1,181 @@
+"""Reading a checkpoint's tensors in bulk, and hashing the very bytes that were read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import Checkpoint
+from acemerge.errors import CheckpointError
+from acemerge.shapes import Tensor
+
+# Tensors begin at a multiple of this in a buffer, whatever their place in the file.
+_ALIGNMENT = 64
+_GAP_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor, or a range of its rows."""
+
+    name: str
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a span lies in its file, and where in the buffer."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Spans found, and the bytes of the buffer that holds them."""
+
+    found: Sequence[_Place]
+    nbytes: int
+
+
+@dataclass
+class Reader:
+    """One checkpoint, read in one thread. With `hashing`, every file's SHA-256 is taken from what was read.
+
+    Bytes are hashed in the order of the file. What was passed over is read for the hash alone, and what comes
+    out of order was hashed before, so that a file's hash is complete whatever was asked for.
+    """
+
+    checkpoint: Checkpoint
+    hashing: bool = False
+    _hashes: dict[Path, FileHash] = field(default_factory=dict)
+    _open: tuple[Path, int] | None = None
+
+    def places(self, spans: Sequence[Span]) -> Places:
+        """Where the spans lie in the files, and where in a buffer for all of them."""
+        found, at = [], 0
+        for span in spans:
+            info = self.checkpoint.places[span.name]
+            offset, shape, nbytes = info.offset, info.spec.shape, info.spec.nbytes
+            if span.rows is not None:
+                first, end = span.rows
+                row = nbytes // shape[0]
+                offset, shape, nbytes = offset + first * row, (end - first, *shape[1:]), (end - first) * row
+            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape))
+            at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return Places(found, at)
+
+    def read(self, places: Places, buffer: Tensor) -> list[Tensor]:
+        """The tensors at `places` in their stored types, within `buffer` (uint8)."""
+        space: memoryview = buffer.numpy().data
+        for run in _runs(places.found):
+            file, offset = run[0].file, run[0].offset
+            views = [space[place.at : place.at + place.nbytes] for place in run]
+            files.read_into(self._descriptor(file), views, offset, file)
+            if self.hashing:
+                self._hash(file).feed(offset, views)
+        return [buffer[p.at : p.at + p.nbytes].view(p.dtype).view(p.shape) for p in places.found]
+
+    def hashes(self) -> dict[Path, FileHash]:
+        """The hashes of all files, complete."""
+        for file in self.checkpoint.weight_files:
+            self._hash(file).finish()
+        return self._hashes
+
+    def close(self) -> None:
+        if self._open is not None:
+            files.close(self._open[1])
+            self._open = None
+
+    def _descriptor(self, file: Path) -> int:
+        if self._open is None or self._open[0] != file:
+            self.close()
+            with files.reading(file):
+                self._open = file, files.open_for_reading(file)
+        return self._open[1]
+
+    def _hash(self, file: Path) -> FileHash:
+        if file not in self._hashes:
+            size, *_ = self.checkpoint.fingerprints[file]
+            self._hashes[file] = FileHash(file, size, self._descriptor)
+        return self._hashes[file]
+
+
+def _runs(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Spans that follow each other in one file, to be read at once."""
+    run: list[_Place] = []
+    for place in places:
+        if place.nbytes == 0:
+            continue
+        follows = run and run[-1].file == place.file and run[-1].offset + run[-1].nbytes == place.offset
+        if run and not follows:
+            yield run
+            run = []
+        run.append(place)
+    if run:
+        yield run
+
+
+@dataclass
+class FileHash:
+    """The SHA-256 of a file, from bytes that are read for another purpose.
+
+    `in_order` says that all bytes came in the order of the file or were passed over for good: then the hash is
+    of the very bytes that were used.
+    """
+
+    file: Path
+    nbytes: int
+    _descriptor: Callable[[Path], int] = field(repr=False)
+    position: int = 0
+    in_order: bool = True
+    _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def feed(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Bytes that were read from `offset` on."""
+        if offset < self.position:
+            self.in_order = False
+            return
+        self._read_up_to(offset)
+        for view in views:
+            self._digest.update(view)
+            self.position += len(view)
+
+    def finish(self) -> None:
+        self._read_up_to(self.nbytes)
+
+    def _read_up_to(self, end: int) -> None:
+        block = bytearray(min(_GAP_BLOCK, end - self.position))
+        while self.position < end:
+            part = memoryview(block)[: end - self.position]
+            files.read_into(self._descriptor(self.file), [part], self.position, self.file)
+            self._digest.update(part)
+            self.position += len(part)
+
+
+def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> None:
+    """CheckpointError when a weight file was written since it was opened.
+
+    Size and times tell. Where only a time differs, the file may have been touched, copied or linked: it is hashed
+    again and compared with what was read.
+    """
+    for path, before in checkpoint.fingerprints.items():
+        now = files.fingerprint(path)
+        if now == before:
+            continue
+        same = now[0] == before[0] and hashes[path].in_order and files.sha256(path) == hashes[path].sha256
+        if not same:
+            raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")

@@ -1,0 +1,99 @@
+"""What a plan will take: operations, and memory for what is in flight at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from acemerge.errors import UsageError
+from acemerge.jobs import Piece, Plan, pieces
+
+# The process itself: code, libraries, their threads and what an allocator keeps.
+RESIDENT = 300_000_000
+# Beside the largest tensor's task vectors; the process's own is part of it.
+_ALLOWANCE = 500_000_000
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of a piece: `waiting` with its inputs read, `working` at the peak of its computation, `written` of the
+    finished piece.
+    """
+
+    waiting: int
+    working: int
+    written: int
+
+
+def cost(piece: Piece, experts: int) -> Cost:
+    """The inputs; and with them, for a rule, T task vectors and what the rule works in, the result included.
+
+    An expert's own values are let go of when its task vector is there.
+    """
+    job, count = piece.job, piece.count
+    waiting, written = piece.bytes_in, count * job.spec.dtype.itemsize
+    if job.method is None:
+        return Cost(waiting, waiting + written, written)
+    width = job.compute_dtype.itemsize
+    slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
+    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
+    base = waiting // len(job.inputs)
+    deltas = (experts + 1) * count * width  # and W_0 in the same type
+    differencing = max(waiting + 2 * count * width, base + deltas)
+    return Cost(waiting, max(differencing, base + deltas + work * width) + written, written)
+
+
+def operations(plan: Plan) -> int:
+    """Floating-point operations of all rules."""
+    total = 0
+    for job in plan.jobs:
+        if job.method:
+            slices, rows, columns = job.matrices
+            total += slices * job.method.operations(len(plan.experts), rows, columns)
+    return total
+
+
+def largest(plan: Plan) -> tuple[int, str]:
+    """The bytes of the piece that takes most, and its tensor's name."""
+    experts = len(plan.experts)
+    found = [(cost(next(pieces(job, job.entrywise)), experts).working, job.name) for job in plan.jobs]
+    return max(found, default=(0, ""))
+
+
+def peak_memory(plan: Plan) -> int:
+    """Bytes that the process takes at most where nothing is read ahead of the largest tensor."""
+    return RESIDENT + largest(plan)[0]
+
+
+def budget(plan: Plan, limit: int | None) -> int:
+    """The bytes that may be in flight: what `limit` leaves, else `(T + 4) * largest tensor` and 200 MB.
+
+    Raises UsageError when `limit` is too small for a tensor of the plan.
+    """
+    needed, name = largest(plan)
+    if limit is not None:
+        if RESIDENT + needed > limit:
+            rule = next(job.rule for job in plan.jobs if job.name == name)
+            what = f"tensor {name!r} by {rule} needs {RESIDENT + needed:,} bytes, more than {limit:,}"
+            cure = "allow more, or give the tensor a rule that needs less, as average, in the recipe's rules"
+            raise UsageError("--max-memory", what, cure)
+        return limit - RESIDENT
+    tensors = [job.spec.count * job.compute_dtype.itemsize for job in plan.jobs]
+    promised = (len(plan.experts) + 4) * max(tensors, default=0) + _ALLOWANCE - RESIDENT
+    return max(needed, promised)
+
+
+def in_flight(costs: Sequence[Cost], workers: int) -> int:
+    """The bytes of a queue in this order, `workers` of them being computed, those before finished, the rest read."""
+    return max(
+        sum(c.written for c in costs[:i])
+        + sum(c.working for c in costs[i : i + workers])
+        + sum(c.waiting for c in costs[i + workers :])
+        for i in range(len(costs))
+    )
+
+
+def together(costs: Sequence[Cost]) -> Cost:
+    """Pieces that are read and written as one but computed one after the other."""
+    waiting, written = sum(c.waiting for c in costs), sum(c.written for c in costs)
+    return Cost(waiting, waiting + written + max(c.working - c.waiting - c.written for c in costs), written)

@@ -1,0 +1,153 @@
+"""A plan is data: one job per tensor of the output, and the pieces in which a job may be done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.methods import Method
+from acemerge.recipe import Recipe
+from acemerge.roles import Role
+
+# Entries of all models together in one piece: few enough to stay in a processor's cache.
+_PIECE = 1 << 22
+
+
+class Source(Protocol):
+    """A model as a plan sees it: names, shapes and types."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+
+# A tensor of one of the models: its number, 0 for the base and i + 1 for the i-th expert, and its name there.
+Input = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor of the output: what it is, which rule makes it and why.
+
+    `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
+    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the
+    same entry of the inputs alone. `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
+    """
+
+    spec: TensorSpec
+    role: Role
+    reason: str
+    method: Method | None = None
+    transposed: bool = False
+    sources: tuple[str, ...] = ()
+    must_agree: bool = False
+    copies: tuple[Input, ...] = ()
+    entrywise: bool = False
+    bytes_in: int = 0
+    compute_dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def rule(self) -> str:
+        return self.method.name if self.method else "base"
+
+    @property
+    def makes_masks(self) -> bool:
+        return self.method is not None and self.method.needs.masks
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """Every tensor that the job reads, the base's own first."""
+        experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
+        return ((0, self.name), *experts, *self.copies)
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(slices, out, in) of the matrices that the rule sees."""
+        shape = self.spec.shape
+        if len(shape) < 2:
+            return 1, 1, math.prod(shape)
+        rows, columns = (shape[-1], shape[-2]) if self.transposed else (shape[-2], shape[-1])
+        return math.prod(shape[:-2]), rows, columns
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A job, or a range of its tensor's rows."""
+
+    job: Job
+    rows: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = self.job.spec.shape
+        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes_in(self) -> int:
+        return self.job.bytes_in * self.count // max(1, self.job.spec.count)
+
+    @property
+    def is_last(self) -> bool:
+        return self.rows is None or self.rows[1] == self.job.spec.shape[0]
+
+
+def pieces(job: Job, split: bool) -> Iterator[Piece]:
+    """The job in ranges of rows if it is to be split and larger than one range, else in one piece."""
+    rows = job.spec.shape[0] if split and job.spec.shape else 0
+    step = max(1, _PIECE // (len(job.inputs) * max(1, job.spec.count // max(1, rows))))
+    if rows <= step:
+        yield Piece(job)
+        return
+    for first in range(0, rows, step):
+        yield Piece(job, (first, min(first + step, rows)))
+
+
+@dataclass(frozen=True)
+class Head:
+    """A tensor of one expert that is not merged but written beside the model."""
+
+    spec: TensorSpec
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs in the order of the base's tensors, and each expert's own heads."""
+
+    recipe: Recipe
+    experts: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    heads: tuple[tuple[Head, ...], ...]
+    roles_source: str
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors; a rule that keeps a share of the whole model reads them twice more, see `bytes_reread`."""
+        return sum(job.bytes_in for job in self.jobs) + self._head_bytes
+
+    @property
+    def bytes_reread(self) -> int:
+        return 2 * sum(job.bytes_in for job in self.jobs if job.method and job.method.needs.keep is not None)
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(job.spec.nbytes for job in self.jobs) + self._head_bytes
+
+    @property
+    def _head_bytes(self) -> int:
+        return sum(head.spec.nbytes for expert in self.heads for head in expert)

@@ -1,0 +1,112 @@
+"""A recipe and the options of a run, checked and opened: from headers alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
+from acemerge.checkpoints.reader import Reader
+from acemerge.compute import Setting
+from acemerge.costs import budget
+from acemerge.errors import UsageError
+from acemerge.jobs import Plan
+from acemerge.pipeline import Pipeline
+from acemerge.plan import expert_labels, make_plan
+from acemerge.recipe import Recipe, parse_size
+from acemerge.roles import find_roles
+from acemerge.run import Layout
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What decides how a recipe is run, but not the values that come out."""
+
+    device: str = "cpu"
+    max_shard_size: str = "5GB"
+    workers: int = 1
+    overwrite: bool = False
+    resume: bool = False
+    max_memory: str | None = None
+    allow_pickle: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet."""
+
+    plan: Plan
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    devices: tuple[torch.device, ...]
+    max_shard: int
+    budget: int
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.plan.recipe, self.plan.experts)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.plan, self.max_shard)
+
+    @contextlib.contextmanager
+    def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
+        """The threads that stream these checkpoints, and their readers."""
+        readers = [Reader(checkpoint, hashing) for checkpoint in self.checkpoints]
+        with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
+            yield pipeline, readers
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        return (self.base, *self.experts)
+
+
+def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
+    """Check the options, open the checkpoints and plan the merge, from headers alone."""
+    if out is not None:
+        _check_output_apart(out, [recipe.base, *(expert.model for expert in recipe.experts)])
+    if options.workers < 1:
+        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
+    devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
+    base = open_checkpoint(Path(recipe.base), options.allow_pickle)
+    experts = tuple(open_checkpoint(Path(expert.model), options.allow_pickle) for expert in recipe.experts)
+    labels = expert_labels([expert.model for expert in recipe.experts])
+    # The experts' own names too: a tied tensor may have its other spelling there only.
+    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
+    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
+    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
+
+
+def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
+    """UsageError when the output folder is, holds or lies in an input."""
+    with files.writing(out):
+        target = out.resolve()
+    for path in inputs:
+        with files.reading(Path(path)):
+            source = Path(path).resolve()
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+            what = f"is the same folder as, inside or around the input {path}"
+            raise UsageError(out, what, "choose a folder of its own for the output")
+
+
+def _devices(name: str) -> tuple[torch.device, ...]:
+    """`cpu`, one accelerator by its number, or all of them: `cuda`, and `auto` where there are any."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}", "no CUDA device is available", "use --device cpu")
+    if name == "cuda":
+        return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    try:
+        return (torch.device(name),)
+    except RuntimeError:
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto") from None

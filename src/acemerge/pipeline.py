@@ -1,0 +1,190 @@
+"""Batches of pieces through three stages: read ahead, compute, hand over in order. Bounded in bytes.
+
+One thread reads each model, so that all inputs are read at once and each in its own order. Computing threads take
+the batches in order. The caller's thread gets the results in order and does with them what it will, as writing
+them, while the next ones are read and computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from acemerge.buffers import Buffers
+from acemerge.checkpoints.reader import Reader, Span
+from acemerge.compute import Loaded, Place, Result
+from acemerge.costs import Cost, cost, in_flight, together
+from acemerge.jobs import Input, Piece
+from acemerge.shapes import Tensor
+
+# Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.
+_BATCH_BYTES = 8 << 20
+_BATCH_PIECES = 256
+# Batches that wait, read or finished, beside those that are computed.
+_WAITING = 2
+
+_Pieces = tuple[Piece, ...]
+Work = Callable[[Loaded, Place], Result]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Pieces that are read, computed and handed over together."""
+
+    pieces: _Pieces
+    cost: Cost
+
+
+def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
+    """Pieces in their order, small ones together."""
+    gathered: list[tuple[Piece, Cost]] = []
+    nbytes = 0
+    for piece in pieces:
+        if gathered and (nbytes + piece.bytes_in > _BATCH_BYTES or len(gathered) == _BATCH_PIECES):
+            yield _batch(gathered)
+            gathered, nbytes = [], 0
+        gathered.append((piece, cost(piece, experts)))
+        nbytes += piece.bytes_in
+    if gathered:
+        yield _batch(gathered)
+
+
+def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
+    return _Batch(tuple(piece for piece, _ in gathered), together([c for _, c in gathered]))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What was read of one model for a batch, all of it in one buffer."""
+
+    tensors: Mapping[tuple[int, str], Tensor]
+    buffer: Tensor
+
+
+class _Inputs:
+    """What a batch reads of every model."""
+
+    def __init__(self, reads: Mapping[int, Future[_Read]], buffers: Buffers) -> None:
+        self._reads, self._buffers = dict(reads), buffers
+
+    def take(self, piece: int, wanted: Input) -> Tensor:
+        """A tensor of the batch's piece of this number; waits until its model was read."""
+        model, name = wanted
+        return self._reads[model].result().tensors[piece, name]
+
+    def release(self, model: int) -> None:
+        """Let go of a model's tensors: none of them may be used any more."""
+        read = self._reads.pop(model, None)
+        if read is not None and not read.cancelled() and read.exception() is None:
+            self._buffers.give(read.result().buffer)
+
+    def release_all(self) -> None:
+        for model in list(self._reads):
+            self.release(model)
+
+
+@dataclass(frozen=True)
+class _ValuesOf:
+    """The inputs of one piece of a batch. One by itself lets go of a model when it was seen."""
+
+    number: int
+    inputs: _Inputs
+    alone: bool
+
+    def take(self, wanted: Input) -> Tensor:
+        return self.inputs.take(self.number, wanted)
+
+    def release(self, model: int) -> None:
+        if self.alone:
+            self.inputs.release(model)
+
+
+class Pipeline:
+    """The threads and buffers of one run; `stream` may be called several times, one after the other."""
+
+    def __init__(self, readers: Sequence[Reader], devices: Sequence[torch.device], workers: int, limit: int) -> None:
+        self._readers, self._devices, self._limit = readers, devices, limit
+        self._buffers = Buffers()
+        self._assigned = [0] * len(devices)
+        # One stream per accelerator: a second thread could only wait for it.
+        each = workers if devices[0].type == "cpu" else 1
+        self._parallel = each * len(devices)
+        self._computing = [_threads(each, f"acemerge-{device}", device) for device in devices]
+        self._reading = [_threads(1, f"acemerge-read-{i}") for i in range(len(readers))]
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in (*self._reading, *self._computing):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (*self._computing, *self._reading):
+            pool.shutdown(wait=True)
+        for reader in self._readers:
+            reader.close()
+
+    def of_readers(self, ask: Callable[[Reader], Result]) -> list[Result]:
+        """Ask every reader, each in its own thread."""
+        asked = [pool.submit(ask, reader) for pool, reader in zip(self._reading, self._readers, strict=True)]
+        return [answer.result() for answer in asked]
+
+    def stream(self, queue: Iterable[Piece], work: Work[Result]) -> Generator[tuple[_Pieces, Result], None, None]:
+        """The pieces, some together, with what `work` makes of them, in order.
+
+        No more bytes are in flight than the limit, or than one batch takes.
+        """
+        pending: deque[tuple[_Batch, Future[Result]]] = deque()
+        waiting = _batches(queue, len(self._readers) - 1)
+        batch = next(waiting, None)
+        while batch is not None or pending:
+            while batch is not None and self._has_room([b.cost for b, _ in pending], batch.cost):
+                pending.append((batch, self._submit(batch, work)))
+                batch = next(waiting, None)
+            done, future = pending.popleft()
+            yield done.pieces, future.result()
+
+    def _has_room(self, costs: list[Cost], more: Cost) -> bool:
+        if len(costs) >= self._parallel + _WAITING:
+            return False
+        needed = in_flight([*costs, more], self._parallel)
+        if costs and needed > self._limit:
+            return False
+        self._buffers.keep(self._limit - needed)
+        return True
+
+    def _submit(self, batch: _Batch, work: Work[Result]) -> Future[Result]:
+        wanted: dict[int, dict[tuple[int, str], Span]] = {}
+        for i, piece in enumerate(batch.pieces):
+            for model, name in piece.job.inputs:
+                wanted.setdefault(model, {})[i, name] = Span(name, piece.rows)
+        reads = {m: self._reading[m].submit(self._read, self._readers[m], spans) for m, spans in wanted.items()}
+        i = self._assigned.index(min(self._assigned))  # by bytes, not by count: tensors differ a thousandfold
+        self._assigned[i] += batch.cost.working
+        place = Place(self._devices[i], self._buffers)
+        return self._computing[i].submit(_compute, batch, _Inputs(reads, self._buffers), place, work)
+
+    def _read(self, reader: Reader, spans: Mapping[tuple[int, str], Span]) -> _Read:
+        places = reader.places(list(spans.values()))
+        buffer = self._buffers.take(places.nbytes)
+        return _Read(dict(zip(spans, reader.read(places, buffer), strict=True)), buffer)
+
+
+def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -> Result:
+    alone = len(batch.pieces) == 1
+    try:
+        return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)
+    finally:
+        inputs.release_all()
+
+
+def _threads(count: int, name: str, device: torch.device | None = None) -> ThreadPoolExecutor:
+    def own_stream() -> None:
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=own_stream)
