@@ -82,10 +82,8 @@ def _other(value: Any, rng: random.Random, holders: Sequence[Any]) -> Any:
     if kind == 2 and isinstance(value, str):
         return rng.choice((value.lower(), value[:-1], value + "x", [value], value + "\0", {"F32": "I32"}.get(value)))
     if kind == 3:
-        return rng.choice(([value], Table([("a", value)]), Table([])))
-    if kind == 4:
-        return _copied(rng.choice(holders))
-    return rng.choice(HOSTILE)
+        return rng.choice(([_copied(value)], Table([("a", _copied(value))]), Table([])))
+    return _copied(rng.choice(holders if kind == 4 else HOSTILE))
 
 
 def _copied(value: Any) -> Any:
@@ -154,7 +152,7 @@ def _resize(items: list[Any], rng: random.Random, holders: Sequence[Any]) -> Non
     if items and rng.random() < 0.5:
         del items[rng.randrange(len(items))]
     else:
-        items.insert(rng.randrange(len(items) + 1), rng.choice(HOSTILE))
+        items.insert(rng.randrange(len(items) + 1), _copied(rng.choice(HOSTILE)))
 
 
 def _shuffle(items: list[Any], rng: random.Random, holders: Sequence[Any]) -> None:
@@ -162,7 +160,7 @@ def _shuffle(items: list[Any], rng: random.Random, holders: Sequence[Any]) -> No
 
 
 def _repeat(items: list[Any], rng: random.Random, holders: Sequence[Any]) -> None:
-    items *= rng.choice((2, 3, 20))
+    items += [_copied(item) for _ in range(rng.choice((1, 2, 19))) for item in items]
 
 
 _LIST_CHANGES: tuple[_Change, ...] = (_change_element, _change_element, _change_element, _resize, _shuffle, _repeat)

@@ -59,12 +59,18 @@ def _value(value: Any, protocol: int = 2) -> bytes:
 
 def payloads(marker: Path) -> dict[str, bytes]:
     """Pickle programs by name; each that can make a file makes `marker`."""
-    touch = f"touch '{marker}'"
-    code = f"open({str(marker)!r}, 'w').close()"
-    script = marker.with_name("script.py")
-    script.write_text(code)
+    touch, code = f"touch '{marker}'", f"open({str(marker)!r}, 'w').close()"
     opened = _Call("builtins", "open", (str(marker), "w"))
-    calls = {
+    calls = {**_direct(marker, touch, code, opened), **_by_libraries(marker, code, opened)}
+    programs = {name: call.written() for name, call in calls.items()}
+    for protocol in (0, 4):
+        programs[f"os.system, protocol {protocol}"] = calls["os.system"].written(protocol)
+    return programs | _tricks(opened, touch)
+
+
+def _direct(marker: Path, touch: str, code: str, opened: _Call) -> dict[str, _Call]:
+    """Calls of the system and of the interpreter."""
+    return {
         "os.system": _Call("os", "system", (touch,)),
         "posix.system": _Call("posix", "system", (touch,)),
         "os.popen": _Call("os", "popen", (touch,)),
@@ -78,6 +84,14 @@ def payloads(marker: Path) -> dict[str, bytes]:
         "builtins.open": opened,
         "builtins.compile": _Call("builtins", "exec", (_Call("builtins", "compile", (code, "x", "exec")),)),
         "a call in a call": _Call("builtins", "print", (_Call("builtins", "list", ((opened,),)),)),
+    }  # fmt: skip
+
+
+def _by_libraries(marker: Path, code: str, opened: _Call) -> dict[str, _Call]:
+    """Calls of what a library offers."""
+    script = marker.with_name("script.py")
+    script.write_text(code)
+    return {
         "pickle.loads": _Call("pickle", "loads", (opened.written(),)),
         "importlib": _Call("importlib", "import_module", ("antigravity",)),
         "runpy": _Call("runpy", "run_path", (str(script),)),
@@ -105,10 +119,6 @@ def payloads(marker: Path) -> dict[str, bytes]:
         "a tensor's type": _Call("torch._tensor", "_rebuild_from_type_v2", (opened, opened, (), {})),
         "a memory bomb": _Call("builtins", "bytearray", (1 << 36,)),
     }  # fmt: skip
-    programs = {name: call.written() for name, call in calls.items()}
-    for protocol in (0, 4):
-        programs[f"os.system, protocol {protocol}"] = calls["os.system"].written(protocol)
-    return programs | _tricks(opened, touch)
 
 
 def _tricks(opened: _Call, touch: str) -> dict[str, bytes]:

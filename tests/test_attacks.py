@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from attacks import (
     layout,
     links,
     models,
+    mutate,
     names,
     oversize,
     payloads,
@@ -239,3 +241,14 @@ def test_the_trap_sees_what_it_watches_and_sleeps_after(tmp_path: Path) -> None:
         (tmp_path / "a").write_text("b")
     (tmp_path / "c").write_text("d")
     assert seen == ["open"]
+
+
+def test_damage_leaves_the_list_of_hostile_values_as_it_is() -> None:
+    before = repr(mutate.HOSTILE)
+    rng = random.Random(0)
+    for _ in range(3000):
+        tree = mutate.parsed(b'{"a": [1, {"b": [2, 3]}], "c": "d"}')
+        for _ in range(3):
+            tree = mutate.mutate(tree, rng)
+        mutate.written(tree)
+    assert repr(mutate.HOSTILE) == before

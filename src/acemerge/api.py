@@ -150,7 +150,7 @@ def _since(started: float) -> float:
 
 def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
     """The base's configuration, tokenizer and processor files; the config follows a forced output type."""
-    root = base.path.resolve()
+    root = files.resolve(base.path)
     for name in base.assets:
         source = contained(root, name)
         if name == CONFIG and plan.recipe.dtype != "auto":

@@ -139,11 +139,9 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
 
 def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
     job, T = piece.job, len(setting.labels)
-    check_finite(base, job.name, "base", first_row=_first_row(piece))
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0 = space[T].copy_(base)
-        deltas, used = task_vectors(piece, values, setting, W0, space[:T])
-        n = energies(deltas)
+        deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
@@ -152,9 +150,6 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
             return _own(_cast(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
         result = _apply(job, deltas, W0, used, setting)
         value = result.delta.add_(W0)
-        if not is_finite(value):
-            where, cure = f"tensor {job.name!r}", "use --compute-dtype float64 or a smaller scale"
-            raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         return _own(_cast(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
 
 
@@ -175,21 +170,34 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
 
 def task_vectors(
     piece: Piece, values: Values, setting: Setting, W0: Float[Tensor, "*shape"], space: Float[Tensor, "T *shape"]
-) -> tuple[Float[Tensor, "T *shape"], list[int]]:
-    """`D_t = W_t - W_0` in the compute type, in `space`, and which experts they are from."""
+) -> tuple[Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
+    """`D_t = W_t - W_0` in the compute type, in `space`, their energies, and which experts they are from.
+
+    A finite energy tells that both weights are finite; only where it is not are they looked at one by one.
+    """
     used: list[int] = []
+    found: list[Tensor] = []
     for i, (model, name) in enumerate(piece.job.inputs[1 : 1 + len(setting.labels)]):
         Wt = values.take((model, name))
-        skips = setting.recipe.nonfinite == "skip-expert" and not is_finite(Wt)
-        if not skips:
-            cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
-            check_finite(Wt, name, f"expert {setting.labels[i]}", cure, _first_row(piece))
-            space[len(used)].copy_(Wt).sub_(W0)
+        D = space[len(used)].copy_(Wt).sub_(W0)
+        n = energies(D[None])
+        if torch.isfinite(n) or _checked(piece, i, W0, Wt, setting):
             used.append(i)
+            found.append(n)
         values.release(model)
     if not used:
         raise CheckpointError(f"tensor {piece.job.name!r}", "no expert has finite values", "fetch the experts again")
-    return space[: len(used)], used
+    return space[: len(used)], torch.cat(found), used
+
+
+def _checked(piece: Piece, i: int, W0: Tensor, Wt: Tensor, setting: Setting) -> bool:
+    """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
+    check_finite(W0, piece.job.name, "base", first_row=_first_row(piece))
+    if setting.recipe.nonfinite == "skip-expert" and not is_finite(Wt):
+        return False
+    cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+    check_finite(Wt, piece.job.inputs[1 + i][1], f"expert {setting.labels[i]}", cure, _first_row(piece))
+    return True
 
 
 def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
@@ -245,14 +253,27 @@ def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it ag
 
 
 def _cast(value: Tensor, job: Job) -> Tensor:
-    """Round once, to the output type."""
+    """Round once, to the output type. NumericalError for what is not finite, before or after."""
     result = value.to(device="cpu", dtype=job.spec.dtype)
-    if job.spec.dtype.is_floating_point and not is_finite(result):
+    if value.dtype.is_floating_point and not _fits(value, job.spec.dtype) and not is_finite(result):
+        where = f"tensor {job.name!r}"
+        if not is_finite(value):
+            cure = "use --compute-dtype float64 or a smaller scale"
+            raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         largest = value.abs().max().item()
         kind = str(job.spec.dtype).removeprefix("torch.")
         what = f"its largest magnitude {largest:g} overflows {kind}"
-        raise NumericalError(f"tensor {job.name!r}", what, "write --dtype bfloat16 or float32")
+        raise NumericalError(where, what, "write --dtype bfloat16 or float32")
     return result.contiguous()
+
+
+def _fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are within the range of a type. What is a little beyond may still be rounded into it."""
+    if value.numel() == 0:
+        return True
+    low, high = torch.aminmax(value)  # NaN wins both
+    limit = torch.finfo(dtype).max
+    return bool(low >= -limit) and bool(high <= limit)
 
 
 def _own(value: Tensor, other: Tensor) -> Tensor:

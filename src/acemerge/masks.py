@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
 from acemerge.checkpoints.masks import unpack
 from acemerge.checkpoints.output import MASKS
@@ -28,7 +29,7 @@ def expert_weights(out: str | Path, base: str | Path, expert: str) -> dict[str, 
     if expert not in labels:
         raise UsageError(f"expert {expert!r}", "is not in the manifest", nearest(expert, labels))
     merged, origin = open_checkpoint(out), open_checkpoint(Path(base))
-    masks = open_file(contained(out.resolve(), f"{MASKS}/{expert}.safetensors"))
+    masks = open_file(contained(files.resolve(out), f"{MASKS}/{expert}.safetensors"))
     factor = _rescale([manifest["tensors"][name] for name in masks.tensors], labels, expert)
     weights = {}
     for name, spec in merged.tensors.items():

@@ -58,7 +58,9 @@ class Opened:
     @contextlib.contextmanager
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
         """The threads that stream these checkpoints, and their readers."""
-        readers = [Reader(checkpoint, hashing) for checkpoint in self.checkpoints]
+        nbytes = sum(prints[0] for checkpoint in self.checkpoints for prints in checkpoint.fingerprints.values())
+        cached = files.stays_cached(nbytes)
+        readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
         with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
             yield pipeline, readers
 
@@ -86,11 +88,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
 
 def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input."""
-    with files.writing(out):
-        target = out.resolve()
+    target = files.resolve(out)
     for path in inputs:
-        with files.reading(Path(path)):
-            source = Path(path).resolve()
+        source = files.resolve(Path(path))
         if target == source or target.is_relative_to(source) or source.is_relative_to(target):
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")

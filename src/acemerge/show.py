@@ -49,32 +49,51 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.description}", table_column=None),
     )
-    started = time.monotonic()
+    rate = _Rate()
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading headers", total=None, rate="")
 
         def on_progress(done: Finished) -> None:
-            rate = done.bytes_done / max(time.monotonic() - started, 1e-9)
+            speed = rate(done)
+            if rate.restarted:
+                bar.reset(task)
             name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
-            bar.update(task, completed=done.done, total=done.total, description=name, rate=f"{size(rate)}/s")
+            about = name if done.stage == "merge" else f"{done.stage}: {name}"
+            bar.update(task, completed=done.done, total=done.total, description=about, rate=f"{size(speed)}/s")
 
         yield on_progress
 
 
 def _lines(console: Console) -> OnProgress:
-    started = last = time.monotonic()
+    rate, last = _Rate(), time.monotonic()
 
     def on_progress(done: Finished) -> None:
         nonlocal last
-        now = time.monotonic()
+        speed, now = rate(done), time.monotonic()
         if now - last < _QUIET_INTERVAL:
             return
         last = now
-        left = (now - started) * (done.bytes_total - done.bytes_done) / max(done.bytes_done, 1)
-        rate = size(done.bytes_done / (now - started))
-        _say(console, f"{done.done}/{done.total} tensors, {rate}/s, {left:.0f} s left, {done.name}")
+        left = (done.bytes_total - done.bytes_done) / max(speed, 1)
+        stage = "" if done.stage == "merge" else f"{done.stage}: "
+        _say(console, f"{stage}{done.done}/{done.total} tensors, {size(speed)}/s, {left:.0f} s left, {done.name}")
 
     return on_progress
+
+
+class _Rate:
+    """Bytes per second since the beginning of a stage."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.monotonic()
+        self._before, self.restarted = 0, False
+
+    def __call__(self, done: Finished) -> float:
+        now = time.monotonic()
+        self.restarted = done.bytes_done < self._before
+        if self.restarted:  # another stage, and this its first report
+            self._started = self._last
+        self._before, self._last = done.bytes_done, now
+        return done.bytes_done / max(now - self._started, 1e-9)
 
 
 def merge_summary(console: Console, report: MergeReport) -> None:

@@ -50,7 +50,7 @@ def _counts(jobs: Sequence[Job], setting: Setting, walk: Walk, count: _Count) ->
         for piece, values in loaded:
             with place.space((experts + 1, *piece.shape), piece.job.compute_dtype) as space:
                 W0 = space[experts].copy_(values.take((0, piece.job.name)))
-                deltas, used = task_vectors(piece, values, setting, W0, space[:experts])
+                deltas, _, used = task_vectors(piece, values, setting, W0, space[:experts])
                 if len(loaded) == 1:
                     return {t: count(t, D).cpu() for t, D in zip(used, deltas, strict=True)}
                 for t, D in zip(used, deltas, strict=True):  # small tensors: counted together, out of the space

@@ -23,30 +23,30 @@ def verify(folder: str | Path) -> dict[str, Any]:
     Raises CheckpointError that names the first file or tensor that is missing, altered or not finite.
     """
     folder = Path(folder)
-    with files.reading(folder):
-        if not folder.is_dir():
-            raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")
+    root = files.resolve(folder)
+    if files.kind(root) != "folder":
+        raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")
     manifest = load_manifest(folder)
     outputs = manifest["outputs"]
     for name in _model_files(folder):
         if name not in outputs:
             raise CheckpointError(folder / name, "is not in the manifest", "remove it, or merge again")
     for name, expected in outputs.items():
-        _check_file(contained(folder.resolve(), name), expected)
+        _check_file(contained(root, name), expected)
     _check_tensors(folder, manifest)
     return manifest
 
 
 def _model_files(folder: Path) -> list[str]:
     """The files that a reader would take for a part of the model; not those of an unfinished run beside it."""
-    beside = [side for side in SIDE_FOLDERS if (folder / side).is_dir()]
+    beside = [side for side in SIDE_FOLDERS if files.kind(folder / side) == "folder"]
     extra = [f"{side}/{name}" for side in beside for name in files.list_folder(folder / side)]
     extra = [name for name in extra if not name.endswith((PARTIAL, OLD))]
     return [name for name in files.list_folder(folder) if is_model_file(name)] + extra
 
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
-    if not path.is_file():
+    if files.kind(path) != "file":
         raise CheckpointError(path, "is missing", _CURE)
     if files.fingerprint(path)[0] != expected["bytes"]:
         raise CheckpointError(path, "has another size than when it was written", _CURE)
@@ -66,5 +66,5 @@ def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
             check_finite(checkpoint.read(name), name, str(folder), _CURE)
     for label, heads in manifest["heads"].items():
         name = f"{HEADS}/{label}.safetensors"
-        if heads and {info.spec.name for info in read_header(contained(folder.resolve(), name))} != set(heads):
+        if heads and {info.spec.name for info in read_header(contained(files.resolve(folder), name))} != set(heads):
             raise CheckpointError(folder / name, "has other tensors than the manifest says", _CURE)

@@ -63,6 +63,12 @@ def kind(path: Path) -> Kind:
     return "other"
 
 
+def resolve(path: Path) -> Path:
+    """The absolute path with every link followed."""
+    with reading(path):
+        return path.resolve()
+
+
 # --- reading -----------------------------------------------------------------------------------------------
 
 
@@ -101,6 +107,23 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path:
                 count -= len(waiting.popleft())
             if count:
                 waiting[0] = waiting[0][count:]
+
+
+def forget(descriptor: int, offset: int, nbytes: int) -> None:
+    """Tell the system that a range of a file is not needed in its cache again: what was written goes to the disk now.
+
+    A cache that fills up with what is read once costs more than the reading. A system that cannot is left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def stays_cached(nbytes: int) -> bool:
+    """Whether so much may stay in the system's cache: half of the memory, so that reading it again is free."""
+    try:
+        return nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (OSError, ValueError, AttributeError):
+        return True
 
 
 def fingerprint(path: Path) -> tuple[int, int, int]:

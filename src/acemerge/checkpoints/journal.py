@@ -152,7 +152,7 @@ class _Proof:
             files.read_into(self._open[name], [block], position, path)
             digest.update(block)
             position += len(block)
-        return Begun(position, digest)
+        return Begun(position, digest, before.tensors + 1)
 
     def close(self) -> None:
         for descriptor in self._open.values():

@@ -52,11 +52,13 @@ class Reader:
     """One checkpoint, read in one thread. With `hashing`, every file's SHA-256 is taken from what was read.
 
     Bytes are hashed in the order of the file. What was passed over is read for the hash alone, and what comes
-    out of order was hashed before, so that a file's hash is complete whatever was asked for.
+    out of order was hashed before, so that a file's hash is complete whatever was asked for. Without `cached`, the
+    system need not keep what was read.
     """
 
     checkpoint: Checkpoint
     hashing: bool = False
+    cached: bool = True
     _hashes: dict[Path, FileHash] = field(default_factory=dict)
     _open: tuple[Path, int] | None = None
 
@@ -81,6 +83,8 @@ class Reader:
             file, offset = run[0].file, run[0].offset
             views = [space[place.at : place.at + place.nbytes] for place in run]
             files.read_into(self._descriptor(file), views, offset, file)
+            if not self.cached:
+                files.forget(self._descriptor(file), offset, sum(map(len, views)))
             if self.hashing:
                 self._hash(file).feed(offset, views)
         return [buffer[p.at : p.at + p.nbytes].view(p.dtype).view(p.shape) for p in places.found]

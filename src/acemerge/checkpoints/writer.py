@@ -21,6 +21,7 @@ from acemerge.errors import WriteError
 from acemerge.shapes import Tensor
 
 PARTIAL = ".partial"
+_SEND = 32 << 20
 
 
 def split_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[tuple[str, list[TensorSpec]]]:
@@ -81,6 +82,7 @@ class Begun:
 
     nbytes: int
     digest: hashlib._Hash
+    tensors: int = 0  # that are whole in them
 
     @property
     def sum(self) -> FileSum:
@@ -94,6 +96,7 @@ class FileWriter:
         self._path = path
         self._digest = begun.digest.copy() if begun else hashlib.sha256()
         self._nbytes = begun.nbytes if begun else 0
+        self._sent = self._nbytes
         if begun:
             self._descriptor = files.reopen(path, begun.nbytes)
         else:
@@ -109,6 +112,9 @@ class FileWriter:
         files.write_all(self._descriptor, chunk, self._path)
         self._digest.update(chunk)
         self._nbytes += len(chunk)
+        if self._nbytes - self._sent > _SEND:  # the disk begins at once, and there is less to wait for at the end
+            files.forget(self._descriptor, max(0, self._sent - _SEND), self._nbytes - self._sent + _SEND)
+            self._sent = self._nbytes
 
     def finish(self) -> FileSum:
         """Sync and close."""
@@ -130,22 +136,26 @@ class TensorFiles:
     def __init__(self, folder: Path, layout: Mapping[str, Sequence[TensorSpec]], begun: Mapping[str, Begun]) -> None:
         self.finished: dict[str, FileSum] = {}
         self._folder, self._layout, self._begun = folder, layout, dict(begun)
-        self._ends = {name: len(header_bytes(specs)) + sum(s.nbytes for s in specs) for name, specs in layout.items()}
+        # Counted in tensors: the last of them may have no bytes.
+        self._left = {
+            name: len(specs) - (begun[name].tensors if name in begun else 0) for name, specs in layout.items()
+        }
         self._open: dict[str, FileWriter] = {}
-        for name, part in begun.items():
-            if part.nbytes == self._ends[name]:
+        for name in begun:
+            if not self._left[name]:
                 self._finish(name, self._writer(name))
 
     def write(self, name: str, tensor: Tensor) -> None:
         self._writer(name).write(tensor_bytes(tensor))
 
     def end_of_tensor(self, names: Iterable[str]) -> dict[str, FileSum]:
-        """Finish those files that are complete, and say how far all of them are."""
+        """These files have one tensor more: finish those that are complete, and say how far all of them are."""
         sums = {}
         for name in names:
             writer = self._open[name]
             sums[name] = writer.sum
-            if sums[name].nbytes == self._ends[name]:
+            self._left[name] -= 1
+            if not self._left[name]:
                 self._finish(name, writer)
         return sums
 

@@ -116,7 +116,7 @@ def _lines(table: Mapping[str, Any], spell: Callable[[str, Any], str]) -> str:
 def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an output folder; CheckpointError when it is missing, malformed or altered."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if files.kind(path) == "nothing":
         cure = "the merge is not finished: run it again"
         raise CheckpointError(folder, f"has no {MANIFEST}", cure)
     text = files.read_small(path, MAX_MANIFEST)

@@ -1,0 +1,225 @@
+"""The pipeline: order, memory in flight, buffers used again, devices by bytes, and pieces that make a whole."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import acemerge
+import acemerge.jobs
+import acemerge.pipeline
+from acemerge.buffers import Buffers
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.reader import Reader, Span, check_unchanged
+from acemerge.compute import Loaded, Place
+from acemerge.costs import Cost, cost, in_flight, together
+from acemerge.errors import CheckpointError
+from acemerge.jobs import Job, Piece, pieces
+from acemerge.pipeline import Pipeline
+from acemerge.roles import Role
+from builders import PlainModel, load_folder, write_checkpoint, write_sharded
+
+CPU = torch.device("cpu")
+
+
+def _jobs(path: Path, count: int = 12, side: int = 16) -> tuple[list[Reader], list[Piece]]:
+    """Two models of `count` square tensors, and a job for each."""
+    generator = torch.Generator().manual_seed(0)
+    folders = [
+        write_checkpoint(
+            path / f"m{i}", {f"t{j:02d}": torch.randn(side, side, generator=generator) for j in range(count)}
+        )
+        for i in range(2)
+    ]
+    readers = [Reader(open_checkpoint(folder), hashing=True) for folder in folders]
+    role = Role("linear")
+    specs = list(readers[0].checkpoint.tensors.values())
+    jobs = [Job(spec, role, "", sources=(spec.name,), bytes_in=2 * spec.nbytes) for spec in specs]
+    return readers, [Piece(job) for job in jobs]
+
+
+def _sums(loaded: Loaded, place: Place) -> list[float]:
+    return [(v.take((0, p.job.name)).sum() + v.take((1, p.job.name)).sum()).item() for p, v in loaded]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_results_come_in_order_whatever_the_workers_and_the_limit(tmp_path: Path, workers: int, limit: int) -> None:
+    readers, queue = _jobs(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acemerge.pipeline, "_BATCH_PIECES", 2)
+        with Pipeline(readers, [CPU], workers, limit) as pipeline:
+            found = list(pipeline.stream(queue, _sums))
+    assert [piece for batch, _ in found for piece in batch] == queue
+    models = [load_folder(tmp_path / "m0"), load_folder(tmp_path / "m1")]
+    expected = [(models[0][p.job.name].sum() + models[1][p.job.name].sum()).item() for p in queue]
+    assert [value for _, values in found for value in values] == expected
+
+
+def test_no_more_is_in_flight_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers, queue = _jobs(tmp_path)
+    monkeypatch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
+    submitted: list[str] = []
+    with Pipeline(readers, [CPU], 2, cost(queue[0], 1).working) as pipeline:
+        submit = pipeline._submit
+        monkeypatch.setattr(pipeline, "_submit", lambda b, w: submitted.append(b.pieces[0].job.name) or submit(b, w))
+        for i, _ in enumerate(pipeline.stream(queue, _sums), 1):
+            assert len(submitted) == i  # the next one waits until this one is dealt with
+
+
+def test_a_failure_in_any_stage_ends_the_stream(tmp_path: Path) -> None:
+    readers, queue = _jobs(tmp_path)
+
+    def failing(loaded: Loaded, place: Place) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), Pipeline(readers, [CPU], 2, 1 << 30) as pipeline:
+        list(pipeline.stream(queue, failing))
+    (tmp_path / "m1" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="too early"), Pipeline(readers, [CPU], 2, 1 << 30) as pipeline:
+        list(pipeline.stream(queue, _sums))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("acemerge")]
+
+
+def test_devices_share_the_bytes_not_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large tensor on one device, the small ones on the other until they weigh as much."""
+    readers, queue = _jobs(tmp_path)
+    monkeypatch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
+    large = replace(queue[0], job=replace(queue[0].job, bytes_in=5 * queue[0].job.bytes_in))
+    devices = [CPU, torch.device("cpu", 0)]
+    with Pipeline(readers, devices, 1, 1 << 30) as pipeline:
+        used = [place for _, place in pipeline.stream([large, *queue[1:]], lambda _, place: place.device)]
+    assert used[:5] == [devices[0], *[devices[1]] * 4]
+    assert devices[0] in used[5:]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 100)] * 3), min_size=1, max_size=6), st.integers(1, 3))
+def test_bytes_in_flight_are_those_of_the_worst_moment(sizes: list[tuple[int, int, int]], workers: int) -> None:
+    costs = [Cost(waiting, waiting + more, written) for waiting, more, written in sizes]
+    moments = []
+    for first in range(len(costs)):  # those before are finished, `workers` are computed, the rest is read
+        stages = ["written"] * first + ["working"] * workers + ["waiting"] * len(costs)
+        moments.append(sum(getattr(c, stage) for c, stage in zip(costs, stages, strict=False)))
+    assert in_flight(costs, workers) == max(moments)
+
+
+def test_small_pieces_together_take_their_inputs_and_one_computation() -> None:
+    assert together([Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + 35, 9)
+
+
+def test_buffers_are_used_again_for_what_is_not_much_smaller() -> None:
+    buffers = Buffers()
+    buffers.keep(1000)
+    first = buffers.take(100)
+    buffers.give(first)
+    assert buffers.take(90) is first
+    buffers.give(first)
+    assert buffers.take(40) is not first
+    assert len(buffers.take(101)) == 101
+    buffers.keep(99)
+    assert buffers.take(100) is not first
+
+
+def test_a_value_never_lies_in_a_buffer_that_serves_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One expert, nothing changed, float32: every shortcut of every rule leads back to an input."""
+    plain = PlainModel(tmp_path, experts=1)
+    base, experts = plain.save()
+    settings = [(method, models) for method in acemerge.METHODS for models in (experts, [base])]
+    for i, (method, models) in enumerate(settings):
+        acemerge.merge(base, models, method=method, out=tmp_path / f"{i}")
+    monkeypatch.setattr(Buffers, "give", lambda self, buffer: buffer.fill_(0xFF))
+    for i, (method, models) in enumerate(settings):
+        acemerge.merge(base, models, method=method, out=tmp_path / "out", overwrite=True)
+        before, after = load_folder(tmp_path / f"{i}"), load_folder(tmp_path / "out")
+        assert all(torch.equal(after[name], value) for name, value in before.items()), method
+
+
+# --- pieces and spans ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["average", "task_arithmetic", "consensus", "ties"])
+def test_a_tensor_in_pieces_is_the_same_tensor(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PlainModel(tmp_path)
+    plain.tuned[0]["layers.0.up.weight"] = plain.base["layers.0.up.weight"]  # one expert's zero among them
+    base, experts = plain.save()
+    whole = acemerge.merge(base, experts, out=tmp_path / "whole", method=method)
+    monkeypatch.setattr(acemerge.jobs, "_PIECE", 30)
+    split = acemerge.merge(base, experts, out=tmp_path / "split", method=method)
+    for name, value in load_folder(tmp_path / "whole").items():
+        torch.testing.assert_close(load_folder(tmp_path / "split")[name], value, rtol=1e-6, atol=1e-7)
+        one, other = whole.tensors[name], split.tensors[name]
+        assert {k: v for k, v in one.items() if k not in ("seconds", "energies")} == {
+            k: v for k, v in other.items() if k not in ("seconds", "energies")
+        }
+        assert one.get("energies", []) == pytest.approx(other.get("energies", []), rel=1e-6)
+
+
+def test_the_place_of_a_value_is_told_in_the_whole_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = PlainModel(tmp_path)
+    plain.tuned[1]["embed_tokens.weight"][9, 2] = float("nan")
+    base, experts = plain.save()
+    monkeypatch.setattr(acemerge.jobs, "_PIECE", 30)
+    with pytest.raises(CheckpointError, match=r"is nan at \[9, 2\]"):
+        acemerge.merge(base, experts)
+
+
+@given(st.lists(st.integers(1, 40), min_size=0, max_size=3), st.integers(1, 200))
+def test_pieces_cover_a_tensor_once(shape: list[int], size: int) -> None:
+    job = Job(TensorSpec("t", torch.float32, tuple(shape)), Role("linear"), "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acemerge.jobs, "_PIECE", size)
+        parts = list(pieces(job, split=True))
+    assert sum(part.count for part in parts) == job.spec.count
+    assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
+    if len(parts) > 1:
+        assert [part.rows[0] for part in parts[1:]] == [part.rows[1] for part in parts[:-1]]
+        row = job.spec.count // shape[0]
+        assert all(part.count <= max(size, row) for part in parts)
+
+
+def test_spans_are_read_and_the_whole_file_is_hashed(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.arange(60.0).reshape(12, 5) + i for i in range(4)} | {
+        "h": torch.ones(3, dtype=torch.int8)
+    }
+    folder = write_sharded(tmp_path, [dict(list(tensors.items())[:3]), dict(list(tensors.items())[3:])])
+    for wanted in (["t0", "t1", "t2", "t3", "h"], ["t3", "t1"], ["t2", "t0", "t2"], []):
+        reader = Reader(open_checkpoint(folder), hashing=True)
+        spans = [Span(name, (2, 7)) for name in wanted if name != "h"] + [Span("h")] * ("h" in wanted)
+        places = reader.places(spans)
+        found = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+        for span, value in zip(spans, found, strict=True):
+            assert torch.equal(value, tensors[span.name][slice(*span.rows) if span.rows else slice(None)])
+        for path, file_hash in reader.hashes().items():
+            assert file_hash.sha256 == acemerge.checkpoints.files.sha256(path)
+        reader.close()
+
+
+def test_an_input_that_was_only_touched_is_unchanged(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, {"a": torch.zeros(4), "b": torch.ones(4)})
+    path = folder / "model.safetensors"
+    for change, refused in ((path.touch, False), (lambda: _flip_last_bit(path), True)):
+        reader = Reader(open_checkpoint(folder), hashing=True)
+        places = reader.places([Span("a")])
+        reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+        hashes = reader.hashes()
+        change()
+        if refused:
+            with pytest.raises(CheckpointError, match="changed during the run"):
+                check_unchanged(reader.checkpoint, hashes)
+        else:
+            check_unchanged(reader.checkpoint, hashes)
+
+
+def _flip_last_bit(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
