@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test lint demo clean
+.PHONY: setup test lint torture demo clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Every attack at its full count: about a quarter of an hour on two cores.
+torture: setup
+	$(VENV)/bin/python -m attacks
 
 demo: setup
 	$(VENV)/bin/acemerge demo

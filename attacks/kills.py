@@ -13,7 +13,7 @@ from attacks.faulty import faulty, killing, unfaulty
 from attacks.harness import Tally, check, clean, main
 from attacks.merging import METHODS, Case, in_process, published
 
-ROW, FULL = 18, 1000
+ROW, FULL = 18, 4000  # every call of every setting
 
 
 def attack(folder: Path, count: int, seed: int) -> Tally:

@@ -1,5 +1,9 @@
 """Shapes are checked at run time in every test: the hook must come before acemerge is imported."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; before torch is imported
+
 from jaxtyping import install_import_hook
 
 FAMILIES = ("ace", "actmat", "election", "elementwise", "masks", "sparse", "spectral", "sphere", "svc", "wudi")

@@ -150,7 +150,11 @@ def test_inverse_root() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_the_kth_largest_magnitude_is_the_sorted_one(dtype: torch.dtype) -> None:
-    for x in (randn(37, 53), 1e-30 * randn(200), torch.zeros(5), torch.full((9,), -2.5), randn(1 << 21)):
+    skewed = randn(1 << 21)
+    skewed[::65] *= 1e3  # all that the sample sees
+    coarse = (randn(300, 700) * 4).round()
+    cases = (randn(37, 53), 1e-30 * randn(200), torch.zeros(5), torch.full((9,), -2.5), randn(1 << 21), skewed, coarse)
+    for x in cases:
         x = x.to(dtype)
         ordered = x.flatten().abs().float().sort(descending=True).values
         for k in {1, 2, len(ordered) // 5 + 1, len(ordered)} & set(range(1, len(ordered) + 1)):

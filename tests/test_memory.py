@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.writer import header_bytes, tensor_bytes
 from acemerge.methods import make
 from builders import write_checkpoint
 
@@ -45,6 +49,54 @@ def test_memory_is_bounded_by_the_largest_tensor(method: str, tmp_path: Path) ->
     model = LAYERS * SIDE * SIDE * 2
     assert added < (EXPERTS + 4) * tensor + 20_000_000  # well under the promised 500 MB beside the tensors
     assert added < model / 2
+
+
+# The command line, then the process's own high-water mark.
+_WHOLE_RUN = """
+import atexit
+def tell():
+    print(next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024)
+atexit.register(tell)
+from acemerge.__main__ import main
+main()
+"""
+ROWS, COLUMNS, FILLED = 4096, 256, 512
+
+
+def _write_sparse_model(folder: Path, nbytes: int, seed: int | None) -> Path:
+    """Layers of zeros, as holes in the file; with a seed, each with some rows of numbers."""
+    folder.mkdir()
+    layers = nbytes // (2 * ROWS * COLUMNS)
+    specs = [TensorSpec(f"layers.{i}.weight", torch.bfloat16, (ROWS, COLUMNS)) for i in range(layers)]
+    header = header_bytes(specs)
+    rows = 0.02 * torch.randn(FILLED, COLUMNS, generator=torch.Generator().manual_seed(seed or 0))
+    block = tensor_bytes(rows.bfloat16())
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + layers * specs[0].nbytes)
+        for i in range(layers if seed else 0):
+            file.seek(len(header) + i * specs[0].nbytes)
+            file.write(block)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_model_ten_times_larger_than_the_bound(tmp_path: Path) -> None:
+    """The promise of DESIGN: `(largest tensor) (T + 4)` in the compute type and 500 MB, all of the process counted."""
+    experts = 2
+    bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
+    base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", 10 * bound, seed=i or None) for i in range(experts + 1))
+    assert (base / "model.safetensors").stat().st_size >= 0.999 * 10 * bound
+    for method in ("ace", "ties"):
+        out = tmp_path / "out"
+        words = ["merge", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--method", method, "-o", out]
+        done = subprocess.run(
+            [sys.executable, "-c", _WHOLE_RUN, *map(str, words), "--quiet"], capture_output=True, text=True, check=True
+        )
+        assert int(done.stdout) < bound, method
+        merged = open_checkpoint(out)
+        assert merged.read("layers.7.weight")[:FILLED].count_nonzero() > 0.1 * FILLED * COLUMNS
+        shutil.rmtree(out)
 
 
 _ONE_LAYER = """

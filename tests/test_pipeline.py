@@ -19,10 +19,12 @@ from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span, check_unchanged
 from acemerge.compute import Loaded, Place
-from acemerge.costs import Cost, cost, in_flight, together
-from acemerge.errors import CheckpointError
+from acemerge.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Job, Piece, pieces
+from acemerge.opening import RunOptions, open_recipe
 from acemerge.pipeline import Pipeline
+from acemerge.recipe import make_recipe
 from acemerge.roles import Role
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 
@@ -223,3 +225,33 @@ def test_an_input_that_was_only_touched_is_unchanged(tmp_path: Path) -> None:
 def _flip_last_bit(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+# --- the limit on memory ---------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_with_its_name(tmp_path: Path) -> None:
+    plain = PlainModel(tmp_path)
+    plain.base["layers.0.wide.weight"] = torch.zeros(64, 300)
+    plain.tuned = [expert | {"layers.0.wide.weight": torch.ones(64, 300)} for expert in plain.tuned]
+    base, experts = plain.save()
+    message = (
+        r"--max-memory: tensor 'layers.0.wide.weight' by ace needs 3\d\d,\d\d\d,\d\d\d bytes, more than 300,000,000"
+    )
+    with pytest.raises(UsageError, match=message):
+        acemerge.merge(base, experts, out=tmp_path / "out", max_memory="300MB")
+    assert not (tmp_path / "out").exists()
+    rules = [{"match": "*.wide.*", "action": "base"}]
+    acemerge.merge(base, experts, out=tmp_path / "out", max_memory="301MB", rules=rules)
+
+
+def test_the_budget_is_the_promise_or_what_the_user_says(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    recipe = make_recipe({"base": str(base), "experts": [str(expert) for expert in experts]})
+    plan = open_recipe(recipe, None, RunOptions()).plan
+    assert budget(plan, None) == (3 + 4) * 4 * 11 * 6 + 500_000_000 - RESIDENT
+    assert budget(plan, 10**9) == 10**9 - RESIDENT
+    assert RESIDENT < peak_memory(plan) < RESIDENT + budget(plan, None)
+    wide = open_recipe(make_recipe({**recipe.model_dump(), "compute_dtype": "float64"}), None, RunOptions()).plan
+    assert peak_memory(wide) - RESIDENT > peak_memory(plan) - RESIDENT
+    assert budget(wide, None) == (3 + 4) * 8 * 11 * 6 + 500_000_000 - RESIDENT

@@ -15,7 +15,7 @@ from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.writer import FileSum
-from acemerge.errors import UsageError
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
 from acemerge.jobs import Plan
 from acemerge.opening import Opened, RunOptions, open_recipe
@@ -131,8 +131,12 @@ def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
     """Whether this very run was finished before it was killed."""
     if files.kind(out / MANIFEST) == "nothing":
         return False
-    if load_manifest(out).get("run") == digest(about):
-        return True
+    try:
+        if load_manifest(out).get("run") == digest(about):
+            return True
+    except CheckpointError:  # what it holds is damaged
+        if not overwrite:
+            raise
     if not overwrite and files.kind(out / JOURNAL) == "nothing":
         raise UsageError(out, "holds a finished merge of another run", "choose another folder or add --overwrite")
     return False

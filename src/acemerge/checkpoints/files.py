@@ -119,9 +119,9 @@ def forget(descriptor: int, offset: int, nbytes: int) -> None:
 
 
 def stays_cached(nbytes: int) -> bool:
-    """Whether so much may stay in the system's cache: half of the memory, so that reading it again is free."""
+    """Whether so much may stay in the system's cache, for whoever reads it next: up to a quarter of the memory."""
     try:
-        return nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (OSError, ValueError, AttributeError):
         return True
 

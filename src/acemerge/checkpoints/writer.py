@@ -90,13 +90,16 @@ class Begun:
 
 
 class FileWriter:
-    """`NAME.partial`, from its beginning or behind what there is of it."""
+    """`NAME.partial`, from its beginning or behind what there is of it.
 
-    def __init__(self, path: Path, begun: Begun | None = None) -> None:
+    Without `cached`, the disk begins to write at once and the system need not keep what it has.
+    """
+
+    def __init__(self, path: Path, begun: Begun | None = None, cached: bool = True) -> None:
         self._path = path
         self._digest = begun.digest.copy() if begun else hashlib.sha256()
         self._nbytes = begun.nbytes if begun else 0
-        self._sent = self._nbytes
+        self._cached, self._sent = cached, self._nbytes
         if begun:
             self._descriptor = files.reopen(path, begun.nbytes)
         else:
@@ -112,7 +115,7 @@ class FileWriter:
         files.write_all(self._descriptor, chunk, self._path)
         self._digest.update(chunk)
         self._nbytes += len(chunk)
-        if self._nbytes - self._sent > _SEND:  # the disk begins at once, and there is less to wait for at the end
+        if not self._cached and self._nbytes - self._sent > _SEND:
             files.forget(self._descriptor, max(0, self._sent - _SEND), self._nbytes - self._sent + _SEND)
             self._sent = self._nbytes
 
@@ -136,6 +139,7 @@ class TensorFiles:
     def __init__(self, folder: Path, layout: Mapping[str, Sequence[TensorSpec]], begun: Mapping[str, Begun]) -> None:
         self.finished: dict[str, FileSum] = {}
         self._folder, self._layout, self._begun = folder, layout, dict(begun)
+        self._cached = files.stays_cached(sum(spec.nbytes for specs in layout.values() for spec in specs))
         # Counted in tensors: the last of them may have no bytes.
         self._left = {
             name: len(specs) - (begun[name].tensors if name in begun else 0) for name, specs in layout.items()
@@ -171,7 +175,7 @@ class TensorFiles:
     def _writer(self, name: str) -> FileWriter:
         if name not in self._open:
             begun = self._begun.pop(name, None)
-            self._open[name] = FileWriter(self._partial(name), begun)
+            self._open[name] = FileWriter(self._partial(name), begun, self._cached)
             if begun is None:
                 self._open[name].write(header_bytes(self._layout[name]))
         return self._open[name]

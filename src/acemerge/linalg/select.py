@@ -6,6 +6,7 @@ the lower half of those entries that share the upper half of the answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import reduce
 
@@ -17,6 +18,8 @@ _LOW_BITS = 16
 _UPPER = 1 << 15  # the sign bit is clear
 _LOWER = 1 << _LOW_BITS
 _BLOCK = 1 << 20
+_SAMPLE = 1 << 15
+_DEVIATIONS = 5
 
 
 def magnitudes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -54,7 +57,35 @@ def share_of(keep: float, n: int) -> int:
 
 
 def kth_largest_magnitude(x: Float[Tensor, "*shape"], k: int) -> float:
-    """The k-th largest of `|x|`, k from 1 to the number of entries, rounded to float32."""
+    """The k-th largest of `|x|`, k from 1 to the number of entries, rounded to float32.
+
+    A sample tells between which two magnitudes it lies, so that only the few entries between them need sorting.
+    """
+    flat = x.flatten()
+    stride = len(flat) // _SAMPLE | 1  # odd: else it might see a few columns only
+    low, high = _bracket(magnitudes(flat[::stride]), k / len(flat))
+    above, between = 0, []
+    for block in flat.split(_BLOCK):
+        sizes = magnitudes(block)
+        above += int((sizes > high).count_nonzero())
+        between.append(sizes[(sizes >= low) & (sizes <= high)])
+    inner = torch.cat(between)
+    if 0 < k - above <= len(inner):
+        return inner.kthvalue(len(inner) - (k - above) + 1).values.item()
+    return _by_counts(flat, k)  # the sample is not like the rest
+
+
+def _bracket(sample: Float[Tensor, " m"], share: float) -> tuple[Tensor, Tensor]:
+    """Two of the sample's magnitudes that the one with this share of the entries above it lies between, most likely."""
+    m = len(sample)
+    spread = int(_DEVIATIONS * math.sqrt(m * share * (1 - share))) + 2
+    ordered, position = sample.sort(descending=True).values, int(share * m)
+    high = ordered[position - spread] if position >= spread else ordered.new_tensor(math.inf)
+    low = ordered[position + spread] if position + spread < m else ordered.new_tensor(0.0)
+    return low, high
+
+
+def _by_counts(x: Float[Tensor, "*shape"], k: int) -> float:
     upper, rank = locate(upper_counts(x), k)
     lower, _ = locate(lower_counts(x, upper), rank)
     return from_halves(upper, lower)
