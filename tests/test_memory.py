@@ -60,7 +60,7 @@ atexit.register(tell)
 from acemerge.__main__ import main
 main()
 """
-ROWS, COLUMNS, FILLED = 4096, 256, 512
+ROWS, COLUMNS, FILLED = 8192, 128, 512
 
 
 def _write_sparse_model(folder: Path, nbytes: int, seed: int | None) -> Path:
