@@ -142,6 +142,14 @@ def test_an_input_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
+def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:
+    out = case.folder / "out"
+    interrupt(case, out, 2)
+    (case.base / "config.json").write_text('{"architectures": ["Somebody"]}')
+    with pytest.raises(UsageError, match=r"cannot go on: input .*base config.json was written to; undo"):
+        case.merge(out, resume=True)
+
+
 def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
     out = case.folder / "out"
     interrupt(case, out, 2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
@@ -20,10 +21,7 @@ def identity(recipe: Recipe, checkpoints: Sequence[Checkpoint], max_shard: int, 
     Inputs are known by the size and times of their files: their hashes are only there when all was read. The
     number of threads counts, because a product's rounding may depend on it.
     """
-    inputs = {
-        str(checkpoint.path): {path.name: list(prints) for path, prints in checkpoint.fingerprints.items()}
-        for checkpoint in checkpoints
-    }
+    inputs = {str(checkpoint.path): _prints(checkpoint) for checkpoint in checkpoints}
     about = {
         "recipe": recipe.model_dump(mode="json"),
         "input": inputs,
@@ -34,6 +32,11 @@ def identity(recipe: Recipe, checkpoints: Sequence[Checkpoint], max_shard: int, 
     }
     found: dict[str, Any] = json.loads(json.dumps(about))
     return found
+
+
+def _prints(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
+    weights = {path.name: prints for path, prints in checkpoint.fingerprints.items()}
+    return weights | {name: files.fingerprint(checkpoint.path / name) for name in checkpoint.assets}
 
 
 def digest(about: Mapping[str, Any]) -> str:
