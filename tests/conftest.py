@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line has it; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as the command line has it; before torch is imported
 
 from jaxtyping import install_import_hook
 

@@ -15,8 +15,8 @@ _M_MMAP_THRESHOLD = -3
 
 def main() -> None:
     # Threads that wait by spinning take the processors from each other: with anything else at work on the machine,
-    # small products become several times slower. On an idle one it makes no difference.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # small layers become several times slower. Spinning for a moment only costs nothing on an idle one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "50000")
     _keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
