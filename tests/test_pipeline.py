@@ -22,6 +22,7 @@ from acemerge.compute import Loaded, Place
 from acemerge.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Job, Piece, pieces
+from acemerge.methods import make
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.pipeline import Pipeline
 from acemerge.recipe import make_recipe
@@ -149,7 +150,10 @@ def test_a_value_never_lies_in_a_buffer_that_serves_again(tmp_path: Path, monkey
 # --- pieces and spans ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["average", "task_arithmetic", "consensus", "ties"])
+ENTRYWISE = [name for name in acemerge.METHODS if make(name, {}).needs.entrywise]
+
+
+@pytest.mark.parametrize("method", [*ENTRYWISE, "ties"])  # ties: its thresholds are counted in pieces
 def test_a_tensor_in_pieces_is_the_same_tensor(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = PlainModel(tmp_path)
     plain.tuned[0]["layers.0.up.weight"] = plain.base["layers.0.up.weight"]  # one expert's zero among them

@@ -54,19 +54,6 @@ class Values(Protocol):
         ...
 
 
-# Pieces that are worked on together, each with its inputs.
-Loaded = Sequence[tuple[Piece, Values]]
-Result = TypeVar("Result")
-
-
-class Walk(Protocol):
-    """Goes through pieces in their order, some together, and yields what `work` makes of them."""
-
-    def __call__(
-        self, parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]
-    ) -> Generator[Result, None, None]: ...
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a piece is computed: the device, and the host's large buffers."""
@@ -86,6 +73,18 @@ class Place:
             yield buffer[:nbytes].view(dtype).view(*shape)
         finally:
             self.buffers.give(buffer)
+
+
+# Pieces that are worked on together, each with its inputs.
+Loaded = Sequence[tuple[Piece, Values]]
+Result = TypeVar("Result")
+Work = Callable[[Loaded, Place], Result]  # what a walk does with them
+
+
+class Walk(Protocol):
+    """Goes through pieces in their order, some together, and yields what `work` makes of them."""
+
+    def __call__(self, parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]: ...
 
 
 def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.compute import Loaded, Place, Result, Setting, compute, is_finite
+from acemerge.compute import Place, Result, Setting, Work, compute, is_finite
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Input, Piece, pieces
 from acemerge.methods import Layer, LayerResult, check_experts, expert_seeds, make
@@ -147,7 +147,7 @@ def _merge_in_memory(
     device = next((value.device for value in base.values()), torch.device("cpu"))
     models, place = [base, *experts], Place(device)
 
-    def walk(parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]) -> Generator[Result, None, None]:
+    def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
         for piece in parts:
             yield work([(piece, _PieceOf(piece, models))], place)
 

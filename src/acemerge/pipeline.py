@@ -16,7 +16,7 @@ import torch
 
 from acemerge.buffers import Buffers
 from acemerge.checkpoints.reader import Reader, Span
-from acemerge.compute import Loaded, Place, Result
+from acemerge.compute import Place, Result, Work
 from acemerge.costs import Cost, cost, in_flight, together
 from acemerge.jobs import Input, Piece
 from acemerge.shapes import Tensor
@@ -28,7 +28,6 @@ _BATCH_PIECES = 256
 _WAITING = 2
 
 _Pieces = tuple[Piece, ...]
-Work = Callable[[Loaded, Place], Result]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from acemerge.checkpoints.masks import mask_spec
 from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
-from acemerge.compute import Computed, Loaded, Place, Result, Setting, Walk, check_finite, compute, whole_record
+from acemerge.compute import Computed, Loaded, Place, Result, Setting, Walk, Work, check_finite, compute, whole_record
 from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.pipeline import Pipeline
 from acemerge.shapes import Tensor
@@ -44,7 +44,7 @@ OnProgress = Callable[[Progress], None]
 def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress) -> Walk:
     """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
 
-    def walk(parts: Iterable[Piece], work: Callable[[Loaded, Place], Result]) -> Generator[Result, None, None]:
+    def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
         queue = list(parts)
         total, bytes_total = sum(piece.is_last for piece in queue), sum(piece.bytes_in for piece in queue)
         done = bytes_done = 0
@@ -133,7 +133,7 @@ def write_weights(
     return {job.name: records.done[job.name] for job in layout.plan.jobs}
 
 
-def merging(setting: Setting) -> Callable[[Loaded, Place], list[tuple[Piece, Computed]]]:
+def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
     """The work of a merge on some pieces."""
 
     def work(loaded: Loaded, place: Place) -> list[tuple[Piece, Computed]]:

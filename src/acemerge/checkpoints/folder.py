@@ -86,8 +86,7 @@ class Checkpoint:
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = bytearray(spec.nbytes)
-        with files.reading(info.file):
-            descriptor = files.open_for_reading(info.file)
+        descriptor = files.open_for_reading(info.file)
         try:
             files.read_into(descriptor, [memoryview(buffer)], info.offset, info.file)
         finally:
@@ -102,14 +101,13 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
 
     Raises CheckpointError for a folder that is missing, incomplete, inconsistent or holds no weights.
     """
-    with files.reading(path):
-        is_pickle = _PICKLE_FILE.fullmatch(path.name) is not None and path.is_file()
-        if not is_pickle and not path.is_dir():
-            cure = "name a checkpoint folder with model.safetensors in it"
-            raise CheckpointError(path, "not a folder" if path.exists() else "no such folder", cure)
-        root = path.resolve()
-    if is_pickle:
+    root = files.resolve(path)
+    there = files.kind(root)
+    if there == "file" and _PICKLE_FILE.fullmatch(path.name):
         return _open_pickle(path, allow_pickle)
+    if there != "folder":
+        cure = "name a checkpoint folder with model.safetensors in it"
+        raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
     kind = _format(root, names, allow_pickle)
     weight_files = _weight_files(root, names, kind)
@@ -212,8 +210,7 @@ def contained(root: Path, name: str) -> Path:
 
     A Hub cache keeps files as links `snapshots/REV/name -> ../../blobs/HASH`: those blobs belong to the folder.
     """
-    with files.reading(root / name):
-        target = (root / name).resolve()
+    target = files.resolve(root / name)
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
@@ -248,4 +245,4 @@ def _is_shallow(content: Any) -> bool:
 
 
 def _is_asset(root: Path, name: str) -> bool:
-    return contained(root, name).is_file()
+    return files.kind(contained(root, name)) == "file"

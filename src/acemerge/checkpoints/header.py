@@ -70,8 +70,7 @@ class TensorInfo:
 def read_header(path: Path) -> list[TensorInfo]:
     """All tensors of one file, in the order of their bytes; CheckpointError where the file breaks the format."""
     size = files.fingerprint(path)[0]
-    with files.reading(path):
-        descriptor = files.open_for_reading(path)
+    descriptor = files.open_for_reading(path)
     try:
         length = _header_length(descriptor, size, path)
         text = bytearray(length)

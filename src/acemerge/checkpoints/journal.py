@@ -145,8 +145,7 @@ class _Proof:
         before = self.begun.get(name, Begun(0, hashlib.sha256()))
         digest, position, path = before.digest.copy(), before.nbytes, self._folder / (name + PARTIAL)
         if name not in self._open:
-            with files.reading(path):
-                self._open[name] = files.open_for_reading(path)
+            self._open[name] = files.open_for_reading(path)
         while position < nbytes:
             block = memoryview(bytearray(min(_BLOCK, nbytes - position)))
             files.read_into(self._open[name], [block], position, path)

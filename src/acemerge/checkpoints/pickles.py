@@ -73,8 +73,7 @@ class _NoStateDictError(Exception):
 
 def read_pickle(path: Path) -> list[TensorInfo]:
     """All tensors of one file of `torch.save`; CheckpointError where it is anything but a plain state dict."""
-    with files.reading(path):
-        descriptor = files.open_for_reading(path)
+    descriptor = files.open_for_reading(path)
     try:
         records = read_records(descriptor, path)
         program = _content(descriptor, records, "data.pkl", path)

@@ -103,8 +103,7 @@ class Reader:
     def _descriptor(self, file: Path) -> int:
         if self._open is None or self._open[0] != file:
             self.close()
-            with files.reading(file):
-                self._open = file, files.open_for_reading(file)
+            self._open = file, files.open_for_reading(file)
         return self._open[1]
 
     def _hash(self, file: Path) -> FileHash:
