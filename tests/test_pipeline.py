@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +68,33 @@ def test_results_come_in_order_whatever_the_workers_and_the_limit(tmp_path: Path
     assert [value for _, values in found for value in values] == expected
 
 
+def test_each_load_has_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large pieces get all of torch's threads, `workers` at a time; medium ones one each; tiny ones wait in line."""
+    readers, queue = _jobs(tmp_path)
+    loads = ["large", "medium", "tiny", "medium"] * 3
+    for piece, load in zip(queue, loads, strict=True):
+        piece.__dict__["load"] = load  # of a frozen dataclass
+    monkeypatch.setattr(Piece, "load", property(lambda piece: piece.__dict__["load"]))
+    before = torch.get_num_threads()
+
+    def threads(loaded: Loaded, place: Place) -> tuple[str, int, int]:
+        torch.ones(1 << 17).sum()  # a thread's first work on several threads
+        return loaded[0][0].load, torch.get_num_threads(), threading.get_ident()
+
+    with Pipeline(readers, [CPU], 2, 1 << 30) as pipeline:
+        found = list(pipeline.stream(queue, threads))
+    assert [piece for batch, _ in found for piece in batch] == queue
+    seen = {load: [(n, who) for at, n, who in (result for _, result in found) if at == load] for load in set(loads)}
+    assert {n for n, _ in seen["large"]} == {before}
+    assert {n for n, _ in seen["medium"]} == {n for n, _ in seen["tiny"]} == {1}
+    assert len({who for _, who in seen["tiny"]}) == 1
+    after: list[int] = []
+    later = threading.Thread(target=lambda: after.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert [torch.get_num_threads(), *after] == [before, before]
+
+
 def test_no_more_is_in_flight_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readers, queue = _jobs(tmp_path)
     monkeypatch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
@@ -120,17 +149,44 @@ def test_small_pieces_together_take_their_inputs_and_one_computation() -> None:
     assert together([Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + 35, 9)
 
 
-def test_buffers_are_used_again_for_what_is_not_much_smaller() -> None:
-    buffers = Buffers()
-    buffers.keep(1000)
-    first = buffers.take(100)
+def test_large_buffers_are_used_again_for_what_is_not_much_smaller() -> None:
+    buffers, MB = Buffers(), 1 << 20
+    buffers.keep(10 * MB)
+    first = buffers.take(5 * MB)
     buffers.give(first)
-    assert buffers.take(90) is first
+    assert buffers.take(4 * MB) is first
     buffers.give(first)
-    assert buffers.take(40) is not first
-    assert len(buffers.take(101)) == 101
-    buffers.keep(99)
-    assert buffers.take(100) is not first
+    assert buffers.take(2 * MB) is not first
+    assert len(buffers.take(5 * MB + 1)) == 5 * MB + 1
+    buffers.keep(5 * MB - 1)
+    assert buffers.take(5 * MB) is not first
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux")
+def test_what_is_read_once_does_not_fill_the_systems_cache(tmp_path: Path) -> None:
+    """In pieces that begin and end within the blocks that the system forgets as a whole."""
+    name, rows = "weight", 64
+    folder = write_checkpoint(tmp_path / "m", {name: torch.ones(rows, 1 << 18)})  # 64 MB
+    descriptor = os.open(folder / "model.safetensors", os.O_RDONLY)
+
+    def cached() -> int:
+        count = 0
+        for offset in range(0, rows << 20, 1 << 20):
+            with contextlib.suppress(BlockingIOError):
+                count += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+        return count
+
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached():
+        pytest.skip("this file system keeps everything")
+    reader = Reader(open_checkpoint(folder), cached=False)
+    for first in range(rows):
+        places = reader.places([Span(name, (first, first + 1))])
+        reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+    reader.close()
+    assert cached() < rows / 4
+    os.close(descriptor)
 
 
 def test_a_value_never_lies_in_a_buffer_that_serves_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

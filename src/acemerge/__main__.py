@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 from typing import NoReturn
@@ -20,6 +21,7 @@ def main() -> None:
     _keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
+    gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
     from acemerge.cli import main as run
 
     for number in (signal.SIGINT, signal.SIGTERM):

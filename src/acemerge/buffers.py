@@ -10,6 +10,8 @@ from acemerge.shapes import Tensor
 
 # A buffer may serve for something smaller, but not much: the rest would be lost to the budget.
 _SLACK = 1.5
+# The C library does as well with smaller ones.
+_LEAST = 1 << 20
 
 
 class Buffers:
@@ -22,6 +24,8 @@ class Buffers:
 
     def take(self, nbytes: int) -> Tensor:
         """A buffer of `nbytes` (uint8), whatever is in it."""
+        if nbytes < _LEAST:
+            return torch.empty(nbytes, dtype=torch.uint8)
         with self._lock:
             fitting = [b for b in self._idle if nbytes <= len(b) <= _SLACK * nbytes]
             if fitting:
@@ -32,6 +36,8 @@ class Buffers:
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back. Nothing that was made of it may be used any more."""
+        if len(buffer) < _LEAST:
+            return
         with self._lock:
             self._idle.append(buffer)
             self._evict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,13 +175,20 @@ def task_vectors(
 
     A finite energy tells that both weights are finite; only where it is not are they looked at one by one.
     """
+    wanted = piece.job.inputs[1 : 1 + len(setting.labels)]
+    if piece.load == "tiny":  # the same in fewer calls
+        for D, expert in zip(space, wanted, strict=True):
+            torch.sub(values.take(expert), W0, out=D)
+        n = energies(space)
+        if n.isfinite().all():
+            return space, n, list(range(len(wanted)))
     used: list[int] = []
     found: list[Tensor] = []
-    for i, (model, name) in enumerate(piece.job.inputs[1 : 1 + len(setting.labels)]):
+    for i, (model, name) in enumerate(wanted):
         Wt = values.take((model, name))
         D = space[len(used)].copy_(Wt).sub_(W0)
         n = energies(D[None])
-        if torch.isfinite(n) or _checked(piece, i, W0, Wt, setting):
+        if math.isfinite(n.item()) or _checked(piece, i, W0, Wt, setting):
             used.append(i)
             found.append(n)
         values.release(model)

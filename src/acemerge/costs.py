@@ -85,12 +85,13 @@ def budget(plan: Plan, limit: int | None) -> int:
 
 def in_flight(costs: Sequence[Cost], workers: int) -> int:
     """The bytes of a queue in this order, `workers` of them being computed, those before finished, the rest read."""
-    return max(
+    moments = (
         sum(c.written for c in costs[:i])
         + sum(c.working for c in costs[i : i + workers])
         + sum(c.waiting for c in costs[i + workers :])
         for i in range(len(costs))
     )
+    return max(moments, default=0)
 
 
 def together(costs: Sequence[Cost]) -> Cost:

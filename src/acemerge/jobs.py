@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -14,8 +15,12 @@ from acemerge.methods import Method
 from acemerge.recipe import Recipe
 from acemerge.roles import Role
 
-# Entries of all models together in one piece: few enough to stay in a processor's cache.
-_PIECE = 1 << 22
+# Entries of all models together in one piece: few enough to be one thread's work while others do theirs.
+_PIECE = 1 << 23
+# So few that calling for the work takes as long as the work.
+_TINY = 1 << 18
+
+Load = Literal["tiny", "medium", "large"]
 
 
 class Source(Protocol):
@@ -64,7 +69,7 @@ class Job:
     def makes_masks(self) -> bool:
         return self.method is not None and self.method.needs.masks
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """Every tensor that the job reads, the base's own first."""
         experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
@@ -92,13 +97,19 @@ class Piece:
         shape = self.job.spec.shape
         return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
 
-    @property
+    @cached_property
     def count(self) -> int:
         return math.prod(self.shape)
 
     @property
     def bytes_in(self) -> int:
         return self.job.bytes_in * self.count // max(1, self.job.spec.count)
+
+    @property
+    def load(self) -> Load:
+        """How to compute it. Known from the piece alone: its bits may depend on how many threads do it."""
+        entries = self.count * len(self.job.inputs)
+        return "tiny" if entries <= _TINY else "medium" if entries <= _PIECE else "large"
 
     @property
     def is_last(self) -> bool:

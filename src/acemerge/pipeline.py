@@ -1,8 +1,9 @@
 """Batches of pieces through three stages: read ahead, compute, hand over in order. Bounded in bytes.
 
 One thread reads each model, so that all inputs are read at once and each in its own order. Computing threads take
-the batches in order. The caller's thread gets the results in order and does with them what it will, as writing
-them, while the next ones are read and computed.
+the batches in order: large tensors with all of torch's threads for each, medium ones side by side with one thread
+each, where threads that wait for each other would cost more than they gain. The caller's thread gets the results in
+order and does with them what it will, as writing them, while the next ones are read and computed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Barrier
 
 import torch
 
@@ -18,13 +20,13 @@ from acemerge.buffers import Buffers
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.compute import Place, Result, Work
 from acemerge.costs import Cost, cost, in_flight, together
-from acemerge.jobs import Input, Piece
+from acemerge.jobs import Input, Load, Piece
 from acemerge.shapes import Tensor
 
 # Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.
 _BATCH_BYTES = 8 << 20
 _BATCH_PIECES = 256
-# Batches that wait, read or finished, beside those that are computed.
+# Batches of a lane that wait, read or finished, beside those that are computed.
 _WAITING = 2
 
 _Pieces = tuple[Piece, ...]
@@ -37,13 +39,18 @@ class _Batch:
     pieces: _Pieces
     cost: Cost
 
+    @property
+    def load(self) -> Load:
+        return self.pieces[0].load
+
 
 def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
-    """Pieces in their order, small ones together."""
+    """Pieces in their order, small ones together. All of a batch have the same load."""
     gathered: list[tuple[Piece, Cost]] = []
     nbytes = 0
     for piece in pieces:
-        if gathered and (nbytes + piece.bytes_in > _BATCH_BYTES or len(gathered) == _BATCH_PIECES):
+        full = nbytes + piece.bytes_in > _BATCH_BYTES or len(gathered) == _BATCH_PIECES
+        if gathered and (full or piece.load != gathered[-1][0].load):
             yield _batch(gathered)
             gathered, nbytes = [], 0
         gathered.append((piece, cost(piece, experts)))
@@ -69,14 +76,18 @@ class _Inputs:
 
     def __init__(self, reads: Mapping[int, Future[_Read]], buffers: Buffers) -> None:
         self._reads, self._buffers = dict(reads), buffers
+        self._tensors: dict[int, Mapping[tuple[int, str], Tensor]] = {}
 
     def take(self, piece: int, wanted: Input) -> Tensor:
         """A tensor of the batch's piece of this number; waits until its model was read."""
         model, name = wanted
-        return self._reads[model].result().tensors[piece, name]
+        if model not in self._tensors:
+            self._tensors[model] = self._reads[model].result().tensors
+        return self._tensors[model][piece, name]
 
     def release(self, model: int) -> None:
         """Let go of a model's tensors: none of them may be used any more."""
+        self._tensors.pop(model, None)
         read = self._reads.pop(model, None)
         if read is not None and not read.cancelled() and read.exception() is None:
             self._buffers.give(read.result().buffer)
@@ -102,6 +113,15 @@ class _ValuesOf:
             self.inputs.release(model)
 
 
+class _Lane:
+    """Threads that compute batches of one kind: so many on every device, each with so many of torch's own."""
+
+    def __init__(self, devices: Sequence[torch.device], each: int, of_torch: int) -> None:
+        self.slots = each * len(devices)
+        self.most = self.slots + _WAITING
+        self.pools = [_threads(each, f"acemerge-{device}", device, of_torch) for device in devices]
+
+
 class Pipeline:
     """The threads and buffers of one run; `stream` may be called several times, one after the other."""
 
@@ -109,19 +129,28 @@ class Pipeline:
         self._readers, self._devices, self._limit = readers, devices, limit
         self._buffers = Buffers()
         self._assigned = [0] * len(devices)
-        # One stream per accelerator: a second thread could only wait for it.
-        each = workers if devices[0].type == "cpu" else 1
-        self._parallel = each * len(devices)
-        self._computing = [_threads(each, f"acemerge-{device}", device) for device in devices]
+        of_torch = torch.get_num_threads()
+        self._lanes: dict[Load, _Lane]
+        if devices[0].type == "cpu":
+            # Tiny tensors are the interpreter's work, of which it does one thing at a time.
+            self._lanes = {
+                "tiny": _Lane(devices, 1, 1),
+                "medium": _Lane(devices, of_torch, 1),
+                "large": _Lane(devices, workers, of_torch),
+            }
+        else:  # one stream per accelerator: a second thread could only wait for it
+            only = _Lane(devices, 1, of_torch)
+            self._lanes = {"tiny": only, "medium": only, "large": only}
         self._reading = [_threads(1, f"acemerge-read-{i}") for i in range(len(readers))]
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (*self._reading, *self._computing):
+        computing = [pool for lane in self._lanes.values() for pool in lane.pools]
+        for pool in (*self._reading, *computing):
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in (*self._computing, *self._reading):
+        for pool in (*computing, *self._reading):
             pool.shutdown(wait=True)
         for reader in self._readers:
             reader.close()
@@ -140,17 +169,20 @@ class Pipeline:
         waiting = _batches(queue, len(self._readers) - 1)
         batch = next(waiting, None)
         while batch is not None or pending:
-            while batch is not None and self._has_room([b.cost for b, _ in pending], batch.cost):
+            while batch is not None and self._has_room([b for b, _ in pending], batch):
                 pending.append((batch, self._submit(batch, work)))
                 batch = next(waiting, None)
             done, future = pending.popleft()
             yield done.pieces, future.result()
 
-    def _has_room(self, costs: list[Cost], more: Cost) -> bool:
-        if len(costs) >= self._parallel + _WAITING:
-            return False
-        needed = in_flight([*costs, more], self._parallel)
-        if costs and needed > self._limit:
+    def _has_room(self, pending: Sequence[_Batch], more: _Batch) -> bool:
+        needed = 0
+        for lane in set(self._lanes.values()):
+            costs = [batch.cost for batch in (*pending, more) if self._lanes[batch.load] is lane]
+            if len(costs) > lane.most:
+                return False
+            needed += in_flight(costs, lane.slots)
+        if pending and needed > self._limit:
             return False
         self._buffers.keep(self._limit - needed)
         return True
@@ -164,7 +196,7 @@ class Pipeline:
         i = self._assigned.index(min(self._assigned))  # by bytes, not by count: tensors differ a thousandfold
         self._assigned[i] += batch.cost.working
         place = Place(self._devices[i], self._buffers)
-        return self._computing[i].submit(_compute, batch, _Inputs(reads, self._buffers), place, work)
+        return self._lanes[batch.load].pools[i].submit(_compute, batch, _Inputs(reads, self._buffers), place, work)
 
     def _read(self, reader: Reader, spans: Mapping[tuple[int, str], Span]) -> _Read:
         places = reader.places(list(spans.values()))
@@ -180,10 +212,20 @@ def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -
         inputs.release_all()
 
 
-def _threads(count: int, name: str, device: torch.device | None = None) -> ThreadPoolExecutor:
-    def own_stream() -> None:
+def _threads(count: int, name: str, device: torch.device | None = None, of_torch: int = 1) -> ThreadPoolExecutor:
+    """Threads that are there already, each with `of_torch` threads for torch's own work and its own stream."""
+    all_there = Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's first call takes what all had last: not to happen later
+        torch.set_num_threads(of_torch)
         if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
-    return ThreadPoolExecutor(count, thread_name_prefix=name, initializer=own_stream)
+    pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
+    for _ in range(count):
+        pool.submit(all_there.wait)
+    all_there.wait()
+    torch.set_num_threads(torch.get_num_threads())  # what one thread says is also what later ones begin with
+    return pool

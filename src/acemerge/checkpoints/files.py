@@ -19,6 +19,7 @@ from acemerge.errors import AcemergeError, CheckpointError, WriteError
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
+_FORGOTTEN_AGAIN = 32 << 20
 
 
 @contextlib.contextmanager
@@ -112,10 +113,12 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path:
 def forget(descriptor: int, offset: int, nbytes: int) -> None:
     """Tell the system that a range of a file is not needed in its cache again: what was written goes to the disk now.
 
-    A cache that fills up with what is read once costs more than the reading. A system that cannot is left alone.
+    A cache that fills up with what is read once costs more than the reading. The system forgets whole blocks of up
+    to some MB only, so that the end of one range goes with the next. A system that cannot is left alone.
     """
+    first = max(0, offset - _FORGOTTEN_AGAIN)
     with contextlib.suppress(OSError, AttributeError):
-        os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(descriptor, first, offset - first + nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def stays_cached(nbytes: int) -> bool:

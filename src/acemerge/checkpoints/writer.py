@@ -116,7 +116,7 @@ class FileWriter:
         self._digest.update(chunk)
         self._nbytes += len(chunk)
         if not self._cached and self._nbytes - self._sent > _SEND:
-            files.forget(self._descriptor, max(0, self._sent - _SEND), self._nbytes - self._sent + _SEND)
+            files.forget(self._descriptor, self._sent, self._nbytes - self._sent)
             self._sent = self._nbytes
 
     def finish(self) -> FileSum:

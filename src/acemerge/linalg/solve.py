@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
+from torch.linalg import vector_norm
 
 from acemerge.linalg.gram import add_lower
-from acemerge.shapes import Float, Tensor
+from acemerge.shapes import Float, Int, Tensor
 
 # A float32 answer whose estimated relative error is above this is computed again in float64: sooner in small
 # layers, where that costs nothing.
@@ -116,7 +118,7 @@ def _pseudo_inverse(A: Tensor) -> Inverse:
     kept = values > values[-1].clamp_min(0) * torch.finfo(A.dtype).eps * A.shape[0]
     values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
     condition = float(values[-1] / values[0]) if len(values) else float("inf")
-    norm = float((1 / values).norm())
+    norm = vector_norm(1 / values).item()
     diagnosis = Diagnosis("pseudo-inverse", condition, len(values), norm)
     return Inverse(lambda B: (B @ vectors / values) @ vectors.T, diagnosis)
 
@@ -130,18 +132,25 @@ def with_rank_one(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Floa
 
 def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:
     """Estimates of `cond(A)` and `||A^(-1)||_F` for A = L L^T, from a few solves with fixed sign vectors."""
-    n = A.shape[0]
-    generator = torch.Generator().manual_seed(n)
-    signs = torch.randint(0, 2, (_PROBES, n), generator=generator).mul_(2).sub_(1)
-    probes = signs.to(dtype=A.dtype, device=A.device)  # (4, in)
+    probes = _signs(A.shape[0]).to(dtype=A.dtype, device=A.device)  # (4, in)
     solved = _solve(L, probes)  # (4, in)
-    inverse_norm = (solved.norm() / _PROBES**0.5).item()  # Hutchinson: E ||g A^(-1)||^2 = ||A^(-1)||_F^2
+    inverse_norm = vector_norm(solved).item() / _PROBES**0.5  # Hutchinson: E ||g A^(-1)||^2 = ||A^(-1)||_F^2
     for _ in range(2):
-        solved = _solve(L, solved / solved.norm(dim=1, keepdim=True).clamp_min(_SMALLEST))
-        probes = probes / probes.norm(dim=1, keepdim=True).clamp_min(_SMALLEST) @ A
-    largest = (probes / probes.norm(dim=1, keepdim=True) @ A).norm(dim=1).max()
-    smallest_inverse = solved.norm(dim=1).max()
-    return float(largest * smallest_inverse), float(inverse_norm)
+        solved = _solve(L, _unit_rows(solved))
+        probes = _unit_rows(probes) @ A
+    largest = vector_norm(_unit_rows(probes) @ A, dim=1).max()
+    smallest_inverse = vector_norm(solved, dim=1).max()
+    return (largest * smallest_inverse).item(), inverse_norm
+
+
+@lru_cache(maxsize=64)
+def _signs(n: int) -> Int[Tensor, "4 n"]:
+    signs: Tensor = torch.randint(0, 2, (_PROBES, n), generator=torch.Generator().manual_seed(n)).mul_(2).sub_(1)
+    return signs
+
+
+def _unit_rows(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    return rows / vector_norm(rows, dim=1, keepdim=True).clamp_min(_SMALLEST)
 
 
 def rounding_error(
@@ -152,9 +161,9 @@ def rounding_error(
     `dY = (dB - Y dA) A^(-1)`; with entries of dA, dB of size u times the root mean square entry of A, B,
     `||dB A^(-1)||_F ~ u rms(B) sqrt(out) ||A^(-1)||_F`, and the like for `Y dA`.
     """
-    norm_Y = Y.norm().item()
+    norm_Y = vector_norm(Y).item()
     if norm_Y == 0:
         return 0.0
-    rms_A, rms_B = (float(matrix.norm()) / matrix.numel() ** 0.5 for matrix in (A, B))
+    rms_A, rms_B = (vector_norm(matrix).item() / matrix.numel() ** 0.5 for matrix in (A, B))
     unit = torch.finfo(A.dtype).eps / 2
     return float(_ROUNDING_GROWTH * unit * inverse_norm * (rms_B * B.shape[0] ** 0.5 / norm_Y + rms_A))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float
     M = torch.empty_like(deltas[0])
     majority, ties = 0, []
     for rows in row_blocks(deltas):
-        up, down = _means_by_sign(sparse(t, rows) for t in range(len(deltas)))
+        up, down = _means_by_sign(torch.stack([sparse(t, rows) for t in range(len(deltas))]))
         sums = up.sum + down.sum
         majority += int(sums.sign().sum())
         tied = (sums == 0) & (up.count > 0)
@@ -56,14 +56,9 @@ class _Side:
         return self.sum / self.count.clamp(min=1)
 
 
-def _means_by_sign(parts: Iterable[Tensor]) -> tuple[_Side, _Side]:
-    sums: list[Tensor] = []
-    for part in parts:
-        if not sums:
-            sums = [torch.zeros_like(part) for _ in range(4)]
-        positive = part.clamp(min=0)
-        sums[0] += positive
-        sums[1] += part - positive
-        sums[2] += part > 0
-        sums[3] += part < 0
-    return _Side(sums[0], sums[2]), _Side(sums[1], sums[3])
+def _means_by_sign(parts: Float[Tensor, "T *shape"]) -> tuple[_Side, _Side]:
+    """Those above zero and those below it. `parts` is used up."""
+    positive = parts.clamp(min=0)
+    negative = parts.sub_(positive)
+    above, below = positive.sum(0), negative.sum(0)
+    return _Side(above, positive.sign_().sum(0)), _Side(below, negative.sign_().sum(0).neg_())
