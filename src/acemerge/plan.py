@@ -43,8 +43,8 @@ class _Planner:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
         self.warnings: list[str] = []
-        self.base_names = self._by_identity(base)
-        self.expert_names = [self._by_identity(expert) for expert in experts]
+        self.base_names = roles.group(base.tensors)
+        self.expert_names = [roles.group(expert.tensors) for expert in experts]
         self.kept_apart: set[str] = set()  # identities of base tensors that every expert keeps for itself
         counts = Counter(_group(identity) for identity in self.base_names)
         self.backbone = counts.most_common(1)[0][0] if counts else ""
@@ -62,13 +62,6 @@ class _Planner:
 
     def _is_matrix(self, name: str) -> bool:
         return self.roles.by_name[name].name in ("linear", "conv1d", "experts")
-
-    def _by_identity(self, source: Source) -> dict[str, list[str]]:
-        """The names in a source by the parameter that they stand for."""
-        names: dict[str, list[str]] = {}
-        for name in source.tensors:
-            names.setdefault(self.roles.identity[name], []).append(name)
-        return names
 
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +39,13 @@ class Roles:
     identity: Mapping[str, str]
     source: str
     from_architecture: bool
+
+    def group(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names of each tensor by its identity, the one that loaders look for first."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.identity[name], []).append(name)
+        return {identity: sorted(found, key=lambda name: name != identity) for identity, found in groups.items()}
 
 
 def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Roles:
