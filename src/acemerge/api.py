@@ -14,6 +14,7 @@ from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
@@ -29,10 +30,14 @@ from acemerge.verify import verify
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None for a dry run."""
+    """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None for a dry run.
+
+    `pushed` is the address on the Hub where it was uploaded.
+    """
 
     out: Path | None
     manifest: Mapping[str, Any]
+    pushed: str | None = None
 
     @property
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:
@@ -48,15 +53,15 @@ def merge(
     out: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Merge checkpoint folders into the folder `out`; without `out`, compute everything and write nothing.
+    """Merge checkpoints into the folder `out`; without `out`, compute everything and write nothing.
 
     Args:
-        base: folder of the model that all experts were fine-tuned from.
-        experts: their folders.
+        base: the model that all experts were fine-tuned from, by its folder or its Hub id (`org/name@revision`).
+        experts: the same of each expert.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`), `weights` for the experts, and parameters of the rule
-            (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`, `quiet`, `push`), `weights` for the experts, and
+            parameters of the rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -77,27 +82,42 @@ def run_recipe(
     recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
 ) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
-    opened = open_recipe(recipe, out, options)
+    if out is None and options.push is not None:
+        raise UsageError("push", "there is no output to upload", "name the output folder with `out`")
+    return run_opened(open_recipe(recipe, out, options), out, options, on_progress)
+
+
+def run_opened(
+    opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
+) -> MergeReport:
+    """Execute what was opened and planned; with `push`, verify the output and upload it."""
     plan, started = opened.plan, time.perf_counter()
     if out is None:
         with opened.pipeline(options.workers, hashing=False) as (pipeline, _):
             setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
             records = dry_run(plan, setting, walker(pipeline, "merge", on_progress))
-        unread: list[tuple[str, dict[str, FileSum]]] = [(str(c.path), {}) for c in opened.checkpoints]
+        unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
         return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)))
-    about = identity(recipe, opened.checkpoints, opened.max_shard, options.device)
+    about = identity(plan.recipe, opened.checkpoints, opened.origins, opened.max_shard, options.device)
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
-                return MergeReport(out, verify(out))
+                return _finished(out, verify(out), options)
             done = read_journal(out, opened.layout.files) or done
             _check_same_run(out, done.identity, about)
         manifest = _write(opened, output, done, options, on_progress)
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
-    return MergeReport(out, manifest)
+        return _finished(out, manifest if options.push is None else verify(out), options)
+
+
+def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
+    """The report of an output that is there and, where it is to be uploaded, was verified."""
+    if options.push is None:
+        return MergeReport(out, manifest)
+    return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))
 
 
 def _write(
@@ -121,10 +141,18 @@ def _write(
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
     inputs = [
-        (str(checkpoint.path), {path.name: FileSum(h.sha256, h.nbytes) for path, h in found.items()})
-        for checkpoint, found in zip(opened.checkpoints, hashes, strict=True)
+        (origin, {names.get(path, path.name): FileSum(h.sha256, h.nbytes) for path, h in found.items()})
+        for origin, names, found in zip(opened.origins, map(_names, opened.checkpoints), hashes, strict=True)
     ]
     return build_manifest(plan, records, inputs, output.written, 0.0)
+
+
+def _names(checkpoint: Checkpoint) -> dict[Path, str]:
+    """What the folder calls its files: in a Hub cache those are links to files that are named by their hash."""
+    root = files.resolve(checkpoint.path)
+    if files.kind(root) != "folder":
+        return {}
+    return {files.resolve(root / name): name for name in files.list_folder(root)}
 
 
 def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from acemerge import api, show
+from acemerge.convert import open_conversion
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import Recipe, load_recipe, make_recipe, parse_settings
@@ -30,8 +31,8 @@ out_console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
 err_console = Console(stderr=True)
 
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
-Base = Annotated[str | None, typer.Option(help="checkpoint folder that all experts come from")]
-Experts = Annotated[list[str] | None, typer.Option("--expert", help="an expert's folder; repeat for each")]
+Base = Annotated[str | None, typer.Option(help="folder or Hub id (org/name@revision) that all experts come from")]
+Experts = Annotated[list[str] | None, typer.Option("--expert", help="an expert's folder or Hub id; repeat for each")]
 MethodName = Annotated[str | None, typer.Option(help="merge rule, see `acemerge methods` [default: ace]")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the rule")]
 Scale = Annotated[float | None, typer.Option(help="factor on the merged update [default: the rule's own]")]
@@ -56,6 +57,10 @@ MaxMemory = Annotated[
 Seed = Annotated[int | None, typer.Option(help="seed of the rules that use chance")]
 Nonfinite = Annotated[
     Literal["error", "skip-expert"] | None, typer.Option(help="what to do about NaN or infinity in an expert")
+]
+Push = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -103,6 +108,7 @@ def _merging_command(action: Action) -> None:
         allow_pickle: AllowPickle = False,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
+        push: Push = None,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
@@ -125,7 +131,9 @@ def _merging_command(action: Action) -> None:
                 if key not in given:
                     raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
             asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
-        options = RunOptions(device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle)
+        options = RunOptions(
+            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, quiet=quiet, push=push
+        )
         action(asked, out, options, quiet)
 
 
@@ -133,8 +141,9 @@ def _merge(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -
     """Merge a base and its experts into one folder."""
     if out is None:
         raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
+    opened = open_recipe(recipe, out, options)  # downloads have a bar of their own
     with show.progress(err_console, quiet) as on_progress:
-        report = api.run_recipe(recipe, out, options, on_progress)
+        report = api.run_opened(opened, out, options, on_progress)
     if not quiet:
         show.merge_summary(out_console, report)
 
@@ -148,6 +157,30 @@ def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) ->
 
 _merging_command(_merge)
 _merging_command(_plan)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="IN", help="checkpoint folder, Hub id, or with --allow-pickle a .bin")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="output folder")],
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint anew as safetensors, its values unchanged."""
+    options = RunOptions(
+        max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, allow_pickle=allow_pickle, quiet=quiet
+    )
+    opened = open_conversion(source, out, options)
+    with show.progress(err_console, quiet) as on_progress:
+        report = api.run_opened(opened, out, options, on_progress)
+    if not quiet:
+        show.converted(out_console, report)
 
 
 @app.command()
@@ -214,6 +247,6 @@ def _report(failure: BaseException) -> int:
     elif isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
         line, code = f"standard output: {failure.strerror}; what was said to be written is written", 5
     else:
-        line, code = "interrupted: nothing was published; run it again, a merge with --resume to go on", 130
+        line, code = "interrupted: nothing unfinished was published; run it again, a merge with --resume to go on", 130
     sys.stderr.write(f"acemerge: error: {line}\n")
     return code

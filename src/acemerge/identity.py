@@ -15,15 +15,18 @@ from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
 
 
-def identity(recipe: Recipe, checkpoints: Sequence[Checkpoint], max_shard: int, device: str) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, checkpoints: Sequence[Checkpoint], origins: Sequence[str], max_shard: int, device: str
+) -> dict[str, Any]:
     """All that decides the bytes of the output, as JSON has it.
 
-    Inputs are known by the size and times of their files: their hashes are only there when all was read. The
-    number of threads counts, because a product's rounding may depend on it.
+    Models are named by their origins: those of the Hub by their commit, whatever their branch holds since. Inputs are
+    known by the size and times of their files: their hashes are only there when all was read. The number of threads
+    counts, because a product's rounding may depend on it.
     """
-    inputs = {str(checkpoint.path): _prints(checkpoint) for checkpoint in checkpoints}
+    inputs = {origin: _prints(checkpoint) for origin, checkpoint in zip(origins, checkpoints, strict=True)}
     about = {
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": _pinned(recipe, origins),
         "input": inputs,
         "largest shard": max_shard,
         "device": device,
@@ -32,6 +35,14 @@ def identity(recipe: Recipe, checkpoints: Sequence[Checkpoint], max_shard: int, 
     }
     found: dict[str, Any] = json.loads(json.dumps(about))
     return found
+
+
+def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
+    experts = [
+        {**expert.model_dump(mode="json"), "model": origin}
+        for expert, origin in zip(recipe.experts, origins[1:], strict=True)
+    ]
+    return {**recipe.model_dump(mode="json"), "base": origins[0], "experts": experts}
 
 
 def _prints(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:

@@ -11,7 +11,9 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
+from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.upload import check_push
 from acemerge.compute import Setting
 from acemerge.costs import budget
 from acemerge.errors import UsageError
@@ -34,15 +36,21 @@ class RunOptions:
     resume: bool = False
     max_memory: str | None = None
     allow_pickle: bool = False
+    quiet: bool = False
+    push: str | None = None
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet."""
+    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
+
+    `origins` says for each checkpoint where it is from: its path, or its Hub id with the commit.
+    """
 
     plan: Plan
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
+    origins: tuple[str, ...]
     devices: tuple[torch.device, ...]
     max_shard: int
     budget: int
@@ -72,21 +80,24 @@ class Opened:
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
-        _check_output_apart(out, [recipe.base, *(expert.model for expert in recipe.experts)])
+        check_output_apart(out, recipe.models)
     if options.workers < 1:
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
-    base = open_checkpoint(Path(recipe.base), options.allow_pickle)
-    experts = tuple(open_checkpoint(Path(expert.model), options.allow_pickle) for expert in recipe.experts)
-    labels = expert_labels([expert.model for expert in recipe.experts])
+    if options.push is not None:
+        check_push(options.push)
+    models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
+    base, *experts = [open_checkpoint(model.path, options.allow_pickle) for model in models]
+    labels = expert_labels([model.name for model in models[1:]])
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
-    return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
+    origins = tuple(model.origin for model in models)
+    return Opened(plan, base, tuple(experts), origins, devices, max_shard, budget(plan, limit))
 
 
-def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:
+def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input."""
     target = files.resolve(out)
     for path in inputs:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.methods import Method, make
 
@@ -92,6 +93,11 @@ class Recipe(_Strict):
         value.build()
         return value
 
+    @property
+    def models(self) -> list[str]:
+        """The base and then every expert, as they were named."""
+        return [self.base, *(expert.model for expert in self.experts)]
+
     def build_method(self) -> Method:
         return self.method.build(self.scale)
 
@@ -107,7 +113,7 @@ def make_recipe(content: Mapping[str, Any], where: object = "recipe") -> Recipe:
 def load_recipe(
     path: Path, overrides: Mapping[str, Any], method: str | None = None, params: Mapping[str, Any] | None = None
 ) -> Recipe:
-    """Read a recipe file. Relative folders in it are relative to the file.
+    """Read a recipe file. Relative folders in it are relative to the file; what is no folder may be a Hub id.
 
     `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
     """
@@ -148,6 +154,9 @@ def _locate_expert(folder: Path, expert: Any) -> Any:
 
 
 def _relative_to(folder: Path, path: str) -> str:
+    """A path relative to the recipe's folder; a Hub id stays as it is where no such folder exists."""
+    if hub_id(path, folder) is not None:
+        return path
     with contextlib.suppress(RuntimeError):  # ~nobody: left as it is, to be reported as missing
         path = str(Path(path).expanduser())
     return str(folder / path)

@@ -108,6 +108,13 @@ def merge_summary(console: Console, report: MergeReport) -> None:
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
     _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    if report.pushed:
+        _say(console, f"uploaded to {report.pushed}")
+
+
+def converted(console: Console, report: MergeReport) -> None:
+    total = sum(entry["bytes"] for entry in report.manifest["outputs"].values())
+    _say(console, f"{report.out}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
 
 
 _STATUS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from acemerge.shapes import Tensor
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
@@ -63,6 +64,7 @@ _PICKLED = _Format(
     re.compile(r"[\w.-]+\.bin"),
     read_pickle,
 )
+_FORMATS = (_SAFETENSORS, _PICKLED)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,28 @@ class Checkpoint:
         return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
 
 
+def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> list[str]:
+    """Of all files of a model, those that a reader needs: weights, or the index that lists them, and assets.
+
+    Raises CheckpointError when there are none that may be read.
+    """
+    assets = [name for name in names if _ASSET.fullmatch(name)]
+    whole = {kind.single for kind in _FORMATS} | {kind.index for kind in _FORMATS}
+    if set(ADAPTER) <= set(names) and not whole & set(names):
+        return [*assets, *ADAPTER]
+    kind = _format(where, names, allow_pickle)
+    weights = kind.single if kind.single in names else kind.index
+    if weights not in names:
+        raise CheckpointError(where, f"has shards but no {kind.index}", "choose a revision that has it")
+    return [*assets, weights]
+
+
+def listed_files(root: Path, name: str) -> list[str]:
+    """The weight files that the index `name` of a folder lists; none for any other file."""
+    found = [_weight_map(root, kind).values() for kind in _FORMATS if kind.index == name]
+    return sorted(set().union(*found))
+
+
 def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """Open a folder: read and check its index and the header of every shard.
 
@@ -106,7 +130,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
     if there == "file" and _PICKLE_FILE.fullmatch(path.name):
         return _open_pickle(path, allow_pickle)
     if there != "folder":
-        cure = "name a checkpoint folder with model.safetensors in it"
+        cure = "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
     kind = _format(root, names, allow_pickle)
@@ -144,16 +168,16 @@ def open_file(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, {}, (), places, {path: files.fingerprint(path)})
 
 
-def _format(root: Path, names: list[str], allow_pickle: bool) -> _Format:
+def _format(where: object, names: Sequence[str], allow_pickle: bool) -> _Format:
     """How the weights of a folder are stored. Safetensors win where both are there."""
-    kinds = (_SAFETENSORS, _PICKLED) if allow_pickle else (_SAFETENSORS,)
+    kinds = _FORMATS if allow_pickle else _FORMATS[:1]
     for kind in kinds:
         if any(name in (kind.single, kind.index) or kind.shard.fullmatch(name) for name in names):
             return kind
     if not allow_pickle and any(_PICKLES.fullmatch(name) for name in names):
-        raise CheckpointError(root, "has only pickled weights, which can run code", _CONVERT)
+        raise CheckpointError(where, "has only pickled weights, which can run code", _CONVERT)
     cure = "name a folder with safetensors weights" + (", or the pickled file itself" if allow_pickle else "")
-    raise CheckpointError(root, f"has neither {' nor '.join(f'{k.single} nor {k.index}' for k in kinds)}", cure)
+    raise CheckpointError(where, f"has neither {' nor '.join(f'{k.single} nor {k.index}' for k in kinds)}", cure)
 
 
 def _weight_files(root: Path, names: list[str], kind: _Format) -> list[Path]:
@@ -208,12 +232,15 @@ def _check_index(root: Path, places: Mapping[str, TensorInfo], kind: _Format) ->
 def contained(root: Path, name: str) -> Path:
     """`root / name` with links resolved; CheckpointError when it leaves the folder.
 
-    A Hub cache keeps files as links `snapshots/REV/name -> ../../blobs/HASH`: those blobs belong to the folder.
+    A Hub cache keeps files as links `snapshots/REV/name -> ../../blobs/HASH`: those blobs belong to the folder, and
+    so do those that the models of one cache share, in `blobs` beside `models--ORG--NAME`.
     """
     target = files.resolve(root / name)
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append(root.parent.parent / "blobs")
+        if root.parent.parent.name.startswith("models--"):
+            homes.append(root.parent.parent.parent / "blobs")
     if not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(root / name, "is a link that leaves the folder", "copy the file into the folder")
     return target

@@ -100,7 +100,7 @@ class OutputFolder:
 
     def _obsolete(self) -> list[str]:
         """The files of an earlier output that must go or be replaced, its manifest first."""
-        there = [name for name in self._listing() if _is_output(name) or name in self.written]
+        there = [name for name in self._listing() if is_output(name) or name in self.written]
         return sorted(there, key=lambda name: name != MANIFEST)
 
     def _listing(self) -> list[str]:
@@ -128,7 +128,7 @@ class OutputFolder:
         """
         listing = self._listing()
         old = [name.removesuffix(OLD) for name in listing if name.endswith(OLD)]
-        old = [name for name in old if _is_output(name)]
+        old = [name for name in old if is_output(name)]
         if MANIFEST in listing:
             for name in old:
                 files.remove(self.path / (name + OLD))
@@ -136,7 +136,7 @@ class OutputFolder:
         earlier = self._outputs_of(MANIFEST + OLD) if MANIFEST in old else set()
         placing = MANIFEST in old or MANIFEST + PARTIAL in listing
         for name in listing:
-            if placing and _is_output(name) and (name in old or name not in earlier):
+            if placing and is_output(name) and (name in old or name not in earlier):
                 files.rename(self.path / name, self.path / (name + PARTIAL))
         for name in sorted(old, key=lambda name: name == MANIFEST):
             files.rename(self.path / (name + OLD), self.path / name)
@@ -151,13 +151,13 @@ class OutputFolder:
     def discard(self) -> None:
         """Remove what was written and not published."""
         for name in self._listing():
-            begun = name.endswith(PARTIAL) and _is_output(name.removesuffix(PARTIAL))
+            begun = name.endswith(PARTIAL) and is_output(name.removesuffix(PARTIAL))
             if begun or name in (JOURNAL, JOURNAL + PARTIAL):
                 files.remove(self.path / name)
         self._remove_side_folders()
 
 
-def _is_output(name: str) -> bool:
+def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
         return name.endswith(".safetensors")

@@ -11,9 +11,22 @@ import yaml
 
 from acemerge.jobs import Plan
 
+_LOAD = (
+    "## Load",
+    "",
+    "```python",
+    "from transformers import AutoModel",
+    "",
+    'model = AutoModel.from_pretrained("path/to/this/folder")',
+    "```",
+    "",
+)
+
 
 def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown with the Hub's metadata, the recipe, what was done and how to load it."""
+    if not plan.experts:
+        return _conversion_card(plan)
     method = plan.recipe.method.model_dump(mode="json")
     recipe = {"method": method, **plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method"})}
     metadata = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
@@ -35,19 +48,24 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
         *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
         "",
-        "## Load",
-        "",
-        "```python",
-        "from transformers import AutoModel",
-        "",
-        'model = AutoModel.from_pretrained("path/to/this/folder")',
-        "```",
-        "",
+        *_LOAD,
         "## Recipe",
         "",
         "```yaml",
         yaml.safe_dump(recipe, sort_keys=False).strip(),
         "```",
         "",
+    ]
+    return "\n".join(lines)
+
+
+def _conversion_card(plan: Plan) -> str:
+    source = Path(plan.recipe.base).name
+    lines = [
+        f"# {source} as safetensors",
+        "",
+        f"The very values of `{source}`, written anew by acemerge; `acemerge.json` holds the hashes.",
+        "",
+        *_LOAD,
     ]
     return "\n".join(lines)

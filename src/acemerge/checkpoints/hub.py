@@ -1,0 +1,195 @@
+"""Models by their Hub id: only the files that a merge reads are fetched, into huggingface_hub's own cache."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
+from acemerge.errors import CheckpointError, UsageError
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
+_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LONGEST = 300
+
+
+@dataclass(frozen=True)
+class HubId:
+    """`org/name`, or `org/name@revision`: a branch, a tag or a commit."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+
+
+@dataclass(frozen=True)
+class Located:
+    """The folder of a model; `origin` tells it from every other, with its commit if it is from the Hub."""
+
+    path: Path
+    origin: str
+    name: str
+
+
+def parse_id(text: str) -> HubId | None:
+    """The Hub id of exactly this form, if it is one."""
+    found = _ID.fullmatch(text) if len(text) <= _LONGEST and ".." not in text else None
+    if found is None or "--" in found["repo"] or found["repo"].endswith(".git"):
+        return None
+    return HubId(found["repo"], found["revision"])
+
+
+def hub_id(model: str, beside: Path = Path()) -> HubId | None:
+    """The Hub id that a model is given by; None for a path. What exists in the folder `beside` is a path."""
+    wanted = parse_id(model)
+    return None if wanted is None or files.kind(beside / model) != "nothing" else wanted
+
+
+def locate(model: str, allow_pickle: bool, quiet: bool) -> Located:
+    """The folder of a model given by its path or its Hub id; what of the latter is not cached yet is fetched.
+
+    Without `quiet`, a download shows its progress on a terminal. Raises CheckpointError.
+    """
+    wanted = hub_id(model)
+    if wanted is None:
+        return Located(Path(model), str(Path(model)), model)
+    root = _fetch(wanted, allow_pickle, quiet)
+    return Located(root, f"{wanted.repo}@{root.name}", wanted.repo)
+
+
+def library() -> Any:
+    """huggingface_hub, imported where it is used. UsageError when it is not installed."""
+    try:
+        for part in ("errors", "constants", "utils"):
+            importlib.import_module(f"huggingface_hub.{part}")
+        return importlib.import_module("huggingface_hub")
+    except ImportError:
+        what = "huggingface_hub is not installed, which reads and writes the Hub"
+        raise UsageError("Hub", what, "pip install 'acemerge[hub]', or name a local folder") from None
+
+
+def _fetch(wanted: HubId, allow_pickle: bool, quiet: bool) -> Path:
+    """The cached folder of a model's commit, with all that a merge needs of it."""
+    hub = library()
+    if wanted.revision and _COMMIT.fullmatch(wanted.revision):  # what a commit holds never changes: ask nobody
+        with contextlib.suppress(CheckpointError):
+            return _cached(hub, wanted, allow_pickle, "")
+    try:
+        info = hub.HfApi().model_info(wanted.repo, revision=wanted.revision)
+    except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
+        refusal = _refusal(hub, wanted, failure)
+        if refusal is not None:
+            raise refusal from failure
+        return _cached(hub, wanted, allow_pickle, _why_not(hub, failure))
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise CheckpointError(wanted, "the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
+    needed = needed_files(wanted, sorted(file.rfilename for file in info.siblings or ()), allow_pickle)
+    with progress(hub, quiet):
+        root = _download(hub, wanted, wanted.revision, needed)
+        if root.name != info.sha:
+            raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
+        shards = [shard for name in needed for shard in listed_files(root, name)]
+        if shards:
+            _download(hub, wanted, info.sha, shards)
+    return _complete(wanted, root, [*needed, *shards], "")
+
+
+def _download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str]) -> Path:
+    """Fetch these files and no others; their folder."""
+    try:
+        return Path(hub.snapshot_download(wanted.repo, revision=revision, allow_patterns=list(names)))
+    except Exception as failure:
+        refusal = _refusal(hub, wanted, failure)
+        if refusal is not None:
+            raise refusal from failure
+        what = f"could not be fetched ({in_words(failure)})"
+        raise CheckpointError(wanted, what, "run again: what was fetched is kept") from failure
+
+
+def _cached(hub: Any, wanted: HubId, allow_pickle: bool, why: str) -> Path:
+    """The folder of what was fetched before; CheckpointError when it is not all there."""
+    try:
+        found = hub.snapshot_download(
+            wanted.repo, revision=wanted.revision, allow_patterns=[CONFIG], local_files_only=True
+        )
+    except Exception as failure:
+        raise _missing(wanted, "is not in the cache", why) from failure
+    root = Path(found)
+    needed = _needed_offline(hub, wanted, root, allow_pickle, why)
+    _complete(wanted, root, needed, why)
+    return _complete(wanted, root, [shard for name in needed for shard in listed_files(root, name)], why)
+
+
+def _needed_offline(hub: Any, wanted: HubId, root: Path, allow_pickle: bool, why: str) -> list[str]:
+    """The files that a merge needs, of the commit's list where the cache has it, else of those that it holds."""
+    with contextlib.suppress(Exception):  # this version of huggingface_hub keeps no such list, or none of this commit
+        names = sorted(file.path for file in hub.get_cached_repo_tree(wanted.repo, revision=root.name))
+        return needed_files(wanted, names, allow_pickle)
+    try:
+        return needed_files(wanted, files.list_folder(root), allow_pickle)
+    except CheckpointError as failure:
+        raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
+
+
+def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path:
+    for name in names:
+        if files.kind(files.resolve(root / name)) != "file":
+            raise _missing(wanted, f"is in the cache without {name}", why)
+    return root
+
+
+def _missing(wanted: HubId, what: str, why: str) -> CheckpointError:
+    cure = "fetch it once with the network, or name a local folder"
+    return CheckpointError(wanted, f"{what}, and {why or 'it was not fetched'}", cure)
+
+
+def _refusal(hub: Any, wanted: HubId, failure: Exception) -> CheckpointError | None:
+    """What the Hub's answer means; None when there was no answer, or none that is about the model."""
+    errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{wanted.repo}"
+    if isinstance(failure, errors.LocalEntryNotFoundError) and isinstance(failure.__cause__, Exception):
+        failure = failure.__cause__  # the file is not cached either, which is the lesser news
+    if isinstance(failure, errors.GatedRepoError):
+        return CheckpointError(wanted, "is gated", f"accept its terms at {page} and set HF_TOKEN")
+    if isinstance(failure, errors.RepositoryNotFoundError):
+        what = "no such folder here, and no such model on the Hub that you may see"
+        return CheckpointError(wanted, what, "check the name, and set HF_TOKEN for a private or gated model")
+    if isinstance(failure, errors.RevisionNotFoundError):
+        return CheckpointError(wanted, "has no such revision", f"name a branch, tag or commit of {page}")
+    status = failure.response.status_code if isinstance(failure, errors.HfHubHTTPError) else 0
+    if status in (401, 403):
+        return CheckpointError(wanted, f"the Hub refuses access ({status})", "set HF_TOKEN to a token that may read it")
+    return None
+
+
+def _why_not(hub: Any, failure: Exception) -> str:
+    if isinstance(failure, hub.errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return f"the Hub cannot be reached ({in_words(failure)})"
+
+
+def in_words(failure: BaseException) -> str:
+    return " ".join(str(failure).split())[:160] or type(failure).__name__
+
+
+@contextlib.contextmanager
+def progress(hub: Any, quiet: bool) -> Iterator[None]:
+    """huggingface_hub's own bars on a terminal, unless quiet; none elsewhere."""
+    silent = quiet or not sys.stderr.isatty()
+    if silent and not hub.utils.are_progress_bars_disabled():
+        hub.utils.disable_progress_bars()
+        try:
+            yield
+        finally:
+            hub.utils.enable_progress_bars()
+    else:
+        yield
