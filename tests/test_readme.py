@@ -23,8 +23,10 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def shelf(plain: PlainModel, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `base`, `math`, `code` and `chat`, entered."""
+    """A folder with `base`, `math`, `code` and `chat`, and `old` with pickled weights, entered."""
     _, experts = plain.save()
+    (plain.root / "old").mkdir()
+    torch.save(plain.base, plain.root / "old/pytorch_model.bin")
     for folder, name in zip(experts, ("math", "code", "chat"), strict=True):
         shutil.move(folder, plain.root / name)
     monkeypatch.chdir(plain.root)
@@ -33,7 +35,7 @@ def shelf(plain: PlainModel, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_shell_examples(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("shell") for line in block.splitlines() if line.startswith("acemerge")]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main(shlex.split(command, comments=True)[1:])
