@@ -10,8 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 import acemerge
+from acemerge import api
 from acemerge.cli import main
-from acemerge.errors import UsageError
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.verify import verify
 from builders import PlainModel
 from hub_server import TOKEN, FakeHub, Repository, contents, put
@@ -103,6 +104,18 @@ def test_nothing_is_uploaded_that_does_not_verify(
     damaged[-1] ^= 1
     Path("out/model.safetensors").write_bytes(damaged)
     failed(run(capsys, "merge", *words, "--resume", "--push", "org/new"), 3, "model.safetensors: was altered")
+    assert not [line for line in hub.asked if line.startswith("POST")]
+
+
+@pytest.mark.usefixtures("token")
+def test_a_fresh_output_is_verified_too(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(folder: Path) -> None:
+        raise CheckpointError(folder, "was altered", "merge again")
+
+    monkeypatch.setattr(api, "verify", damaged)
+    failed(run(capsys, "merge", *put(hub, plain), "-o", "out", "--push", "org/new"), 3, "out: was altered")
     assert not [line for line in hub.asked if line.startswith("POST")]
 
 

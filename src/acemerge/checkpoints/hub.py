@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ def locate(model: str, allow_pickle: bool, quiet: bool) -> Located:
     wanted = hub_id(model)
     if wanted is None:
         return Located(Path(model), str(Path(model)), model)
-    root = _fetch(wanted, allow_pickle, quiet)
+    hub = library()
+    with manners(hub, quiet):
+        root = _fetch(hub, wanted, allow_pickle)
     return Located(root, f"{wanted.repo}@{root.name}", wanted.repo)
 
 
@@ -78,9 +81,8 @@ def library() -> Any:
         raise UsageError("Hub", what, "pip install 'acemerge[hub]', or name a local folder") from None
 
 
-def _fetch(wanted: HubId, allow_pickle: bool, quiet: bool) -> Path:
+def _fetch(hub: Any, wanted: HubId, allow_pickle: bool) -> Path:
     """The cached folder of a model's commit, with all that a merge needs of it."""
-    hub = library()
     if wanted.revision and _COMMIT.fullmatch(wanted.revision):  # what a commit holds never changes: ask nobody
         with contextlib.suppress(CheckpointError):
             return _cached(hub, wanted, allow_pickle, "")
@@ -94,14 +96,14 @@ def _fetch(wanted: HubId, allow_pickle: bool, quiet: bool) -> Path:
     if not _COMMIT.fullmatch(str(info.sha)):
         raise CheckpointError(wanted, "the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
     needed = needed_files(wanted, sorted(file.rfilename for file in info.siblings or ()), allow_pickle)
-    with progress(hub, quiet):
-        root = _download(hub, wanted, wanted.revision, needed)
-        if root.name != info.sha:
-            raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
-        shards = [shard for name in needed for shard in listed_files(root, name)]
-        if shards:
-            _download(hub, wanted, info.sha, shards)
-    return _complete(wanted, root, [*needed, *shards], "")
+    root = _download(hub, wanted, wanted.revision, needed)
+    if root.name != info.sha:
+        raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
+    _complete(wanted, root, needed, "")
+    shards = [shard for name in needed for shard in listed_files(root, name)]
+    if shards:
+        _download(hub, wanted, info.sha, shards)
+    return _complete(wanted, root, shards, "")
 
 
 def _download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str]) -> Path:
@@ -182,14 +184,19 @@ def in_words(failure: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def progress(hub: Any, quiet: bool) -> Iterator[None]:
-    """huggingface_hub's own bars on a terminal, unless quiet; none elsewhere."""
-    silent = quiet or not sys.stderr.isatty()
-    if silent and not hub.utils.are_progress_bars_disabled():
-        hub.utils.disable_progress_bars()
-        try:
-            yield
-        finally:
-            hub.utils.enable_progress_bars()
-    else:
+def manners(hub: Any, quiet: bool) -> Iterator[None]:
+    """huggingface_hub's own bars and warnings on a terminal, unless quiet; neither elsewhere."""
+    if not quiet and sys.stderr.isatty():
         yield
+        return
+    shown, level = not hub.utils.are_progress_bars_disabled(), hub.utils.logging.get_verbosity()
+    hub.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hub.utils.disable_progress_bars()
+            yield
+    finally:
+        hub.utils.logging.set_verbosity(level)
+        if shown:
+            hub.utils.enable_progress_bars()

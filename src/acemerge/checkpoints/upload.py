@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from acemerge.checkpoints.hub import in_words, library, parse_id, progress
+from acemerge.checkpoints.hub import in_words, library, manners, parse_id
 from acemerge.checkpoints.output import is_output
 from acemerge.errors import UsageError, WriteError
 
@@ -30,7 +30,7 @@ def upload(folder: Path, names: Iterable[str], repo: str, quiet: bool) -> str:
     """
     hub = library()
     try:
-        with progress(hub, quiet):
+        with manners(hub, quiet):
             return _commit(hub, folder, list(names), repo)
     except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
         cure = f"the output is complete at {folder}: run the same command again with --resume, which only uploads it"

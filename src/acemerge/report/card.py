@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from acemerge.checkpoints.hub import parse_id
 from acemerge.jobs import Plan
 
 _LOAD = (
@@ -41,7 +42,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         f"# Merged from {len(plan.experts)} experts by {plan.recipe.method.name}",
         "",
-        f"Made with acemerge from the base `{Path(plan.recipe.base).name}` and the experts "
+        f"Made with acemerge from the base `{_base(plan)}` and the experts "
         + ", ".join(f"`{label}`" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
@@ -60,7 +61,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _conversion_card(plan: Plan) -> str:
-    source = Path(plan.recipe.base).name
+    source = _base(plan)
     lines = [
         f"# {source} as safetensors",
         "",
@@ -69,3 +70,8 @@ def _conversion_card(plan: Plan) -> str:
         *_LOAD,
     ]
     return "\n".join(lines)
+
+
+def _base(plan: Plan) -> str:
+    """A Hub id as it is, the last part of a path."""
+    return plan.recipe.base if parse_id(plan.recipe.base) else Path(plan.recipe.base).name
