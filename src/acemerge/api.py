@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
+from acemerge.checkpoints.folder import CONFIG, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
-from acemerge.jobs import Plan
 from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe, with_params
+from acemerge.relatedness import check_related
 from acemerge.report.card import model_card
 from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.run import OnProgress, dry_run, find_thresholds, walker, write_heads, write_weights
@@ -55,8 +55,8 @@ def merge(
         experts: their folders.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`), `weights` for the experts, and parameters of the rule
-            (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`, `force`), `weights` for the experts, and parameters of the
+            rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -79,6 +79,8 @@ def run_recipe(
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
     opened = open_recipe(recipe, out, options)
     plan, started = opened.plan, time.perf_counter()
+    if not options.force:
+        check_related(plan, opened.base, opened.experts)
     if out is None:
         with opened.pipeline(options.workers, hashing=False) as (pipeline, _):
             setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
@@ -113,7 +115,7 @@ def _write(
             walk = walker(pipeline, "merge", on_progress)
             records = write_weights(opened.layout, setting, walk, output, done, journal)
             write_heads(plan, readers, output)
-            _write_assets(opened.base, plan, output)
+            _write_assets(opened, output)
             output.write_bytes(CARD, model_card(plan, records).encode())
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
@@ -152,15 +154,20 @@ def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
-    """The base's configuration, tokenizer and processor files; the config follows a forced output type."""
-    root = files.resolve(base.path)
-    for name in base.assets:
-        source = contained(root, name)
-        if name == CONFIG and plan.recipe.dtype != "auto":
-            config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
-            key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
-            text = json.dumps({**config, key: plan.recipe.dtype}, indent=2)
-            output.write_bytes(name, text.encode() + b"\n")
-        else:
-            output.write_chunks(name, files.read_chunks(source))
+def _write_assets(opened: Opened, output: OutputFolder) -> None:
+    """The base's configuration, which follows a forced output type; tokenizer, template and processor files of the
+    model that the recipe names.
+    """
+    base, owner, dtype = opened.base, opened.assets_from, opened.plan.recipe.dtype
+    for name in owner.assets:
+        if name != CONFIG:
+            output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
+    if CONFIG not in base.assets:
+        return
+    if dtype == "auto":
+        output.write_chunks(CONFIG, files.read_chunks(contained(files.resolve(base.path), CONFIG)))
+        return
+    config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
+    key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+    text = json.dumps({**config, key: dtype}, indent=2)
+    output.write_bytes(CONFIG, text.encode() + b"\n")

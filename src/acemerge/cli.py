@@ -49,6 +49,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the o
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
 ]
+Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
 MaxMemory = Annotated[
     str | None, typer.Option(help="memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
@@ -101,6 +102,7 @@ def _merging_command(action: Action) -> None:
         resume: Resume = False,
         max_memory: MaxMemory = None,
         allow_pickle: AllowPickle = False,
+        force: Force = False,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         quiet: Quiet = False,
@@ -125,7 +127,7 @@ def _merging_command(action: Action) -> None:
                 if key not in given:
                     raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
             asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
-        options = RunOptions(device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle)
+        options = RunOptions(device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, force)
         action(asked, out, options, quiet)
 
 

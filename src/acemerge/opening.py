@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.compute import Setting
 from acemerge.costs import budget
 from acemerge.errors import UsageError
@@ -34,6 +35,7 @@ class RunOptions:
     resume: bool = False
     max_memory: str | None = None
     allow_pickle: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Opened:
     @property
     def setting(self) -> Setting:
         return Setting(self.plan.recipe, self.plan.experts)
+
+    @property
+    def assets_from(self) -> Checkpoint:
+        """The model whose tokenizer, template and processor files the output gets."""
+        wanted = self.plan.recipe.assets
+        return self.base if wanted == "base" else self.experts[self.plan.experts.index(wanted)]
 
     @property
     def layout(self) -> Layout:
@@ -77,13 +85,29 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
     base = open_checkpoint(Path(recipe.base), options.allow_pickle)
-    experts = tuple(open_checkpoint(Path(expert.model), options.allow_pickle) for expert in recipe.experts)
+    wrapped = [open_checkpoint(Path(expert.model), options.allow_pickle) for expert in recipe.experts]
+    experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([expert.model for expert in recipe.experts])
+    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
+    taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
+    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
+    plan = replace(plan, warnings=(*notes, *plan.warnings))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
+
+
+def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
+    """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
+    if wanted == "base":
+        return
+    if wanted not in experts:
+        raise UsageError("assets", f"{wanted!r} is none of the models", f"use base or one of: {', '.join(experts)}")
+    if not set(experts[wanted].assets) - {CONFIG}:
+        what = f"expert {wanted} has no tokenizer, template or processor files"
+        raise UsageError("assets", what, "copy them into its folder, or name another model")
 
 
 def _check_output_apart(out: Path, inputs: Sequence[str]) -> None:

@@ -84,6 +84,7 @@ class Recipe(_Strict):
     compute_dtype: ComputeDtype = "float32"
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
+    assets: str = "base"
     rules: list[TensorRule] = []
 
     @field_validator("method")
