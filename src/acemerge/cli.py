@@ -49,6 +49,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the o
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
 ]
+SplitQkv = Annotated[
+    bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
+]
 Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
 MaxMemory = Annotated[
@@ -103,6 +106,7 @@ def _merging_command(action: Action) -> None:
         max_memory: MaxMemory = None,
         allow_pickle: AllowPickle = False,
         force: Force = False,
+        split_qkv: SplitQkv = None,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         quiet: Quiet = False,
@@ -117,6 +121,7 @@ def _merging_command(action: Action) -> None:
             "dtype": dtype,
             "seed": seed,
             "nonfinite": nonfinite,
+            "split_qkv": split_qkv,
         }
         given = {key: value for key, value in keys.items() if value not in (None, [])}
         params = parse_settings(settings or [])

@@ -18,6 +18,7 @@ from acemerge.jobs import Input, Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
 from acemerge.plan import keep_base
+from acemerge.projections import Fused
 from acemerge.recipe import Recipe
 from acemerge.shapes import Float, Tensor
 
@@ -162,7 +163,10 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
     thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
     seen = W0.mT if job.transposed else W0
     layer = Layer(weights, expert_seeds(recipe.seed, job.name, used), thresholds, seen if needs.base else None)
-    result = apply_rule(job.method, deltas.mT if job.transposed else deltas, layer)
+    turned = deltas.mT if job.transposed else deltas
+    result = (
+        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
+    )
     if not job.transposed:
         return result
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
@@ -215,6 +219,14 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
     statuses = sorted({str(result.stats["status"]) for result in results})
     slices = [dict(result.stats) for result in results]
     return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
+
+
+def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+    """The rule on each of the projections that share a weight."""
+    results = [method.merge(part, layer) for part in fused.split(deltas)]
+    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
+    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
+    return LayerResult(fused.join([result.delta for result in results]), stats)
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ import torch
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method
+from acemerge.projections import Fused
 from acemerge.recipe import Recipe
 from acemerge.roles import Role
 
@@ -42,7 +43,8 @@ class Job:
 
     `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
     spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the
-    same entry of the inputs alone. `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
+    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `bytes_in` are those of
+    all inputs, `compute_dtype` is the type of the work.
     """
 
     spec: TensorSpec
@@ -54,6 +56,7 @@ class Job:
     must_agree: bool = False
     copies: tuple[Input, ...] = ()
     entrywise: bool = False
+    fused: Fused | None = None
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32
 

@@ -14,6 +14,7 @@ from acemerge.errors import CheckpointError
 from acemerge.jobs import Head, Job, Plan, Source
 from acemerge.methods import Method, check_experts
 from acemerge.policy import Decision, Policy
+from acemerge.projections import fused_projections
 from acemerge.recipe import Recipe
 from acemerge.roles import Role, Roles
 
@@ -108,9 +109,17 @@ class _Planner:
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
         job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
         entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
         return replace(job, entrywise=entrywise)
+
+    def _by_projection(self, job: Job) -> Job:
+        """The job with its fused projections apart, where the recipe asks for it and the rule sees a matrix."""
+        if not self.recipe.split_qkv or job.method is None or not job.method.needs.matrix or len(job.spec.shape) != 2:
+            return job
+        fused = fused_projections(job.name, job.matrices[1], self.base.config)
+        return job if fused is None else replace(job, fused=fused, reason=f"{job.reason}, q, k and v apart")
 
     def _kept(self, out: TensorSpec, role: Role, reason: str) -> Job:
         return Job(out, role, reason, entrywise=True)

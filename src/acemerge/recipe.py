@@ -80,6 +80,7 @@ class Recipe(_Strict):
     policy: PolicyName = "default"
     embeddings: Literal["average", "rule", "base"] = "average"
     orientation: Literal["input", "stored"] = "input"
+    split_qkv: bool = False
     dtype: OutputDtype = "auto"
     compute_dtype: ComputeDtype = "float32"
     nonfinite: Literal["error", "skip-expert"] = "error"
@@ -92,6 +93,12 @@ class Recipe(_Strict):
     def _known_method(cls, value: MethodSpec) -> MethodSpec:
         value.build()
         return value
+
+    @model_validator(mode="after")
+    def _the_paper_splits_nothing(self) -> Recipe:
+        if self.split_qkv and self.policy == "paper":
+            raise ValueError("split_qkv is not what the paper did: leave it out, or use policy default")
+        return self
 
     def build_method(self) -> Method:
         return self.method.build(self.scale)
