@@ -14,6 +14,7 @@ from acemerge.checkpoints.folder import CONFIG, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
@@ -156,18 +157,31 @@ def _since(started: float) -> float:
 
 def _write_assets(opened: Opened, output: OutputFolder) -> None:
     """The base's configuration, which follows a forced output type; tokenizer, template and processor files of the
-    model that the recipe names.
+    model that the recipe names. Both know of tokens that were added.
     """
-    base, owner, dtype = opened.base, opened.assets_from, opened.plan.recipe.dtype
+    base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
     for name in owner.assets:
-        if name != CONFIG:
+        if name == TOKENIZER and vocabulary and vocabulary.added:
+            output.write_bytes(name, with_added(owner, vocabulary.added))
+        elif name != CONFIG:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
-    if CONFIG not in base.assets:
-        return
-    if dtype == "auto":
-        output.write_chunks(CONFIG, files.read_chunks(contained(files.resolve(base.path), CONFIG)))
-        return
-    config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
-    key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
-    text = json.dumps({**config, key: dtype}, indent=2)
-    output.write_bytes(CONFIG, text.encode() + b"\n")
+    if CONFIG in base.assets:
+        config = _configuration(opened)
+        same = config == base.config
+        source = files.read_chunks(contained(files.resolve(base.path), CONFIG))
+        output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
+
+
+def _configuration(opened: Opened) -> Mapping[str, Any]:
+    """The base's, with the output's type where one is forced and the output's vocabulary."""
+    config, dtype, vocabulary = dict(opened.base.config), opened.plan.recipe.dtype, opened.plan.vocabulary
+    if dtype != "auto":
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {key: dtype}
+    if vocabulary is not None:
+        text = config.get("text_config")
+        if "vocab_size" not in config and isinstance(text, dict):
+            config["text_config"] = text | {"vocab_size": vocabulary.rows}
+        else:
+            config["vocab_size"] = vocabulary.rows
+    return config

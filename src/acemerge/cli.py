@@ -52,6 +52,10 @@ AllowPickle = Annotated[
 SplitQkv = Annotated[
     bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
 ]
+VocabularyOption = Annotated[
+    str | None,
+    typer.Option("--vocabulary", help="refuse other vocabularies, or match tokens: refuse, base or union"),
+]
 Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
 MaxMemory = Annotated[
@@ -107,6 +111,7 @@ def _merging_command(action: Action) -> None:
         allow_pickle: AllowPickle = False,
         force: Force = False,
         split_qkv: SplitQkv = None,
+        vocabulary: VocabularyOption = None,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         quiet: Quiet = False,
@@ -122,6 +127,7 @@ def _merging_command(action: Action) -> None:
             "seed": seed,
             "nonfinite": nonfinite,
             "split_qkv": split_qkv,
+            "vocabulary": vocabulary,
         }
         given = {key: value for key, value in keys.items() if value not in (None, [])}
         params = parse_settings(settings or [])

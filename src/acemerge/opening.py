@@ -12,16 +12,18 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.compute import Setting
 from acemerge.costs import budget
-from acemerge.errors import UsageError
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
 from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import find_roles
 from acemerge.run import Layout
+from acemerge.vocabulary import Tokens
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,30 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
+    tokens = _tokens(recipe, [base, *experts])
+    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs), tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
     notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
     plan = replace(plan, warnings=(*notes, *plan.warnings))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
+
+
+def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
+    """The tokens of every model; nothing where all have the same and nothing is to be matched."""
+    if recipe.vocabulary != "refuse":
+        return [read_tokens(model) for model in models]
+    if same_tokenizer(models):
+        return ()
+    return [_tokens_if_readable(model) for model in models]
+
+
+def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
+    """To warn by: the merge itself does not need them."""
+    try:
+        return read_tokens(model)
+    except CheckpointError:
+        return None
 
 
 def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
