@@ -14,13 +14,14 @@ from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
-from acemerge.jobs import Plan
 from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe, with_params
+from acemerge.relatedness import check_related
 from acemerge.report.card import model_card
 from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.run import OnProgress, dry_run, find_thresholds, walker, write_heads, write_weights
@@ -60,7 +61,7 @@ def merge(
         experts: the same of each expert.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `quiet`, `push`), `weights` for the experts, and
+            `overwrite`, `max_shard_size`, `allow_pickle`, `force`, `quiet`, `push`), `weights` for the experts, and
             parameters of the rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
@@ -92,6 +93,8 @@ def run_opened(
 ) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
     plan, started = opened.plan, time.perf_counter()
+    if not options.force:
+        check_related(plan, opened.base, opened.experts)
     if out is None:
         with opened.pipeline(options.workers, hashing=False) as (pipeline, _):
             setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
@@ -133,7 +136,7 @@ def _write(
             walk = walker(pipeline, "merge", on_progress)
             records = write_weights(opened.layout, setting, walk, output, done, journal)
             write_heads(plan, readers, output)
-            _write_assets(opened.base, plan, output)
+            _write_assets(opened, output)
             output.write_bytes(CARD, model_card(plan, records).encode())
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
@@ -180,15 +183,33 @@ def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _write_assets(base: Checkpoint, plan: Plan, output: OutputFolder) -> None:
-    """The base's configuration, tokenizer and processor files; the config follows a forced output type."""
-    root = files.resolve(base.path)
-    for name in base.assets:
-        source = contained(root, name)
-        if name == CONFIG and plan.recipe.dtype != "auto":
-            config = {k: v for k, v in base.config.items() if k not in ("dtype", "torch_dtype")}
-            key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
-            text = json.dumps({**config, key: plan.recipe.dtype}, indent=2)
-            output.write_bytes(name, text.encode() + b"\n")
+def _write_assets(opened: Opened, output: OutputFolder) -> None:
+    """The base's configuration, which follows a forced output type; tokenizer, template and processor files of the
+    model that the recipe names. Both know of tokens that were added.
+    """
+    base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
+    for name in owner.assets:
+        if name == TOKENIZER and vocabulary and vocabulary.added:
+            output.write_bytes(name, with_added(owner, vocabulary.added))
+        elif name != CONFIG:
+            output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
+    if CONFIG in base.assets:
+        config = _configuration(opened)
+        same = config == base.config
+        source = files.read_chunks(contained(files.resolve(base.path), CONFIG))
+        output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
+
+
+def _configuration(opened: Opened) -> Mapping[str, Any]:
+    """The base's, with the output's type where one is forced and the output's vocabulary."""
+    config, dtype, vocabulary = dict(opened.base.config), opened.plan.recipe.dtype, opened.plan.vocabulary
+    if dtype != "auto":
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {key: dtype}
+    if vocabulary is not None:
+        text = config.get("text_config")
+        if "vocab_size" not in config and isinstance(text, dict):
+            config["text_config"] = text | {"vocab_size": vocabulary.rows}
         else:
-            output.write_chunks(name, files.read_chunks(source))
+            config["vocab_size"] = vocabulary.rows
+    return config

@@ -50,6 +50,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the o
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
 ]
+SplitQkv = Annotated[
+    bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
+]
+VocabularyOption = Annotated[
+    str | None,
+    typer.Option("--vocabulary", help="refuse other vocabularies, or match tokens: refuse, base or union"),
+]
+Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
 MaxMemory = Annotated[
     str | None, typer.Option(help="memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
@@ -106,6 +114,9 @@ def _merging_command(action: Action) -> None:
         resume: Resume = False,
         max_memory: MaxMemory = None,
         allow_pickle: AllowPickle = False,
+        force: Force = False,
+        split_qkv: SplitQkv = None,
+        vocabulary: VocabularyOption = None,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         push: Push = None,
@@ -121,6 +132,8 @@ def _merging_command(action: Action) -> None:
             "dtype": dtype,
             "seed": seed,
             "nonfinite": nonfinite,
+            "split_qkv": split_qkv,
+            "vocabulary": vocabulary,
         }
         given = {key: value for key, value in keys.items() if value not in (None, [])}
         params = parse_settings(settings or [])
@@ -132,7 +145,7 @@ def _merging_command(action: Action) -> None:
                     raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
             asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
         options = RunOptions(
-            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, quiet=quiet, push=push
+            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, force, quiet, push
         )
         action(asked, out, options, quiet)
 

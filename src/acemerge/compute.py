@@ -18,8 +18,12 @@ from acemerge.jobs import Input, Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
 from acemerge.plan import keep_base
+from acemerge.projections import Fused
 from acemerge.recipe import Recipe
 from acemerge.shapes import Float, Tensor
+from acemerge.vocabulary import rows_of
+
+_LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        made = _merged if job.method else _kept
+        made = _by_token if job.vocabulary else _merged if job.method else _kept
         value, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
@@ -153,6 +157,43 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         return _own(_cast(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
 
 
+def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+    """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
+
+    `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
+    """
+    job = piece.job
+    assert job.vocabulary is not None
+    assert job.method is not None
+    check_finite(base, job.name, "base")
+    W0 = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
+    W0[: len(base)] = base
+    total, weights = torch.zeros_like(W0), torch.zeros(len(W0), dtype=W0.dtype, device=place.device)
+    record: dict[str, Any] = {"energies": [], "skipped_experts": []}
+    for i, (expert, label) in enumerate(zip(setting.recipe.experts, setting.labels, strict=True)):
+        Wt = values.take((i + 1, job.sources[i]))
+        if setting.recipe.nonfinite == "error":
+            check_finite(Wt, job.sources[i], f"expert {label}", _LEAVE_OUT)
+        elif not is_finite(Wt):
+            record["skipped_experts"].append(label)
+            continue
+        rows = job.vocabulary.sources[i].to(place.device)
+        D = rows_of(Wt.to(W0), rows).sub_(W0)
+        D[rows < 0] = 0
+        record["energies"].append(energies(D[None]).item())
+        total.add_(D, alpha=expert.weight)
+        weights.add_(rows >= 0, alpha=expert.weight)
+        values.release(i + 1)
+    shares = torch.where(weights != 0, job.method.scale / weights, 0)
+    shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
+    value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
+    if not record["skipped_experts"]:
+        del record["skipped_experts"]
+    if value.shape == base.shape and not any(record["energies"]):
+        return _own(_cast(base, job), base), {"status": "no update", **record}, ()
+    return _cast(value, job), {"status": "ok", **record}, ()
+
+
 def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
     assert job.method is not None
@@ -162,7 +203,10 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
     thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
     seen = W0.mT if job.transposed else W0
     layer = Layer(weights, expert_seeds(recipe.seed, job.name, used), thresholds, seen if needs.base else None)
-    result = apply_rule(job.method, deltas.mT if job.transposed else deltas, layer)
+    turned = deltas.mT if job.transposed else deltas
+    result = (
+        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
+    )
     if not job.transposed:
         return result
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
@@ -202,8 +246,7 @@ def _checked(piece: Piece, i: int, W0: Tensor, Wt: Tensor, setting: Setting) -> 
     check_finite(W0, piece.job.name, "base", first_row=_first_row(piece))
     if setting.recipe.nonfinite == "skip-expert" and not is_finite(Wt):
         return False
-    cure = "fetch it again, or leave the expert out with --nonfinite skip-expert"
-    check_finite(Wt, piece.job.inputs[1 + i][1], f"expert {setting.labels[i]}", cure, _first_row(piece))
+    check_finite(Wt, piece.job.inputs[1 + i][1], f"expert {setting.labels[i]}", _LEAVE_OUT, _first_row(piece))
     return True
 
 
@@ -215,6 +258,14 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
     statuses = sorted({str(result.stats["status"]) for result in results})
     slices = [dict(result.stats) for result in results]
     return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
+
+
+def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+    """The rule on each of the projections that share a weight."""
+    results = [method.merge(part, layer) for part in fused.split(deltas)]
+    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
+    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
+    return LayerResult(fused.join([result.delta for result in results]), stats)
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:

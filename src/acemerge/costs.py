@@ -37,6 +37,7 @@ def cost(piece: Piece, experts: int) -> Cost:
     width = job.compute_dtype.itemsize
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
+    work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
     base = waiting // len(job.inputs)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -12,8 +12,10 @@ import torch
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method
+from acemerge.projections import Fused
 from acemerge.recipe import Recipe
 from acemerge.roles import Role
+from acemerge.vocabulary import Vocabulary
 
 # Entries of all models together in one piece: few enough to be one thread's work while others do theirs.
 _PIECE = 1 << 23
@@ -42,7 +44,9 @@ class Job:
 
     `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
     spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the
-    same entry of the inputs alone. `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
+    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows
+    of the experts are which of the output. `bytes_in` are those of all inputs, `compute_dtype` is the type of
+    the work.
     """
 
     spec: TensorSpec
@@ -54,6 +58,8 @@ class Job:
     must_agree: bool = False
     copies: tuple[Input, ...] = ()
     entrywise: bool = False
+    fused: Fused | None = None
+    vocabulary: Vocabulary | None = field(default=None, compare=False)
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32
 
@@ -145,6 +151,11 @@ class Plan:
     heads: tuple[tuple[Head, ...], ...]
     roles_source: str
     warnings: tuple[str, ...]
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """How tokens were matched, where they were."""
+        return next((job.vocabulary for job in self.jobs if job.vocabulary), None)
 
     @property
     def bytes_read(self) -> int:

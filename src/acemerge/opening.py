@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
+from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.compute import Setting
 from acemerge.costs import budget
-from acemerge.errors import UsageError
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
 from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import find_roles
 from acemerge.run import Layout
+from acemerge.vocabulary import Tokens
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class RunOptions:
     resume: bool = False
     max_memory: str | None = None
     allow_pickle: bool = False
+    force: bool = False
     quiet: bool = False
     push: str | None = None
 
@@ -58,6 +62,12 @@ class Opened:
     @property
     def setting(self) -> Setting:
         return Setting(self.plan.recipe, self.plan.experts)
+
+    @property
+    def assets_from(self) -> Checkpoint:
+        """The model whose tokenizer, template and processor files the output gets."""
+        wanted = self.plan.recipe.assets
+        return self.base if wanted == "base" else self.experts[self.plan.experts.index(wanted)]
 
     @property
     def layout(self) -> Layout:
@@ -87,14 +97,48 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if options.push is not None:
         check_push(options.push)
     models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *experts = [open_checkpoint(model.path, options.allow_pickle) for model in models]
+    base, *wrapped = [open_checkpoint(model.path, options.allow_pickle) for model in models]
+    experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([model.name for model in models[1:]])
+    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs))
+    tokens = _tokens(recipe, [base, *experts])
+    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs), tokens)
+    taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
+    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
+    plan = replace(plan, warnings=(*notes, *plan.warnings))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in models)
-    return Opened(plan, base, tuple(experts), origins, devices, max_shard, budget(plan, limit))
+    return Opened(plan, base, experts, origins, devices, max_shard, budget(plan, limit))
+
+
+def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
+    """The tokens of every model; nothing where all have the same and nothing is to be matched."""
+    if recipe.vocabulary != "refuse":
+        return [read_tokens(model) for model in models]
+    if same_tokenizer(models):
+        return ()
+    return [_tokens_if_readable(model) for model in models]
+
+
+def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
+    """To warn by: the merge itself does not need them."""
+    try:
+        return read_tokens(model)
+    except CheckpointError:
+        return None
+
+
+def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
+    """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
+    if wanted == "base":
+        return
+    if wanted not in experts:
+        raise UsageError("assets", f"{wanted!r} is none of the models", f"use base or one of: {', '.join(experts)}")
+    if not set(experts[wanted].assets) - {CONFIG}:
+        what = f"expert {wanted} has no tokenizer, template or processor files"
+        raise UsageError("assets", what, "copy them into its folder, or name another model")
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:

@@ -13,22 +13,33 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError
 from acemerge.jobs import Head, Job, Plan, Source
 from acemerge.methods import Method, check_experts
+from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
+from acemerge.projections import fused_projections
 from acemerge.recipe import Recipe
 from acemerge.roles import Role, Roles
+from acemerge.vocabulary import Tokens
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: Sequence[str], roles: Roles) -> Plan:
-    """Decide for every tensor of the base what the output holds.
+def make_plan(
+    recipe: Recipe,
+    base: Source,
+    experts: Sequence[Source],
+    labels: Sequence[str],
+    roles: Roles,
+    tokens: Sequence[Tokens | None] = (),
+) -> Plan:
+    """Decide for every tensor of the base what the output holds. `tokens` are the models' own, the base's first.
 
     Raises CheckpointError where the experts do not fit the base, UsageError where the recipe does not fit the
     tensors.
     """
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
+    planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for method in _distinct(job.method for job in jobs if job.method):
         check_experts(method, [expert.weight for expert in recipe.experts])
@@ -47,6 +58,7 @@ class _Planner:
         self.expert_names = [roles.group(expert.tensors) for expert in experts]
         self.kept_apart: set[str] = set()  # identities of base tensors that every expert keeps for itself
         counts = Counter(_group(identity) for identity in self.base_names)
+        self.vocabulary: VocabularyOf | None = None
         self.backbone = counts.most_common(1)[0][0] if counts else ""
 
     def check_related(self) -> None:
@@ -77,6 +89,8 @@ class _Planner:
         identity = self.roles.identity[name]
         if decision.action == "heads":
             self.kept_apart.add(identity)
+        if self.vocabulary and identity in self.vocabulary.tensors:
+            return by_token(out, role, decision, self.vocabulary, identity)
         if decision.action != "merge":
             return self._kept(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
@@ -101,9 +115,17 @@ class _Planner:
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
         job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
         entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
         return replace(job, entrywise=entrywise)
+
+    def _by_projection(self, job: Job) -> Job:
+        """The job with its fused projections apart, where the recipe asks for it and the rule sees a matrix."""
+        if not self.recipe.split_qkv or job.method is None or not job.method.needs.matrix or len(job.spec.shape) != 2:
+            return job
+        fused = fused_projections(job.name, job.matrices[1], self.base.config)
+        return job if fused is None else replace(job, fused=fused, reason=f"{job.reason}, q, k and v apart")
 
     def _kept(self, out: TensorSpec, role: Role, reason: str) -> Job:
         return Job(out, role, reason, entrywise=True)
@@ -144,7 +166,7 @@ class _Planner:
         i = next(i for i, shape in enumerate(shapes) if shape != out.shape)
         found = f"tensor {out.name!r} has shape {list(shapes[i])}, but {list(out.shape)} in the base"
         if role.name in ("embedding", "output_head"):
-            cure = f"bring the vocabularies to one size, or {keep_base(out.name)}"
+            cure = "match the vocabularies by token with --vocabulary base or union"
             raise CheckpointError(f"expert {self.labels[i]}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {self.labels[i]}", found, "merge models of one size")

@@ -80,11 +80,14 @@ class Recipe(_Strict):
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     policy: PolicyName = "default"
     embeddings: Literal["average", "rule", "base"] = "average"
+    vocabulary: Literal["refuse", "base", "union"] = "refuse"
     orientation: Literal["input", "stored"] = "input"
+    split_qkv: bool = False
     dtype: OutputDtype = "auto"
     compute_dtype: ComputeDtype = "float32"
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
+    assets: str = "base"
     rules: list[TensorRule] = []
 
     @field_validator("method")
@@ -92,6 +95,20 @@ class Recipe(_Strict):
     def _known_method(cls, value: MethodSpec) -> MethodSpec:
         value.build()
         return value
+
+    @model_validator(mode="after")
+    def _vocabularies_are_averaged(self) -> Recipe:
+        if self.vocabulary != "refuse" and self.embeddings == "rule":
+            raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
+        if self.vocabulary == "union" and self.assets != "base":
+            raise ValueError("vocabulary: with union the tokenizer is the base's with more tokens; leave assets out")
+        return self
+
+    @model_validator(mode="after")
+    def _the_paper_splits_nothing(self) -> Recipe:
+        if self.split_qkv and self.policy == "paper":
+            raise ValueError("split_qkv is not what the paper did: leave it out, or use policy default")
+        return self
 
     @property
     def models(self) -> list[str]:

@@ -150,7 +150,8 @@ def _signs(n: int) -> Int[Tensor, "4 n"]:
 
 
 def _unit_rows(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    return rows / vector_norm(rows, dim=1, keepdim=True).clamp_min(_SMALLEST)
+    units: Tensor = rows / vector_norm(rows, dim=1, keepdim=True).clamp_min(_SMALLEST)
+    return units
 
 
 def rounding_error(

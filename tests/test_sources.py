@@ -1,0 +1,93 @@
+"""Experts as their users saved them: with a wrapper's prefix, with their own tokenizer, of another base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import acemerge
+from acemerge.errors import CheckpointError, UsageError
+from builders import PlainModel, load_folder, write_checkpoint
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model.", "model."])
+def test_a_wrappers_prefix_is_taken_off_and_reported(tmp_path: Path, prefix: str) -> None:
+    plain = PlainModel(tmp_path)
+    base, experts = plain.save()
+    wrapped = write_checkpoint(tmp_path / "wrapped", {prefix + name: value for name, value in plain.tuned[0].items()})
+    report = acemerge.merge(base, [wrapped, *experts[1:]], out=tmp_path / "out")
+    acemerge.merge(base, experts, out=tmp_path / "plain")
+    expected = load_folder(tmp_path / "plain")
+    assert all(torch.equal(value, expected[name]) for name, value in load_folder(tmp_path / "out").items())
+    assert report.manifest["warnings"] == [f"expert wrapped: read without the prefix {prefix!r} of its names"]
+
+
+def test_a_prefix_that_is_the_bases_own_stays(tmp_path: Path) -> None:
+    plain = PlainModel(tmp_path)
+    folders = [
+        write_checkpoint(tmp_path / f"m{i}", {f"model.{name}": value for name, value in model.items()})
+        for i, model in enumerate([plain.base, *plain.tuned])
+    ]
+    report = acemerge.merge(folders[0], folders[1:], out=tmp_path / "out")
+    assert not report.manifest["warnings"]
+    assert load_folder(tmp_path / "out").keys() == {f"model.{name}" for name in plain.base}
+
+
+def _with_files(folder: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_tokenizer_and_templates_follow_the_model_that_is_named(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    config = (base / "config.json").read_text() if (base / "config.json").exists() else "{}"
+    _with_files(base, config__json=config, tokenizer__json="base", chat_template__jinja="base")
+    chat = _with_files(experts[1], config__json=config, tokenizer__json="chat", generation_config__json="{}")
+    acemerge.merge(base, experts, out=tmp_path / "base-files")
+    acemerge.merge(base, experts, out=tmp_path / "chat-files", assets=chat.name)
+
+    def files(name: str) -> dict[str, str]:
+        apart = ("acemerge.json", "README.md")
+        texts = [path for path in (tmp_path / name).iterdir() if path.suffix in (".json", ".jinja")]
+        return {path.name: path.read_text() for path in texts if path.name not in apart}
+
+    assert files("base-files") == {"config.json": config, "tokenizer.json": "base", "chat_template.jinja": "base"}
+    assert files("chat-files") == {"config.json": config, "tokenizer.json": "chat", "generation_config.json": "{}"}
+    with pytest.raises(UsageError, match="'math' is none of the models"):
+        acemerge.merge(base, experts, assets="math")
+    with pytest.raises(UsageError, match=f"{experts[0].name} has no tokenizer"):
+        acemerge.merge(base, experts, assets=experts[0].name)
+
+
+def _wide(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Layers large enough for a cosine to tell something."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{i}.weight": torch.randn(64, 64, generator=generator) for i in range(20)}
+    tuned = {name: value + 0.3 * torch.randn(64, 64, generator=generator) for name, value in base.items()}
+    stranger = {name: torch.randn(64, 64, generator=generator) for name in base}
+    models = {"base": base, "tuned": tuned, "stranger": stranger}
+    return tmp_path / "base", [write_checkpoint(tmp_path / name, model) for name, model in models.items()][1:]
+
+
+@pytest.mark.parametrize("out", ["out", None])
+def test_an_expert_of_another_base_is_refused_before_any_work(tmp_path: Path, out: str | None) -> None:
+    base, (tuned, stranger) = _wide(tmp_path)
+    target = tmp_path / out if out else None
+    with pytest.raises(CheckpointError) as caught:
+        acemerge.merge(base, [tuned, stranger], out=target)
+    line = str(caught.value)
+    assert "expert stranger: does not come from this base: cosine" in line
+    assert "1.4" in line  # sqrt(2): as far as two unrelated models are apart
+    assert not (tmp_path / "out").exists()
+    acemerge.merge(base, [tuned, stranger], out=target, force=True)
+    acemerge.merge(base, [tuned], out=tmp_path / "far", overwrite=True)  # a large update is no stranger
+
+
+def test_an_untrained_base_says_nothing_of_its_experts(tmp_path: Path) -> None:
+    """Zeros have no direction, as a layer that starts at zero."""
+    base, (tuned, _) = _wide(tmp_path)
+    zeros = write_checkpoint(tmp_path / "zeros", {name: 0 * value for name, value in load_folder(base).items()})
+    acemerge.merge(zeros, [tuned])

@@ -1,0 +1,154 @@
+"""Experts with more, fewer or other tokens than the base: matched by token, recorded, never cut in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import acemerge
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.verify import verify
+from acemerge.vocabulary import match
+from builders import load_folder
+
+WORDS = ["the", "cat", "sat", "on", "mat"]
+SIDE = 8
+
+
+def _save(folder: Path, tokens: list[str], seed: int, rows: int | None = None, tied: bool = False) -> Path:
+    """A tiny Llama with a row per token, and some more as padding. A token's row depends on the token alone."""
+    rows = rows or len(tokens)
+    config = transformers.LlamaConfig(
+        vocab_size=rows, hidden_size=SIDE, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.model.layers.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+    heads = [model.model.embed_tokens] if tied else [model.model.embed_tokens, model.lm_head]
+    for i, layer in enumerate(heads):
+        for row in range(rows):
+            token = tokens[row] if row < len(tokens) else f"padding {row}"
+            layer.weight.data[row] = _row(f"{i}", token) + 0.1 * seed * _row(f"{i}{seed}", token)
+    model.save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=tokens[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _row(*key: str) -> torch.Tensor:
+    return torch.randn(SIDE, generator=torch.Generator().manual_seed(sum(map(ord, "/".join(key)))))
+
+
+def _mean(word: str, folders: list[Path], vocabularies: list[list[str]], name: str) -> torch.Tensor:
+    """The oracle: the token's row in every model that has it, the base first, averaged as updates of the base's."""
+    found = [
+        load_folder(f)[name][v.index(word)].double() for f, v in zip(folders, vocabularies, strict=True) if word in v
+    ]
+    if word not in vocabularies[0]:
+        return torch.stack(found).mean(0)
+    return torch.stack(found[1:]).mean(0) if found[1:] else found[0]
+
+
+EXPERTS = [[*WORDS, "purr"], ["the", "mat", "hiss", "cat", "on", "purr"]]  # one more; other places, without "sat"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("policy", ["base", "union"])
+def test_rows_are_matched_by_token(tmp_path: Path, policy: str, tied: bool) -> None:
+    vocabularies = [WORDS, *EXPERTS]
+    folders = [_save(tmp_path / f"m{i}", v, i, tied=tied) for i, v in enumerate(vocabularies)]
+    report = acemerge.merge(folders[0], folders[1:], out=tmp_path / "out", vocabulary=policy)
+    tokens = WORDS if policy == "base" else [*WORDS, "purr", "hiss"]
+    merged = load_folder(tmp_path / "out")
+    names = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    for name in names:
+        expected = torch.stack([_mean(word, folders, vocabularies, name) for word in tokens])
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-6)
+        assert f"policy {policy}" in report.tensors[name]["reason"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.vocab_size == len(tokens) == len(tokenizer)
+    assert tokenizer.convert_ids_to_tokens(tokenizer("the cat sat on purr")["input_ids"]) == [
+        *("the", "cat", "sat", "on"), "purr" if policy == "union" else "the",
+    ]  # fmt: skip
+    assert torch.isfinite(model(torch.tensor([[0, len(tokens) - 1]])).logits).all()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    verify(tmp_path / "out")
+
+
+def test_padded_and_trimmed_embeddings(tmp_path: Path) -> None:
+    """Rows without a token are matched by number; what one model lacks is the base's own."""
+    folders = [_save(tmp_path / "b", WORDS, 0, rows=8), _save(tmp_path / "e", WORDS, 1, rows=6)]
+    acemerge.merge(folders[0], folders[1:], out=tmp_path / "out", vocabulary="base")
+    base, expert, merged = (load_folder(f)["model.embed_tokens.weight"] for f in (*folders, tmp_path / "out"))
+    torch.testing.assert_close(merged[:6], expert)
+    assert torch.equal(merged[6:], base[6:])
+
+
+def test_one_vocabulary_needs_no_matching(tmp_path: Path) -> None:
+    folders = [_save(tmp_path / f"m{i}", WORDS, i) for i in range(3)]
+    plain = acemerge.merge(folders[0], folders[1:], out=tmp_path / "plain")
+    expected = load_folder(tmp_path / "plain")
+    for policy in ("base", "union"):
+        acemerge.merge(folders[0], folders[1:], out=tmp_path / policy, vocabulary=policy)
+        merged = load_folder(tmp_path / policy)
+        assert all(torch.equal(merged[name], value) for name, value in expected.items())
+    assert not plain.manifest["warnings"]
+
+
+def test_other_sizes_are_refused_and_other_places_are_warned_of(tmp_path: Path) -> None:
+    base, larger = _save(tmp_path / "base", WORDS, 0), _save(tmp_path / "larger", EXPERTS[0], 1)
+    turned = _save(tmp_path / "turned", WORDS[::-1], 1)
+    with pytest.raises(CheckpointError, match="--vocabulary base or union"):
+        acemerge.merge(base, [larger])
+    report = acemerge.merge(base, [turned], force=True)
+    assert report.manifest["warnings"] == [
+        "expert turned: 4 tokens have other ids than in the base; vocabulary: base matches the rows by token"
+    ]
+
+
+def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
+    base, larger = _save(tmp_path / "base", WORDS, 0), _save(tmp_path / "larger", EXPERTS[0], 1)
+    rule: dict[str, Any] = {"match": "lm_head.weight", "action": "base"}
+    with pytest.raises(UsageError, match=r"lm_head\.weight.*another rule than average"):
+        acemerge.merge(base, [larger], vocabulary="union", rules=[rule])
+    with pytest.raises(UsageError, match="can only be averaged"):
+        acemerge.merge(base, [larger], vocabulary="base", embeddings="rule")
+    listed = json.loads((larger / "tokenizer.json").read_text())
+    listed["model"]["vocab"]["purr"] = 0
+    (larger / "tokenizer.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="two tokens have one id"):
+        acemerge.merge(base, [larger], vocabulary="base")
+    (larger / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="expert larger: has no list of tokens"):
+        acemerge.merge(base, [larger], vocabulary="base")
+
+
+TOKENS = st.lists(st.sampled_from("abcdefgh"), unique=True, max_size=8)
+
+
+@given(TOKENS, st.lists(TOKENS, min_size=1, max_size=3), st.integers(0, 3))
+def test_every_token_is_found_once(base: list[str], experts: list[list[str]], padding: int) -> None:
+    tables = [{token: i for i, token in enumerate(tokens)} for tokens in experts]
+    own = {token: i for i, token in enumerate(base)}
+    for policy in ("base", "union"):
+        found = match(policy, own, len(base) + padding, tables, [len(tokens) for tokens in experts])
+        names = {i: token for token, i in (*own.items(), *found.added.items())}
+        assert len(names) == len(own) + len(found.added) == len({*own, *found.added})
+        assert set(names.values()) == (set(base) if policy == "base" else set(base).union(*experts))
+        for tokens, sources in zip(experts, found.sources.tolist(), strict=True):
+            rows = [row for row in sources if row >= 0]
+            assert len(set(rows)) == len(rows)
+            for place, row in enumerate(sources):
+                assert row == (tokens.index(names[place]) if names.get(place) in tokens else -1)
