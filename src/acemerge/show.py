@@ -49,19 +49,24 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.description}", table_column=None),
     )
-    rate = _Rate()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("reading headers", total=None, rate="")
+    rate, bar = _Rate(), Progress(*columns, console=console, transient=True)
+    task = bar.add_task("", total=None, rate="")
 
-        def on_progress(done: Finished) -> None:
-            speed = rate(done)
-            if rate.restarted:
-                bar.reset(task)
-            name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
-            about = name if done.stage == "merge" else f"{done.stage}: {name}"
-            bar.update(task, completed=done.done, total=done.total, description=about, rate=f"{size(speed)}/s")
+    def on_progress(done: Finished) -> None:
+        bar.start()
+        speed = rate(done)
+        if rate.restarted:
+            bar.reset(task)
+        name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
+        about = name if done.stage == "merge" else f"{done.stage}: {name}"
+        bar.update(task, completed=done.done, total=done.total, description=about, rate=f"{size(speed)}/s")
+        if done.stage == "merge" and done.done == done.total:
+            bar.stop()  # an upload shows bars of its own
 
+    try:
         yield on_progress
+    finally:
+        bar.stop()
 
 
 def _lines(console: Console) -> OnProgress:

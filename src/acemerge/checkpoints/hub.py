@@ -185,18 +185,17 @@ def in_words(failure: BaseException) -> str:
 
 @contextlib.contextmanager
 def manners(hub: Any, quiet: bool) -> Iterator[None]:
-    """huggingface_hub's own bars and warnings on a terminal, unless quiet; neither elsewhere."""
-    if not quiet and sys.stderr.isatty():
-        yield
-        return
+    """huggingface_hub's own bars and messages on a terminal, unless quiet; neither elsewhere."""
+    silent = quiet or not sys.stderr.isatty()
     shown, level = not hub.utils.are_progress_bars_disabled(), hub.utils.logging.get_verbosity()
-    hub.utils.logging.set_verbosity_error()
+    if silent:
+        hub.utils.logging.set_verbosity_error()
+        hub.utils.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            hub.utils.disable_progress_bars()
+            warnings.simplefilter("ignore")  # they are to whoever writes code with it
             yield
     finally:
         hub.utils.logging.set_verbosity(level)
-        if shown:
+        if silent and shown:
             hub.utils.enable_progress_bars()
