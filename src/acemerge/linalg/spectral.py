@@ -41,7 +41,8 @@ class Singular:
 def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0) -> Singular:
     """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64.
 
-    Singular values of at most `floor`, or at the level of rounding, are taken for zero.
+    Singular values of at most `floor`, or at the level of rounding, are taken for zero; so are
+    those beyond the shorter side.
     """
     if X.shape[0] < X.shape[1]:
         flipped = leading_singular(X.T, k, floor)
@@ -76,13 +77,14 @@ def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
     return LeadingPolar(X @ ((V / s) @ V.T).to(X.dtype), found)
 
 
-def rounding_floor(X: Float[Tensor, "out in"]) -> float:
-    """What a singular value of zero may come out as: `max(out, in) u ||X||_F`."""
-    return float(X.norm()) * max(X.shape) * torch.finfo(X.dtype).eps
+def rounding_floor(X: Float[Tensor, "out in"], longest: int = 0) -> float:
+    """What a singular value of zero may come out as: `max(out, in) u ||X||_F`; a core's layer has a `longest` side."""
+    return float(X.norm() * max(*X.shape, longest) * torch.finfo(X.dtype).eps)
 
 
 def _right_singular(X: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
     """The singular values of X (m, n) above the floor, k at most, and their right singular vectors (n, r)."""
+    k = min(k, X.shape[1])
     values, vectors = torch.linalg.eigh(symmetric_product(X))
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())

@@ -62,7 +62,14 @@ class Svc:
     def needs(self) -> Needs:
         inner = self.inner.needs
         work = replace(SPECTRAL_WORK, side="system")  # at least the shorter side: covers what it calibrates too
-        return Needs(True, inner.base, inner.keep, weights=inner.weights, most_experts=inner.most_experts, work=work)
+        return replace(
+            inner,
+            matrix=True,
+            entrywise=False,
+            masks=False,
+            work=work,
+            factors="frame" if inner.factors == "linear" else inner.factors,
+        )
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         inner = self.inner.merge(deltas, layer)
