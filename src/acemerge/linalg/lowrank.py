@@ -107,9 +107,11 @@ def _basis(blocks: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def share_row_space(matrices: tuple[Tensor, ...]) -> bool:
     """Whether two or more matrices (r_t, in) have one row space, to 1e-6, that is not all of the space."""
+    if len(matrices) < 2:
+        return False
     spaces = [_row_space(V) for V in matrices]
     first = spaces[0]
-    if len(spaces) < 2 or len(first) == first.shape[1] or any(len(space) != len(first) for space in spaces):
+    if len(first) == first.shape[1] or any(len(space) != len(first) for space in spaces):
         return False
     return all(float((B - (B @ first.T) @ first).norm()) <= _SAME_SPACE * len(B) ** 0.5 for B in spaces[1:])
 

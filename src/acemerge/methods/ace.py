@@ -66,14 +66,14 @@ class Ace:
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
         frame = layer.frame
         a = second_moment_scales(deltas, weights, frame) if hetero else weights
-        columns = layer.sides(deltas)[1]
-        fit, status = self._closed_form(deltas, a, columns * n.mean().item() if hetero else columns, frame)
-        refined = int(self.k_frac * min(layer.sides(deltas))) if hetero and self.ablation == "E4" else 0
+        sides = layer.sides(deltas)
+        fit, status = self._closed_form(deltas, a, sides[1] * (n.mean().item() if hetero else 1.0), frame)
+        refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, diagnosis = fit.M, fit.diagnosis
         if refined:
             direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
             del fit  # and with it the system matrix
-            leading = leading_polar(direction, refined)
+            leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
         stats: dict[str, Any] = {
             "status": status,
@@ -131,9 +131,11 @@ def centre(
 def second_moment_scales(
     deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], frame: Frame | None = None
 ) -> Float[Tensor, " T"]:
-    """`a_t = w_t / z_t`; zero where every row is alike and there is nothing to normalise."""
+    """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
     z = torch.stack([energies(centre(D, frame)[0][None])[0] for D in deltas])
-    return torch.where(z > 0, weights / z, 0)
+    longest = max(*deltas.shape[1:], *(frame.shape if frame else ()))
+    rounding = energies(deltas) * (longest * torch.finfo(deltas.dtype).eps) ** 2
+    return torch.where(z > rounding, weights / z, 0)
 
 
 def add_mean_rows(

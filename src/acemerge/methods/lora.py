@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, Field
 
 from acemerge.errors import UsageError
-from acemerge.linalg.spectral import leading_singular
+from acemerge.linalg.spectral import leading_singular, rounding_floor
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.methods.registry import make
@@ -19,6 +19,7 @@ from acemerge.methods.spectral import spectral_operations
 from acemerge.shapes import Float, Tensor
 
 _WORK = Work(20, 44, "columns")
+_ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one product
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
@@ -71,7 +72,8 @@ class Knots:
         return Needs(True, weights=inner.weights, most_experts=inner.most_experts, work=_WORK, factors="left frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        U = common_left(deltas, layer.weights, None if layer.frame is None else layer.frame.columns)  # (out, k)
+        columns = None if layer.frame is None else layer.frame.columns
+        U = common_left(deltas, layer.weights, max(layer.sides(deltas)), columns)  # (out, k)
         if U.shape[1] == 0:
             return no_update(deltas)
         blocks = U.T @ deltas  # s_i v_i^T of every expert, (T, k, in)
@@ -113,8 +115,9 @@ class CoreSpace:
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         rows, columns = (None, None) if layer.frame is None else (layer.frame.rows, layer.frame.columns)
-        U = common_left(deltas, layer.weights, columns)  # (out, p)
-        V = common_left(deltas.mT, layer.weights, rows)  # (in, q)
+        longest = max(layer.sides(deltas))
+        U = common_left(deltas, layer.weights, longest, columns)  # (out, p)
+        V = common_left(deltas.mT, layer.weights, longest, rows)  # (in, q)
         if U.shape[1] == 0:
             return no_update(deltas)
         result = self.inner.merge(U.T @ deltas @ V, own_entries(layer))  # (T, p, q)
@@ -128,13 +131,17 @@ class CoreSpace:
 
 
 def common_left(
-    deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], ones: Float[Tensor, " in"] | None
+    deltas: Float[Tensor, "T out in"],
+    weights: Float[Tensor, " T"],
+    longest: int,
+    ones: Float[Tensor, " in"] | None,
 ) -> Float[Tensor, "out k"]:
     """The left singular vectors of the updates side by side, in their type, null directions left out.
 
     From the triangular factor of the updates' transposes, one expert at a time, so that no stack is formed and small
     directions keep their digits. A vector u has the sign for which `u^T (sum_t w_t D_t) 1 >= 0`: to a rule that
-    centres signs are not all the same. `ones` is 1 in other coordinates than the layer's own.
+    centres signs are not all the same. `longest` is the layer's longer side and `ones` is 1 (in,) in other coordinates
+    than its own.
     """
     R = deltas.new_zeros(0, deltas.shape[1], dtype=torch.float64)
     for D, weight in zip(deltas, weights.tolist(), strict=True):
@@ -142,7 +149,7 @@ def common_left(
             R = torch.linalg.qr(torch.cat([R, D.T.double()]), mode="r")[1]  # (up to out, out)
     if len(R) == 0:
         return deltas.new_zeros(deltas.shape[1], 0)
-    U = leading_singular(R, min(R.shape)).V
+    U = leading_singular(R, min(R.shape), _ROUNDINGS * rounding_floor(R, longest)).V
     total = weighted_sum(deltas, weights).double()
     sums = (total.sum(1) if ones is None else total @ ones.double()) @ U  # (k,)
     return torch.where(sums < 0, -U, U).to(deltas.dtype)

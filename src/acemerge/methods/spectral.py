@@ -37,11 +37,12 @@ class Cart:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        k = max(1, int(self.k_frac * min(layer.sides(deltas))))
+        shortest, longest = sorted(layer.sides(deltas))
+        k = max(1, int(self.k_frac * shortest))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
         for D, weight in zip(deltas, layer.weights.tolist(), strict=True):
-            M += leading_singular(weight * D - mean, k).matrix().mul_(self.lam)
+            M += leading_singular(weight * D - mean, k, longest=longest).matrix().mul_(self.lam)
         return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -69,8 +70,9 @@ class TsvM:
         active, weights = with_update(deltas, layer)
         if not active:
             return no_update(deltas)
-        k = max(1, min(layer.sides(deltas)) // len(active))
-        parts = [leading_singular(weight * D, k) for D, weight in zip(active, weights, strict=True)]
+        shortest, longest = sorted(layer.sides(deltas))
+        k = max(1, shortest // len(active))
+        parts = [leading_singular(weight * D, k, longest=longest) for D, weight in zip(active, weights, strict=True)]
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
@@ -97,7 +99,8 @@ class IsoC:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        total = leading_singular(weighted_sum(deltas, layer.weights), min(layer.sides(deltas)))
+        shortest, longest = sorted(layer.sides(deltas))
+        total = leading_singular(weighted_sum(deltas, layer.weights), shortest, longest=longest)
         M = total.polar().mul_(self.scale * total.s.mean())
         return LayerResult(M.to(deltas.dtype), {"status": "ok" if total.rank else "no update", "rank": total.rank})
 
@@ -130,7 +133,7 @@ class IsoCts:
             return no_update(deltas)
         (r, longest), T = sorted(layer.sides(deltas)), len(active)
         q = min(round((r - int(self.common * r)) / T), r // T)
-        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T)
+        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T, longest=longest)
         parts = []
         for D, weight in zip(active, weights, strict=True) if q else ():
             X = weight * D.double()
