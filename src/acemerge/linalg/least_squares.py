@@ -26,7 +26,7 @@ class Problem:
     """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.
 
     The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
-    `c = f 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
+    `c = f (1 / in) 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
     """
 
     targets: Experts
@@ -39,9 +39,9 @@ class Problem:
     prior: float | None = None
     ones: Tensor | None = None
 
-    def sum_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
-        """`X 1`."""
-        return X.sum(1) if self.ones is None else X @ self.ones.to(X.dtype)
+    def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
+        """`X 1 / in`."""
+        return X.mean(1) if self.ones is None else X @ self.ones.to(X.dtype) / X.shape[1]
 
     @property
     def prefers_dual(self) -> bool:
@@ -91,7 +91,7 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
         equations.add(X, Z, weight, pull)
     A, B = equations.sums()
-    prior = None if problem.prior is None else problem.sum_of_columns(A.T) * problem.prior  # c, (in,)
+    prior = None if problem.prior is None else problem.mean_of_columns(A.T) * problem.prior  # c, (in,)
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
     A.diagonal().add_(ridge)
     inverse = invert(A)
@@ -131,8 +131,8 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     trusted = inverse.diagnosis.trusts(K, H, Q)
     M = _times(Q * per_row, problem.sources, T, columns, dtype)
     if problem.prior is not None:
-        sums = torch.cat([problem.sum_of_columns(problem.sources(t, dtype)) for t in range(T)]) * per_row  # F 1, (N,)
-        row = inverse((sums * problem.prior)[None])  # c^T A^(-1) = f (F 1)^T (F F^T + e I)^(-1) F
+        means = torch.cat([problem.mean_of_columns(problem.sources(t, dtype)) for t in range(T)]) * per_row  # F 1 / in
+        row = inverse((means * problem.prior)[None])  # c^T A^(-1) = f (F 1 / in)^T (F F^T + e I)^(-1) F
         M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0], problem.ones)
 
     def residual(X: Tensor) -> Tensor:

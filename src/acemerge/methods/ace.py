@@ -16,6 +16,7 @@ from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_upd
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
+_ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be from their mean
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Ace:
         frame = layer.frame
         a = second_moment_scales(deltas, weights, frame) if hetero else weights
         sides = layer.sides(deltas)
-        fit, status = self._closed_form(deltas, a, sides[1] * (n.mean().item() if hetero else 1.0), frame)
+        fit, status = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, diagnosis = fit.M, fit.diagnosis
         if refined:
@@ -86,8 +87,9 @@ class Ace:
         }
         return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
 
-    def _closed_form(self, deltas: Tensor, a: Tensor, spread: float, frame: Frame | None) -> tuple[Fit, str]:
-        """`pre`: estimated from the centred task vectors; regularised by the ridge and `c = 1^T sum_t S_t / spread`."""
+    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> tuple[Fit, str]:
+        """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
+        frame, columns = layer.frame, deltas.shape[2]
 
         def centred(t: int, dtype: torch.dtype) -> Tensor:
             return centre(deltas[t].to(dtype), frame)[0]
@@ -96,10 +98,10 @@ class Ace:
             targets=centred,
             sources=centred,
             weights=a.tolist(),
-            shape=(deltas.shape[1], deltas.shape[2]),
+            shape=(deltas.shape[1], columns),
             pulls=(self.eps * a).tolist(),
             ridge=self.eps * a.sum().item(),
-            prior=1 / spread if self.ablation in ("E3", "E4") else None,
+            prior=columns / layer.sides(deltas)[1] / mean_energy if self.ablation in ("E3", "E4") else None,
             ones=None if frame is None else frame.columns,
         )
         return least_squares_trusted(problem, deltas.dtype, deltas.device)
@@ -133,8 +135,7 @@ def second_moment_scales(
 ) -> Float[Tensor, " T"]:
     """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
     z = torch.stack([energies(centre(D, frame)[0][None])[0] for D in deltas])
-    longest = max(*deltas.shape[1:], *(frame.shape if frame else ()))
-    rounding = energies(deltas) * (longest * torch.finfo(deltas.dtype).eps) ** 2
+    rounding = energies(deltas) * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
     return torch.where(z > rounding, weights / z, 0)
 
 
