@@ -78,7 +78,7 @@ def serve(prepare: Callable[[Case], Job], case: Case) -> None:
 
 def _run(job: Job, with_memory: bool) -> tuple[Any, dict[str, Any]]:
     if with_memory:
-        before = _reset_peak()
+        before = reset_peak()
     seconds = []
     merged: Any = None
     busy, own = _cpu_seconds()
@@ -93,7 +93,7 @@ def _run(job: Job, with_memory: bool) -> tuple[Any, dict[str, Any]]:
         others = after - busy - (own_after - own)
         reply["others"] = max(0.0, others / sum(seconds) / (os.cpu_count() or 1))
     if with_memory:
-        reply["added_mb"] = (_memory("VmHWM") - before) / 1e6
+        reply["added_mb"] = (memory("VmHWM") - before) / 1e6
     return merged, reply
 
 
@@ -116,14 +116,14 @@ def product_rate(size: int = 2048) -> float:
     return 2 * size**3 / min(times) / 1e9
 
 
-def _reset_peak() -> float:
+def reset_peak() -> float:
     """Give freed memory back to the system, start the peak anew, return the bytes held now."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return _memory("VmRSS")
+    return memory("VmRSS")
 
 
-def _memory(name: str) -> float:
+def memory(name: str) -> float:
     """A line of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -48,6 +48,8 @@ RULES = {
     "iso_c": Traits(rotates=True, rank=True),
     "iso_cts": Traits(rotates=True, rank=True),
     "svc": Traits(rotates=True, rank=True, params=(("over", "task_arithmetic"),)),
+    "knots": Traits(rank=True),
+    "core_space": Traits(rotates=True, rank=True),
     "ace": Traits(scales=False, rank=True),
     "actmat": Traits(returns=True, rotates=True, rank=True),
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from acemerge.api import MergeReport, merge
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
-    from acemerge.in_memory import merge_deltas, merge_models, merge_state_dicts
+    from acemerge.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.masks import expert_weights
-    from acemerge.methods import METHODS, Layer, LayerResult, Method, Needs, register
+    from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
 
 __all__ = [
     "METHODS",
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Layer",
     "LayerResult",
+    "LowRankResult",
     "MergeReport",
     "Method",
     "Needs",
@@ -27,6 +28,7 @@ __all__ = [
     "expert_weights",
     "merge",
     "merge_deltas",
+    "merge_factors",
     "merge_models",
     "merge_state_dicts",
     "register",
@@ -35,9 +37,9 @@ __all__ = [
 _HOMES = {
     "api": ("MergeReport", "merge"),
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
-    "in_memory": ("merge_deltas", "merge_models", "merge_state_dicts"),
+    "in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
     "masks": ("expert_weights",),
-    "methods": ("METHODS", "Layer", "LayerResult", "Method", "Needs", "register"),
+    "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

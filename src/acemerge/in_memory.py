@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,17 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.compute import Place, Result, Setting, Work, compute, is_finite
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Input, Piece, pieces
-from acemerge.methods import Layer, LayerResult, check_experts, expert_seeds, make
+from acemerge.linalg.lowrank import LowRank
+from acemerge.methods import (
+    Layer,
+    LayerResult,
+    LowRankResult,
+    Method,
+    check_experts,
+    expert_seeds,
+    make,
+    merge_low_rank,
+)
 from acemerge.plan import make_plan
 from acemerge.recipe import make_recipe
 from acemerge.roles import Roles, roles_by_name, roles_from_model
@@ -80,19 +90,78 @@ def merge_deltas(
         what = f"has shape {list(base.shape)}, the task vectors {list(deltas.shape[1:])}"
         raise UsageError("base", what, "give the layer that the task vectors start from")
     for where, values in (("deltas", deltas), ("base", base)):
-        if values is not None and not is_finite(values):
-            raise CheckpointError(where, "has values that are not finite", "mend the checkpoint they come from")
-    dtype = compute_dtype or (torch.float64 if deltas.dtype == torch.float64 else torch.float32)
+        if values is not None:
+            _check_finite(where, values)
+    dtype = _compute_dtype(compute_dtype, [deltas])
+    layer = _layer(rule, weights, len(deltas), seed, deltas.device)
+    if base is not None:
+        layer = replace(layer, base=base.detach().to(device=deltas.device, dtype=dtype))
+    return rule.merge(deltas.detach().to(dtype), layer)
+
+
+def merge_factors(
+    factors: Sequence[tuple[Float[Tensor, "out r"], Float[Tensor, "r in"]]],
+    method: str = "ace",
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    compute_dtype: torch.dtype | None = None,
+    **params: Any,
+) -> LowRankResult:
+    """Merge task vectors of low rank, `D_t = U_t V_t`, given as pairs `(U_t, V_t)` of (out, r_t) and (r_t, in).
+
+    For LoRA U_t is `scaling * B` and V_t is `A`. The result is that of `merge_deltas` on the products; average,
+    task_arithmetic, ace, actmat, swudi_a, knots, core_space and the spectral rules do not form them where the ranks
+    together are fewer than a side of the layer. For the others they are formed, and `stats["status"]` says so.
+    Rules that merge weights merge the task vectors.
+
+    Where two or more experts share the row space of V_t, as with a frozen A, the input side says nothing of the tasks:
+    ace, actmat and the like then merge the transposes, and `stats["shared_input_side"]` is True.
+
+    Returns `.left` (out, k) and `.right` (k, in), `.delta()` for their product, `.truncated(rank)` and `.stats`; where
+    the products were formed, `.left` is (out, in) and `.right` is None. Other arguments as in `merge_deltas`.
+    """
+    rule = make(method, params)
+    _check_factors(factors)
+    dtype = _compute_dtype(compute_dtype, [factor for pair in factors for factor in pair])
+    device = factors[0][0].device
+    layer = _layer(rule, weights, len(factors), seed, device)
+    left, right = (tuple(pair[side].detach().to(device, dtype) for pair in factors) for side in (0, 1))
+    return merge_low_rank(rule, LowRank(left, right), layer, dtype)
+
+
+def _check_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    if not factors:
+        raise UsageError("factors", "there are none", "give a pair (U_t, V_t) for each expert")
+    for t, (U, V) in enumerate(factors, 1):
+        shapes = f"{list(U.shape)} and {list(V.shape)}"
+        if U.ndim != 2 or V.ndim != 2 or U.shape[1] != V.shape[0] or not U.numel() or not V.numel():
+            raise UsageError(f"factors {t}", f"shapes {shapes} have no product", "give (out, r) and (r, in)")
+        if U.shape[0] != factors[0][0].shape[0] or V.shape[1] != factors[0][1].shape[1]:
+            raise UsageError(f"factors {t}", f"shapes {shapes} are of another layer", "give updates of one layer")
+        if not (U.dtype.is_floating_point and V.dtype.is_floating_point):
+            raise UsageError(f"factors {t}", f"{U.dtype} and {V.dtype}", "give floating-point factors")
+        for factor in (U, V):
+            _check_finite(f"factors {t}", factor)
+
+
+def _check_finite(where: str, values: Tensor) -> None:
+    if not is_finite(values):
+        raise CheckpointError(where, "has values that are not finite", "mend the checkpoint they come from")
+
+
+def _compute_dtype(asked: torch.dtype | None, given: Sequence[Tensor]) -> torch.dtype:
+    dtype = asked or (torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32)
     if dtype not in (torch.float32, torch.float64):
         raise UsageError("compute_dtype", f"{dtype} is too narrow to add up in", "use torch.float32 or torch.float64")
-    factors = _checked_weights(weights, len(deltas))
+    return dtype
+
+
+def _layer(rule: Method, weights: Sequence[float] | None, experts: int, seed: int, device: torch.device) -> Layer:
+    """What a rule may know of a layer that has no name, its weights checked."""
+    factors = _checked_weights(weights, experts)
     check_experts(rule, factors)
-    layer = Layer(
-        weights=torch.tensor(factors, dtype=torch.float64, device=deltas.device),
-        seeds=expert_seeds(seed, "", range(len(deltas))),
-        base=None if base is None else base.detach().to(device=deltas.device, dtype=dtype),
-    )
-    return rule.merge(deltas.detach().to(dtype), layer)
+    return Layer(torch.tensor(factors, dtype=torch.float64, device=device), expert_seeds(seed, "", range(experts)))
 
 
 def _checked_weights(weights: Sequence[float] | None, experts: int) -> list[float]:

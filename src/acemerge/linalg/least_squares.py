@@ -26,7 +26,7 @@ class Problem:
     """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.
 
     The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
-    `c = f (1 / in) 1^T sum_t a_t G_t`, None without it.
+    `c = f (1 / in) 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
     """
 
     targets: Experts
@@ -37,6 +37,11 @@ class Problem:
     ridge: float = 0.0
     relative_ridge: float = 0.0
     prior: float | None = None
+    ones: Tensor | None = None
+
+    def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
+        """`X 1 / in`."""
+        return X.mean(1) if self.ones is None else X @ self.ones.to(X.dtype) / X.shape[1]
 
     @property
     def prefers_dual(self) -> bool:
@@ -86,14 +91,14 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
         equations.add(X, Z, weight, pull)
     A, B = equations.sums()
-    prior = None if problem.prior is None else A.mean(0) * problem.prior  # c, (in,)
+    prior = None if problem.prior is None else problem.mean_of_columns(A.T) * problem.prior  # c, (in,)
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
     A.diagonal().add_(ridge)
     inverse = invert(A)
     M = inverse(B)
     trusted = inverse.diagnosis.trusts(A, B, M)
     if prior is not None:
-        M = with_rank_one(M, inverse(prior[None])[0])
+        M = with_rank_one(M, inverse(prior[None])[0], problem.ones)
 
     def residual(X: Tensor) -> Tensor:
         for t, pull in enumerate(pulls):
@@ -126,9 +131,9 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     trusted = inverse.diagnosis.trusts(K, H, Q)
     M = _times(Q * per_row, problem.sources, T, columns, dtype)
     if problem.prior is not None:
-        sums = torch.cat([problem.sources(t, dtype).sum(1) for t in range(T)]) * per_row  # F 1, (N,)
-        row = inverse((sums * (problem.prior / columns))[None])  # c^T A^(-1) = (F 1)^T (F F^T + e I)^(-1) F f / in
-        M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0])
+        means = torch.cat([problem.mean_of_columns(problem.sources(t, dtype)) for t in range(T)]) * per_row  # F 1 / in
+        row = inverse((means * problem.prior)[None])  # c^T A^(-1) = f (F 1 / in)^T (F F^T + e I)^(-1) F
+        M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0], problem.ones)
 
     def residual(X: Tensor) -> Tensor:
         wide = X.to(dtype)

@@ -123,11 +123,16 @@ def _pseudo_inverse(A: Tensor) -> Inverse:
     return Inverse(lambda B: (B @ vectors / values) @ vectors.T, diagnosis)
 
 
-def with_rank_one(Y: Float[Tensor, "out in"], row: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+def with_rank_one(
+    Y: Float[Tensor, "out in"], row: Float[Tensor, " in"], ones: Float[Tensor, " in"] | None = None
+) -> Float[Tensor, "out in"]:
     """`B (A + 1 c^T)^(-1)` from `Y = B A^(-1)` and `row = c^T A^(-1)`, by Sherman-Morrison:
     `Y - (Y 1) row / (1 + row 1)`. The prior P = 1 c^T adds the row c to every row of A.
+    `ones` is 1 in other coordinates than the layer's own.
     """
-    return torch.addr(Y, Y.sum(1), row / (1 + row.sum()), alpha=-1)
+    if ones is None:
+        return torch.addr(Y, Y.sum(1), row / (1 + row.sum()), alpha=-1)
+    return torch.addr(Y, Y @ ones, row / (1 + row @ ones), alpha=-1)
 
 
 def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:

@@ -38,16 +38,17 @@ class Singular:
         return (self.U * self.s[: self.rank]) @ self.V.T
 
 
-def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0) -> Singular:
+def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, longest: int = 0) -> Singular:
     """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64.
 
-    Singular values of at most `floor`, or at the level of rounding, are taken for zero.
+    Singular values of at most `floor`, or at the level of rounding, are taken for zero; so are
+    those beyond the shorter side. A core's rounding is that of its layer, of a `longest` side.
     """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_singular(X.T, k, floor)
+        flipped = leading_singular(X.T, k, floor, longest)
         return Singular(flipped.V, flipped.s, flipped.U)
     X = X.double()
-    s, V = _right_singular(X, k, max(floor, rounding_floor(X)))
+    s, V = _right_singular(X, k, max(floor, rounding_floor(X, longest)))
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -61,28 +62,29 @@ class LeadingPolar:
     singular_values: Float[Tensor, " k"]
 
 
-def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
+def leading_polar(X: Float[Tensor, "out in"], k: int, longest: int = 0) -> LeadingPolar:
     """The product of the top k singular vectors of X, in X's type: `U_k V_k^T = X V_k diag(1/s) V_k^T`.
 
-    Null directions have no polar part and add nothing.
+    Null directions have no polar part and add nothing. `longest` as in `leading_singular`.
     """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_polar(X.T, k)
+        flipped = leading_polar(X.T, k, longest)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    s, V = _right_singular(X.double(), k, rounding_floor(X.double()))
+    s, V = _right_singular(X.double(), k, rounding_floor(X.double(), longest))
     found = torch.nn.functional.pad(s, (0, k - len(s)))
     if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
         return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)
     return LeadingPolar(X @ ((V / s) @ V.T).to(X.dtype), found)
 
 
-def rounding_floor(X: Float[Tensor, "out in"]) -> float:
-    """What a singular value of zero may come out as: `max(out, in) u ||X||_F`."""
-    return float(X.norm()) * max(X.shape) * torch.finfo(X.dtype).eps
+def rounding_floor(X: Float[Tensor, "out in"], longest: int = 0) -> float:
+    """What a singular value of zero may come out as: `max(out, in, longest) u ||X||_F`."""
+    return float(X.norm() * max(*X.shape, longest) * torch.finfo(X.dtype).eps)
 
 
 def _right_singular(X: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
     """The singular values of X (m, n) above the floor, k at most, and their right singular vectors (n, r)."""
+    k = min(k, X.shape[1])
     values, vectors = torch.linalg.eigh(symmetric_product(X))
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())

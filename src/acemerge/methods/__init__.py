@@ -6,6 +6,8 @@ from acemerge.methods.ace import Ace
 from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
+from acemerge.methods.factors import LowRankResult, merge_low_rank
+from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.registry import METHODS, make, register
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
@@ -14,7 +16,19 @@ from acemerge.methods.sphere import Karcher, ModelStock, Slerp
 from acemerge.methods.svc import Svc
 from acemerge.methods.wudi import SwudiA, Wudi
 
-__all__ = ["METHODS", "Layer", "LayerResult", "Method", "Needs", "check_experts", "expert_seeds", "make", "register"]
+__all__ = [
+    "METHODS",
+    "Layer",
+    "LayerResult",
+    "LowRankResult",
+    "Method",
+    "Needs",
+    "check_experts",
+    "expert_seeds",
+    "make",
+    "merge_low_rank",
+    "register",
+]
 
 for _rule in (
     Average,
@@ -34,6 +48,8 @@ for _rule in (
     IsoC,
     IsoCts,
     Svc,
+    Knots,
+    CoreSpace,
     Ace,
     Actmat,
     Tact,

@@ -10,11 +10,13 @@ from pydantic import Field
 
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted, prefers_dual
+from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
+_ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be from their mean
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class Ace:
 
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+    )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
     tau: Annotated[float, Field(description="heterogeneous branch when gamma is above it")] = 0.3
@@ -61,14 +65,16 @@ class Ace:
             deltas, weights, n = deltas[active], weights[active], n[active]
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
-        a = second_moment_scales(deltas, weights) if hetero else weights
-        fit, status = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0)
-        refined = int(self.k_frac * min(deltas.shape[1:])) if hetero and self.ablation == "E4" else 0
+        frame = layer.frame
+        a = second_moment_scales(deltas, weights, frame) if hetero else weights
+        sides = layer.sides(deltas)
+        fit, status = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, diagnosis = fit.M, fit.diagnosis
         if refined:
-            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a).add_(M)
+            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
             del fit  # and with it the system matrix
-            leading = leading_polar(direction, refined)
+            leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
         stats: dict[str, Any] = {
             "status": status,
@@ -81,21 +87,22 @@ class Ace:
         }
         return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
 
-    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float) -> tuple[Fit, str]:
+    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> tuple[Fit, str]:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
+        frame, columns = layer.frame, deltas.shape[2]
 
         def centred(t: int, dtype: torch.dtype) -> Tensor:
-            D = deltas[t].to(dtype)
-            return D - D.mean(0)
+            return centre(deltas[t].to(dtype), frame)[0]
 
         problem = Problem(
             targets=centred,
             sources=centred,
             weights=a.tolist(),
-            shape=(deltas.shape[1], deltas.shape[2]),
+            shape=(deltas.shape[1], columns),
             pulls=(self.eps * a).tolist(),
             ridge=self.eps * a.sum().item(),
-            prior=1 / mean_energy if self.ablation in ("E3", "E4") else None,
+            prior=columns / layer.sides(deltas)[1] / mean_energy if self.ablation in ("E3", "E4") else None,
+            ones=None if frame is None else frame.columns,
         )
         return least_squares_trusted(problem, deltas.dtype, deltas.device)
 
@@ -108,20 +115,41 @@ class Ace:
         return experts * per_expert + columns**3 // 3 + 2 * rows * columns**2 + refine
 
 
-def second_moment_scales(deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
-    """`a_t = w_t / z_t`; zero where every row is alike and there is nothing to normalise."""
-    z = torch.stack([energies((D - D.mean(0))[None])[0] for D in deltas])
-    return torch.where(z > 0, weights / z, 0)
+def centre(
+    D: Float[Tensor, "out in"], frame: Frame | None
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " in"], Float[Tensor, " out"] | None]:
+    """`C = D - 1 mu^T`, the column means mu and, where D is a core and 1 not just ones, `1` in its coordinates.
+
+    In a frame `mu^T = (1 / out) 1^T D`, with out the layer's.
+    """
+    if frame is None:
+        mu = D.mean(0)
+        return D - mu, mu, None
+    ones = frame.rows.to(D.dtype)
+    mu = (ones @ D) / frame.shape[0]
+    return torch.addr(D, ones, mu, alpha=-1), mu, ones
+
+
+def second_moment_scales(
+    deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], frame: Frame | None = None
+) -> Float[Tensor, " T"]:
+    """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
+    z = torch.stack([energies(centre(D, frame)[0][None])[0] for D in deltas])
+    rounding = energies(deltas) * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
+    return torch.where(z > rounding, weights / z, 0)
 
 
 def add_mean_rows(
-    total: Float[Tensor, "out in"], deltas: Float[Tensor, "T out in"], a: Float[Tensor, " T"]
+    total: Float[Tensor, "out in"],
+    deltas: Float[Tensor, "T out in"],
+    a: Float[Tensor, " T"],
+    frame: Frame | None = None,
 ) -> Float[Tensor, "out in"]:
     """`total + 1 sum_t a_t mu_t^T S_t`, in place: `D_t S_t = C_t S_t + 1 mu_t^T S_t`."""
     for D, scale in zip(deltas, a.tolist(), strict=True):
-        mu = D.to(total.dtype).mean(0)  # (in,)
-        C = D - mu
-        total += (C @ mu) @ C * scale
+        C, mu, ones = centre(D.to(total.dtype), frame)
+        row = (C @ mu) @ C * scale  # (in,)
+        total += row if ones is None else torch.outer(ones, row)
     return total
 
 

@@ -37,7 +37,9 @@ class Actmat:
 
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+    )
 
     lam: Ridge = 0.0
     p: Power = 0
@@ -65,7 +67,7 @@ class Tact:
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12))
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12), input_side=True)
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0
@@ -96,14 +98,17 @@ def _fit(
     p: int,
     scale: float,
 ) -> LayerResult:
-    if max(deltas.shape[1:]) > _VOCABULARY:
+    sides = layer.sides(deltas)
+    if max(sides) > _VOCABULARY:
         mean = Average(scale).merge(deltas, layer)
         return LayerResult(mean.delta, {"status": "averaged, a side above 20,000"})
     n = energies(deltas)
     weights = torch.where(n > 0, layer.weights * (n.max() / n) ** (p / 2), 0)  # a common factor changes nothing
     if not weights.any():
         return no_update(deltas)
-    problem = Problem(targets, sources, weights.tolist(), (deltas.shape[1], deltas.shape[2]), relative_ridge=lam)
+    shape = (deltas.shape[1], deltas.shape[2])
+    ridge = lam * shape[1] / sides[1]  # the mean diagonal is the layer's, of which a core lacks the zeros
+    problem = Problem(targets, sources, weights.tolist(), shape, relative_ridge=ridge)
     fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
     stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
     return LayerResult((scale * fit.M).to(deltas.dtype), stats)

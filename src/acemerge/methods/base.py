@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from acemerge.errors import UsageError
+from acemerge.linalg.lowrank import Frame
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
@@ -22,13 +23,19 @@ class Layer:
 
     `weights` (T,) are float64 on the device of the task vectors. `seeds` start one stream of random numbers per
     expert. `thresholds` (T,) are the magnitudes that a rule with `needs.keep` trims at; None asks for this
-    tensor's own. `base` is `W_0` for rules that merge weights, not updates; None stands for zeros.
+    tensor's own. `base` is `W_0` for rules that merge weights, not updates; None stands for zeros. `frame`, for rules
+    with such `needs.factors`, tells of which larger matrices the task vectors are the cores.
     """
 
     weights: Float[Tensor, " T"]
     seeds: tuple[int, ...]
     thresholds: tuple[float, ...] | None = None
     base: Float[Tensor, "*shape"] | None = None
+    frame: Frame | None = None
+
+    def sides(self, deltas: Float[Tensor, "T out in"]) -> tuple[int, int]:
+        """(out, in) of the layer, whose task vectors or their cores are `deltas`."""
+        return (deltas.shape[1], deltas.shape[2]) if self.frame is None else self.frame.shape
 
     def part(self, i: int) -> Layer:
         """The same for the i-th matrix of a stack."""
@@ -76,6 +83,11 @@ class Needs:
     that is said of it is the status, so that a tensor may be merged in pieces. `weights` and `most_experts` bound
     what it is defined for. `masks`: its results hold masks, to be written beside the model. `work` is the memory
     it takes, a repetition in float64 included.
+
+    `factors` is how it merges updates of low rank. "linear": M is a combination of the D_t whose coefficients do not
+    depend on them. "frame": from D_t = Q_U C_t Q_V^T, orthonormal on both sides, the cores C_t and `Layer.frame` it
+    makes the C of M = Q_U C Q_V^T. "left frame": the same where Q_V = I. "full": it must see the full D_t.
+    `input_side`: it estimates an expert's inputs from the rows of D_t, which say nothing where experts share them.
     """
 
     matrix: bool = False
@@ -86,6 +98,8 @@ class Needs:
     most_experts: int | None = None
     masks: bool = False
     work: Work = Work()
+    factors: Literal["linear", "frame", "left frame", "full"] = "full"
+    input_side: bool = False
 
 
 @runtime_checkable

@@ -26,7 +26,7 @@ class Average:
 
     name: ClassVar[str] = "average"
     source: ClassVar[str] = "arXiv 2203.05482"
-    needs: ClassVar[Needs] = Needs(entrywise=True, weights="not cancelling")
+    needs: ClassVar[Needs] = Needs(entrywise=True, weights="not cancelling", factors="linear")
 
     scale: Scale = 1.0
 
@@ -48,7 +48,7 @@ class TaskArithmetic:
 
     name: ClassVar[str] = "task_arithmetic"
     source: ClassVar[str] = "arXiv 2212.04089"
-    needs: ClassVar[Needs] = Needs(entrywise=True)
+    needs: ClassVar[Needs] = Needs(entrywise=True, factors="linear")
 
     scale: Scale = 0.3
 

@@ -30,18 +30,19 @@ class Cart:
 
     name: ClassVar[str] = "cart"
     source: ClassVar[str] = "arXiv 2412.12153"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
 
     lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        k = max(1, int(self.k_frac * min(deltas.shape[1:])))
+        shortest, longest = sorted(layer.sides(deltas))
+        k = max(1, int(self.k_frac * shortest))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
         for D, weight in zip(deltas, layer.weights.tolist(), strict=True):
-            M += leading_singular(weight * D - mean, k).matrix().mul_(self.lam)
+            M += leading_singular(weight * D - mean, k, longest=longest).matrix().mul_(self.lam)
         return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -61,7 +62,7 @@ class TsvM:
 
     name: ClassVar[str] = "tsv_m"
     source: ClassVar[str] = "arXiv 2412.00081"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
 
     scale: Scale = 1.0
 
@@ -69,8 +70,9 @@ class TsvM:
         active, weights = with_update(deltas, layer)
         if not active:
             return no_update(deltas)
-        k = max(1, min(deltas.shape[1:]) // len(active))
-        parts = [leading_singular(weight * D, k) for D, weight in zip(active, weights, strict=True)]
+        shortest, longest = sorted(layer.sides(deltas))
+        k = max(1, shortest // len(active))
+        parts = [leading_singular(weight * D, k, longest=longest) for D, weight in zip(active, weights, strict=True)]
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
@@ -92,12 +94,13 @@ class IsoC:
 
     name: ClassVar[str] = "iso_c"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
 
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        total = leading_singular(weighted_sum(deltas, layer.weights), min(deltas.shape[1:]))
+        shortest, longest = sorted(layer.sides(deltas))
+        total = leading_singular(weighted_sum(deltas, layer.weights), shortest, longest=longest)
         M = total.polar().mul_(self.scale * total.s.mean())
         return LayerResult(M.to(deltas.dtype), {"status": "ok" if total.rank else "no update", "rank": total.rank})
 
@@ -119,7 +122,7 @@ class IsoCts:
 
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK)
+    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
     scale: Scale = 1.0
@@ -128,13 +131,13 @@ class IsoCts:
         active, weights = with_update(deltas, layer)
         if not active:
             return no_update(deltas)
-        r, T = min(deltas.shape[1:]), len(active)
+        (r, longest), T = sorted(layer.sides(deltas)), len(active)
         q = min(round((r - int(self.common * r)) / T), r // T)
-        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T)
+        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T, longest=longest)
         parts = []
         for D, weight in zip(active, weights, strict=True) if q else ():
             X = weight * D.double()
-            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X)))
+            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X, longest)))
         parts.append(shared)
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])

@@ -62,12 +62,19 @@ class Svc:
     def needs(self) -> Needs:
         inner = self.inner.needs
         work = replace(SPECTRAL_WORK, side="system")  # at least the shorter side: covers what it calibrates too
-        return Needs(True, inner.base, inner.keep, weights=inner.weights, most_experts=inner.most_experts, work=work)
+        return replace(
+            inner,
+            matrix=True,
+            entrywise=False,
+            masks=False,
+            work=work,
+            factors="frame" if inner.factors == "linear" else inner.factors,
+        )
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         inner = self.inner.merge(deltas, layer)
         active, weights = with_update(deltas, layer)
-        found = leading_singular(inner.delta, min(inner.delta.shape))
+        found = leading_singular(inner.delta, min(inner.delta.shape), longest=max(layer.sides(deltas)))
         U, s = found.U, found.s[: found.rank]
         rows = (found.V * s).T  # (r, in): u_r^T M = s_r v_r^T, also where s_r is so small that u_r is rounding
         calls = torch.zeros(len(rows), dtype=U.dtype, device=U.device)

@@ -32,7 +32,7 @@ class Wudi:
 
     name: ClassVar[str] = "wudi"
     source: ClassVar[str] = "arXiv 2503.08099"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(8, 4, "columns"))
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(8, 4, "columns"), input_side=True)
 
     steps: Annotated[int, Field(ge=0, le=100_000, description="steps of Adam")] = 300
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="its learning rate")] = 1e-5
@@ -71,7 +71,9 @@ class SwudiA:
 
     name: ClassVar[str] = "swudi_a"
     source: ClassVar[str] = "arXiv 2606.07289"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(20, 8, "columns"))
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Work(20, 8, "columns"), factors="frame", input_side=True
+    )
 
     anchor: Annotated[Literal["sum", "mean"], Field(description="M outside the kept directions")] = "sum"
     scale: Scale = 1.0
