@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
+from acemerge.checkpoints.folder import CONFIG, Checkpoint
+from acemerge.checkpoints.lora import open_expert
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
@@ -86,8 +87,10 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if options.workers < 1:
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
-    base = open_checkpoint(Path(recipe.base), options.allow_pickle)
-    wrapped = [open_checkpoint(Path(expert.model), options.allow_pickle) for expert in recipe.experts]
+    base = open_expert(Path(recipe.base), options.allow_pickle)
+    if base.adapter is not None:
+        raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
+    wrapped = [open_expert(Path(expert.model), options.allow_pickle) for expert in recipe.experts]
     experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([expert.model for expert in recipe.experts])
     _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
@@ -106,7 +109,7 @@ def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | N
     """The tokens of every model; nothing where all have the same and nothing is to be matched."""
     if recipe.vocabulary != "refuse":
         return [read_tokens(model) for model in models]
-    if same_tokenizer(models):
+    if same_tokenizer([model for model in models if model.adapter is None]):
         return ()
     return [_tokens_if_readable(model) for model in models]
 

@@ -105,6 +105,8 @@ def merge_summary(console: Console, report: MergeReport) -> None:
     unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
     for status, count in unusual.most_common():
         _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
+    for label, adapter in manifest["adapters"].items():
+        _say(console, f"expert {label}: {adapter}")
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
     _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
@@ -124,6 +126,8 @@ def plan(console: Console, plan: Plan) -> None:
         for head in heads:
             _say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
     _say(console, f"\nroles from {plan.roles_source}")
+    for label, adapter in plan.adapters.items():
+        _say(console, f"expert {label}: {adapter}")
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
     read = size(plan.bytes_read + plan.bytes_reread)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.errors import CheckpointError
@@ -22,9 +23,7 @@ CONFIG = "config.json"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
-_CONVERT = (
-    "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
-)
+CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
 MAX_CONFIG = 16 << 20
 _MAX_DEPTH = 64
 
@@ -67,7 +66,10 @@ _PICKLED = _Format(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One opened checkpoint: headers read and checked, no tensor bytes yet."""
+    """One opened checkpoint: headers read and checked, no tensor bytes yet.
+
+    With an `adapter`, `tensors` are those of the base that it changes; what it does not name is the base's own.
+    """
 
     path: Path
     tensors: Mapping[str, TensorSpec]
@@ -75,6 +77,7 @@ class Checkpoint:
     assets: tuple[str, ...]
     places: Mapping[str, TensorInfo] = field(repr=False)
     fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+    adapter: Adapter | None = None
 
     @property
     def weight_files(self) -> list[Path]:
@@ -131,7 +134,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
     """One pickled file by itself: no configuration, so its tensors are told by name and shape."""
     if not allow_pickle:
-        raise CheckpointError(path, "is pickled, which can run code", _CONVERT)
+        raise CheckpointError(path, "is pickled, which can run code", CONVERT)
     prints = {path: files.fingerprint(path)}
     places = {info.spec.name: info for info in read_pickle(path)}
     return Checkpoint(path, {name: info.spec for name, info in places.items()}, {}, (), places, prints)
@@ -151,7 +154,7 @@ def _format(root: Path, names: list[str], allow_pickle: bool) -> _Format:
         if any(name in (kind.single, kind.index) or kind.shard.fullmatch(name) for name in names):
             return kind
     if not allow_pickle and any(_PICKLES.fullmatch(name) for name in names):
-        raise CheckpointError(root, "has only pickled weights, which can run code", _CONVERT)
+        raise CheckpointError(root, "has only pickled weights, which can run code", CONVERT)
     cure = "name a folder with safetensors weights" + (", or the pickled file itself" if allow_pickle else "")
     raise CheckpointError(root, f"has neither {' nor '.join(f'{k.single} nor {k.index}' for k in kinds)}", cure)
 

@@ -29,7 +29,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         f"# Merged from {len(plan.experts)} experts by {plan.recipe.method.name}",
         "",
         f"Made with acemerge from the base `{Path(plan.recipe.base).name}` and the experts "
-        + ", ".join(f"`{label}`" for label in plan.experts)
+        + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
         *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
@@ -51,3 +51,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _about(plan: Plan, label: str) -> str:
+    return f" ({plan.adapters[label]})" if label in plan.adapters else ""
