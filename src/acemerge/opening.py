@@ -24,6 +24,7 @@ from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import find_roles
 from acemerge.run import Layout
+from acemerge.shared_factors import shared_input_factors
 from acemerge.vocabulary import Tokens
 
 
@@ -100,7 +101,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs), tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
     notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
-    plan = replace(plan, warnings=(*notes, *plan.warnings))
+    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
 

@@ -85,7 +85,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, on the CPU, in memory of its own."""
-        info, spec = self.places[name], self.tensors[name]
+        info = self.places[name]
+        spec = info.spec
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = bytearray(spec.nbytes)
