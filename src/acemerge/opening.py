@@ -22,7 +22,7 @@ from acemerge.jobs import Plan
 from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
-from acemerge.roles import find_roles
+from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
 from acemerge.vocabulary import Tokens
@@ -47,6 +47,7 @@ class Opened:
     """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet."""
 
     plan: Plan
+    roles: Roles
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     devices: tuple[torch.device, ...]
@@ -98,12 +99,13 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     tokens = _tokens(recipe, [base, *experts])
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs), tokens)
+    roles = find_roles(base.config, specs)
+    plan = make_plan(recipe, base, experts, labels, roles, tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
     notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
     plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
-    return Opened(plan, base, experts, devices, max_shard, budget(plan, limit))
+    return Opened(plan, roles, base, experts, devices, max_shard, budget(plan, limit))
 
 
 def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
