@@ -6,8 +6,8 @@ Every measurement is a process of its own, on the same factors and number of thr
 merges them; `factors` is `acemerge.merge_factors`; `and M` has formed the merged update, too. Times are the best of the
 repeats after a warm-up at a sixteenth of the size, or the only one where it takes over a minute; memory is the peak of
 the first that the inputs do not explain. With `--check`, `error` is the distance of either result from the one that
-full task vectors give in float64, relative to that. Rules that divide by singular values may be far off from full float32 task vectors: the rounding of
-these is an update of full rank.
+full task vectors give in float64, relative to that. Rules that divide by singular values may be far off from full
+float32 task vectors: the rounding of these is an update of full rank.
 """
 
 from __future__ import annotations

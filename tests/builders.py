@@ -37,6 +37,20 @@ def raw_safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
+def write_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]], **config: Any) -> Path:
+    """An adapter in PEFT's layout, from the A and B of each module; with alpha = r the factor on B A is 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for module, (A, B) in factors.items():
+        prefix = f"base_model.model.{module}"
+        tensors |= {f"{prefix}.lora_A.weight": A.contiguous(), f"{prefix}.lora_B.weight": B.contiguous()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    rank = next((len(A) for A, _ in factors.values()), 1)
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(factors), **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
+
+
 @dataclass
 class PlainModel:
     """Two linear layers, a norm, an embedding and an integer buffer; experts at increasing distance."""

@@ -203,6 +203,27 @@ def verify(out: Annotated[Path, typer.Argument(help="folder that acemerge wrote"
     show.verified(out_console, out, manifest)
 
 
+@app.command("extract-lora")
+def extract(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder of a full fine-tune")],
+    base: Annotated[str, typer.Option(help="the checkpoint folder that it comes from")],
+    rank: Annotated[int, typer.Option(help="rank of the adapter")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")],
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make a LoRA adapter of a full fine-tune, and say what of it is lost."""
+    from acemerge.extract import extract_lora
+
+    options = RunOptions(device, overwrite=overwrite, allow_pickle=allow_pickle)
+    report = extract_lora(model, base, rank, out, options)
+    if not quiet:
+        show.extracted(out_console, report)
+
+
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="one rule, in detail")] = None, debug: Debug = False

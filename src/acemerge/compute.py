@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from acemerge.adapters import add_update
 from acemerge.buffers import Buffers
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
@@ -219,34 +220,57 @@ def task_vectors(
 
     A finite energy tells that both weights are finite; only where it is not are they looked at one by one.
     """
-    wanted = piece.job.inputs[1 : 1 + len(setting.labels)]
-    if piece.load == "tiny":  # the same in fewer calls
-        for D, expert in zip(space, wanted, strict=True):
-            torch.sub(values.take(expert), W0, out=D)
+    job, T = piece.job, len(setting.labels)
+    if piece.load == "tiny" and all(job.sources) and not any(job.updates):  # the same in fewer calls
+        for i, D in enumerate(space):
+            torch.sub(values.take((i + 1, job.sources[i])), W0, out=D)
         n = energies(space)
         if n.isfinite().all():
-            return space, n, list(range(len(wanted)))
+            return space, n, list(range(T))
+    if not any(job.sources):  # an update alone does not tell
+        check_finite(W0, job.name, "base", first_row=_first_row(piece))
     used: list[int] = []
     found: list[Tensor] = []
-    for i, (model, name) in enumerate(wanted):
-        Wt = values.take((model, name))
-        D = space[len(used)].copy_(Wt).sub_(W0)
+    for i in range(T):
+        D = space[len(used)]
+        _difference(job, i, values, W0, D)
         n = energies(D[None])
-        if math.isfinite(n.item()) or _checked(piece, i, W0, Wt, setting):
+        if math.isfinite(n.item()) or _checked(piece, i, W0, D, values, setting):
             used.append(i)
             found.append(n)
-        values.release(model)
+        values.release(i + 1)
     if not used:
         raise CheckpointError(f"tensor {piece.job.name!r}", "no expert has finite values", "fetch the experts again")
     return space[: len(used)], torch.cat(found), used
 
 
-def _checked(piece: Piece, i: int, W0: Tensor, Wt: Tensor, setting: Setting) -> bool:
+def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
+    """The i-th expert's task vector, into `D`."""
+    if job.sources[i]:
+        D.copy_(values.take((i + 1, job.sources[i]))).sub_(W0)
+    else:
+        D.zero_()
+    update = job.updates[i] if job.updates else None
+    if update is not None:
+        A, B, *magnitude = (values.take((i + 1, factor.name)).to(D.device, D.dtype) for factor in update.factors)
+        seen = (D.mT, W0.mT) if update.transposed else (D, W0)
+        add_update(*seen, A, B, update.scaling, *magnitude)
+
+
+def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
-    check_finite(W0, piece.job.name, "base", first_row=_first_row(piece))
-    if setting.recipe.nonfinite == "skip-expert" and not is_finite(Wt):
+    job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
+    check_finite(W0, job.name, "base", first_row=_first_row(piece))
+    for model, name in job.inputs:
+        if model == i + 1 and (model, name) not in job.copies:
+            value = values.take((model, name))
+            if skip and not is_finite(value):
+                return False
+            check_finite(value, name, label, _LEAVE_OUT, _first_row(piece))
+    if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
+        if not skip:
+            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", _LEAVE_OUT)
         return False
-    check_finite(Wt, piece.job.inputs[1 + i][1], f"expert {setting.labels[i]}", _LEAVE_OUT, _first_row(piece))
     return True
 
 
@@ -278,7 +302,7 @@ def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Te
 
 def _check_copies(job: Job, values: Values, setting: Setting) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
-    firsts = dict(job.inputs[: 1 + len(setting.labels)])
+    firsts = {0: job.name} | dict(enumerate(job.sources, 1))
     for model, name in job.copies:
         first = firsts[model]
         original, copy = values.take((model, first)), values.take((model, name))

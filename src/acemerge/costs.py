@@ -38,9 +38,13 @@ def cost(piece: Piece, experts: int) -> Cost:
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
     work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
-    base = waiting // len(job.inputs)
+    base = waiting // len(job.of_its_shape)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)
+    if any(job.updates):  # factors are read and widened beside them, and DoRA works on a copy
+        factors = sum(f.count * width for update in job.updates if update for f in update.factors)
+        magnitude = any(update and update.magnitude for update in job.updates)
+        differencing = waiting + deltas + factors + magnitude * count * width
     return Cost(waiting, max(differencing, base + deltas + work * width) + written, written)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.compute import Place, Result, Setting, Work, compute, is_finite
 from acemerge.errors import CheckpointError, UsageError
@@ -40,6 +41,7 @@ class _Memory:
 
     values: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:

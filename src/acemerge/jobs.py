@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from acemerge.checkpoints.adapter import Adapter, Update
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method
 from acemerge.projections import Fused
@@ -26,12 +27,14 @@ Load = Literal["tiny", "medium", "large"]
 
 
 class Source(Protocol):
-    """A model as a plan sees it: names, shapes and types."""
+    """A model as a plan sees it: names, shapes and types. What an adapter does not name is the base's own."""
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]: ...
     @property
     def config(self) -> Mapping[str, Any]: ...
+    @property
+    def adapter(self) -> Adapter | None: ...
 
 
 # A tensor of one of the models: its number, 0 for the base and i + 1 for the i-th expert, and its name there.
@@ -42,11 +45,11 @@ Input = tuple[int, str]
 class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
-    `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
-    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the
-    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows
-    of the experts are which of the output. `bytes_in` are those of all inputs, `compute_dtype` is the type of
-    the work.
+    `sources[i]` is the tensor's name in the i-th expert, empty where it has none of its own and starts from the
+    base's; `updates[i]` is what an adapter adds to that. `copies` are further spellings of a tied tensor, whose bytes
+    must agree. `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`:
+    projections that the rule gets one by one. `vocabulary`: which rows of the experts are which of the output.
+    `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
     spec: TensorSpec
@@ -55,6 +58,7 @@ class Job:
     method: Method | None = None
     transposed: bool = False
     sources: tuple[str, ...] = ()
+    updates: tuple[Update | None, ...] = ()
     must_agree: bool = False
     copies: tuple[Input, ...] = ()
     entrywise: bool = False
@@ -78,8 +82,19 @@ class Job:
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """Every tensor that the job reads, the base's own first."""
+        factors = tuple((i, f.name) for i, update in enumerate(self.updates, 1) if update for f in update.factors)
+        return (*self.of_its_shape, *factors)
+
+    @cached_property
+    def of_its_shape(self) -> tuple[Input, ...]:
+        """Those that are no factors."""
         experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
         return ((0, self.name), *experts, *self.copies)
+
+    @property
+    def models(self) -> int:
+        """The base and the experts, and further copies: so many tensors of its shape are worked with."""
+        return 1 + len(self.sources) + len(self.copies)
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -114,7 +129,7 @@ class Piece:
     @property
     def load(self) -> Load:
         """How to compute it. Known from the piece alone: its bits may depend on how many threads do it."""
-        entries = self.count * len(self.job.inputs)
+        entries = self.count * self.job.models
         return "tiny" if entries <= _TINY else "medium" if entries <= _PIECE else "large"
 
     @property
@@ -124,8 +139,9 @@ class Piece:
 
 def pieces(job: Job, split: bool) -> Iterator[Piece]:
     """The job in ranges of rows if it is to be split and larger than one range, else in one piece."""
-    rows = job.spec.shape[0] if split and job.spec.shape else 0
-    step = max(1, _PIECE // (len(job.inputs) * max(1, job.spec.count // max(1, rows))))
+    # Factors are no rows of the tensor.
+    rows = job.spec.shape[0] if split and job.spec.shape and not any(job.updates) else 0
+    step = max(1, _PIECE // (job.models * max(1, job.spec.count // max(1, rows))))
     if rows <= step:
         yield Piece(job)
         return
@@ -151,6 +167,7 @@ class Plan:
     heads: tuple[tuple[Head, ...], ...]
     roles_source: str
     warnings: tuple[str, ...]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the experts that are
 
     @property
     def vocabulary(self) -> Vocabulary | None:

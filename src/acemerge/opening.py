@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
+from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
+from acemerge.checkpoints.lora import open_expert
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
@@ -23,8 +24,9 @@ from acemerge.jobs import Plan
 from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
-from acemerge.roles import find_roles
+from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
+from acemerge.shared_factors import shared_input_factors
 from acemerge.vocabulary import Tokens
 
 
@@ -52,6 +54,7 @@ class Opened:
     """
 
     plan: Plan
+    roles: Roles
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
     origins: tuple[str, ...]
@@ -97,27 +100,30 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if options.push is not None:
         check_push(options.push)
     models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *wrapped = [open_checkpoint(model.path, options.allow_pickle) for model in models]
+    base, *wrapped = [open_expert(model.path, options.allow_pickle) for model in models]
+    if base.adapter is not None:
+        raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([model.name for model in models[1:]])
     _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     tokens = _tokens(recipe, [base, *experts])
-    plan = make_plan(recipe, base, experts, labels, find_roles(base.config, specs), tokens)
+    roles = find_roles(base.config, specs)
+    plan = make_plan(recipe, base, experts, labels, roles, tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
     notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
-    plan = replace(plan, warnings=(*notes, *plan.warnings))
+    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in models)
-    return Opened(plan, base, experts, origins, devices, max_shard, budget(plan, limit))
+    return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
 
 
 def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
     """The tokens of every model; nothing where all have the same and nothing is to be matched."""
     if recipe.vocabulary != "refuse":
         return [read_tokens(model) for model in models]
-    if same_tokenizer(models):
+    if same_tokenizer([model for model in models if model.adapter is None]):
         return ()
     return [_tokens_if_readable(model) for model in models]
 

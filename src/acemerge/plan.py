@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.fitting import fit
 from acemerge.jobs import Head, Job, Plan, Source
 from acemerge.methods import Method, check_experts
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
@@ -39,12 +40,16 @@ def make_plan(
     """
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
+    adapters = {label: expert.adapter for label, expert in zip(labels, experts, strict=True) if expert.adapter}
+    if adapters and recipe.vocabulary != "refuse":
+        what = f"expert {next(iter(adapters))} is an adapter, whose tokens are not told"
+        raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for method in _distinct(job.method for job in jobs if job.method):
         check_experts(method, [expert.weight for expert in recipe.experts])
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
-    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings))
+    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters)
 
 
 class _Planner:
@@ -53,9 +58,10 @@ class _Planner:
     ) -> None:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
-        self.warnings: list[str] = []
         self.base_names = roles.group(base.tensors)
-        self.expert_names = [roles.group(expert.tensors) for expert in experts]
+        self.fitted = [fit(e, label, base, self.base_names, roles) for e, label in zip(experts, labels, strict=True)]
+        self.warnings = [warning for fitted in self.fitted for warning in fitted.warnings]
+        self.expert_names = [roles.group(_own_tensors(expert)) for expert in experts]
         self.kept_apart: set[str] = set()  # identities of base tensors that every expert keeps for itself
         counts = Counter(_group(identity) for identity in self.base_names)
         self.vocabulary: VocabularyOf | None = None
@@ -68,7 +74,7 @@ class _Planner:
             if ours and theirs and ours != theirs:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
-            if not matrices & names.keys():
+            if expert.adapter is None and not matrices & names.keys():
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
 
@@ -77,7 +83,8 @@ class _Planner:
 
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""
-        specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.inputs]
+        specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.of_its_shape]
+        specs += [factor for update in job.updates if update for factor in update.factors]
         wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
         dtype = torch.float64 if wide else torch.float32
         return replace(job, bytes_in=sum(spec.nbytes for spec in specs), compute_dtype=dtype)
@@ -88,7 +95,7 @@ class _Planner:
         out = replace(spec, dtype=self._output_dtype(spec))
         identity = self.roles.identity[name]
         if decision.action == "heads":
-            self.kept_apart.add(identity)
+            self._keep_apart(out)
         if self.vocabulary and identity in self.vocabulary.tensors:
             return by_token(out, role, decision, self.vocabulary, identity)
         if decision.action != "merge":
@@ -96,24 +103,29 @@ class _Planner:
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
-        if not any(sources):
-            return self._base_only(out, role)
-        for label, found in zip(self.labels, sources, strict=True):
-            if not found and self._is_no_parameter(role):
-                return self._kept(out, role, _NO_PARAMETER)
-            if not found:
-                raise CheckpointError(f"expert {label}", f"lacks tensor {name!r}", keep_base(name))
-        shapes = [expert.tensors[found].shape for expert, found in zip(self.experts, sources, strict=True)]
-        if any(shape != spec.shape for shape in shapes):
-            return self._mismatched(out, role, shapes)
+        updates = tuple(fitted.updates.get(identity) for fitted in self.fitted)
+        lacking = [
+            label
+            for label, expert, found in zip(self.labels, self.experts, sources, strict=True)
+            if not found and expert.adapter is None
+        ]
+        if not any(sources) and not any(updates):
+            return self._base_only(out, role, lacking)
+        if lacking and self._is_no_parameter(role):
+            return self._kept(out, role, _NO_PARAMETER)
+        if lacking:
+            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", keep_base(name))
+        for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
+            if found and expert.tensors[found].shape != spec.shape:
+                return self._mismatched(out, role, label, expert.tensors[found].shape)
         self._refuse_integers(name, sources)
-        return self._merge_job(out, role, decision, sources)
+        return replace(self._merge_job(out, role, decision, sources), updates=updates if any(updates) else ())
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
-        copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
+        copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
         job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
         job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
@@ -126,6 +138,15 @@ class _Planner:
             return job
         fused = fused_projections(job.name, job.matrices[1], self.base.config)
         return job if fused is None else replace(job, fused=fused, reason=f"{job.reason}, q, k and v apart")
+
+    def _keep_apart(self, out: TensorSpec) -> None:
+        """Leave a tensor to each expert; one that has only an update of it has nothing to be written beside."""
+        identity = self.roles.identity[out.name]
+        for label, fitted in zip(self.labels, self.fitted, strict=True):
+            if identity in fitted.updates:
+                what = f"tensor {out.name!r} is kept apart for each expert, but its adapter has factors for it only"
+                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+        self.kept_apart.add(identity)
 
     def _kept(self, out: TensorSpec, role: Role, reason: str) -> Job:
         return Job(out, role, reason, entrywise=True)
@@ -148,34 +169,35 @@ class _Planner:
         reason = "an integer buffer: must agree, copied"
         return replace(self._kept(out, role, reason), sources=sources, must_agree=True)
 
-    def _base_only(self, out: TensorSpec, role: Role) -> Job:
-        """No expert has it: the base's own head, unless it belongs to the backbone."""
+    def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Job:
+        """No expert has it: the base's own head, unless it belongs to the backbone. Adapters may lack anything."""
+        if not lacking:
+            return self._kept(out, role, "no adapter changes it: the base's own")
         if self._is_no_parameter(role):
             return self._kept(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {self.labels[0]}", what, keep_base(out.name))
+            raise CheckpointError(f"expert {lacking[0]}", what, keep_base(out.name))
         return self._kept(out, role, "no expert has it: the base's own")
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
         return _group(self.roles.identity[name]) == self.backbone
 
-    def _mismatched(self, out: TensorSpec, role: Role, shapes: list[tuple[int, ...]]) -> Job:
+    def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Job:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
-        i = next(i for i, shape in enumerate(shapes) if shape != out.shape)
-        found = f"tensor {out.name!r} has shape {list(shapes[i])}, but {list(out.shape)} in the base"
+        found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
         if role.name in ("embedding", "output_head"):
             cure = "match the vocabularies by token with --vocabulary base or union"
-            raise CheckpointError(f"expert {self.labels[i]}", found, cure)
+            raise CheckpointError(f"expert {label}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
-            raise CheckpointError(f"expert {self.labels[i]}", found, "merge models of one size")
-        self.kept_apart.add(self.roles.identity[out.name])
+            raise CheckpointError(f"expert {label}", found, "merge models of one size")
+        self._keep_apart(out)
         return self._kept(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
 
     def _refuse_integers(self, name: str, sources: tuple[str, ...]) -> None:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
-            if not expert.tensors[found].dtype.is_floating_point:
+            if found and not expert.tensors[found].dtype.is_floating_point:
                 types = f"{expert.tensors[found].dtype}, but {self.base.tensors[name].dtype} in the base"
                 what = f"tensor {found!r} is {types}"
                 raise CheckpointError(f"expert {label}", what, "dequantise the expert first")
@@ -185,6 +207,8 @@ class _Planner:
         heads = []
         for name, spec in self.experts[i].tensors.items():
             identity = self.roles.identity[name]
+            if identity in self.fitted[i].updates:
+                continue
             if identity in self.kept_apart:
                 heads.append(Head(spec, "task head"))
             elif identity not in self.base_names:
@@ -201,6 +225,12 @@ def _distinct(methods: Iterable[Method]) -> list[Method]:
 def keep_base(name: str) -> str:
     """The cure that keeps the base's values of one tensor."""
     return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
+
+
+def _own_tensors(source: Source) -> list[str]:
+    """What a model has whole, and not only an update of."""
+    updates = source.adapter.updates if source.adapter else {}
+    return [name for name in source.tensors if name not in updates or updates[name].replaces_base]
 
 
 def _group(name: str) -> str:

@@ -24,13 +24,16 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
     """Refuse an expert whose layers have nothing of the base's.
 
     Over the first rows of some layers: `cos = <W_t, W_0> / (||W_t|| ||W_0||)` near zero and `||W_t - W_0|| / ||W_0||`
-    comparable to one. Zeros alone tell nothing. Raises CheckpointError with the figures.
+    comparable to one. Zeros alone tell nothing, and an adapter has no layers to compare. Raises CheckpointError with
+    the figures.
     """
-    jobs = _layers(plan)
-    if not jobs:
+    whole = [i for i, expert in enumerate(experts) if expert.adapter is None]
+    jobs = _layers(plan, whole)
+    if not jobs or not whole:
         return
     W0 = _sample(base, jobs, [job.name for job in jobs])
-    for i, (label, expert) in enumerate(zip(plan.experts, experts, strict=True)):
+    for i in whole:
+        label, expert = plan.experts[i], experts[i]
         Wt = _sample(expert, jobs, [job.sources[i] for job in jobs])
         norms = (W0.norm() * Wt.norm()).item()
         if not norms > 0 or norms == float("inf"):  # the merge itself tells what is not finite, and where
@@ -41,9 +44,10 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
             raise CheckpointError(f"expert {label}", what, "name its own base, or merge all the same with --force")
 
 
-def _layers(plan: Plan) -> list[Job]:
-    """Some layers from everywhere in the model, that every expert has."""
-    layers = [job for job in plan.jobs if job.method and all(job.sources) and job.role.name in ("linear", "conv1d")]
+def _layers(plan: Plan, experts: Sequence[int]) -> list[Job]:
+    """Some layers from everywhere in the model, that all of these experts have."""
+    layers = [job for job in plan.jobs if job.method and job.role.name in ("linear", "conv1d")]
+    layers = [job for job in layers if all(job.sources[i] for i in experts)]
     return layers[:: -(-len(layers) // _LAYERS) or 1]
 
 

@@ -20,6 +20,7 @@ from rich.text import Text
 from acemerge.api import MergeReport
 from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
+from acemerge.extract import ExtractReport
 from acemerge.jobs import Plan
 from acemerge.methods import METHODS, Method
 from acemerge.run import OnProgress
@@ -110,6 +111,8 @@ def merge_summary(console: Console, report: MergeReport) -> None:
     unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
     for status, count in unusual.most_common():
         _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
+    for label, adapter in manifest["adapters"].items():
+        _say(console, f"expert {label}: {adapter}")
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
     _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
@@ -136,6 +139,8 @@ def plan(console: Console, plan: Plan) -> None:
         for head in heads:
             _say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
     _say(console, f"\nroles from {plan.roles_source}")
+    for label, adapter in plan.adapters.items():
+        _say(console, f"expert {label}: {adapter}")
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
     read = size(plan.bytes_read + plan.bytes_reread)
@@ -144,6 +149,18 @@ def plan(console: Console, plan: Plan) -> None:
         f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
         f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
     )
+
+
+def extracted(console: Console, report: ExtractReport) -> None:
+    inside = [tensor for tensor in report.tensors if tensor.in_adapter]
+    outside = [tensor for tensor in report.tensors if not tensor.in_adapter and tensor.energy]
+    rows = [(t.name, f"{t.energy:.4g}", f"{t.share_lost:.2%}") for t in (*inside, *outside)]
+    _table(console, ("tensor", "energy of its difference", "lost"), rows)
+    if outside:
+        _say(console, f"warning: {len(outside)} tensors changed that a LoRA of linear layers cannot hold")
+    for name in report.left_out:
+        _say(console, f"warning: {name} has no counterpart in the base and is left out")
+    _say(console, f"{report.out}: adapter of {len(inside)} layers, {report.share_lost:.2%} of the energy lost in all")
 
 
 def verified(console: Console, out: Path, manifest: Mapping[str, Any]) -> None:

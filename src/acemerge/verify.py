@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained, is_model_file, open_checkpoint
+from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
+from acemerge.checkpoints.lora import open_expert
 from acemerge.checkpoints.output import HEADS, OLD, SIDE_FOLDERS
 from acemerge.checkpoints.writer import PARTIAL
 from acemerge.compute import check_finite
@@ -55,14 +56,14 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
 
 
 def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
-    checkpoint = open_checkpoint(folder)
-    missing = manifest["tensors"].keys() - checkpoint.tensors.keys()
+    checkpoint = open_expert(folder)
+    missing = manifest["tensors"].keys() - checkpoint.places.keys()
     if missing:
         raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", _CURE)
-    for name, spec in checkpoint.tensors.items():
+    for name, info in checkpoint.places.items():
         if name not in manifest["tensors"]:
             raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", _CURE)
-        if spec.dtype.is_floating_point:
+        if info.spec.dtype.is_floating_point:
             check_finite(checkpoint.read(name), name, str(folder), _CURE)
     for label, heads in manifest["heads"].items():
         name = f"{HEADS}/{label}.safetensors"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.errors import CheckpointError
@@ -23,9 +24,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
-_CONVERT = (
-    "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
-)
+CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
 MAX_CONFIG = 16 << 20
 _MAX_DEPTH = 64
 
@@ -69,7 +68,10 @@ _FORMATS = (_SAFETENSORS, _PICKLED)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One opened checkpoint: headers read and checked, no tensor bytes yet."""
+    """One opened checkpoint: headers read and checked, no tensor bytes yet.
+
+    With an `adapter`, `tensors` are those of the base that it changes; what it does not name is the base's own.
+    """
 
     path: Path
     tensors: Mapping[str, TensorSpec]
@@ -77,6 +79,7 @@ class Checkpoint:
     assets: tuple[str, ...]
     places: Mapping[str, TensorInfo] = field(repr=False)
     fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+    adapter: Adapter | None = None
 
     @property
     def weight_files(self) -> list[Path]:
@@ -84,7 +87,8 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, on the CPU, in memory of its own."""
-        info, spec = self.places[name], self.tensors[name]
+        info = self.places[name]
+        spec = info.spec
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
         buffer = bytearray(spec.nbytes)
@@ -155,7 +159,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
     """One pickled file by itself: no configuration, so its tensors are told by name and shape."""
     if not allow_pickle:
-        raise CheckpointError(path, "is pickled, which can run code", _CONVERT)
+        raise CheckpointError(path, "is pickled, which can run code", CONVERT)
     prints = {path: files.fingerprint(path)}
     places = {info.spec.name: info for info in read_pickle(path)}
     return Checkpoint(path, {name: info.spec for name, info in places.items()}, {}, (), places, prints)
@@ -175,7 +179,7 @@ def _format(where: object, names: Sequence[str], allow_pickle: bool) -> _Format:
         if any(name in (kind.single, kind.index) or kind.shard.fullmatch(name) for name in names):
             return kind
     if not allow_pickle and any(_PICKLES.fullmatch(name) for name in names):
-        raise CheckpointError(where, "has only pickled weights, which can run code", _CONVERT)
+        raise CheckpointError(where, "has only pickled weights, which can run code", CONVERT)
     cure = "name a folder with safetensors weights" + (", or the pickled file itself" if allow_pickle else "")
     raise CheckpointError(where, f"has neither {' nor '.join(f'{k.single} nor {k.index}' for k in kinds)}", cure)
 

@@ -17,6 +17,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.journal import JOURNAL, Done, Journal
+from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
 from acemerge.checkpoints.writer import PARTIAL, FileSum, FileWriter
 from acemerge.errors import AcemergeError, UsageError, WriteError
 
@@ -161,7 +162,7 @@ def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
         return name.endswith(".safetensors")
-    return name in (MANIFEST, CARD) or is_model_file(name)
+    return name in (MANIFEST, CARD, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
 
 @contextlib.contextmanager

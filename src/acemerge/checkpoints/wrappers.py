@@ -14,8 +14,10 @@ def without_wrapper(expert: Checkpoint, base_names: Collection[str]) -> tuple[Ch
     """The expert under names that the base knows, and the prefix that was taken off all of them.
 
     Wrappers may lie within each other, as `module._orig_mod.`. A prefix goes only where every name has it and the
-    base then knows more of them.
+    base then knows more of them. An adapter's names were taken out of its wrapper already.
     """
+    if expert.adapter is not None:
+        return expert, ""
     prefix, best, known = "", "", _known(expert, "", base_names)
     while True:
         more = next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in expert.tensors)), "")

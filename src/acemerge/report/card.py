@@ -43,7 +43,7 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         f"# Merged from {len(plan.experts)} experts by {plan.recipe.method.name}",
         "",
         f"Made with acemerge from the base `{_base(plan)}` and the experts "
-        + ", ".join(f"`{label}`" for label in plan.experts)
+        + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
         *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
@@ -75,3 +75,7 @@ def _conversion_card(plan: Plan) -> str:
 def _base(plan: Plan) -> str:
     """A Hub id as it is, the last part of a path."""
     return plan.recipe.base if parse_id(plan.recipe.base) else Path(plan.recipe.base).name
+
+
+def _about(plan: Plan, label: str) -> str:
+    return f" ({plan.adapters[label]})" if label in plan.adapters else ""

@@ -60,6 +60,7 @@ def build_manifest(
         "inputs": [{"path": path, "files": _sums(sums)} for path, sums in inputs],
         "outputs": _sums(outputs),
         "experts": list(plan.experts),
+        "adapters": {label: str(adapter) for label, adapter in plan.adapters.items()},
         "roles": plan.roles_source,
         "tensors": {name: dict(record) for name, record in records.items()},
         "heads": {

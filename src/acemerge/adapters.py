@@ -1,0 +1,25 @@
+"""The task vector of a low-rank update, from its factors."""
+
+from __future__ import annotations
+
+from acemerge.shapes import Float, Tensor
+
+
+def add_update(
+    D: Float[Tensor, "out in"],
+    W0: Float[Tensor, "out in"],
+    A: Float[Tensor, "r in"],
+    B: Float[Tensor, "out r"],
+    scaling: float,
+    magnitude: Float[Tensor, " out"] | None = None,
+) -> None:
+    """`D += s B A` in place; all of one type and device.
+
+    With a magnitude (DoRA, arXiv 2402.09353, eq. 5) the weight is `W = m V / ||V||` by rows, `V = W0 + D + s B A`, and
+    `D = W - W0`. The product itself is never rounded into a weight first.
+    """
+    D.addmm_(B, A, alpha=scaling)
+    if magnitude is not None:
+        V = D + W0
+        V.mul_((magnitude / V.norm(dim=1))[:, None])
+        D.copy_(V.sub_(W0))
