@@ -208,7 +208,7 @@ def test_a_layer_that_all_experts_lack_is_refused(plain: PlainModel) -> None:
 
 
 def test_experts_under_other_names_are_refused(plain: PlainModel) -> None:
-    plain.tuned = [{f"module.{name}": value for name, value in expert.items()} for expert in plain.tuned]
+    plain.tuned = [{f"student.{name}": value for name, value in expert.items()} for expert in plain.tuned]
     refused(plain, CheckpointError, "expert e1: has no layer under a name of the base's")
 
 
