@@ -207,8 +207,6 @@ class _Planner:
         heads = []
         for name, spec in self.experts[i].tensors.items():
             identity = self.roles.identity[name]
-            if identity in self.fitted[i].updates:
-                continue
             if identity in self.kept_apart:
                 heads.append(Head(spec, "task head"))
             elif identity not in self.base_names:

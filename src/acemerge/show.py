@@ -111,7 +111,7 @@ def merge_summary(console: Console, report: MergeReport) -> None:
     unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
     for status, count in unusual.most_common():
         _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
-    for label, adapter in manifest["adapters"].items():
+    for label, adapter in manifest.get("adapters", {}).items():
         _say(console, f"expert {label}: {adapter}")
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
