@@ -5,9 +5,9 @@
 Every measurement is a process of its own, on the same factors and number of threads. `full` forms the task vectors and
 merges them; `factors` is `acemerge.merge_factors`; `and M` has formed the merged update, too. Times are the best of the
 repeats after a warm-up at a sixteenth of the size, or the only one where it takes over a minute; memory is the peak of
-the first that the inputs do not explain. With `--check`, `error` is the distance of either result from the one that
-full task vectors give in float64, relative to that. Rules that divide by singular values may be far off from full
-float32 task vectors: the rounding of these is an update of full rank.
+the first that the inputs do not explain. With `--check` the last two columns are the distances of both results from
+what full task vectors give in float64, relative to that. A rule on singular vectors may be far off from full float32
+task vectors: their rounding is an update of full rank, and truncations as a share of the layer's size take it in.
 """
 
 from __future__ import annotations
