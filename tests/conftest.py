@@ -6,7 +6,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as the command line has it; 
 
 from jaxtyping import install_import_hook
 
-FAMILIES = ("ace", "actmat", "election", "elementwise", "masks", "sparse", "spectral", "sphere", "svc", "wudi")
+FAMILIES = (
+    "ace",
+    "actmat",
+    "election",
+    "elementwise",
+    "masks",
+    "mergekit_sum",
+    "mergekit_variants",
+    "sparse",
+    "spectral",
+    "sphere",
+    "svc",
+    "wudi",
+)
 install_import_hook(["acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype")
 
 from pathlib import Path  # noqa: E402

@@ -146,7 +146,8 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
-        if not (n > 0).any():  # the base's own bytes, the sign of zero included
+        assert job.method is not None
+        if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
             return _own(_cast(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
         result = _apply(job, deltas, W0, used, setting)

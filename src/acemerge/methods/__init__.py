@@ -7,6 +7,8 @@ from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.mergekit_sum import MergekitSum
+from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
 from acemerge.methods.registry import METHODS, make, register
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
@@ -39,5 +41,9 @@ for _rule in (
     Tact,
     Wudi,
     SwudiA,
+    MergekitLinear,
+    MergekitSum,
+    MergekitSlerp,
+    MergekitSce,
 ):
     register(_rule)
