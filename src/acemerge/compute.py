@@ -159,7 +159,7 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
     """The rule's result for this tensor, stored as the tensor is."""
     assert job.method is not None
     recipe, needs = setting.recipe, job.method.needs
-    weights = torch.tensor([recipe.experts[i].weight for i in used], dtype=torch.float64, device=deltas.device)
+    weights = torch.tensor([job.weights[i] for i in used], dtype=torch.float64, device=deltas.device)
     check_experts(job.method, weights.tolist())
     thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
     seen = W0.mT if job.transposed else W0

@@ -41,16 +41,17 @@ Input = tuple[int, str]
 class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
-    `sources[i]` is the tensor's name in the i-th expert, empty where it has none. `copies` are further
-    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the
-    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `bytes_in` are those of
-    all inputs, `compute_dtype` is the type of the work.
+    `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
+    none. `copies` are further spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the
+    result depends on the same entry of the inputs alone. `fused`: projections that the rule gets one by one.
+    `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
     spec: TensorSpec
     role: Role
     reason: str
     method: Method | None = None
+    weights: tuple[float, ...] = ()
     transposed: bool = False
     sources: tuple[str, ...] = ()
     must_agree: bool = False

@@ -12,7 +12,7 @@ import torch
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError
 from acemerge.jobs import Head, Job, Plan, Source
-from acemerge.methods import Method, check_experts
+from acemerge.methods import check_experts
 from acemerge.policy import Decision, Policy
 from acemerge.projections import fused_projections
 from acemerge.recipe import Recipe
@@ -31,8 +31,9 @@ def make_plan(recipe: Recipe, base: Source, experts: Sequence[Source], labels: S
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
-    for method in _distinct(job.method for job in jobs if job.method):
-        check_experts(method, [expert.weight for expert in recipe.experts])
+    for job in _distinct(job for job in jobs if job.method):
+        assert job.method is not None
+        check_experts(job.method, job.weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings))
 
@@ -108,7 +109,8 @@ class _Planner:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names[identity][1:]]
-        job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        weights = decision.weights or tuple(expert.weight for expert in self.recipe.experts)
+        job = Job(out, role, decision.reason, decision.method, weights, transposed, sources, copies=tuple(copies))
         job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
         entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
@@ -188,8 +190,9 @@ class _Planner:
         return heads
 
 
-def _distinct(methods: Iterable[Method]) -> list[Method]:
-    return list({id(method): method for method in methods}.values())
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """One job of each rule with each weights."""
+    return list({(id(job.method), job.weights): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:

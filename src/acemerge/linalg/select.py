@@ -12,7 +12,7 @@ from functools import reduce
 
 import torch
 
-from acemerge.shapes import Bool, Float, Int, Tensor
+from acemerge.shapes import Float, Int, Tensor
 
 _LOW_BITS = 16
 _UPPER = 1 << 15  # the sign bit is clear
@@ -73,24 +73,6 @@ def kth_largest_magnitude(x: Float[Tensor, "*shape"], k: int) -> float:
     if 0 < k - above <= len(inner):
         return inner.kthvalue(len(inner) - (k - above) + 1).values.item()
     return _by_counts(flat, k)  # the sample is not like the rest
-
-
-def first_largest(size: Float[Tensor, " n"], k: int, last: bool = False) -> Bool[Tensor, " n"]:
-    """Exactly the k largest of non-negative numbers; among equals the first of them, or the last.
-
-    They are ranked in float32.
-    """
-    if k <= 0:
-        return torch.zeros_like(size, dtype=torch.bool)
-    if k >= len(size):
-        return torch.ones_like(size, dtype=torch.bool)
-    ranked = size.float()
-    bound = kth_largest_magnitude(ranked, k)
-    mask = ranked > bound
-    missing = k - int(mask.sum())
-    equal = (ranked == bound).nonzero().flatten()
-    mask[equal[-missing:] if last else equal[:missing]] = True
-    return mask
 
 
 def _bracket(sample: Float[Tensor, " m"], share: float) -> tuple[Tensor, Tensor]:

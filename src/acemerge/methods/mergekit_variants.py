@@ -11,8 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from acemerge.linalg.select import first_largest
+from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.mergekit_sum import largest
 from acemerge.methods.sphere import Weights
 from acemerge.shapes import Float, Tensor
 
@@ -116,7 +117,7 @@ class MergekitSce:
         deltas = deltas * layer.weights.to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
         if self.select < 1:
             spread = deltas.var(0, unbiased=False)
-            chosen = first_largest(spread.flatten(), int(self.select * spread.numel()))
+            chosen = largest(magnitudes(spread).flatten(), int(self.select * spread.numel()))
             deltas = deltas * chosen.view_as(spread)
         energies = deltas.flatten(1).square().sum(1, dtype=torch.float64)
         if energies.sum() == 0:
