@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -322,7 +324,7 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
         recipe: dict[str, Any] = {"merge_method": method, "models": list(models), "parameters": parameters}
         return recipe | ({"base_model": f"{d}/base"} if base else {})
 
-    a, b, c = (functools_model(f"{d}/{name}") for name in "abc")
+    a, b, c = (on(f"{d}/{name}") for name in "abc")
     by_name = [{"filter": "mlp", "value": [0.2, 1, 0.4]}, {"filter": "layers.2", "value": 0.7}]
     return {
         "linear": of("linear", a(weight=0.3), b(weight=1.2), c(weight=0.5), base=False),
@@ -351,7 +353,7 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def functools_model(path: str) -> Callable[..., dict[str, Any]]:
+def on(path: str) -> Callable[..., dict[str, Any]]:
     return lambda **parameters: model(path, **parameters)
 
 
@@ -395,3 +397,33 @@ def test_the_tensors_are_those_of_mergekit(theirs: Path, name: str) -> None:
             sizes = [models[key].double().abs() for models in read(theirs, "bf16").values()]
             step = torch.exp2(torch.stack(sizes).amax(0).log2().floor() - 7)
             assert (error <= step).all(), key
+
+
+@beside_mergekit
+def test_mergekit_merges_by_our_rules(shelf: Path) -> None:
+    methods = ("ace", "actmat", "tact", "tsv_m", "iso_c", "iso_cts", "wudi", "swudi_a")
+    models = [model("f32/a", weight=0.5), model("f32/b")]
+    for method in methods:
+        params = {"eps": 2e-4} if method == "ace" else {}
+        recipe = {"merge_method": method, "base_model": "f32/base", "models": models, "parameters": params}
+        (shelf / f"{method}.yml").write_text(yaml.safe_dump(recipe))
+    source = Path(api.__file__).parent.parent
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(source)}
+    command = [PEERS.parent / "python", "-c", "import acemerge.integrations.mergekit" + _DRIVER, *methods]
+    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    values = read(shelf)
+    for method in methods:
+        found = load_folder(shelf / f"theirs-{method}")
+        for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"):
+            D = torch.stack([values[key][name] - values["base"][name] for key in "ab"])
+            rule, params = (method, {"eps": 2e-4} if method == "ace" else {}) if "mlp" in name else ("average", {})
+            expected = values["base"][name] + by(rule, D, [0.5, 1.0], **params)
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6, msg=f"{method} {name}")
+
+
+def test_without_mergekit_the_integration_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mergekit", None)
+    monkeypatch.delitem(sys.modules, "acemerge.integrations.mergekit", raising=False)
+    with pytest.raises(UsageError, match=r"mergekit: is not installed; pip install 'mergekit==0.1.5'"):
+        importlib.import_module("acemerge.integrations.mergekit")
