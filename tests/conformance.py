@@ -55,6 +55,10 @@ RULES = {
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
     "wudi": Traits(scales=False),
     "swudi_a": Traits(rotates=True, rank=True),
+    "mergekit_linear": Traits(rotates=True),
+    "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
+    "mergekit_slerp": Traits(returns=True, rotates=True, drops=False, experts=2),
+    "mergekit_sce": Traits(returns=True),
 }
 
 

@@ -215,11 +215,12 @@ def test_heads_whose_shapes_differ_are_kept_beside(tmp_path: Path) -> None:
 def test_classifiers_on_a_language_model_base_keep_the_bases_own_head(tmp_path: Path) -> None:
     import transformers
 
-    make_model("bert").save_pretrained(tmp_path / "base")
+    base = make_model("bert")
+    base.save_pretrained(tmp_path / "base")
     for seed in (1, 2):
-        config = make_model("bert").config
-        torch.manual_seed(0)
-        perturb(transformers.BertForSequenceClassification(config), seed).save_pretrained(tmp_path / f"e{seed}")
+        tuned = transformers.BertForSequenceClassification(base.config)
+        tuned.bert.load_state_dict(base.bert.state_dict(), strict=False)  # which has no pooler
+        perturb(tuned, seed).save_pretrained(tmp_path / f"e{seed}")
     report = acemerge.merge(tmp_path / "base", [tmp_path / "e1", tmp_path / "e2"], out=tmp_path / "out")
     assert report.tensors["cls.predictions.bias"]["reason"] == "no expert has it: the base's own"
     assert report.manifest["heads"]["e1"]["classifier.weight"] == "missing in the base"

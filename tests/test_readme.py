@@ -42,12 +42,14 @@ def test_the_shell_examples(shelf: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert stop.value.code == 0, capsys.readouterr().err
 
 
-def test_the_recipe(shelf: Path) -> None:
-    (recipe,) = blocks("yaml")
-    (shelf / "recipe.yaml").write_text(recipe)
-    with pytest.raises(SystemExit) as stop:
-        main(["merge", "recipe.yaml", "-o", "merged", "--quiet"])
-    assert stop.value.code == 0
+def test_the_recipes(shelf: Path) -> None:
+    recipes = blocks("yaml")
+    assert len(recipes) == 2  # ours, and one of mergekit
+    for i, recipe in enumerate(recipes):
+        (shelf / "recipe.yaml").write_text(recipe)
+        with pytest.raises(SystemExit) as stop:
+            main(["merge", "recipe.yaml", "-o", f"merged{i}", "--quiet"])
+        assert stop.value.code == 0
 
 
 def test_the_python_example(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:

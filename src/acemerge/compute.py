@@ -150,7 +150,8 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
-        if not (n > 0).any():  # the base's own bytes, the sign of zero included
+        assert job.method is not None
+        if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
             return _own(_cast(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
         result = _apply(job, deltas, W0, used, setting)
@@ -171,7 +172,7 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
     W0[: len(base)] = base
     total, weights = torch.zeros_like(W0), torch.zeros(len(W0), dtype=W0.dtype, device=place.device)
     record: dict[str, Any] = {"energies": [], "skipped_experts": []}
-    for i, (expert, label) in enumerate(zip(setting.recipe.experts, setting.labels, strict=True)):
+    for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
         Wt = values.take((i + 1, job.sources[i]))
         if setting.recipe.nonfinite == "error":
             check_finite(Wt, job.sources[i], f"expert {label}", _LEAVE_OUT)
@@ -182,8 +183,8 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
         D = rows_of(Wt.to(W0), rows).sub_(W0)
         D[rows < 0] = 0
         record["energies"].append(energies(D[None]).item())
-        total.add_(D, alpha=expert.weight)
-        weights.add_(rows >= 0, alpha=expert.weight)
+        total.add_(D, alpha=weight)
+        weights.add_(rows >= 0, alpha=weight)
         values.release(i + 1)
     shares = torch.where(weights != 0, job.method.scale / weights, 0)
     shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
@@ -199,7 +200,7 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
     """The rule's result for this tensor, stored as the tensor is."""
     assert job.method is not None
     recipe, needs = setting.recipe, job.method.needs
-    weights = torch.tensor([recipe.experts[i].weight for i in used], dtype=torch.float64, device=deltas.device)
+    weights = torch.tensor([job.weights[i] for i in used], dtype=torch.float64, device=deltas.device)
     check_experts(job.method, weights.tolist())
     thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
     seen = W0.mT if job.transposed else W0

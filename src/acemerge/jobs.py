@@ -45,10 +45,11 @@ Input = tuple[int, str]
 class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
-    `sources[i]` is the tensor's name in the i-th expert, empty where it has none of its own and starts from the
-    base's; `updates[i]` is what an adapter adds to that. `copies` are further spellings of a tied tensor, whose bytes
-    must agree. `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`:
-    projections that the rule gets one by one. `vocabulary`: which rows of the experts are which of the output.
+    `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
+    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `copies` are further
+    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the same
+    entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows of the
+    experts are which of the output.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -56,6 +57,7 @@ class Job:
     role: Role
     reason: str
     method: Method | None = None
+    weights: tuple[float, ...] = ()
     transposed: bool = False
     sources: tuple[str, ...] = ()
     updates: tuple[Update | None, ...] = ()

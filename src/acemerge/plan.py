@@ -13,7 +13,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
 from acemerge.jobs import Head, Job, Plan, Source
-from acemerge.methods import Method, check_experts
+from acemerge.methods import check_experts
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
 from acemerge.projections import fused_projections
@@ -46,8 +46,9 @@ def make_plan(
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
-    for method in _distinct(job.method for job in jobs if job.method):
-        check_experts(method, [expert.weight for expert in recipe.experts])
+    for job in _distinct(job for job in jobs if job.method):
+        assert job.method is not None
+        check_experts(job.method, job.weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters)
 
@@ -97,7 +98,7 @@ class _Planner:
         if decision.action == "heads":
             self._keep_apart(out)
         if self.vocabulary and identity in self.vocabulary.tensors:
-            return by_token(out, role, decision, self.vocabulary, identity)
+            return replace(by_token(out, role, decision, self.vocabulary, identity), weights=self._weights(decision))
         if decision.action != "merge":
             return self._kept(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
@@ -126,11 +127,15 @@ class _Planner:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
-        job = Job(out, role, decision.reason, decision.method, transposed, sources, copies=tuple(copies))
+        weights = self._weights(decision)
+        job = Job(out, role, decision.reason, decision.method, weights, transposed, sources, copies=tuple(copies))
         job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
         entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
         return replace(job, entrywise=entrywise)
+
+    def _weights(self, decision: Decision) -> tuple[float, ...]:
+        return decision.weights or tuple(expert.weight for expert in self.recipe.experts)
 
     def _by_projection(self, job: Job) -> Job:
         """The job with its fused projections apart, where the recipe asks for it and the rule sees a matrix."""
@@ -216,8 +221,9 @@ class _Planner:
         return heads
 
 
-def _distinct(methods: Iterable[Method]) -> list[Method]:
-    return list({id(method): method for method in methods}.values())
+def _distinct(jobs: Iterable[Job]) -> list[Job]:
+    """One job of each rule with each weights."""
+    return list({(id(job.method), job.weights): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:

@@ -11,7 +11,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
 from acemerge.methods import Method
 from acemerge.methods.elementwise import Average
-from acemerge.recipe import Recipe
+from acemerge.recipe import Recipe, TensorRule
 from acemerge.roles import Role
 
 Action = Literal["merge", "base", "heads"]
@@ -19,11 +19,12 @@ Action = Literal["merge", "base", "heads"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tensor gets and why. `method` is set when it is merged."""
+    """What one tensor gets and why. `method` is set when it is merged, `weights` where they are not the experts'."""
 
     action: Action
     reason: str
     method: Method | None = None
+    weights: tuple[float, ...] | None = None
 
 
 class Policy:
@@ -35,6 +36,9 @@ class Policy:
         # With `method: average` its own scale holds for every averaged tensor.
         self._average: Method = self._main if isinstance(self._main, Average) else Average()
         self._rules = [(rule, rule.method.build() if rule.method else None) for rule in recipe.rules]
+        plain = [(i, rule.match) for i, (rule, _) in enumerate(self._rules) if not set(rule.match) & set("*?[")]
+        self._plain = {match: i for i, match in reversed(plain)}
+        self._patterns = [i for i, (rule, _) in enumerate(self._rules) if rule.match not in self._plain]
         self._family = _paper_family(model_type, names) if recipe.policy == "paper" else None
 
     @property
@@ -42,14 +46,21 @@ class Policy:
         return "stored" if self._family else self._recipe.orientation
 
     def decide(self, spec: TensorSpec, role: Role) -> Decision:
-        for rule, method in self._rules:
-            if fnmatchcase(spec.name, rule.match):
-                reason = f"recipe rule {rule.match!r}"
-                if method is None:
-                    return Decision(rule.action or "base", reason)
-                self._check_shape(spec, role, method)
-                return Decision("merge", reason, method)
-        return self._paper(spec) if self._family else self._default(spec, role)
+        found = self._rule_for(spec.name)
+        if found is None:
+            return self._paper(spec) if self._family else self._default(spec, role)
+        rule, method = found
+        reason = f"recipe rule {rule.match!r}"
+        if method is None:
+            return Decision(rule.action or "base", reason)
+        self._check_shape(spec, role, method)
+        return Decision("merge", reason, method, rule.weights)
+
+    def _rule_for(self, name: str) -> tuple[TensorRule, Method | None] | None:
+        """The first rule that matches. A recipe may name every tensor: plain names are looked up, not compared."""
+        end = self._plain.get(name, len(self._rules))
+        found = next((i for i in self._patterns if i < end and fnmatchcase(name, self._rules[i][0].match)), end)
+        return self._rules[found] if found < len(self._rules) else None
 
     def _check_shape(self, spec: TensorSpec, role: Role, method: Method) -> None:
         if method.needs.matrix and len(spec.shape) != 2 and role.name != "experts":

@@ -12,8 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.hub import hub_id
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.hub import hub_id, locate
 from acemerge.errors import CheckpointError, UsageError, nearest
+from acemerge.mergekit import from_mergekit, is_mergekit
 from acemerge.methods import Method, make
 
 _MAX_RECIPE = 1 << 20
@@ -58,16 +61,22 @@ class ExpertSpec(_Strict):
 
 
 class TensorRule(_Strict):
-    """What tensors whose name matches a glob get: a rule, the base's own values, or the experts' kept beside."""
+    """What tensors whose name matches a glob get: a rule, the base's own values, or the experts' kept beside.
+
+    `weights` are the experts' weights there, instead of their own.
+    """
 
     match: str
     method: MethodSpec | None = None
+    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
     action: Literal["base", "heads"] | None = None
 
     @model_validator(mode="after")
     def _one_of_the_two(self) -> TensorRule:
         if (self.method is None) == (self.action is None):
             raise ValueError("give either `method` or `action`")
+        if self.weights is not None and self.method is None:
+            raise ValueError("weights go with a `method`")
         return self
 
 
@@ -115,6 +124,13 @@ class Recipe(_Strict):
         """The base and then every expert, as they were named."""
         return [self.base, *(expert.model for expert in self.experts)]
 
+    @model_validator(mode="after")
+    def _a_weight_for_each(self) -> Recipe:
+        for rule in self.rules:
+            if rule.weights is not None and len(rule.weights) != len(self.experts):
+                raise ValueError(f"rule {rule.match!r} has {len(rule.weights)} weights for {len(self.experts)} experts")
+        return self
+
     def build_method(self) -> Method:
         return self.method.build(self.scale)
 
@@ -135,12 +151,34 @@ def load_recipe(
     `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
     """
     content = _read_yaml(path)
+    if is_mergekit(content):
+        return _from_mergekit(content, path, overrides, method, params)
     if isinstance(content.get("base"), str):
         content["base"] = _relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
     rule = with_params(method or content.get("method", "ace"), params or {})
     return make_recipe({**content, "method": rule, **overrides}, path)
+
+
+def _from_mergekit(
+    content: Mapping[str, Any],
+    path: Path,
+    overrides: Mapping[str, Any],
+    method: str | None,
+    params: Mapping[str, Any] | None,
+) -> Recipe:
+    """A mergekit YAML decides models and rules itself: only options that leave them alone go with it."""
+    decided = [key for key in ("base", "experts", "scale", "policy") if key in overrides]
+    if method or params or decided:
+        option = "--method" if method else "--set" if params else f"--{decided[0].removesuffix('s')}"
+        raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
+
+    def headers(model: str) -> Mapping[str, TensorSpec]:
+        return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path).tensors
+
+    found = from_mergekit(content, path, lambda model: _relative_to(path.parent, model), headers)
+    return make_recipe({**found, **overrides}, path)
 
 
 def with_params(method: Any, params: Mapping[str, Any]) -> Any:

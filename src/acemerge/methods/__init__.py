@@ -9,6 +9,8 @@ from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, merge_low_rank
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.mergekit_sum import MergekitSum
+from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
 from acemerge.methods.registry import METHODS, make, register
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
@@ -55,5 +57,9 @@ for _rule in (
     Tact,
     Wudi,
     SwudiA,
+    MergekitLinear,
+    MergekitSum,
+    MergekitSlerp,
+    MergekitSce,
 ):
     register(_rule)

@@ -81,7 +81,8 @@ class Needs:
     `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
     `Layer.thresholds`. `entrywise`: an entry of the result depends on the same entry of the input alone, and all
     that is said of it is the status, so that a tensor may be merged in pieces. `weights` and `most_experts` bound
-    what it is defined for. `masks`: its results hold masks, to be written beside the model. `work` is the memory
+    what it is defined for, `experts` says how many exactly. `moves_equals`: the result is not the base's even where
+    no expert has an update. `masks`: its results hold masks, to be written beside the model. `work` is the memory
     it takes, a repetition in float64 included.
 
     `factors` is how it merges updates of low rank. "linear": M is a combination of the D_t whose coefficients do not
@@ -96,6 +97,8 @@ class Needs:
     entrywise: bool = False
     weights: Literal["any", "not negative", "not cancelling"] = "any"
     most_experts: int | None = None
+    experts: int | None = None
+    moves_equals: bool = False
     masks: bool = False
     work: Work = Work()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
@@ -137,6 +140,9 @@ def check_experts(method: Method, weights: Sequence[float]) -> None:
     if needs.most_experts is not None and len(weights) > needs.most_experts:
         what = f"takes at most {needs.most_experts} experts, not {len(weights)}"
         raise UsageError(method.name, what, "merge fewer, or use a rule that takes any number, as karcher")
+    if needs.experts is not None and len(weights) != needs.experts:
+        what = f"has parameters for {needs.experts} experts, not for {len(weights)}"
+        raise UsageError(method.name, what, "give one value for each expert, or one for all")
     if needs.weights == "not negative" and min(weights) < 0:
         raise UsageError(method.name, "an expert has a negative weight", "use weights of zero or more")
     if needs.weights == "not cancelling" and sum(weights) == 0:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -64,24 +64,29 @@ class ModelStock:
         M = t mean_t D_t,   t = T c / (1 + (T - 1) c),   c the mean cosine between two task vectors
 
     Source: Jang et al. 2024 (arXiv 2403.19522), section 3.2, per tensor. Experts without an update drop out;
-    one expert is kept whole. Where the experts cancel altogether the denominator is zero, and so is M.
+    one expert is kept whole. With `still: count` they count, at a right angle to all others, as mergekit has it.
+    Where the experts cancel altogether the denominator is zero, and so is M.
     """
 
     name: ClassVar[str] = "model_stock"
     source: ClassVar[str] = "arXiv 2403.19522"
     needs: ClassVar[Needs] = Needs()
 
+    still: Annotated[
+        Literal["drop", "count"], Field(description="what experts without an update do: drop out, or count")
+    ] = "drop"
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         gram = inner_products(deltas) * torch.outer(layer.weights, layer.weights)
         norms = gram.diagonal().sqrt()
-        T = int((norms > 0).sum())
-        if T == 0:
+        moved = int((norms > 0).sum())
+        if moved == 0:
             return no_update(deltas)
+        T = moved if self.still == "drop" else len(deltas)
         inverse = torch.where(norms > 0, 1 / norms, 0)
         cosines = gram * torch.outer(inverse, inverse)
-        mean_cosine = (float(cosines.sum()) - T) / max(1, T * (T - 1)) if T > 1 else 1.0
+        mean_cosine = (float(cosines.sum()) - moved) / max(1, T * (T - 1)) if T > 1 else 1.0
         denominator = 1 + (T - 1) * mean_cosine
         share = T * mean_cosine / denominator if denominator > _SHORT else 0.0
         status = "ok" if denominator > _SHORT else "experts cancel"

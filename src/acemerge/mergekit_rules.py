@@ -1,0 +1,128 @@
+"""mergekit's merge methods: their parameters with its defaults, and the rule of ours that gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from acemerge.errors import UsageError
+
+_NEEDED = ...  # has no default
+_MANY = 10_000
+
+
+@dataclass(frozen=True)
+class Values:
+    """The parameters of one tensor: those of the method, and those of each model."""
+
+    shared: Mapping[str, Any]
+    each: Mapping[str, Sequence[Any]]
+    has_base: bool
+    where: str
+
+    def flag(self, key: str) -> bool:
+        value = self.shared[key]
+        if value not in (True, False):
+            raise UsageError(self.where, f"`{key}` is {value!r}", "write true or false")
+        return bool(value)
+
+    def one_or_each(self, key: str) -> Any:
+        """One number where all models have the same."""
+        values = self.each[key]
+        return values[0] if len(set(values)) == 1 else tuple(values)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A merge method of mergekit.
+
+    `per_model` and `shared` are its parameters with their defaults. `base` says what a `base_model` is to it,
+    `counts_base` that it is one of the models that are merged, `experts` how many it merges. `rounds`: our rule
+    can compute in the models' type as mergekit does. `make` gives the table of our method
+    and the experts' weights.
+    """
+
+    per_model: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    base: Literal["required", "optional", "ignored"]
+    make: Callable[[Values], tuple[Mapping[str, Any], Sequence[float] | None]]
+    experts: tuple[int, int] = (1, _MANY)
+    counts_base: bool = False
+    rounds: bool = False
+
+
+def _linear(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    weights = values.each["weight"]
+    if not values.flag("normalize"):
+        return {"name": "mergekit_linear"}, weights
+    if sum(weights) == 0:
+        raise UsageError(values.where, "the weights sum to zero", "change them, or set `normalize: false`")
+    return {"name": "average"}, weights
+
+
+def _passthrough(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    return {"name": "mergekit_linear"}, values.each["scale"]
+
+
+def _slerp(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    t = values.shared["t"]
+    return {"name": "mergekit_slerp"}, (1 - t, t)
+
+
+def _nuslerp(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    # mergekit's names for the two are the other way round.
+    by = "columns" if values.flag("nuslerp_row_wise") else "rows"
+    along = "tensor" if values.flag("nuslerp_flatten") else by
+    of = "updates" if values.has_base else "weights"
+    return {"name": "mergekit_slerp", "of": of, "along": along, "straight": 1.0}, values.each["weight"]
+
+
+def _model_stock(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    if values.flag("filter_wise"):
+        raise UsageError(values.where, "`filter_wise: true` is not supported yet", "take it out")
+    return {"name": "model_stock", "still": "count"}, None
+
+
+def _karcher(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    return {"name": "karcher", "steps": values.shared["max_iter"], "tol": values.shared["tol"]}, None
+
+
+def _sce(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    return {"name": "mergekit_sce", "select": values.shared["select_topk"]}, None
+
+
+def _sum(trim: str, vote: bool = False, normalize: bool = False, rescale: bool = False, extra: str = "") -> Kind:
+    """A member of the family of task arithmetic, with its defaults; `extra` is the parameter that its trimming has."""
+
+    def make(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+        own = ("density", *([extra] if extra else [])) if trim != "none" else ()
+        method = {"name": "mergekit_sum", "trim": trim, "vote": vote, "normalize": values.flag("normalize")}
+        method |= {key: values.one_or_each(key) for key in own}
+        return {**method, "rescale": values.flag("rescale"), "scale": values.shared["lambda"]}, values.each["weight"]
+
+    per_model = {"weight": _NEEDED, "density": 1.0} | ({extra: _DEFAULTS[extra]} if extra else {})
+    shared = {"normalize": normalize, "rescale": rescale, "lambda": 1.0, "int8_mask": False}
+    return Kind(per_model, shared, "required", make, rounds=True)
+
+
+_DEFAULTS = {"gamma": 0.01, "epsilon": 0.15}
+_NUSLERP = {"nuslerp_flatten": True, "nuslerp_row_wise": False}
+
+RULES: dict[str, Kind] = {
+    "linear": Kind({"weight": _NEEDED}, {"normalize": True}, "ignored", _linear),
+    "slerp": Kind({}, {"t": _NEEDED}, "required", _slerp, experts=(2, 2), counts_base=True),
+    "nuslerp": Kind({"weight": _NEEDED}, _NUSLERP, "optional", _nuslerp, experts=(2, 2)),
+    "task_arithmetic": _sum("none"),
+    "ties": _sum("largest", vote=True, normalize=True),
+    "dare_linear": _sum("random", rescale=True),
+    "dare_ties": _sum("random", vote=True, rescale=True),
+    "della": _sum("by_rank", vote=True, normalize=True, rescale=True, extra="epsilon"),
+    "della_linear": _sum("by_rank", rescale=True, extra="epsilon"),
+    "breadcrumbs": _sum("middle", extra="gamma"),
+    "breadcrumbs_ties": _sum("middle", vote=True, extra="gamma"),
+    "sce": Kind({}, {"select_topk": 1.0, "int8_mask": False}, "required", _sce),
+    "model_stock": Kind({}, {"filter_wise": False}, "required", _model_stock, experts=(2, _MANY)),
+    "karcher": Kind({}, {"max_iter": 10, "tol": 1e-5}, "ignored", _karcher),
+    "passthrough": Kind({"scale": 1.0}, {}, "ignored", _passthrough, experts=(1, 1)),
+}
