@@ -91,3 +91,10 @@ def test_an_untrained_base_says_nothing_of_its_experts(tmp_path: Path) -> None:
     base, (tuned, _) = _wide(tmp_path)
     zeros = write_checkpoint(tmp_path / "zeros", {name: 0 * value for name, value in load_folder(base).items()})
     acemerge.merge(zeros, [tuned])
+
+
+def test_layers_without_entries_are_passed_over(tmp_path: Path) -> None:
+    base, (tuned, _) = _wide(tmp_path)
+    empty = {"layers.0.weight": torch.empty(0, 64), "layers.1.weight": torch.empty(64, 0)}
+    folders = [write_checkpoint(tmp_path / f"e{i}", load_folder(f) | empty) for i, f in enumerate((base, tuned))]
+    acemerge.merge(folders[0], folders[1:], out=tmp_path / "out")

@@ -47,7 +47,7 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
 def _layers(plan: Plan, experts: Sequence[int]) -> list[Job]:
     """Some layers from everywhere in the model, that all of these experts have."""
     layers = [job for job in plan.jobs if job.method and job.role.name in ("linear", "conv1d")]
-    layers = [job for job in layers if all(job.sources[i] for i in experts)]
+    layers = [job for job in layers if job.spec.count and all(job.sources[i] for i in experts)]
     return layers[:: -(-len(layers) // _LAYERS) or 1]
 
 
