@@ -22,7 +22,8 @@ _MEASURE = """
 import json, resource, sys
 import acemerge
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-acemerge.merge(sys.argv[2], sys.argv[2:4], sys.argv[1], force=True)  # unrelated models; a dry run on one small model: libraries warmed up
+# A dry run on one small model, to warm the libraries up. The models are not related.
+acemerge.merge(sys.argv[2], sys.argv[2:4], sys.argv[1], force=True)
 before = peak()
 acemerge.merge(sys.argv[4], sys.argv[5:-1], sys.argv[1], out=sys.argv[-1], max_shard_size="64MB", force=True)
 print(json.dumps(peak() - before))

@@ -20,7 +20,6 @@ from acemerge.buffers import Buffers
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span, check_unchanged
-from acemerge.compute import Loaded, Place
 from acemerge.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Job, Piece, pieces
@@ -29,6 +28,7 @@ from acemerge.opening import RunOptions, open_recipe
 from acemerge.pipeline import Pipeline
 from acemerge.recipe import make_recipe
 from acemerge.roles import Role
+from acemerge.work import Loaded, Place
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 
 CPU = torch.device("cpu")

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from acemerge.adapters import add_update
-from acemerge.buffers import Buffers
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
-from acemerge.jobs import Input, Job, Piece
+from acemerge.finite import check_finite, is_finite, rounded
+from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
 from acemerge.plan import keep_base
 from acemerge.projections import Fused
-from acemerge.recipe import Recipe
 from acemerge.shapes import Float, Tensor
 from acemerge.vocabulary import rows_of
+from acemerge.work import Place, Setting, Values
 
 _LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
 
@@ -34,63 +33,6 @@ class Computed:
     value: Tensor
     record: Mapping[str, Any]
     masks: tuple[Tensor, ...] = ()  # one per expert, packed; of rules that make them
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every job of a run shares.
-
-    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert.
-    """
-
-    recipe: Recipe
-    labels: Sequence[str]
-    thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
-
-
-class Values(Protocol):
-    """The inputs of one piece."""
-
-    def take(self, wanted: Input) -> Tensor:
-        """The stored values, on any device. Not to be modified."""
-        ...
-
-    def release(self, model: int) -> None:
-        """Nothing more is wanted of this model."""
-        ...
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a piece is computed: the device, and the host's large buffers."""
-
-    device: torch.device
-    buffers: Buffers = field(default_factory=Buffers)
-
-    @contextlib.contextmanager
-    def space(self, shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
-        """A tensor to work in, whatever is in it; not to be used when the block has ended."""
-        if self.device.type != "cpu":
-            yield torch.empty(shape, dtype=dtype, device=self.device)
-            return
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        buffer = self.buffers.take(nbytes)
-        try:
-            yield buffer[:nbytes].view(dtype).view(*shape)
-        finally:
-            self.buffers.give(buffer)
-
-
-# Pieces that are worked on together, each with its inputs.
-Loaded = Sequence[tuple[Piece, Values]]
-Result = TypeVar("Result")
-Work = Callable[[Loaded, Place], Result]  # what a walk does with them
-
-
-class Walk(Protocol):
-    """Goes through pieces in their order, some together, and yields what `work` makes of them."""
-
-    def __call__(self, parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]: ...
 
 
 def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:
@@ -139,7 +81,7 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
                 raise CheckpointError(f"expert {setting.labels[model - 1]}", what, keep_base(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, "base", first_row=_first_row(piece))
-    return _own(_cast(base, job), base), {"status": "kept"}, ()
+    return _own(rounded(base, job), base), {"status": "kept"}, ()
 
 
 def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -153,10 +95,10 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         assert job.method is not None
         if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            return _own(_cast(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
+            return _own(rounded(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
         result = _apply(job, deltas, W0, used, setting)
         value = result.delta.add_(W0)
-        return _own(_cast(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
+        return _own(rounded(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
 
 
 def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -192,8 +134,8 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
     if not record["skipped_experts"]:
         del record["skipped_experts"]
     if value.shape == base.shape and not any(record["energies"]):
-        return _own(_cast(base, job), base), {"status": "no update", **record}, ()
-    return _cast(value, job), {"status": "ok", **record}, ()
+        return _own(rounded(base, job), base), {"status": "no update", **record}, ()
+    return rounded(value, job), {"status": "ok", **record}, ()
 
 
 def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
@@ -315,48 +257,6 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
 
 def _first_row(piece: Piece) -> int:
     return piece.rows[0] if piece.rows else 0
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinities."""
-    if values.numel() == 0:
-        return True
-    low, high = torch.aminmax(values)  # NaN wins both
-    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
-
-
-def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again", first_row: int = 0) -> None:
-    """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
-    if is_finite(values):
-        return
-    place = (~torch.isfinite(values)).nonzero()[0].tolist()
-    value = values[tuple(place)].item()
-    what = f"tensor {name!r} is {value} at {[place[0] + first_row, *place[1:]] if place else place}"
-    raise CheckpointError(where, what, cure)
-
-
-def _cast(value: Tensor, job: Job) -> Tensor:
-    """Round once, to the output type. NumericalError for what is not finite, before or after."""
-    result = value.to(device="cpu", dtype=job.spec.dtype)
-    if value.dtype.is_floating_point and not _fits(value, job.spec.dtype) and not is_finite(result):
-        where = f"tensor {job.name!r}"
-        if not is_finite(value):
-            cure = "use --compute-dtype float64 or a smaller scale"
-            raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
-        largest = value.abs().max().item()
-        kind = str(job.spec.dtype).removeprefix("torch.")
-        what = f"its largest magnitude {largest:g} overflows {kind}"
-        raise NumericalError(where, what, "write --dtype bfloat16 or float32")
-    return result.contiguous()
-
-
-def _fits(value: Tensor, dtype: torch.dtype) -> bool:
-    """Whether all values are within the range of a type. What is a little beyond may still be rounded into it."""
-    if value.numel() == 0:
-        return True
-    low, high = torch.aminmax(value)  # NaN wins both
-    limit = torch.finfo(dtype).max
-    return bool(low >= -limit) and bool(high <= limit)
 
 
 def _own(value: Tensor, other: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL, PREFIX
 from acemerge.checkpoints.output import OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.writer import FileSum, TensorFiles
-from acemerge.compute import Loaded, Place, Setting, Work, is_finite, task_vectors
+from acemerge.compute import task_vectors
 from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.finite import is_finite
 from acemerge.jobs import Job, pieces
 from acemerge.linalg.gram import energies
 from acemerge.linalg.spectral import leading_singular
@@ -30,6 +31,7 @@ from acemerge.relatedness import check_related
 from acemerge.report.manifest import build_manifest, to_bytes
 from acemerge.run import walker
 from acemerge.shapes import Float, Tensor
+from acemerge.work import Loaded, Place, Setting, Work
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
 _FUSED_EXPERT = re.compile(r"\.experts\.\d+\.")

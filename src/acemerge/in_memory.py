@@ -14,8 +14,9 @@ from torch import nn
 
 from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.compute import Place, Result, Setting, Work, compute, is_finite
+from acemerge.compute import compute
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.finite import is_finite
 from acemerge.jobs import Input, Piece, pieces
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import (
@@ -33,6 +34,7 @@ from acemerge.recipe import make_recipe
 from acemerge.roles import Roles, roles_by_name, roles_from_model
 from acemerge.shapes import Float, Tensor
 from acemerge.thresholds import with_thresholds
+from acemerge.work import Place, Result, Setting, Work
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
 from acemerge.checkpoints.wrappers import without_wrapper
-from acemerge.compute import Setting
 from acemerge.costs import budget
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
@@ -28,6 +27,7 @@ from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
 from acemerge.vocabulary import Tokens
+from acemerge.work import Setting
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import torch
 
 from acemerge.buffers import Buffers
 from acemerge.checkpoints.reader import Reader, Span
-from acemerge.compute import Place, Result, Work
 from acemerge.costs import Cost, cost, in_flight, together
 from acemerge.jobs import Input, Load, Piece
 from acemerge.shapes import Tensor
+from acemerge.work import Place, Result, Work
 
 # Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.
 _BATCH_BYTES = 8 << 20

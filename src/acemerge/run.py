@@ -17,11 +17,13 @@ from acemerge.checkpoints.masks import mask_spec
 from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
-from acemerge.compute import Computed, Loaded, Place, Result, Setting, Walk, Work, check_finite, compute, whole_record
+from acemerge.compute import Computed, compute, whole_record
+from acemerge.finite import check_finite
 from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.pipeline import Pipeline
 from acemerge.shapes import Tensor
 from acemerge.thresholds import with_thresholds
+from acemerge.work import Loaded, Place, Result, Setting, Walk, Work
 
 Records = dict[str, Mapping[str, Any]]
 

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from acemerge.compute import Loaded, Place, Setting, Walk, task_vectors
+from acemerge.compute import task_vectors
 from acemerge.jobs import Job, Plan, pieces
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
 from acemerge.shapes import Int, Tensor
+from acemerge.work import Loaded, Place, Setting, Walk
 
 # Counts for task vectors of the t-th expert.
 _Count = Callable[[int, Tensor], Tensor]

@@ -11,8 +11,8 @@ from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
 from acemerge.checkpoints.output import HEADS, OLD, SIDE_FOLDERS
 from acemerge.checkpoints.writer import PARTIAL
-from acemerge.compute import check_finite
 from acemerge.errors import CheckpointError
+from acemerge.finite import check_finite
 from acemerge.report.manifest import load_manifest
 
 _CURE = "merge again, or restore the file"

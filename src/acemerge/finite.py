@@ -1,0 +1,51 @@
+"""What is not finite, going in or coming out, is refused by name."""
+
+from __future__ import annotations
+
+import torch
+
+from acemerge.errors import CheckpointError, NumericalError
+from acemerge.jobs import Job
+from acemerge.shapes import Tensor
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinities."""
+    if values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)  # NaN wins both
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again", first_row: int = 0) -> None:
+    """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
+    if is_finite(values):
+        return
+    place = (~torch.isfinite(values)).nonzero()[0].tolist()
+    value = values[tuple(place)].item()
+    what = f"tensor {name!r} is {value} at {[place[0] + first_row, *place[1:]] if place else place}"
+    raise CheckpointError(where, what, cure)
+
+
+def rounded(value: Tensor, job: Job) -> Tensor:
+    """The value on the CPU, rounded once to the output type. NumericalError for what is not finite, before or after."""
+    result = value.to(device="cpu", dtype=job.spec.dtype)
+    if value.dtype.is_floating_point and not _fits(value, job.spec.dtype) and not is_finite(result):
+        where = f"tensor {job.name!r}"
+        if not is_finite(value):
+            cure = "use --compute-dtype float64 or a smaller scale"
+            raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
+        largest = value.abs().max().item()
+        kind = str(job.spec.dtype).removeprefix("torch.")
+        what = f"its largest magnitude {largest:g} overflows {kind}"
+        raise NumericalError(where, what, "write --dtype bfloat16 or float32")
+    return result.contiguous()
+
+
+def _fits(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are within the range of a type. What is a little beyond may still be rounded into it."""
+    if value.numel() == 0:
+        return True
+    low, high = torch.aminmax(value)  # NaN wins both
+    limit = torch.finfo(dtype).max
+    return bool(low >= -limit) and bool(high <= limit)

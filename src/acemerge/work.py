@@ -1,0 +1,72 @@
+"""What a computation is given: the recipe's setting, the inputs of its pieces, a place to work in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+import torch
+
+from acemerge.buffers import Buffers
+from acemerge.jobs import Input, Piece
+from acemerge.recipe import Recipe
+from acemerge.shapes import Tensor
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every job of a run shares.
+
+    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert.
+    """
+
+    recipe: Recipe
+    labels: Sequence[str]
+    thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
+
+
+class Values(Protocol):
+    """The inputs of one piece."""
+
+    def take(self, wanted: Input) -> Tensor:
+        """The stored values, on any device. Not to be modified."""
+        ...
+
+    def release(self, model: int) -> None:
+        """Nothing more is wanted of this model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece is computed: the device, and the host's large buffers."""
+
+    device: torch.device
+    buffers: Buffers = field(default_factory=Buffers)
+
+    @contextlib.contextmanager
+    def space(self, shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
+        """A tensor to work in, whatever is in it; not to be used when the block has ended."""
+        if self.device.type != "cpu":
+            yield torch.empty(shape, dtype=dtype, device=self.device)
+            return
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        buffer = self.buffers.take(nbytes)
+        try:
+            yield buffer[:nbytes].view(dtype).view(*shape)
+        finally:
+            self.buffers.give(buffer)
+
+
+# Pieces that are worked on together, each with its inputs.
+Loaded = Sequence[tuple[Piece, Values]]
+Result = TypeVar("Result")
+Work = Callable[[Loaded, Place], Result]  # what a walk does with them
+
+
+class Walk(Protocol):
+    """Goes through pieces in their order, some together, and yields what `work` makes of them."""
+
+    def __call__(self, parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]: ...
