@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from acemerge import api
-from acemerge.cli import main
 from acemerge.convert import open_conversion
 from acemerge.opening import RunOptions
 from acemerge.verify import verify
 from builders import PlainModel, inputs_for, load_folder, make_model, write_checkpoint, write_sharded
+from commands import failed, run
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 CONFIG = {"model_type": "nobody's", "x": [1, 2]}
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
-def failed(result: tuple[int, str, str], code: int, message: str) -> None:
-    assert result[:2] == (code, ""), result
-    assert re.fullmatch(r"acemerge: error: [^\n]+: [^\n]+; [^\n]+\n", result[2]), result[2]
-    assert re.search(message, result[2]), result[2]
 
 
 def every_type() -> dict[str, Tensor]:

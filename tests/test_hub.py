@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,28 +14,13 @@ from huggingface_hub import constants
 import acemerge
 from acemerge import api
 from acemerge.checkpoints.hub import HubId, hub_id, parse_id
-from acemerge.cli import main
 from acemerge.errors import CheckpointError
 from acemerge.opening import RunOptions
 from acemerge.recipe import load_recipe, make_recipe
 from acemerge.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
+from commands import failed, run
 from hub_server import ASSETS, JUNK, TOKEN, FakeHub, Repository, contents, put
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
-def failed(result: tuple[int, str, str], code: int, message: str) -> None:
-    """One line on stderr in the form of the contract, nothing on stdout."""
-    assert result[:2] == (code, ""), result
-    assert re.fullmatch(r"acemerge: error: [^\n]+: [^\n]+; [^\n]+\n", result[2]), result[2]
-    assert re.search(message, result[2]), result[2]
-
 
 # --- what is asked for --------------------------------------------------------------------------------------
 

@@ -11,25 +11,11 @@ from huggingface_hub import constants
 
 import acemerge
 from acemerge import api
-from acemerge.cli import main
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.verify import verify
 from builders import PlainModel
+from commands import failed, run
 from hub_server import TOKEN, FakeHub, Repository, contents, put
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as stop:
-        main([str(word) for word in words])
-    captured = capsys.readouterr()
-    return stop.value.code, captured.out, captured.err
-
-
-def failed(result: tuple[int, str, str], code: int, message: str) -> None:
-    """One line on stderr in the form of the contract, nothing on stdout."""
-    assert result[:2] == (code, ""), result
-    assert re.fullmatch(r"acemerge: error: [^\n]+: [^\n]+; [^\n]+\n", result[2]), result[2]
-    assert re.search(message, result[2]), result[2]
 
 
 @pytest.fixture

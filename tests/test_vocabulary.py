@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import acemerge
@@ -133,6 +134,24 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
     (larger / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="expert larger: has no list of tokens"):
         acemerge.merge(base, [larger], vocabulary="base")
+
+
+def test_rows_that_are_not_finite_are_refused_or_their_expert_left_out(tmp_path: Path) -> None:
+    vocabularies = [WORDS, *EXPERTS]
+    base, *experts = (_save(tmp_path / f"m{i}", v, i) for i, v in enumerate(vocabularies))
+    name = "model.embed_tokens.weight"
+    alone = acemerge.merge(base, experts[:1], out=tmp_path / "alone", vocabulary="base")
+    broken = load_folder(experts[1])
+    broken[name][2, 3] = float("nan")
+    save_file(broken, experts[1] / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"expert m2: tensor .*embed_tokens.* is nan at \[2, 3\]"):
+        acemerge.merge(base, experts, vocabulary="base")
+    report = acemerge.merge(base, experts, out=tmp_path / "out", vocabulary="base", nonfinite="skip-expert")
+    assert report.tensors[name]["skipped_experts"] == ["m2"]
+    assert torch.equal(load_folder(tmp_path / "out")[name], load_folder(tmp_path / "alone")[name])
+    assert "skipped_experts" not in alone.tensors[name]
+    with pytest.raises(CheckpointError, match="no expert has finite values"):
+        acemerge.merge(base, experts[1:], vocabulary="base", nonfinite="skip-expert")
 
 
 TOKENS = st.lists(st.sampled_from("abcdefgh"), unique=True, max_size=8)

@@ -128,6 +128,8 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
         total.add_(D, alpha=weight)
         weights.add_(rows >= 0, alpha=weight)
         values.release(i + 1)
+    if not record["energies"]:
+        raise _nothing_finite(job)
     shares = torch.where(weights != 0, job.method.scale / weights, 0)
     shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
     value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
@@ -183,8 +185,12 @@ def task_vectors(
             found.append(n)
         values.release(i + 1)
     if not used:
-        raise CheckpointError(f"tensor {piece.job.name!r}", "no expert has finite values", "fetch the experts again")
+        raise _nothing_finite(job)
     return space[: len(used)], torch.cat(found), used
+
+
+def _nothing_finite(job: Job) -> CheckpointError:
+    return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
 def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:

@@ -95,8 +95,8 @@ def extract_lora(
             check_unchanged(checkpoint, sums)
         report = ExtractReport(out, found, tuple(head.spec.name for head in opened.plan.heads[0]))
         inputs = [
-            (str(checkpoint.path), {path.name: FileSum(h.sha256, h.nbytes) for path, h in sums.items()})
-            for checkpoint, sums in zip(opened.checkpoints, hashes, strict=True)
+            (origin, {path.name: FileSum(h.sha256, h.nbytes) for path, h in sums.items()})
+            for origin, sums in zip(opened.origins, hashes, strict=True)
         ]
         manifest = build_manifest(opened.plan, {}, inputs, output.written, round(time.perf_counter() - started, 3))
         output.publish(to_bytes(manifest | _about(report, modules, rank)))
@@ -197,7 +197,7 @@ def _configuration(opened: Opened, modules: list[str], rank: int) -> bytes:
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": str(opened.base.path),
+        "base_model_name_or_path": opened.plan.recipe.base,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator
 
 from acemerge.errors import UsageError
 from acemerge.linalg.spectral import leading_singular, rounding_floor
+from acemerge.methods.around import Over, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
-from acemerge.methods.registry import make
 from acemerge.methods.spectral import spectral_operations
 from acemerge.shapes import Float, Tensor
 
@@ -23,11 +23,8 @@ _ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one p
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
-    """A rule from its name, or from a table of `name` and parameters, with a scale of 1."""
-    table = {"name": over} if isinstance(over, str) else dict(over)
-    if "scale" in table:
-        raise UsageError("over", "the rule that merges has a scale", "give the scale to the rule around it")
-    rule = make(str(table.pop("name", "")), {**table, "scale": 1.0})
+    """The rule that merges turned updates, which must not look at weights or entries."""
+    rule = inner_rule(over)
     if rule.needs.base or rule.needs.masks:
         what = f"{rule.name} " + ("merges weights" if rule.needs.base else "makes masks of entries")
         raise UsageError("over", f"{what}, and updates are turned here", "take a rule that merges updates alone")
@@ -39,9 +36,12 @@ def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
     return over
 
 
-Over = Annotated[
-    str | dict[str, Any], AfterValidator(_check), Field(description="the rule that merges, by name or as a table")
-]
+def _needs(inner: Method, factors: Literal["frame", "left frame"]) -> Needs:
+    weights, most = inner.needs.weights, inner.needs.most_experts
+    return Needs(True, weights=weights, most_experts=most, work=_WORK, factors=factors)
+
+
+_OverUpdates = Annotated[Over, AfterValidator(_check)]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Knots:
     name: ClassVar[str] = "knots"
     source: ClassVar[str] = "arXiv 2410.19735"
 
-    over: Over = "ties"
+    over: _OverUpdates = "ties"
     scale: Scale = 1.0
 
     @cached_property
@@ -68,8 +68,7 @@ class Knots:
 
     @property
     def needs(self) -> Needs:
-        inner = self.inner.needs
-        return Needs(True, weights=inner.weights, most_experts=inner.most_experts, work=_WORK, factors="left frame")
+        return _needs(self.inner, "left frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         columns = None if layer.frame is None else layer.frame.columns
@@ -100,7 +99,7 @@ class CoreSpace:
     name: ClassVar[str] = "core_space"
     source: ClassVar[str] = "arXiv 2509.17786"
 
-    over: Over = "iso_c"
+    over: _OverUpdates = "iso_c"
     scale: Scale = 1.0
 
     @cached_property
@@ -110,8 +109,7 @@ class CoreSpace:
 
     @property
     def needs(self) -> Needs:
-        inner = self.inner.needs
-        return Needs(True, weights=inner.weights, most_experts=inner.most_experts, work=_WORK, factors="frame")
+        return _needs(self.inner, "frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         rows, columns = (None, None) if layer.frame is None else (layer.frame.rows, layer.frame.columns)

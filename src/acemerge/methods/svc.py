@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from acemerge.errors import UsageError
 from acemerge.linalg.spectral import leading_singular, rounding_floor
+from acemerge.methods.around import Over, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
-from acemerge.methods.registry import make
 from acemerge.methods.spectral import SPECTRAL_WORK, spectral_operations, with_update
 from acemerge.shapes import Float, Tensor
-
-
-def _inner(over: str | Mapping[str, Any]) -> Method:
-    """A rule from its name, or from a table of `name` and parameters."""
-    table = {"name": over} if isinstance(over, str) else dict(over)
-    if "scale" in table:
-        raise UsageError("method 'svc'", "the rule it calibrates has a scale", "give the scale to svc itself")
-    return make(str(table.pop("name", "")), {**table, "scale": 1.0})
-
-
-def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
-    _inner(over)
-    return over
 
 
 @dataclass(frozen=True)
@@ -47,16 +32,14 @@ class Svc:
     name: ClassVar[str] = "svc"
     source: ClassVar[str] = "arXiv 2602.05536"
 
-    over: Annotated[
-        str | dict[str, Any], AfterValidator(_check), Field(description="the rule it calibrates, by name or as a table")
-    ] = "ace"
+    over: Over = "ace"
     a: Annotated[float | None, Field(gt=0, description="least share of an expert; 1 / T where absent")] = None
     scale: Scale = 1.0
 
     @cached_property
     def inner(self) -> Method:
         """The rule it calibrates."""
-        return _inner(self.over)
+        return inner_rule(self.over)
 
     @property
     def needs(self) -> Needs:

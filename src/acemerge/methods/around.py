@@ -1,0 +1,30 @@
+"""A rule that works around another one, which it names by `over`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from acemerge.errors import UsageError
+from acemerge.methods.base import Method
+from acemerge.methods.registry import make
+
+
+def inner_rule(over: str | Mapping[str, Any]) -> Method:
+    """A rule from its name, or from a table of `name` and parameters, with a scale of 1."""
+    table = {"name": over} if isinstance(over, str) else dict(over)
+    if "scale" in table:
+        raise UsageError("over", "the rule inside has a scale", "give the scale to the rule around it")
+    return make(str(table.pop("name", "")), {**table, "scale": 1.0})
+
+
+def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
+    inner_rule(over)
+    return over
+
+
+Over = Annotated[
+    str | dict[str, Any], AfterValidator(_check), Field(description="the rule inside, by name or as a table")
+]
