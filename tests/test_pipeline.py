@@ -145,8 +145,11 @@ def test_bytes_in_flight_are_those_of_the_worst_moment(sizes: list[tuple[int, in
     assert in_flight(costs, workers) == max(moments)
 
 
-def test_small_pieces_together_take_their_inputs_and_one_computation() -> None:
-    assert together([Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + 35, 9)
+@pytest.mark.parametrize(("side", "at_once"), [(362, 1), (256, 2), (16, 2)])
+def test_pieces_together_take_their_inputs_and_the_computation_of_a_stack(side: int, at_once: int) -> None:
+    """Two pieces of two models each, of which so many make a stack."""
+    piece = Piece(Job(TensorSpec("w", torch.float32, (side, side)), Role("linear"), "", sources=("w",)))
+    assert together([piece, piece], [Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + at_once * 35, 9)
 
 
 def test_large_buffers_are_used_again_for_what_is_not_much_smaller() -> None:

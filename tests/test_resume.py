@@ -20,10 +20,11 @@ import acemerge.run
 import acemerge.thresholds
 from acemerge.checkpoints import files
 from acemerge.checkpoints.journal import _check
-from acemerge.compute import Computed, compute
+from acemerge.compute import Computed
 from acemerge.errors import CheckpointError, UsageError, WriteError
-from acemerge.jobs import Piece
+from acemerge.stack import compute_all
 from acemerge.verify import verify
+from acemerge.work import Loaded
 from attacks.faulty import failing, faulty, unfaulty
 from attacks.merging import Case, content, snapshot
 from builders import PlainModel
@@ -39,11 +40,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the tensors that are computed from here on."""
     names: list[str] = []
 
-    def counting(piece: Piece, *arguments: Any) -> Computed:
-        names.append(piece.job.name)
-        return compute(piece, *arguments)
+    def counting(loaded: Loaded, *arguments: Any) -> list[Computed]:
+        names.extend(piece.job.name for piece, _ in loaded)
+        return compute_all(loaded, *arguments)
 
-    monkeypatch.setattr(acemerge.run, "compute", counting)
+    monkeypatch.setattr(acemerge.run, "compute_all", counting)
     return names
 
 

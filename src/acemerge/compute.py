@@ -52,8 +52,12 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
         cure = "use --compute-dtype float64, fewer --workers or more memory"
         raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
-    about = {"role": job.role.name, "rule": job.rule, "reason": job.reason}
-    return Computed(value, {**about, **record, "seconds": time.perf_counter() - started}, masks)
+    return Computed(value, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
+
+
+def about(job: Job) -> dict[str, Any]:
+    """What the manifest says of any tensor."""
+    return {"role": job.role.name, "rule": job.rule, "reason": job.reason}
 
 
 def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -143,12 +147,7 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
 def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
     assert job.method is not None
-    recipe, needs = setting.recipe, job.method.needs
-    weights = torch.tensor([job.weights[i] for i in used], dtype=torch.float64, device=deltas.device)
-    check_experts(job.method, weights.tolist())
-    thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
-    seen = W0.mT if job.transposed else W0
-    layer = Layer(weights, expert_seeds(recipe.seed, job.name, used), thresholds, seen if needs.base else None)
+    layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
     turned = deltas.mT if job.transposed else deltas
     result = (
         _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
@@ -156,6 +155,16 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
     if not job.transposed:
         return result
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
+
+
+def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
+    """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
+    assert job.method is not None
+    needs = job.method.needs
+    weights = torch.tensor([job.weights[i] for i in used], dtype=torch.float64, device=W0.device)
+    check_experts(job.method, weights.tolist())
+    thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
+    return Layer(weights, expert_seeds(setting.recipe.seed, job.name, used), thresholds, W0 if needs.base else None)
 
 
 def task_vectors(
@@ -166,12 +175,6 @@ def task_vectors(
     A finite energy tells that both weights are finite; only where it is not are they looked at one by one.
     """
     job, T = piece.job, len(setting.labels)
-    if piece.load == "tiny" and all(job.sources) and not any(job.updates):  # the same in fewer calls
-        for i, D in enumerate(space):
-            torch.sub(values.take((i + 1, job.sources[i])), W0, out=D)
-        n = energies(space)
-        if n.isfinite().all():
-            return space, n, list(range(T))
     if not any(job.sources):  # an update alone does not tell
         check_finite(W0, job.name, "base", first_row=_first_row(piece))
     used: list[int] = []

@@ -99,7 +99,11 @@ def in_flight(costs: Sequence[Cost], workers: int) -> int:
     return max(moments, default=0)
 
 
-def together(costs: Sequence[Cost]) -> Cost:
-    """Pieces that are read and written as one but computed one after the other."""
+def together(parts: Sequence[Piece], costs: Sequence[Cost]) -> Cost:
+    """Pieces that are read and written as one but computed one after the other, small ones as a stack."""
     waiting, written = sum(c.waiting for c in costs), sum(c.written for c in costs)
-    return Cost(waiting, waiting + written + max(c.working - c.waiting - c.written for c in costs), written)
+    beside = (
+        (c.working - c.waiting - c.written) * min(piece.stack, len(parts))
+        for piece, c in zip(parts, costs, strict=True)
+    )
+    return Cost(waiting, waiting + written + max(beside), written)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.jobs import Job
-from acemerge.shapes import Tensor
+from acemerge.shapes import Float, Tensor
 
 
 def is_finite(values: Tensor) -> bool:
@@ -40,6 +42,14 @@ def rounded(value: Tensor, job: Job) -> Tensor:
         what = f"its largest magnitude {largest:g} overflows {kind}"
         raise NumericalError(where, what, "write --dtype bfloat16 or float32")
     return result.contiguous()
+
+
+def all_rounded(values: Float[Tensor, "P *shape"], jobs: Sequence[Job]) -> list[Tensor]:
+    """The same for tensors of one shape and output type."""
+    dtype = jobs[0].spec.dtype
+    if values.dtype.is_floating_point and not _fits(values, dtype):
+        return [rounded(value, job) for value, job in zip(values, jobs, strict=True)]
+    return list(values.to(device="cpu", dtype=dtype).contiguous())
 
 
 def _fits(value: Tensor, dtype: torch.dtype) -> bool:

@@ -14,7 +14,6 @@ from torch import nn
 
 from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.compute import compute
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.finite import is_finite
 from acemerge.jobs import Input, Piece, pieces
@@ -33,6 +32,7 @@ from acemerge.plan import make_plan
 from acemerge.recipe import make_recipe
 from acemerge.roles import Roles, roles_by_name, roles_from_model
 from acemerge.shapes import Float, Tensor
+from acemerge.stack import compute_all
 from acemerge.thresholds import with_thresholds
 from acemerge.work import Place, Result, Setting, Work
 
@@ -227,7 +227,8 @@ def _merge_in_memory(
     setting = with_thresholds(Setting(recipe, labels), plan, walk)
     merged = {}
     for job in plan.jobs:
-        parts = [compute(piece, _PieceOf(piece, models), setting, place).value for piece in pieces(job, job.entrywise)]
+        loaded = [(piece, _PieceOf(piece, models)) for piece in pieces(job, job.entrywise)]
+        parts = [computed.value for computed in compute_all(loaded, setting, place)]
         value = torch.cat(parts) if len(parts) > 1 else parts[0]
         merged[job.name] = value.to(base[job.name].device)
     return merged

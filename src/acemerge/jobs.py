@@ -131,8 +131,17 @@ class Piece:
     @property
     def load(self) -> Load:
         """How to compute it. Known from the piece alone: its bits may depend on how many threads do it."""
-        entries = self.count * self.job.models
-        return "tiny" if entries <= _TINY else "medium" if entries <= _PIECE else "large"
+        return "tiny" if self._entries <= _TINY else "medium" if self._entries <= _PIECE else "large"
+
+    @property
+    def stack(self) -> int:
+        """How many pieces like this one may be worked on at once: as many as are small together."""
+        return max(1, _TINY // max(1, self._entries))
+
+    @property
+    def _entries(self) -> int:
+        """Of all models together."""
+        return self.count * self.job.models
 
     @property
     def is_last(self) -> bool:

@@ -60,7 +60,8 @@ def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
 
 
 def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
-    return _Batch(tuple(piece for piece, _ in gathered), together([c for _, c in gathered]))
+    parts = tuple(piece for piece, _ in gathered)
+    return _Batch(parts, together(parts, [c for _, c in gathered]))
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from acemerge.checkpoints.masks import mask_spec
 from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
-from acemerge.compute import Computed, compute, whole_record
+from acemerge.compute import Computed, whole_record
 from acemerge.finite import check_finite
 from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.pipeline import Pipeline
 from acemerge.shapes import Tensor
+from acemerge.stack import compute_all
 from acemerge.thresholds import with_thresholds
 from acemerge.work import Loaded, Place, Result, Setting, Walk, Work
 
@@ -139,7 +140,8 @@ def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
     """The work of a merge on some pieces."""
 
     def work(loaded: Loaded, place: Place) -> list[tuple[Piece, Computed]]:
-        return [(piece, compute(piece, values, setting, place)) for piece, values in loaded]
+        computed = compute_all(loaded, setting, place)
+        return [(piece, c) for (piece, _), c in zip(loaded, computed, strict=True)]
 
     return work
 

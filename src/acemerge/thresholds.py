@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from acemerge.compute import task_vectors
-from acemerge.jobs import Job, Plan, pieces
+from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
 from acemerge.shapes import Int, Tensor
-from acemerge.work import Loaded, Place, Setting, Walk
+from acemerge.stack import stacked, stacks, stacks_well
+from acemerge.work import Loaded, Place, Setting, Values, Walk
 
 # Counts for task vectors of the t-th expert.
 _Count = Callable[[int, Tensor], Tensor]
@@ -47,15 +49,21 @@ def _counts(jobs: Sequence[Job], setting: Setting, walk: Walk, count: _Count) ->
     split = setting.recipe.nonfinite == "error"
 
     def of_pieces(loaded: Loaded, place: Place) -> dict[int, Tensor]:
-        gathered: dict[int, list[Tensor]] = {}
-        for piece, values in loaded:
-            with place.space((experts + 1, *piece.shape), piece.job.compute_dtype) as space:
-                W0 = space[experts].copy_(values.take((0, piece.job.name)))
-                deltas, _, used = task_vectors(piece, values, setting, W0, space[:experts])
-                if len(loaded) == 1:
-                    return {t: count(t, D).cpu() for t, D in zip(used, deltas, strict=True)}
-                for t, D in zip(used, deltas, strict=True):  # small tensors: counted together, out of the space
-                    gathered.setdefault(t, []).append(D.flatten().clone())
+        if len(loaded) == 1 and not stacks_well(loaded[0][0]):
+            with _task_vectors(*loaded[0], setting, place) as found:
+                return {t: count(t, D).cpu() for t, D in found}
+        gathered: dict[int, list[Tensor]] = {}  # small tensors: counted together
+        for members in stacks([piece for piece, _ in loaded]):
+            parts = [loaded[i] for i in members]
+            stack = stacked(parts, place) if stacks_well(parts[0][0]) else None
+            if stack is not None and stack.n.isfinite().all():
+                for t, D in enumerate(stack.deltas.unbind(1)):
+                    gathered.setdefault(t, []).append(D.flatten())
+                continue
+            for part in parts:
+                with _task_vectors(*part, setting, place) as found:
+                    for t, D in found:
+                        gathered.setdefault(t, []).append(D.flatten().clone())  # out of the space
         return {t: count(t, torch.cat(parts)).cpu() for t, parts in gathered.items()}
 
     totals: dict[int, Tensor] = {}
@@ -64,3 +72,13 @@ def _counts(jobs: Sequence[Job], setting: Setting, walk: Walk, count: _Count) ->
             totals[t] = found if t not in totals else totals[t].add_(found)
     nothing = torch.zeros_like(next(iter(totals.values())))
     return torch.stack([totals.get(t, nothing) for t in range(experts)])
+
+
+@contextlib.contextmanager
+def _task_vectors(piece: Piece, values: Values, setting: Setting, place: Place) -> Iterator[list[tuple[int, Tensor]]]:
+    """The experts that are used, and their task vectors as long as the block lasts."""
+    experts = len(setting.labels)
+    with place.space((experts + 1, *piece.shape), piece.job.compute_dtype) as space:
+        W0 = space[experts].copy_(values.take((0, piece.job.name)))
+        deltas, _, used = task_vectors(piece, values, setting, W0, space[:experts])
+        yield list(zip(used, deltas, strict=True))

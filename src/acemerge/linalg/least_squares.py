@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -99,14 +100,17 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     trusted = inverse.diagnosis.trusts(A, B, M)
     if prior is not None:
         M = with_rank_one(M, inverse(prior[None])[0], problem.ones)
+    return Fit(M, inverse.diagnosis, trusted, partial(primal_residual, problem, A, B))
 
-    def residual(X: Tensor) -> Tensor:
-        for t, pull in enumerate(pulls):
-            if pull:
-                B.sub_(problem.targets(t, dtype), alpha=pull)
-        return B.addmm_(X.to(dtype), A, alpha=-1 / len(problem.weights))
 
-    return Fit(M, inverse.diagnosis, trusted, residual)
+def primal_residual(
+    problem: Problem, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], X: Float[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """`Fit.residual` from the system matrix A and the right-hand side B, which is used up."""
+    for t, pull in enumerate(problem.pulls or ()):
+        if pull:
+            B.sub_(problem.targets(t, B.dtype), alpha=pull)
+    return B.addmm_(X.to(B.dtype), A, alpha=-1 / len(problem.weights))
 
 
 def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:

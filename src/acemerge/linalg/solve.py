@@ -69,10 +69,10 @@ def invert(A: Float[Tensor, "in in"]) -> Inverse:
     """
     L = cholesky(A)
     if L is not None:
-        condition, norm = _spectrum_estimates(A, L)
+        condition, norm = (estimate.item() for estimate in spectrum_estimates(A, L))
         # In float32 `trusts` decides, from the right-hand side too.
-        if A.dtype == torch.float32 or condition < _SINGULAR / (torch.finfo(A.dtype).eps * len(A)):
-            return Inverse(lambda B: _solve(L, B), Diagnosis("ok", condition, len(A), norm))
+        if A.dtype == torch.float32 or condition < largest_condition(A):
+            return Inverse(lambda B: solve(L, B), Diagnosis("ok", condition, len(A), norm))
     if A.dtype == torch.float32:
         return Inverse(lambda B: B, Diagnosis("failed", float("inf"), 0, float("inf")))
     return _pseudo_inverse(A)
@@ -105,9 +105,14 @@ def _factor(L: Tensor) -> bool:
     return _factor(L[half:, half:])
 
 
-def _solve(L: Tensor, B: Tensor) -> Tensor:
+def largest_condition(A: Float[Tensor, "*P n n"]) -> float:
+    """The estimated condition from which on A may be singular."""
+    return _SINGULAR / (torch.finfo(A.dtype).eps * A.shape[-1])
+
+
+def solve(L: Float[Tensor, "*P n n"], B: Float[Tensor, "*#P m n"]) -> Float[Tensor, "*P m n"]:
     """`B (L L^T)^(-1)`. `torch.cholesky_solve` would copy L."""
-    half = torch.linalg.solve_triangular(L.T, B, upper=True, left=False)
+    half = torch.linalg.solve_triangular(L.mT, B, upper=True, left=False)
     solved: Tensor = torch.linalg.solve_triangular(L, half, upper=False, left=False)
     return solved
 
@@ -124,28 +129,30 @@ def _pseudo_inverse(A: Tensor) -> Inverse:
 
 
 def with_rank_one(
-    Y: Float[Tensor, "out in"], row: Float[Tensor, " in"], ones: Float[Tensor, " in"] | None = None
-) -> Float[Tensor, "out in"]:
+    Y: Float[Tensor, "*P out in"], row: Float[Tensor, "*P in"], ones: Float[Tensor, " in"] | None = None
+) -> Float[Tensor, "*P out in"]:
     """`B (A + 1 c^T)^(-1)` from `Y = B A^(-1)` and `row = c^T A^(-1)`, by Sherman-Morrison:
     `Y - (Y 1) row / (1 + row 1)`. The prior P = 1 c^T adds the row c to every row of A.
     `ones` is 1 in other coordinates than the layer's own.
     """
-    if ones is None:
-        return torch.addr(Y, Y.sum(1), row / (1 + row.sum()), alpha=-1)
-    return torch.addr(Y, Y @ ones, row / (1 + row @ ones), alpha=-1)
+    sums, total = (Y.sum(-1), row.sum(-1)) if ones is None else (Y @ ones, row @ ones)
+    change = sums[..., None] * (row / (1 + total[..., None]))[..., None, :]
+    return torch.sub(Y, change, out=change)
 
 
-def _spectrum_estimates(A: Tensor, L: Tensor) -> tuple[float, float]:
+def spectrum_estimates(
+    A: Float[Tensor, "*P n n"], L: Float[Tensor, "*P n n"]
+) -> tuple[Float[Tensor, "*P"], Float[Tensor, "*P"]]:
     """Estimates of `cond(A)` and `||A^(-1)||_F` for A = L L^T, from a few solves with fixed sign vectors."""
-    probes = _signs(A.shape[0]).to(dtype=A.dtype, device=A.device)  # (4, in)
-    solved = _solve(L, probes)  # (4, in)
-    inverse_norm = vector_norm(solved).item() / _PROBES**0.5  # Hutchinson: E ||g A^(-1)||^2 = ||A^(-1)||_F^2
+    probes = _signs(A.shape[-1]).to(dtype=A.dtype, device=A.device)  # (4, n)
+    solved = solve(L, probes)  # (*P, 4, n)
+    inverse_norm = vector_norm(solved, dim=(-2, -1)) / _PROBES**0.5  # Hutchinson: E ||g A^(-1)||^2 = ||A^(-1)||_F^2
     for _ in range(2):
-        solved = _solve(L, _unit_rows(solved))
+        solved = solve(L, _unit_rows(solved))
         probes = _unit_rows(probes) @ A
-    largest = vector_norm(_unit_rows(probes) @ A, dim=1).max()
-    smallest_inverse = vector_norm(solved, dim=1).max()
-    return (largest * smallest_inverse).item(), inverse_norm
+    largest = vector_norm(_unit_rows(probes) @ A, dim=-1).amax(-1)
+    smallest_inverse = vector_norm(solved, dim=-1).amax(-1)
+    return largest * smallest_inverse, inverse_norm
 
 
 @lru_cache(maxsize=64)
@@ -154,8 +161,8 @@ def _signs(n: int) -> Int[Tensor, "4 n"]:
     return signs
 
 
-def _unit_rows(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    units: Tensor = rows / vector_norm(rows, dim=1, keepdim=True).clamp_min(_SMALLEST)
+def _unit_rows(rows: Float[Tensor, "*P m n"]) -> Float[Tensor, "*P m n"]:
+    units: Tensor = rows / vector_norm(rows, dim=-1, keepdim=True).clamp_min(_SMALLEST)
     return units
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from acemerge.methods.ace import Ace
 from acemerge.methods.actmat import Actmat, Tact
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, check_experts, expert_seeds
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, merge_low_rank
 from acemerge.methods.lora import CoreSpace, Knots
@@ -25,6 +25,7 @@ __all__ = [
     "LowRankResult",
     "Method",
     "Needs",
+    "Together",
     "check_experts",
     "expert_seeds",
     "make",

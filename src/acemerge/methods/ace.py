@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -9,10 +10,11 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted, prefers_dual
+from acemerge.linalg.least_squares import Problem, prefers_dual
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.fits import Fitting, fitted, fitted_together
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
@@ -57,6 +59,12 @@ class Ace:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        return fitted(self._fitting(deltas, layer), deltas)
+
+    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
+        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+
+    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         weights, n = layer.weights, energies(deltas)
         active = (n > 0) & (weights > 0)
         if not active.any():
@@ -68,7 +76,7 @@ class Ace:
         frame = layer.frame
         a = second_moment_scales(deltas, weights, frame) if hetero else weights
         sides = layer.sides(deltas)
-        fit, status = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        fit, status = yield self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, diagnosis = fit.M, fit.diagnosis
         if refined:
@@ -87,14 +95,14 @@ class Ace:
         }
         return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
 
-    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> tuple[Fit, str]:
+    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
         frame, columns = layer.frame, deltas.shape[2]
 
         def centred(t: int, dtype: torch.dtype) -> Tensor:
             return centre(deltas[t].to(dtype), frame)[0]
 
-        problem = Problem(
+        return Problem(
             targets=centred,
             sources=centred,
             weights=a.tolist(),
@@ -104,7 +112,6 @@ class Ace:
             prior=columns / layer.sides(deltas)[1] / mean_energy if self.ablation in ("E3", "E4") else None,
             ones=None if frame is None else frame.columns,
         )
-        return least_squares_trusted(problem, deltas.dtype, deltas.device)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         refine = 4 * rows * columns * min(rows, columns) if self.ablation == "E4" else 0

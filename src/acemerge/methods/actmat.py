@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -9,10 +10,11 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Experts, Problem, least_squares_trusted, prefers_dual
+from acemerge.linalg.least_squares import Experts, Problem, prefers_dual
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import Average
+from acemerge.methods.fits import Fitting, fitted, fitted_together
 from acemerge.methods.sparse import Share, threshold
 from acemerge.shapes import Float, Tensor
 
@@ -46,6 +48,12 @@ class Actmat:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        return fitted(self._fitting(deltas, layer), deltas)
+
+    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
+        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+
+    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         def updates(t: int, dtype: torch.dtype) -> Tensor:
             return deltas[t].to(dtype)
 
@@ -75,6 +83,12 @@ class Tact:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        return fitted(self._fitting(deltas, layer), deltas)
+
+    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
+        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+
+    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
         def trimmed(t: int, dtype: torch.dtype) -> Tensor:
@@ -97,7 +111,7 @@ def _fit(
     lam: float,
     p: int,
     scale: float,
-) -> LayerResult:
+) -> Fitting:
     sides = layer.sides(deltas)
     if max(sides) > _VOCABULARY:
         mean = Average(scale).merge(deltas, layer)
@@ -109,7 +123,7 @@ def _fit(
     shape = (deltas.shape[1], deltas.shape[2])
     ridge = lam * shape[1] / sides[1]  # the mean diagonal is the layer's, of which a core lacks the zeros
     problem = Problem(targets, sources, weights.tolist(), shape, relative_ridge=ridge)
-    fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
+    fit, status = yield problem
     stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
     return LayerResult((scale * fit.M).to(deltas.dtype), stats)
 

@@ -134,6 +134,15 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
+class Together(Protocol):
+    """A rule that merges many small layers of one shape sooner than one after the other."""
+
+    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
+        """What `merge` gives for each of P layers, to rounding, whatever other layers there are."""
+        ...
+
+
 def check_experts(method: Method, weights: Sequence[float]) -> None:
     """UsageError where a rule is not defined for this many experts or for these weights."""
     needs = method.needs

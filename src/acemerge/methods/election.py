@@ -45,6 +45,15 @@ def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float
     return M
 
 
+def elected_means(parts: Float[Tensor, "P T *shape"], scale: float) -> Float[Tensor, "P *shape"]:
+    """The same for P small tensors at once, from their sparse updates, which are used up."""
+    up, down = _means_by_sign(parts.transpose(0, 1))
+    sums = up.sum + down.sum
+    plus = sums.sign().flatten(1).sum(1) >= 0  # (P,)
+    tied = (sums == 0) & plus.view(-1, *[1] * (sums.ndim - 1))
+    return torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
+
+
 @dataclass(frozen=True)
 class _Side:
     """Sum and count of the entries of one sign."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
-from acemerge.methods.election import Sparse, elected_mean, total
+from acemerge.methods.election import Sparse, elected_mean, elected_means, total
 from acemerge.shapes import Float, Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -43,14 +45,27 @@ class Ties:
         return Needs(keep=self.keep if self.trim == "global" else None)
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        thresholds = layer.thresholds or [threshold(D, self.keep) for D in deltas]
+        thresholds = self._thresholds(deltas, layer)
         weights: list[float] = layer.weights.tolist()
 
         def trimmed(t: int, rows: slice) -> Tensor:
             D = deltas[t, rows]
             return D * (magnitudes(D) >= thresholds[t]) * weights[t]
 
-        return LayerResult(elected_mean(deltas, trimmed, self.scale), {"status": "ok", "thresholds": list(thresholds)})
+        return LayerResult(elected_mean(deltas, trimmed, self.scale), {"status": "ok", "thresholds": thresholds})
+
+    def merge_together(self, stack: Float[Tensor, "P T *shape"], layers: Sequence[Layer]) -> list[LayerResult]:
+        thresholds = [self._thresholds(D, layer) for D, layer in zip(stack, layers, strict=True)]
+        shape = (-1, stack.shape[1], *[1] * (stack.ndim - 2))
+        kept = magnitudes(stack) >= stack.new_tensor(thresholds, dtype=torch.float32).view(shape)
+        weights = torch.stack([layer.weights for layer in layers]).to(stack.dtype).view(shape)
+        merged = elected_means(stack * kept * weights, self.scale)
+        about = ({"status": "ok", "thresholds": found} for found in thresholds)
+        return [LayerResult(M, stats) for M, stats in zip(merged, about, strict=True)]
+
+    def _thresholds(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> list[float]:
+        """Of the whole model, or of this tensor."""
+        return list(layer.thresholds or [threshold(D, self.keep) for D in deltas])
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns

@@ -1,0 +1,121 @@
+"""Small pieces that are alike, worked on as one stack: on one of them a call of torch's takes as long as its work."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from acemerge.compute import Computed, about, apply_rule, compute, layer_of
+from acemerge.finite import all_rounded
+from acemerge.jobs import Job, Piece
+from acemerge.linalg.gram import energies
+from acemerge.methods import Method, Together, expert_seeds
+from acemerge.shapes import Float, Int, Tensor
+from acemerge.work import Loaded, Place, Setting
+
+Stats = Mapping[str, Any]  # what a rule says of a layer
+
+
+@dataclass(frozen=True)
+class Stack:
+    """P small pieces that are alike: their bases, task vectors and energies in the compute type."""
+
+    W0: Float[Tensor, "P *shape"]
+    deltas: Float[Tensor, "P T *shape"]
+    n: Float[Tensor, "P T"]
+
+    def part(self, chosen: Int[Tensor, " p"]) -> Stack:
+        """Some of them."""
+        if len(chosen) == len(self.W0):
+            return self
+        return Stack(self.W0[chosen], self.deltas[chosen], self.n[chosen])
+
+
+def compute_all(loaded: Loaded, setting: Setting, place: Place) -> list[Computed]:
+    """Merge pieces, in their order. What a piece becomes does not depend on the others."""
+    done: dict[int, Computed] = {}
+    for members in stacks([piece for piece, _ in loaded]):
+        parts = [loaded[i] for i in members]
+        if stacks_well(parts[0][0]):
+            done.update(zip(members, _together(parts, setting, place), strict=True))
+        else:
+            done.update((i, compute(*part, setting, place)) for i, part in zip(members, parts, strict=True))
+    return [done[i] for i in range(len(loaded))]
+
+
+def stacks(pieces: Sequence[Piece]) -> Iterator[list[int]]:
+    """The numbers of the pieces, those together that make a stack of small size; others by themselves."""
+    groups: dict[object, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        job = piece.job
+        alike = (piece.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, job.transposed)
+        groups.setdefault(alike if stacks_well(piece) else i, []).append(i)
+    for members in groups.values():
+        most = pieces[members[0]].stack
+        for start in range(0, len(members), most):
+            yield members[start : start + most]
+
+
+def stacks_well(piece: Piece) -> bool:
+    """Whether a piece is small and has nothing to it but a base, experts and a rule."""
+    job = piece.job
+    if piece.load != "tiny" or piece.rows is not None or job.method is None or job.method.needs.masks:
+        return False
+    return all(job.sources) and not (any(job.updates) or job.copies or job.fused or job.vocabulary)
+
+
+def stacked(parts: Loaded, place: Place) -> Stack:
+    """The pieces' task vectors, whether or not they are finite."""
+    job = parts[0][0].job
+    W0, *experts = (
+        torch.stack([values.take(piece.job.inputs[model]) for piece, values in parts]).to(
+            place.device, job.compute_dtype
+        )
+        for model in range(job.models)
+    )
+    deltas = torch.stack(experts, 1).sub_(W0[:, None])
+    return Stack(W0, deltas, energies(deltas.flatten(0, 1)).view(deltas.shape[:2]))
+
+
+def _together(parts: Loaded, setting: Setting, place: Place) -> list[Computed]:
+    """A stack by its rule. What is out of the ordinary goes by itself: there it gets its name and its cure."""
+    started = time.perf_counter()
+    method = parts[0][0].job.method
+    assert method is not None
+    made: dict[int, Computed] = {}
+    with contextlib.suppress(RuntimeError, MemoryError):  # torch's words for no convergence and for no memory
+        stack = stacked(parts, place)
+        moved = (stack.n > 0).any(1) | method.needs.moves_equals
+        plain = (moved & stack.n.isfinite().all(1)).nonzero().flatten()
+        chosen, numbers = stack.part(plain), plain.tolist()
+        merged = _merged(method, chosen, [parts[i][0].job for i in numbers], setting)
+        seconds = (time.perf_counter() - started) / max(1, len(numbers))
+        for i, n, (value, stats) in zip(numbers, chosen.n.tolist(), merged, strict=True):
+            record = {**about(parts[i][0].job), **stats, "energies": n, "seconds": seconds}
+            made[i] = Computed(value, record)
+    return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
+
+
+def _merged(method: Method, stack: Stack, jobs: Sequence[Job], setting: Setting) -> list[tuple[Tensor, Stats]]:
+    """The merged weights in their output type, and what the rule says of each."""
+    if not jobs:
+        return []
+    turn = jobs[0].transposed
+    W0, deltas = (stack.W0.mT, stack.deltas.mT) if turn else (stack.W0, stack.deltas)
+    common = layer_of(jobs[0], range(deltas.shape[1]), setting, W0[0])
+    layers = [
+        replace(common, seeds=expert_seeds(setting.recipe.seed, job.name, range(deltas.shape[1])), base=base)
+        for job, base in zip(jobs, W0 if method.needs.base else [None] * len(W0), strict=True)
+    ]
+    if isinstance(method, Together) and not (method.needs.matrix and deltas.ndim > 4):
+        results = method.merge_together(deltas, layers)
+    else:
+        results = [apply_rule(method, D, layer) for D, layer in zip(deltas, layers, strict=True)]
+    values = torch.stack([result.delta for result in results]).add_(W0)
+    rounded = all_rounded(values.mT if turn else values, jobs)
+    return [(value, result.stats) for value, result in zip(rounded, results, strict=True)]
