@@ -262,8 +262,8 @@ def test_spans_are_read_and_the_whole_file_is_hashed(tmp_path: Path) -> None:
         spans = [Span(name, (2, 7)) for name in wanted if name != "h"] + [Span("h")] * ("h" in wanted)
         places = reader.places(spans)
         found = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
-        for span, value in zip(spans, found, strict=True):
-            assert torch.equal(value, tensors[span.name][slice(*span.rows) if span.rows else slice(None)])
+        for span, stored in zip(spans, found, strict=True):
+            assert torch.equal(stored.tensor(), tensors[span.name][slice(*span.rows) if span.rows else slice(None)])
         for path, file_hash in reader.hashes().items():
             assert file_hash.sha256 == acemerge.checkpoints.files.sha256(path)
         reader.close()

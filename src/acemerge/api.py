@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
@@ -61,8 +61,8 @@ def merge(
         experts: the same of each expert.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `force`, `quiet`, `push`), `weights` for the experts, and
-            parameters of the rule (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`), `weights` for the
+            experts, and parameters of the rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -194,9 +194,9 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
         elif name != CONFIG:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
     if CONFIG in base.assets:
-        config = _configuration(opened)
-        same = config == base.config
-        source = files.read_chunks(contained(files.resolve(base.path), CONFIG))
+        config, stored = _configuration(opened), files.resolve(base.path) / CONFIG
+        same = config == read_config(stored)
+        source = files.read_chunks(contained(stored.parent, CONFIG))
         output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
 
 

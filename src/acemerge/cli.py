@@ -50,6 +50,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the o
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
 ]
+Dequantize = Annotated[
+    bool, typer.Option("--dequantize", help="also read weights in fp8, with their scales, as the values they stand for")
+]
 SplitQkv = Annotated[
     bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
 ]
@@ -114,6 +117,7 @@ def _merging_command(action: Action) -> None:
         resume: Resume = False,
         max_memory: MaxMemory = None,
         allow_pickle: AllowPickle = False,
+        dequantize: Dequantize = False,
         force: Force = False,
         split_qkv: SplitQkv = None,
         vocabulary: VocabularyOption = None,
@@ -145,7 +149,7 @@ def _merging_command(action: Action) -> None:
                     raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
             asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
         options = RunOptions(
-            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, force, quiet, push
+            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, dequantize, force, quiet, push
         )
         action(asked, out, options, quiet)
 
@@ -182,12 +186,18 @@ def convert(
     overwrite: Overwrite = False,
     resume: Resume = False,
     allow_pickle: AllowPickle = False,
+    dequantize: Dequantize = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint anew as safetensors, its values unchanged."""
     options = RunOptions(
-        max_shard_size=max_shard_size, overwrite=overwrite, resume=resume, allow_pickle=allow_pickle, quiet=quiet
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        resume=resume,
+        allow_pickle=allow_pickle,
+        dequantize=dequantize,
+        quiet=quiet,
     )
     opened = open_conversion(source, out, options)
     with show.progress(err_console, quiet) as on_progress:

@@ -1,4 +1,4 @@
-"""A checkpoint rewritten as safetensors: a merge of nothing, in which every tensor is the base's own."""
+"""A checkpoint rewritten as plain safetensors: a merge of nothing, in which every tensor is the base's own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.costs import budget
@@ -16,15 +17,16 @@ from acemerge.roles import Roles, find_roles
 
 
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
-    """Open a checkpoint to be written to `out` as it is, from headers alone. Raises CheckpointError, UsageError."""
+    """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
     max_shard = parse_size(options.max_shard_size)
     model = locate(source, options.allow_pickle, options.quiet)
-    checkpoint = open_checkpoint(model.path, options.allow_pickle)
+    checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
     roles = find_roles(checkpoint.config, checkpoint.tensors)
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
     recipe = Recipe.model_construct(base=source, experts=[], rules=[TensorRule(match="*", action="base")])
-    plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, ())
+    dequantized = {"base": checkpoint.float8} if checkpoint.float8 else {}
+    plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, (), dequantized=dequantized)
     return Opened(plan, roles, checkpoint, (), (model.origin,), (torch.device("cpu"),), max_shard, budget(plan, None))
 
 
@@ -32,8 +34,11 @@ def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:
     """One job per tensor. A tied one is written once, under its first name; that the others agree is checked."""
     jobs = []
     for first, *others in roles.group(checkpoint.tensors).values():
-        spec = checkpoint.tensors[first]
+        stored = checkpoint.tensors[first]
+        spec = plain(stored, checkpoint.config)
         copies = tuple((0, other) for other in others)
-        nbytes = spec.nbytes * (1 + len(copies))
-        jobs.append(Job(spec, roles.by_name[first], "as it is", copies=copies, entrywise=True, bytes_in=nbytes))
+        widens, nbytes = spec != stored, stored.nbytes * (1 + len(copies))
+        reason = "dequantised" if widens else "as it is"
+        job = Job(spec, roles.by_name[first], reason, copies=copies, entrywise=True, widens=widens, bytes_in=nbytes)
+        jobs.append(job)
     return tuple(jobs)

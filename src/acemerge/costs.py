@@ -33,7 +33,7 @@ def cost(piece: Piece, experts: int) -> Cost:
     job, count = piece.job, piece.count
     waiting, written = piece.bytes_in, count * job.spec.dtype.itemsize
     if job.method is None:
-        return Cost(waiting, waiting + written, written)
+        return Cost(waiting, waiting + written + job.widens * 4 * count, written)
     width = job.compute_dtype.itemsize
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
@@ -45,7 +45,8 @@ def cost(piece: Piece, experts: int) -> Cost:
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
-    return Cost(waiting, max(differencing, base + deltas + work * width) + written, written)
+    widened = job.widens * 2 * count * 4  # the base, and one expert at a time
+    return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
 
 
 def operations(plan: Plan) -> int:

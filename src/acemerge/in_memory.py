@@ -44,6 +44,7 @@ class _Memory:
     values: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
     adapter: Adapter | None = None
+    float8: str = ""
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:

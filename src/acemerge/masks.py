@@ -28,7 +28,7 @@ def expert_weights(out: str | Path, base: str | Path, expert: str) -> dict[str, 
     labels = [str(label) for label in manifest["experts"]]
     if expert not in labels:
         raise UsageError(f"expert {expert!r}", "is not in the manifest", nearest(expert, labels))
-    merged, origin = open_checkpoint(out), open_checkpoint(Path(base))
+    merged, origin = open_checkpoint(out), open_checkpoint(Path(base), dequantize=True)
     masks = open_file(contained(files.resolve(out), f"{MASKS}/{expert}.safetensors"))
     factor = _rescale([manifest["tensors"][name] for name in masks.tensors], labels, expert)
     weights = {}

@@ -41,6 +41,7 @@ class RunOptions:
     resume: bool = False
     max_memory: str | None = None
     allow_pickle: bool = False
+    dequantize: bool = False
     force: bool = False
     quiet: bool = False
     push: str | None = None
@@ -100,7 +101,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if options.push is not None:
         check_push(options.push)
     models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *wrapped = [open_expert(model.path, options.allow_pickle) for model in models]
+    base, *wrapped = [open_expert(model.path, options.allow_pickle, options.dequantize) for model in models]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)

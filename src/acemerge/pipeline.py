@@ -17,7 +17,7 @@ from threading import Barrier
 import torch
 
 from acemerge.buffers import Buffers
-from acemerge.checkpoints.reader import Reader, Span
+from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.costs import Cost, cost, in_flight, together
 from acemerge.jobs import Input, Load, Piece
 from acemerge.shapes import Tensor
@@ -68,7 +68,7 @@ def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
 class _Read:
     """What was read of one model for a batch, all of it in one buffer."""
 
-    tensors: Mapping[tuple[int, str], Tensor]
+    tensors: Mapping[tuple[int, str], Stored]
     buffer: Tensor
 
 
@@ -77,14 +77,14 @@ class _Inputs:
 
     def __init__(self, reads: Mapping[int, Future[_Read]], buffers: Buffers) -> None:
         self._reads, self._buffers = dict(reads), buffers
-        self._tensors: dict[int, Mapping[tuple[int, str], Tensor]] = {}
+        self._tensors: dict[int, Mapping[tuple[int, str], Stored]] = {}
 
     def take(self, piece: int, wanted: Input) -> Tensor:
         """A tensor of the batch's piece of this number; waits until its model was read."""
         model, name = wanted
         if model not in self._tensors:
             self._tensors[model] = self._reads[model].result().tensors
-        return self._tensors[model][piece, name]
+        return self._tensors[model][piece, name].tensor()
 
     def release(self, model: int) -> None:
         """Let go of a model's tensors: none of them may be used any more."""

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import torch
 
-from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.float8 import plain
+from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
 from acemerge.jobs import Head, Job, Plan, Source
@@ -22,6 +23,10 @@ from acemerge.roles import Role, Roles
 from acemerge.vocabulary import Tokens
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
+_ROUNDED = (
+    "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
+    "merge unquantised checkpoints where there are any"
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +55,11 @@ def make_plan(
         assert job.method is not None
         check_experts(job.method, job.weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
-    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters)
+    named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
+    dequantized = {who: model.float8 for who, model in named.items() if model.float8}
+    if dequantized:
+        planner.warnings.append(_ROUNDED)
+    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
 
 
 class _Planner:
@@ -88,7 +97,8 @@ class _Planner:
         specs += [factor for update in job.updates if update for factor in update.factors]
         wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
         dtype = torch.float64 if wide else torch.float32
-        return replace(job, bytes_in=sum(spec.nbytes for spec in specs), compute_dtype=dtype)
+        widens = any(spec.dtype in FLOAT8.values() for spec in specs)
+        return replace(job, bytes_in=sum(spec.nbytes for spec in specs), compute_dtype=dtype, widens=widens)
 
     def job(self, name: str) -> Job:
         spec, role = self.base.tensors[name], self.roles.by_name[name]
@@ -158,7 +168,7 @@ class _Planner:
 
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
         if self.recipe.dtype == "auto" or not spec.dtype.is_floating_point:
-            return spec.dtype
+            return plain(spec, self.base.config).dtype
         return _DTYPES[self.recipe.dtype]
 
     def _is_no_parameter(self, role: Role) -> bool:
@@ -210,7 +220,8 @@ class _Planner:
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
-        for name, spec in self.experts[i].tensors.items():
+        for name, stored in self.experts[i].tensors.items():
+            spec = plain(stored, self.experts[i].config)
             identity = self.roles.identity[name]
             if identity in self.kept_apart:
                 heads.append(Head(spec, "task head"))

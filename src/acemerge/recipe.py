@@ -175,7 +175,7 @@ def _from_mergekit(
         raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
-        return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path).tensors
+        return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path, dequantize=True).tensors
 
     found = from_mergekit(content, path, lambda model: _relative_to(path.parent, model), headers)
     return make_recipe({**found, **overrides}, path)

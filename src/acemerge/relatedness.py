@@ -61,6 +61,6 @@ def _sample(checkpoint: Checkpoint, jobs: Sequence[Job], names: Sequence[str]) -
     try:
         places = reader.places(spans)
         found = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
-        return torch.cat([values.double().flatten() for values in found])
+        return torch.cat([stored.tensor().double().flatten() for stored in found])
     finally:
         reader.close()

@@ -174,12 +174,12 @@ def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> 
                 value = _read_whole(reader, spec.name)
                 if value.dtype.is_floating_point:
                     check_finite(value, spec.name, f"expert {label}")
-                written.write(name, value)
+                written.write(name, value.to(spec.dtype))
                 written.end_of_tensor([name])
             output.written |= written.finished
 
 
 def _read_whole(reader: Reader, name: str) -> Tensor:
     places = reader.places([Span(name)])
-    (value,) = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
-    return value
+    (stored,) = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+    return stored.tensor()

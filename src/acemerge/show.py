@@ -113,6 +113,8 @@ def merge_summary(console: Console, report: MergeReport) -> None:
         _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
     for label, adapter in manifest.get("adapters", {}).items():
         _say(console, f"expert {label}: {adapter}")
+    for who, about in manifest.get("dequantized", {}).items():
+        _say(console, f"{who}: dequantised, {about}")
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
     _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
@@ -141,6 +143,8 @@ def plan(console: Console, plan: Plan) -> None:
     _say(console, f"\nroles from {plan.roles_source}")
     for label, adapter in plan.adapters.items():
         _say(console, f"expert {label}: {adapter}")
+    for who, about in plan.dequantized.items():
+        _say(console, f"{who}: to be dequantised, {about}")
     for warning in plan.warnings:
         _say(console, f"warning: {warning}")
     read = size(plan.bytes_read + plan.bytes_reread)

@@ -12,7 +12,8 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
-from acemerge.checkpoints.header import MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
+from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
+from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
@@ -71,6 +72,8 @@ class Checkpoint:
     """One opened checkpoint: headers read and checked, no tensor bytes yet.
 
     With an `adapter`, `tensors` are those of the base that it changes; what it does not name is the base's own.
+    Tensors in fp8 stand for float32 values, by their `scales`, which are no tensors by themselves; `float8` describes
+    them, and `config` says nothing of them.
     """
 
     path: Path
@@ -80,24 +83,33 @@ class Checkpoint:
     places: Mapping[str, TensorInfo] = field(repr=False)
     fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
     adapter: Adapter | None = None
+    scales: Mapping[str, Scale] = field(default_factory=dict, repr=False)
+    float8: str = ""
 
     @property
     def weight_files(self) -> list[Path]:
         return list(self.fingerprints)
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name` in its stored type, on the CPU, in memory of its own."""
-        info = self.places[name]
-        spec = info.spec
-        if spec.nbytes == 0:
-            return torch.empty(spec.shape, dtype=spec.dtype)
-        buffer = bytearray(spec.nbytes)
-        descriptor = files.open_for_reading(info.file)
-        try:
-            files.read_into(descriptor, [memoryview(buffer)], info.offset, info.file)
-        finally:
-            files.close(descriptor)
-        return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
+        """The tensor `name` in its stored type, float32 for fp8, on the CPU, in memory of its own."""
+        stored = _read(self.places[name])
+        if stored.dtype not in FLOAT8.values():
+            return stored
+        scale = self.scales.get(name)
+        return dequantised(stored, *((_read(scale.info).view(scale.shape), scale.repeats) if scale else (None, ())))
+
+
+def _read(info: TensorInfo) -> Tensor:
+    spec = info.spec
+    if spec.nbytes == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    buffer = bytearray(spec.nbytes)
+    descriptor = files.open_for_reading(info.file)
+    try:
+        files.read_into(descriptor, [memoryview(buffer)], info.offset, info.file)
+    finally:
+        files.close(descriptor)
+    return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
 
 
 def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> list[str]:
@@ -122,10 +134,11 @@ def listed_files(root: Path, name: str) -> list[str]:
     return sorted(set().union(*found))
 
 
-def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
+def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open a folder: read and check its index and the header of every shard.
 
-    With `allow_pickle` also a folder that has pickled weights only, or one pickled file; as data, never run.
+    With `allow_pickle` also a folder that has pickled weights only, or one pickled file; as data, never run. With
+    `dequantize` also one with weights in fp8.
 
     Raises CheckpointError for a folder that is missing, incomplete, inconsistent or holds no weights.
     """
@@ -138,11 +151,13 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
     kind = _format(root, names, allow_pickle)
+    config = read_config(root / CONFIG) if CONFIG in names else {}
+    check_quantisation(config, root / CONFIG, dequantize)
     weight_files = _weight_files(root, names, kind)
     prints = {file: files.fingerprint(file) for file in weight_files}
     places: dict[str, TensorInfo] = {}
     for file in weight_files:
-        for info in kind.read(file):
+        for info in read_header(file, float8=True) if dequantize and kind is _SAFETENSORS else kind.read(file):
             name = info.spec.name
             if name in places:
                 what = f"tensor {name!r} is also in {places[name].file.name}"
@@ -150,10 +165,11 @@ def open_checkpoint(path: Path, allow_pickle: bool = False) -> Checkpoint:
             places[name] = info
     if kind.index in names:
         _check_index(root, places, kind)
-    config = read_config(root / CONFIG) if CONFIG in names else {}
     assets = tuple(name for name in names if _ASSET.fullmatch(name) and _is_asset(root, name))
-    tensors = {name: info.spec for name, info in places.items()}
-    return Checkpoint(path, tensors, config, assets, places, prints)
+    float8 = find_float8(config, places, root)
+    tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
+    plain = {key: value for key, value in config.items() if key != QUANTISATION}
+    return Checkpoint(path, tensors, plain, assets, places, prints, scales=float8.scales, float8=float8.about)
 
 
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
@@ -260,9 +276,6 @@ def read_config(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(path, "is no JSON object", "fetch the file again")
     if not _is_shallow(config):
         raise CheckpointError(path, f"is nested more than {_MAX_DEPTH} levels deep", "fetch the file again")
-    if "quantization_config" in config:
-        cure = "merge the unquantised checkpoint, or dequantise it first"
-        raise CheckpointError(path, "the checkpoint is quantised", cure)
     return config
 
 

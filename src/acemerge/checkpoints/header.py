@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT8: dict[str, torch.dtype] = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _UNSUPPORTED = re.compile(r"F8_|F4|F6_|U16|U32|U64|C64")
 
 
@@ -68,8 +70,11 @@ class TensorInfo:
     offset: int
 
 
-def read_header(path: Path) -> list[TensorInfo]:
-    """All tensors of one file, in the order of their bytes; CheckpointError where the file breaks the format."""
+def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:
+    """All tensors of one file, in the order of their bytes; CheckpointError where the file breaks the format.
+
+    Those in fp8 are refused, too, unless `float8`.
+    """
     size = files.fingerprint(path)[0]
     descriptor = files.open_for_reading(path)
     try:
@@ -85,7 +90,8 @@ def read_header(path: Path) -> list[TensorInfo]:
     if len(entries) > MAX_TENSORS:
         what = f"{len(entries):,} tensors, more than the {MAX_TENSORS:,} that a shard may hold"
         raise CheckpointError(path, what, "save it in more shards")
-    infos = [_tensor_info(name, entry, 8 + length, path) for name, entry in entries.items()]
+    types = DTYPES | FLOAT8 if float8 else DTYPES
+    infos = [_tensor_info(name, entry, types, 8 + length, path) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.spec.nbytes))
     _check_layout(infos, 8 + length, size, path)
     return infos
@@ -144,21 +150,21 @@ def check_name(name: str, path: Path) -> None:
         raise CheckpointError(path, f"the tensor name {name[:80]!r} is not allowed", _CURE)
 
 
-def _tensor_info(name: str, entry: Any, data_start: int, path: Path) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, types: Mapping[str, torch.dtype], data_start: int, path: Path) -> TensorInfo:
     check_name(name, path)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(path, f"the entry of tensor {name!r} is malformed", _CURE)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in types:
         if isinstance(dtype, str) and _UNSUPPORTED.match(dtype):
-            cure = "dequantise the checkpoint to bfloat16 first"
+            cure = "add --dequantize" if dtype in FLOAT8 else "dequantise the checkpoint to bfloat16 first"
             raise CheckpointError(path, f"tensor {name!r} has the type {dtype}, which cannot be merged", cure)
         raise CheckpointError(path, f"tensor {name!r} has an unknown type {str(dtype)[:40]!r}", _CURE)
     if not _is_sizes(shape) or len(shape) > 16:
         raise CheckpointError(path, f"tensor {name!r} has a malformed shape", _CURE)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(path, f"tensor {name!r} has malformed data offsets", _CURE)
-    spec = TensorSpec(name, DTYPES[dtype], tuple(shape))
+    spec = TensorSpec(name, types[dtype], tuple(shape))
     if spec.nbytes != offsets[1] - offsets[0]:
         what = f"tensor {name!r} needs {spec.nbytes:,} bytes by its shape but has {offsets[1] - offsets[0]:,}"
         raise CheckpointError(path, what, _CURE)

@@ -60,12 +60,12 @@ def is_adapter(path: Path) -> bool:
     return files.kind(files.resolve(path)) == "folder" and ADAPTER_CONFIG in files.list_folder(path)
 
 
-def open_expert(path: Path, allow_pickle: bool = False) -> Checkpoint:
+def open_expert(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open a checkpoint, or an adapter: headers and configuration only.
 
     Raises CheckpointError for what neither is, and for an adapter that cannot be read in full.
     """
-    return open_adapter(path, allow_pickle) if is_adapter(path) else open_checkpoint(path, allow_pickle)
+    return open_adapter(path, allow_pickle) if is_adapter(path) else open_checkpoint(path, allow_pickle, dequantize)
 
 
 def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:

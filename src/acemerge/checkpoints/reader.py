@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.header import FLOAT8
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 
@@ -37,6 +39,32 @@ class _Place:
     at: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scaling: _Scaling | None = None
+
+
+@dataclass(frozen=True)
+class _Scaling:
+    """The scale of an fp8 span, whose first row is `first` of the tensor."""
+
+    place: _Place
+    repeats: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it was read, in memory of the buffer."""
+
+    values: Tensor
+    scale: Tensor | None = None
+    repeats: tuple[int, ...] = ()
+    first: int = 0
+
+    def tensor(self) -> Tensor:
+        """The values, those in fp8 as the float32 that they stand for, in memory of their own."""
+        if self.values.dtype in FLOAT8.values():
+            return dequantised(self.values, self.scale, self.repeats, self.first)
+        return self.values
 
 
 @dataclass(frozen=True)
@@ -72,12 +100,23 @@ class Reader:
                 first, end = span.rows
                 row = nbytes // shape[0]
                 offset, shape, nbytes = offset + first * row, (end - first, *shape[1:]), (end - first) * row
-            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape))
-            at += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            end_of = at + _aligned(nbytes)
+            scaling = self._scaling(span, end_of)
+            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling))
+            at = end_of if scaling is None else end_of + _aligned(scaling.place.nbytes)
         return Places(found, at)
 
-    def read(self, places: Places, buffer: Tensor) -> list[Tensor]:
-        """The tensors at `places` in their stored types, within `buffer` (uint8)."""
+    def _scaling(self, span: Span, at: int) -> _Scaling | None:
+        """The span's scale, whole: it is small."""
+        scale = self.checkpoint.scales.get(span.name)
+        if scale is None:
+            return None
+        file, offset, spec = scale.info.file, scale.info.offset, scale.info.spec
+        place = _Place(file, offset, spec.nbytes, at, spec.dtype, scale.shape)
+        return _Scaling(place, scale.repeats, span.rows[0] if span.rows else 0)
+
+    def read(self, places: Places, buffer: Tensor) -> list[Stored]:
+        """The tensors at `places`, within `buffer` (uint8)."""
         space: memoryview = buffer.numpy().data
         for run in _runs(places.found):
             file, offset = run[0].file, run[0].offset
@@ -87,7 +126,16 @@ class Reader:
                 files.forget(self._descriptor(file), offset, sum(map(len, views)))
             if self.hashing:
                 self._hash(file).feed(offset, views)
-        return [buffer[p.at : p.at + p.nbytes].view(p.dtype).view(p.shape) for p in places.found]
+
+        def within(place: _Place) -> Tensor:
+            return buffer[place.at : place.at + place.nbytes].view(place.dtype).view(place.shape)
+
+        return [
+            Stored(within(p), within(p.scaling.place), p.scaling.repeats, p.scaling.first)
+            if p.scaling
+            else Stored(within(p))
+            for p in places.found
+        ]
 
     def hashes(self) -> dict[Path, FileHash]:
         """The hashes of all files, complete."""
@@ -113,10 +161,14 @@ class Reader:
         return self._hashes[file]
 
 
-def _runs(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _runs(found: Sequence[_Place]) -> Iterator[list[_Place]]:
     """Spans that follow each other in one file, to be read at once."""
     run: list[_Place] = []
-    for place in places:
+    for place in (each for p in found for each in ((p, p.scaling.place) if p.scaling else (p,))):
         if place.nbytes == 0:
             continue
         follows = run and run[-1].file == place.file and run[-1].offset + run[-1].nbytes == place.offset

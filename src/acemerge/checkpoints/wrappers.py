@@ -32,7 +32,8 @@ def without_wrapper(expert: Checkpoint, base_names: Collection[str]) -> tuple[Ch
     cut = len(best)
     tensors = {name[cut:]: replace(spec, name=name[cut:]) for name, spec in expert.tensors.items()}
     places = {name[cut:]: info for name, info in expert.places.items()}
-    return replace(expert, tensors=tensors, places=places), best
+    scales = {name[cut:]: scale for name, scale in expert.scales.items()}
+    return replace(expert, tensors=tensors, places=places, scales=scales), best
 
 
 def _known(expert: Checkpoint, prefix: str, base_names: Collection[str]) -> int:

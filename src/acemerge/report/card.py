@@ -61,11 +61,11 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _conversion_card(plan: Plan) -> str:
-    source = _base(plan)
+    source, values = _base(plan), "The dequantised values of" if plan.dequantized else "The very values of"
     lines = [
         f"# {source} as safetensors",
         "",
-        f"The very values of `{source}`, written anew by acemerge; `acemerge.json` holds the hashes.",
+        f"{values} `{source}`, written anew by acemerge; `acemerge.json` holds the hashes.",
         "",
         *_LOAD,
     ]

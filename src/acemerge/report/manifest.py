@@ -61,6 +61,7 @@ def build_manifest(
         "outputs": _sums(outputs),
         "experts": list(plan.experts),
         "adapters": {label: str(adapter) for label, adapter in plan.adapters.items()},
+        "dequantized": dict(plan.dequantized),
         "roles": plan.roles_source,
         "tensors": {name: dict(record) for name, record in records.items()},
         "heads": {
