@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import MAX_HEADER, MAX_PARTS, TensorSpec, read_header
@@ -134,6 +134,20 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_header(path)
 
 
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "np"}, {"format": "mlx"}, {"format": "pt", "by": "me"}])
+def test_the_format_may_be_any_that_lays_tensors_out_alike(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    save_file({"a": values}, tmp_path / "model.safetensors", metadata=metadata)
+    assert torch.equal(open_checkpoint(tmp_path).read("a"), values)
+
+
+@pytest.mark.parametrize("kind", ["flax", "tf"])
+def test_a_format_with_transposed_kernels_is_refused(kind: str, tmp_path: Path) -> None:
+    save_file({"kernel": torch.zeros(2, 3)}, tmp_path / "model.safetensors", metadata={"format": kind})
+    with pytest.raises(CheckpointError, match=r"saved by .*kernels transposed; load it with transformers"):
+        open_checkpoint(tmp_path)
+
+
 # --- folders and shards --------------------------------------------------------------------------------------
 
 SHARDS = [{"a": torch.zeros(2)}, {"b": torch.ones(3)}]
@@ -150,6 +164,28 @@ def _index(folder: Path, change: dict[str, str | None]) -> None:
 
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("extra", [{}, {"metadata": None}, {"metadata": {"total_size": "1", "x": 2}, "tool": [1]}])
+def test_shards_of_other_tools(extra: dict[str, Any], tmp_path: Path) -> None:
+    """Under any names, with an index that says nothing of sizes or much that nobody asked for."""
+    names = ["consolidated.00.safetensors", "part_B-final.safetensors"]
+    for name, shard in zip(names, SHARDS, strict=True):
+        save_file(shard, tmp_path / name)
+    weight_map = {tensor: name for name, shard in zip(names, SHARDS, strict=True) for tensor in shard}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({**extra, "weight_map": weight_map}))
+    save_file({"stray": torch.zeros(1)}, tmp_path / "training_state.safetensors")  # no part of the model
+    checkpoint = open_checkpoint(tmp_path)
+    assert {name: checkpoint.read(name).tolist() for name in checkpoint.tensors} == {"a": [0, 0], "b": [1, 1, 1]}
+
+
+def test_a_shard_in_a_folder_below_is_refused(tmp_path: Path) -> None:
+    write_sharded(tmp_path, SHARDS)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / SECOND).rename(tmp_path / "sub" / SECOND)
+    _index(tmp_path, {"b": f"sub/{SECOND}"})
+    with pytest.raises(CheckpointError, match=r"'b' to 'sub/model-00002.*no file of this folder; .*plain file names"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_missing_shard(tmp_path: Path) -> None:

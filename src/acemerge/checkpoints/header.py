@@ -41,6 +41,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT8: dict[str, torch.dtype] = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# Others (pt, np, mlx, none) lay tensors out as PyTorch does, and transformers names them so.
+_TRANSPOSED = {"flax": "Flax", "tf": "TensorFlow"}
 _UNSUPPORTED = re.compile(r"F8_|F4|F6_|U16|U32|U64|C64")
 
 
@@ -141,6 +143,9 @@ def parse_json(text: bytes, path: Path, cure: str = _CURE, constants: bool = Fal
 def _check_metadata(metadata: Any, path: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(path, "__metadata__ is not a table of strings", _CURE)
+    if metadata.get("format") in _TRANSPOSED:
+        what = f"was saved by {_TRANSPOSED[metadata['format']]}, under other names and with its kernels transposed"
+        raise CheckpointError(path, what, "load it with transformers, save it from PyTorch and name that folder")
 
 
 def check_name(name: str, path: Path) -> None:
