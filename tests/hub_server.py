@@ -252,12 +252,15 @@ JUNK = dict.fromkeys(
 # Files of one content would be fetched once.
 ASSETS = {
     name: json.dumps({"about": name}).encode()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+    for name in (
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        "additional_chat_templates/rag.jinja",
+    )
 }
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def put(hub: FakeHub, plain: PlainModel) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint
 
 
@@ -60,6 +61,65 @@ def test_tokenizer_and_templates_follow_the_model_that_is_named(tmp_path: Path) 
         acemerge.merge(base, experts, assets="math")
     with pytest.raises(UsageError, match=f"{experts[0].name} has no tokenizer"):
         acemerge.merge(base, experts, assets=experts[0].name)
+
+
+# All that processors and tokenizers of transformers write, and what must stay behind.
+ASSETS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja",
+)  # fmt: skip
+NO_ASSETS = ("processing.py", "training_args.bin", "additional_chat_templates/evil.py", "notes.jinja", "more/rag.jinja")
+
+
+def _put_files(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{folder.name}'s {name}")
+    return folder
+
+
+def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    _put_files(base, ("tokenizer.json", "preprocessor_config.json", "additional_chat_templates/base.jinja"))
+    _put_files(experts[1], (*ASSETS, *NO_ASSETS))
+    acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {*ASSETS, "model.safetensors", "README.md", "acemerge.json"}
+    assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
+    manifest = verify(tmp_path / "out")
+    assert manifest["outputs"].keys() >= set(ASSETS)
+    acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
+    templates = tmp_path / "out" / "additional_chat_templates"
+    assert [path.name for path in templates.iterdir()] == ["base.jinja"]  # none is left of the earlier output
+    acemerge.merge(experts[0], experts[1:], out=tmp_path / "out", overwrite=True)
+    assert not templates.exists()
+
+
+def test_templates_by_a_link_are_no_part_of_the_folder(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    _put_files(tmp_path, ("additional_chat_templates/rag.jinja",))
+    (base / "additional_chat_templates").symlink_to(tmp_path / "additional_chat_templates")
+    acemerge.merge(base, experts, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
+    (tmp_path / "out" / "additional_chat_templates").symlink_to(tmp_path / "additional_chat_templates")
+    with pytest.raises(UsageError, match="is a link"):
+        acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
+
+
+def test_transformers_finds_the_experts_templates(tmp_path: Path) -> None:
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    base, experts = PlainModel(tmp_path).save()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    tokenizer.chat_template = {"default": "plain {{ messages }}", "rag": "rag {{ messages }}"}
+    tokenizer.save_pretrained(experts[0])
+    acemerge.merge(base, experts, out=tmp_path / "out", assets="e1")
+    assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").is_file()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 def _wide(tmp_path: Path) -> tuple[Path, list[Path]]:

@@ -12,6 +12,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
+from acemerge.checkpoints.assets import is_asset, with_templates
 from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.pickles import read_pickle
@@ -32,17 +33,7 @@ _MAX_DEPTH = 64
 
 def is_model_file(name: str) -> bool:
     """Whether a file of this name would be taken for a part of the model in its folder."""
-    return name in (SINGLE, INDEX) or any(kind.fullmatch(name) is not None for kind in (_SHARD, _ASSET))
-
-
-# What a model needs beside its weights: configuration, tokenizer and processor files. Never code, never pickles.
-_ASSET = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|vocab_\w+"
-    r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|chat_template"
-    r"|config_sentence_transformers|sentence_bert_config|normalizer|encoder|entity_vocab|tekken)\.json"
-    r"|vocab\.txt|merges\.txt|bpe\.codes|vocab\.bpe|chat_template\.jinja"
-    r"|tokenizer\.model|spiece\.model|spm\.model|sentencepiece(\.bpe)?\.model|source\.spm|target\.spm"
-)
+    return name in (SINGLE, INDEX) or _SHARD.fullmatch(name) is not None or is_asset(name)
 
 
 @dataclass(frozen=True)
@@ -117,7 +108,7 @@ def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> lis
 
     Raises CheckpointError when there are none that may be read.
     """
-    assets = [name for name in names if _ASSET.fullmatch(name)]
+    assets = [name for name in names if is_asset(name)]
     whole = {kind.single for kind in _FORMATS} | {kind.index for kind in _FORMATS}
     if set(ADAPTER) <= set(names) and not whole & set(names):
         return [*assets, *ADAPTER]
@@ -165,7 +156,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
             places[name] = info
     if kind.index in names:
         _check_index(root, places, kind)
-    assets = tuple(name for name in names if _ASSET.fullmatch(name) and _is_asset(root, name))
+    assets = tuple(name for name in with_templates(root, names) if is_asset(name) and _is_file(root, name))
     float8 = find_float8(config, places, root)
     tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
     plain = {key: value for key, value in config.items() if key != QUANTISATION}
@@ -288,5 +279,5 @@ def _is_shallow(content: Any) -> bool:
     return not level
 
 
-def _is_asset(root: Path, name: str) -> bool:
+def _is_file(root: Path, name: str) -> bool:
     return files.kind(contained(root, name)) == "file"

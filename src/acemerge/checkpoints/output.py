@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import TEMPLATES
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.journal import JOURNAL, Done, Journal
@@ -25,7 +26,7 @@ MANIFEST = "acemerge.json"
 CARD = "README.md"
 HEADS = "heads"
 MASKS = "masks"
-SIDE_FOLDERS = (HEADS, MASKS)
+SIDE_FOLDERS = (HEADS, MASKS, TEMPLATES)
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 OLD = ".old"
@@ -160,7 +161,7 @@ class OutputFolder:
 
 def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
-    if name.startswith(tuple(f"{folder}/" for folder in SIDE_FOLDERS)):
+    if name.startswith((f"{HEADS}/", f"{MASKS}/")):
         return name.endswith(".safetensors")
     return name in (MANIFEST, CARD, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
