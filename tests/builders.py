@@ -120,6 +120,13 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5Config",
         {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
     ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+        | {"decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 12}
+        | _SPECIAL,
+    ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | _SPECIAL),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LLAMA | {"tie_word_embeddings": True} | _SPECIAL),
     "qwen3_moe": (
@@ -155,6 +162,6 @@ def inputs_for(family: str) -> dict[str, Tensor]:
         return {"pixel_values": pixels}
     if family == "clip":
         return {"input_ids": tokens, "pixel_values": pixels}
-    if family == "t5":
+    if family in ("t5", "bart"):
         return {"input_ids": tokens, "decoder_input_ids": tokens}
     return {"input_ids": tokens}

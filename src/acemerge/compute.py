@@ -261,7 +261,7 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
             what = f"tensors {first!r} and {name!r} should be tied but differ"
             label = f"expert {setting.labels[model - 1]}" if model else "base"
-            raise CheckpointError(label, what, "set tie_word_embeddings to false in its config.json and the base's")
+            raise CheckpointError(label, what, "set tie_word_embeddings to false in its config.json")
 
 
 def _first_row(piece: Piece) -> int:

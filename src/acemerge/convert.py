@@ -14,6 +14,7 @@ from acemerge.jobs import Job, Plan
 from acemerge.opening import Opened, RunOptions, check_output_apart
 from acemerge.recipe import Recipe, TensorRule, parse_size
 from acemerge.roles import Roles, find_roles
+from acemerge.tying import heads_apart
 
 
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
@@ -22,7 +23,7 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     max_shard = parse_size(options.max_shard_size)
     model = locate(source, options.allow_pickle, options.quiet)
     checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
-    roles = find_roles(checkpoint.config, checkpoint.tensors)
+    _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
     recipe = Recipe.model_construct(base=source, experts=[], rules=[TensorRule(match="*", action="base")])
     dequantized = {"base": checkpoint.float8} if checkpoint.float8 else {}

@@ -26,6 +26,7 @@ from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
+from acemerge.tying import heads_apart
 from acemerge.vocabulary import Tokens
 from acemerge.work import Setting
 
@@ -100,23 +101,25 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
     if options.push is not None:
         check_push(options.push)
-    models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *wrapped = [open_expert(model.path, options.allow_pickle, options.dequantize) for model in models]
+    located = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
+    base, *wrapped = [open_expert(model.path, options.allow_pickle, options.dequantize) for model in located]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
-    labels = expert_labels([model.name for model in models[1:]])
+    labels = expert_labels([model.name for model in located[1:]])
     _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     tokens = _tokens(recipe, [base, *experts])
-    roles = find_roles(base.config, specs)
+    who = ["base", *(f"expert {label}" for label in labels)]
+    models, roles, tied = heads_apart([base, *experts], who, find_roles(base.config, specs))
+    base, experts = models[0], tuple(models[1:])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
     notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
-    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
+    plan = replace(plan, warnings=(*notes, *tied, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
-    origins = tuple(model.origin for model in models)
+    origins = tuple(model.origin for model in located)
     return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
 
 

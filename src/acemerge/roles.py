@@ -48,19 +48,20 @@ class Roles:
         return {identity: sorted(found, key=lambda name: name != identity) for identity, found in groups.items()}
 
 
-def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]) -> Roles:
+def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], untied: bool = False) -> Roles:
     """Roles from the model that `config` describes, built without memory on the meta device.
 
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
-    and shape; `Roles.source` says so.
+    and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them.
     """
     model, why_not = _meta_model(config, most=max(1000, len(tensors)))
     if model is None:
+        config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
-    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}")
+    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied)
 
 
-def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source: str) -> Roles:
+def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source: str, untied: bool = False) -> Roles:
     """Roles from the modules of `model`, whose checkpoint names may differ from its parameter names."""
     in_model = _roles_of_parameters(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -71,7 +72,8 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
         parameter, one_to_one = rename(name)
         role = _fit_to_shape(in_model.get(parameter), tensors[name].shape, shapes.get(parameter, ()))
         by_name[name] = role or role_by_name(tensors[name], conv1d)
-        identity[name] = tied.get(parameter, parameter) if one_to_one else name
+        apart = untied and by_name[name].name == "output_head"
+        identity[name] = name if not one_to_one else parameter if apart else tied.get(parameter, parameter)
     return Roles(by_name, identity, source, from_architecture=True)
 
 
@@ -169,9 +171,10 @@ def _roles_of_parameters(model: nn.Module) -> dict[str, Role]:
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             roles[dot + name] = _role_of_parameter(module, name, parameter.ndim, module is head)
-        for name, _ in module.named_buffers(recurse=False):
+        for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:  # those are no part of a checkpoint
-                roles[dot + name] = Role("norm" if _is_norm(module) else "other")
+                is_bias = name.endswith("bias") and buffer.ndim <= 2
+                roles[dot + name] = Role("norm" if _is_norm(module) else "bias" if is_bias else "other")
     return roles
 
 
