@@ -129,6 +129,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _LLAMA | _SPECIAL),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _LLAMA | {"tie_word_embeddings": True} | _SPECIAL),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        "LlavaConfig",
+        {
+            "text_config": {"model_type": "llama"} | _LLAMA | _SPECIAL,
+            "vision_config": {"model_type": "clip_vision_model"} | _VISION | _IMAGE,
+            "image_token_index": 39,
+            "image_seq_length": 4,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",

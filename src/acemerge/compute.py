@@ -172,6 +172,8 @@ def task_vectors(
 ) -> tuple[Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`D_t = W_t - W_0` in the compute type, in `space`, their energies, and which experts they are from.
 
+    An expert that is absent has none.
+
     A finite energy tells that both weights are finite; only where it is not are they looked at one by one.
     """
     job, T = piece.job, len(setting.labels)
@@ -179,7 +181,7 @@ def task_vectors(
         check_finite(W0, job.name, "base", first_row=_first_row(piece))
     used: list[int] = []
     found: list[Tensor] = []
-    for i in range(T):
+    for i in (i for i in range(T) if i not in job.absent):
         D = space[len(used)]
         _difference(job, i, values, W0, D)
         n = energies(D[None])

@@ -45,6 +45,7 @@ class _Memory:
     config: Mapping[str, Any] = field(default_factory=dict)
     adapter: Adapter | None = None
     float8: str = ""
+    absent: frozenset[str] = frozenset()
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:

@@ -37,6 +37,8 @@ class Source(Protocol):
     def adapter(self) -> Adapter | None: ...
     @property
     def float8(self) -> str: ...
+    @property
+    def absent(self) -> frozenset[str]: ...
 
 
 # A tensor of one of the models: its number, 0 for the base and i + 1 for the i-th expert, and its name there.
@@ -51,7 +53,8 @@ class Job:
     none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `copies` are further
     spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the same
     entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows of the
-    experts are which of the output. `widens`: inputs in fp8 are float32 in memory of their own when they are taken.
+    experts are which of the output. `absent` are the numbers of the experts that have no say in it. `widens`: inputs
+    in fp8 are float32 in memory of their own when they are taken.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -68,6 +71,7 @@ class Job:
     entrywise: bool = False
     fused: Fused | None = None
     vocabulary: Vocabulary | None = field(default=None, compare=False)
+    absent: frozenset[int] = frozenset()
     widens: bool = False
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32

@@ -20,6 +20,7 @@ from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.costs import budget
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
+from acemerge.parts import as_part
 from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
@@ -105,22 +106,37 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     base, *wrapped = [open_expert(model.path, options.allow_pickle, options.dequantize) for model in located]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
-    experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([model.name for model in located[1:]])
-    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
-    # The experts' own names too: a tied tensor may have its other spelling there only.
-    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    tokens = _tokens(recipe, [base, *experts])
-    who = ["base", *(f"expert {label}" for label in labels)]
-    models, roles, tied = heads_apart([base, *experts], who, find_roles(base.config, specs))
+    models, roles, notes = _matched(base, wrapped, labels)
     base, experts = models[0], tuple(models[1:])
-    plan = make_plan(recipe, base, experts, labels, roles, tokens)
-    taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
-    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off.items()]
-    plan = replace(plan, warnings=(*notes, *tied, *plan.warnings, *shared_input_factors(plan, experts)))
+    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
+    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, models))
+    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
     return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
+
+
+def _matched(
+    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
+) -> tuple[Sequence[Checkpoint], Roles, list[str]]:
+    """All models under names that the base knows, their roles, and what was done about those that differ."""
+    notes, unwrapped = [], []
+    for label, wrapped in zip(labels, experts, strict=True):
+        expert, prefix = without_wrapper(wrapped, base.tensors)
+        unwrapped.append(expert)
+        if prefix:
+            notes.append(f"expert {label}: read without the prefix {prefix!r} of its names")
+    # The experts' own names too: a tied tensor may have its other spelling there only.
+    specs = {name: spec for source in (*reversed(unwrapped), base) for name, spec in source.tensors.items()}
+    roles, models = find_roles(base.config, specs), [base]
+    for label, expert in zip(labels, unwrapped, strict=True):
+        model, note = as_part(expert, label, base, roles)
+        models.append(model)
+        notes += [note] if note else []
+    who = ["base", *(f"expert {label}" for label in labels)]
+    apart, roles, tied = heads_apart(models, who, roles)
+    return apart, roles, [*notes, *tied]
 
 
 def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:

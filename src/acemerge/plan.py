@@ -53,7 +53,7 @@ def make_plan(
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for job in _distinct(job for job in jobs if job.method):
         assert job.method is not None
-        check_experts(job.method, job.weights)
+        check_experts(job.method, [weight for i, weight in enumerate(job.weights) if i not in job.absent])
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
@@ -81,7 +81,7 @@ class _Planner:
         matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
         for label, expert, names in zip(self.labels, self.experts, self.expert_names, strict=True):
             ours, theirs = (source.config.get("model_type") for source in (self.base, expert))
-            if ours and theirs and ours != theirs:
+            if ours and theirs and ours != theirs and not expert.absent:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
             if expert.adapter is None and not matrices & names.keys():
@@ -115,10 +115,11 @@ class _Planner:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
         updates = tuple(fitted.updates.get(identity) for fitted in self.fitted)
+        absent = frozenset(i for i, expert in enumerate(self.experts) if identity in expert.absent)
         lacking = [
-            label
-            for label, expert, found in zip(self.labels, self.experts, sources, strict=True)
-            if not found and expert.adapter is None
+            self.labels[i]
+            for i, found in enumerate(sources)
+            if not found and self.experts[i].adapter is None and i not in absent
         ]
         if not any(sources) and not any(updates):
             return self._base_only(out, role, lacking)
@@ -130,7 +131,11 @@ class _Planner:
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
         self._refuse_integers(name, sources)
-        return replace(self._merge_job(out, role, decision, sources), updates=updates if any(updates) else ())
+        job = self._merge_job(out, role, decision, sources)
+        if absent:
+            without = ", ".join(self.labels[i] for i in sorted(absent))
+            job = replace(job, absent=absent, reason=f"{job.reason}, without {without}")
+        return replace(job, updates=updates if any(updates) else ())
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"
@@ -185,9 +190,11 @@ class _Planner:
         return replace(self._kept(out, role, reason), sources=sources, must_agree=True)
 
     def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Job:
-        """No expert has it: the base's own head, unless it belongs to the backbone. Adapters may lack anything."""
+        """No expert has it: the base's own head, unless it belongs to the backbone. Adapters and parts may lack it."""
         if not lacking:
-            return self._kept(out, role, "no adapter changes it: the base's own")
+            parts = any(self.roles.identity[out.name] in expert.absent for expert in self.experts)
+            what = "no expert has this part" if parts else "no adapter changes it"
+            return self._kept(out, role, f"{what}: the base's own")
         if self._is_no_parameter(role):
             return self._kept(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
@@ -233,8 +240,8 @@ class _Planner:
 
 
 def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    """One job of each rule with each weights."""
-    return list({(id(job.method), job.weights): job for job in jobs}.values())
+    """One job of each rule with each weights and experts."""
+    return list({(id(job.method), job.weights, job.absent): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:

@@ -27,13 +27,13 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
     comparable to one. Zeros alone tell nothing, and an adapter has no layers to compare. Raises CheckpointError with
     the figures.
     """
-    whole = [i for i, expert in enumerate(experts) if expert.adapter is None]
-    jobs = _layers(plan, whole)
-    if not jobs or not whole:
-        return
-    W0 = _sample(base, jobs, [job.name for job in jobs])
-    for i in whole:
-        label, expert = plan.experts[i], experts[i]
+    sampled: dict[tuple[str, ...], Tensor] = {}
+    for i, (label, expert) in enumerate(zip(plan.experts, experts, strict=True)):
+        jobs = [] if expert.adapter else _layers(plan, i)
+        if not jobs:
+            continue
+        names = tuple(job.name for job in jobs)
+        W0 = sampled.setdefault(names, _sample(base, jobs, names)) if names not in sampled else sampled[names]
         Wt = _sample(expert, jobs, [job.sources[i] for job in jobs])
         norms = (W0.norm() * Wt.norm()).item()
         if not norms > 0 or norms == float("inf"):  # the merge itself tells what is not finite, and where
@@ -44,10 +44,10 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
             raise CheckpointError(f"expert {label}", what, "name its own base, or merge all the same with --force")
 
 
-def _layers(plan: Plan, experts: Sequence[int]) -> list[Job]:
-    """Some layers from everywhere in the model, that all of these experts have."""
+def _layers(plan: Plan, expert: int) -> list[Job]:
+    """Some layers from everywhere in the model, that an expert has."""
     layers = [job for job in plan.jobs if job.method and job.role.name in ("linear", "conv1d")]
-    layers = [job for job in layers if job.spec.count and all(job.sources[i] for i in experts)]
+    layers = [job for job in layers if job.spec.count and job.sources[expert]]
     return layers[:: -(-len(layers) // _LAYERS) or 1]
 
 

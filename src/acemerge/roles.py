@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
+from acemerge.architecture import meta_model, parts_of
 from acemerge.checkpoints.header import TensorSpec
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
@@ -32,13 +30,15 @@ class Roles:
     """The role of every tensor name, and which names mean the same tensor.
 
     `identity` sends a name to that of the parameter it stands for: the two spellings of a tied head, `h.0.x` and
-    `transformer.h.0.x` of one architecture, `LayerNorm.gamma` and `LayerNorm.weight` have one identity.
+    `transformer.h.0.x` of one architecture, `LayerNorm.gamma` and `LayerNorm.weight` have one identity. `parts` are
+    the models of other types within this one: the beginning of their parameters' names, by their types.
     """
 
     by_name: Mapping[str, Role]
     identity: Mapping[str, str]
     source: str
     from_architecture: bool
+    parts: Mapping[str, str] = field(default_factory=dict)
 
     def group(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The names of each tensor by its identity, the one that loaders look for first."""
@@ -54,7 +54,7 @@ def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], unt
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
     and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them.
     """
-    model, why_not = _meta_model(config, most=max(1000, len(tensors)))
+    model, why_not = meta_model(config, most=max(1000, len(tensors)))
     if model is None:
         config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
@@ -74,7 +74,7 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
         by_name[name] = role or role_by_name(tensors[name], conv1d)
         apart = untied and by_name[name].name == "output_head"
         identity[name] = name if not one_to_one else parameter if apart else tied.get(parameter, parameter)
-    return Roles(by_name, identity, source, from_architecture=True)
+    return Roles(by_name, identity, source, from_architecture=True, parts=parts_of(model))
 
 
 def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
@@ -88,79 +88,6 @@ def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, 
     if stored != built and stored[1:] == built[:0:-1]:
         return Role("experts", transposed=not role.transposed)
     return role
-
-
-# Keys by which a config could ask transformers for code or files from elsewhere.
-_REACHING_OUT = re.compile(
-    r"auto_map|attn_implementation|experts_implementation|kernel|backbone|pretrained|_name_or_path"
-)
-# Keys whose values may be large without making the model deep.
-_WIDTHS = re.compile(r"vocab|position|size|dim|token|_id$|_ids$|length|window|theta|channels|factor|width")
-_DEPTHS = re.compile(r"layer|depth|block|stage|num_")
-
-
-def _meta_model(config: Mapping[str, Any], most: int) -> tuple[nn.Module | None, str]:
-    """The model of `config` on the meta device, or None and why not.
-
-    Whatever the config names, no code is fetched or run but transformers' own, and the Hub is not asked.
-    """
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(config.get("model_type"), str):
-        return None, "config.json names no architecture"
-    too_many = _too_many(config, most)
-    if too_many:
-        return None, f"config.json asks for {too_many}"
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError:
-        return None, "transformers is not installed: pip install 'acemerge[hf]'"
-    name = str(architectures[0])[:80]
-    with _isolated():
-        try:
-            cls: Any = getattr(transformers, name, None)
-            if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-                return None, f"transformers has no {name!r}"
-            settings = {**_sanitised(config), "attn_implementation": "eager"}
-            built = cls.config_class.from_dict(settings)  # type: ignore[attr-defined]
-            with torch.device("meta"):
-                model: Any = cls(built)
-                model.tie_weights()
-        except Exception as failure:  # whatever an odd config makes the architecture raise
-            return None, f"{name} could not be built: {type(failure).__name__}"
-    return model, ""
-
-
-def _sanitised(config: Any) -> Any:
-    if isinstance(config, Mapping):
-        ours = ("torch_dtype", "dtype")
-        return {k: _sanitised(v) for k, v in config.items() if k not in ours and not _REACHING_OUT.search(k)}
-    return [_sanitised(item) for item in config] if isinstance(config, list) else config
-
-
-def _too_many(config: Any, most: int, key: str = "") -> str:
-    """The first count in the config that would make building it endless, as `key = value`; else empty."""
-    if isinstance(config, Mapping):
-        return next((found for k, v in config.items() if (found := _too_many(v, most, str(k)))), "")
-    if isinstance(config, list):
-        return next((found for item in config if (found := _too_many(item, most, key))), "")
-    wide = _WIDTHS.search(key) and not _DEPTHS.search(key)
-    large = isinstance(config, int) and config > most and not wide
-    return f"{key} = {config:,}" if large else ""
-
-
-@contextlib.contextmanager
-def _isolated() -> Iterator[None]:
-    """Keeps transformers offline and silences its messages: what matters is said by the plan."""
-    logger = logging.getLogger("transformers")
-    hub: Any = importlib.import_module("huggingface_hub.constants")
-    level, offline = logger.level, hub.HF_HUB_OFFLINE
-    logger.setLevel(logging.CRITICAL)
-    hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        hub.HF_HUB_OFFLINE = offline
 
 
 def _roles_of_parameters(model: nn.Module) -> dict[str, Role]:

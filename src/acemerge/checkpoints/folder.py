@@ -64,7 +64,8 @@ class Checkpoint:
 
     With an `adapter`, `tensors` are those of the base that it changes; what it does not name is the base's own.
     Tensors in fp8 stand for float32 values, by their `scales`, which are no tensors by themselves; `float8` describes
-    them, and `config` says nothing of them.
+    them, and `config` says nothing of them. Of a model that is a part of its base alone, `absent` are the identities
+    of the rest.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Checkpoint:
     adapter: Adapter | None = None
     scales: Mapping[str, Scale] = field(default_factory=dict, repr=False)
     float8: str = ""
+    absent: frozenset[str] = frozenset()
 
     @property
     def weight_files(self) -> list[Path]:
