@@ -94,6 +94,24 @@ def test_what_nobody_has_is_the_bases_own(models: dict[str, Path]) -> None:
     assert manifest["tensors"][VISION + "pre_layrnorm.weight"]["reason"] == "no expert has this part: the base's own"
 
 
+def test_a_language_model_may_have_another_type_within_its_base(tmp_path: Path) -> None:
+    text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"num_key_value_heads": 1, "intermediate_size": 24, "bos_token_id": 0, "eos_token_id": 1}
+    vision = {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 16, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
+    base = transformers.Qwen2VLForConditionalGeneration(config)
+    expert = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**text))
+    expert.model.load_state_dict(base.model.language_model.state_dict())
+    expert.lm_head.load_state_dict(base.lm_head.state_dict())
+    base.save_pretrained(tmp_path / "base")
+    perturb(expert, 1).save_pretrained(tmp_path / "expert")
+    _, merged = _merge({"base": tmp_path / "base", "expert": tmp_path / "expert"}, "expert", method="average")
+    own, kept = load_folder(tmp_path / "expert"), load_folder(tmp_path / "base")
+    for name, value in merged.items():
+        _close(value, own[name] if name in own else kept[name])
+    assert merged.keys() == kept.keys() > own.keys()
+
+
 TORN = {
     "text": ("model.layers.1.", "model.norm.", "model.layers.0.mlp.up_proj.weight", "lm_head."),
     "vision": ("encoder.layers.1.", "post_layernorm.bias"),

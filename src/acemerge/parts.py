@@ -38,9 +38,9 @@ def _prefix(expert: Checkpoint, base: Checkpoint, roles: Roles) -> str:
     kind = expert.config.get("model_type")
     if expert.adapter is not None or not isinstance(kind, str) or kind == base.config.get("model_type"):
         return ""
-    # A part may be named after the model that it was: `qwen2_vl_text` of `qwen2`.
-    named = [prefix for part, prefix in roles.parts.items() if part == kind or part.startswith(f"{kind}_")]
-    return named[0] if len(named) == 1 else ""
+    # A language model may be named after the one that it was: `qwen2_vl_text` after `qwen2`.
+    of_text = [part for part in roles.parts if part.startswith(f"{kind}_") and part.endswith("_text")]
+    return next((roles.parts[part] for part in (kind, *of_text) if part in roles.parts), "")
 
 
 def _in_base(name: str, prefix: str, stored: Mapping[str, Sequence[str]], roles: Roles) -> str:
