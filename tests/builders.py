@@ -139,6 +139,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "image_seq_length": 4,
         },
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        _LLAMA | {"num_local_experts": 4, "layer_types": ["full_attention", "sliding_attention"]} | _SPECIAL,
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        _LLAMA | {"num_local_experts": 2, "intermediate_size_mlp": 24, "interleave_moe_layer_step": 1} | _SPECIAL,
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",

@@ -35,16 +35,21 @@ def test_a_merge_loads_and_runs(family: str, tmp_path: Path) -> None:
     assert all(torch.isfinite(value).all() for value in outputs.to_tuple() if isinstance(value, torch.Tensor))
     assert "ace" in {record["rule"] for record in report.tensors.values()}
 
+    acemerge.merge(base, experts, "average", out=tmp_path / "mean")
     base_weights, tuned = load_folder(base), [load_folder(folder) for folder in experts]
-    merged = load_folder(tmp_path / "out")
-    assert merged.keys() == base_weights.keys()
+    merged, averaged = load_folder(tmp_path / "out"), load_folder(tmp_path / "mean")
+    assert merged.keys() == averaged.keys() == base_weights.keys()
     for name, record in report.tensors.items():
         W0 = base_weights[name].double()
         deltas = torch.stack([weights[name].double() - W0 for weights in tuned])
+        mean = W0 + deltas.mean(0)
+        assert relative_error(averaged[name], mean) < 1e-6, name
         if record["rule"] == "average":
-            expected = W0 + deltas.mean(0)
+            expected = mean
         elif record["role"] == "conv1d":
             expected = W0 + oracles.ace(deltas.mT).mT
+        elif record["role"] == "experts":  # of both families that fuse them: each is stored (in, out)
+            expected = W0 + torch.stack([oracles.ace(each.mT).mT for each in deltas.unbind(1)])
         else:
             expected = W0 + oracles.ace(deltas)
         assert relative_error(merged[name], expected) < 1e-5, name

@@ -27,7 +27,7 @@ def test_the_architecture_knows_every_tensor_and_names_agree(family: str, tmp_pa
 
 
 def test_special_tensors_are_told_apart(tmp_path: Path) -> None:
-    for family in ("gpt2", "qwen3_moe", "t5", "clip"):
+    for family in ("gpt2", "qwen3_moe", "t5", "bart", "clip", "llava", "gpt_oss", "llama4"):
         make_model(family).save_pretrained(tmp_path / family)
 
     def role(family: str, name: str) -> str:
@@ -40,6 +40,14 @@ def test_special_tensors_are_told_apart(tmp_path: Path) -> None:
     assert role("qwen3_moe", "lm_head.weight") == "output_head"
     assert role("qwen3_moe", "model.layers.0.mlp.experts.0.up_proj.weight") == "linear"
     assert role("qwen3_moe", "model.layers.0.mlp.gate.weight") == "linear"
+    for family, fused in (("gpt_oss", "mlp.experts"), ("llama4", "feed_forward.experts")):
+        assert role(family, f"model.layers.0.{fused}.gate_up_proj") == "experts transposed"
+        assert role(family, f"model.layers.0.{fused}.down_proj") == "experts transposed"
+    assert role("gpt_oss", "model.layers.0.mlp.experts.gate_up_proj_bias") == "bias"
+    assert role("gpt_oss", "model.layers.0.self_attn.sinks") == "other"
+    assert role("bart", "model.shared.weight") == role("bart", "model.encoder.embed_positions.weight") == "embedding"
+    assert role("llava", "multi_modal_projector.linear_1.weight") == "linear"
+    assert role("llava", "vision_tower.embeddings.patch_embedding.weight") == "convolution"
     assert role("t5", "shared.weight") == "embedding"
     assert role("clip", "vision_model.embeddings.patch_embedding.weight") == "convolution"
     assert role("clip", "logit_scale") == "other"

@@ -17,7 +17,7 @@ _REACHING_OUT = re.compile(
     r"auto_map|attn_implementation|experts_implementation|kernel|backbone|pretrained|_name_or_path"
 )
 # Keys whose values may be large without making the model deep.
-_WIDTHS = re.compile(r"vocab|position|size|dim|token|_id$|_ids$|length|window|theta|channels|factor|width")
+_WIDTHS = re.compile(r"vocab|position|size|dim|token|_id$|_ids$|length|window|theta|channels|factor|width|scale")
 _DEPTHS = re.compile(r"layer|depth|block|stage|num_")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,13 +126,20 @@ def _role_of_parameter(module: nn.Module, name: str, ndim: int, is_output_head: 
 
 
 def _stores_in_out(module: nn.Module) -> bool:
-    """Whether fused experts are (expert, in, out): the first matrix's input is as wide as the second's output."""
-    shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3]
-    if len(shapes) == 2:
-        (_, a, b), (_, c, d) = shapes
-        if (a == d) != (b == c):
-            return a == d
-    return bool(getattr(module, "is_transposed", False))
+    """Whether fused experts are (expert, in, out)."""
+    told = _shapes_in_out([tuple(p.shape) for p in module.parameters(recurse=False) if p.ndim == 3])
+    return bool(getattr(module, "is_transposed", False)) if told is None else told
+
+
+def _shapes_in_out(shapes: Sequence[tuple[int, ...]]) -> bool | None:
+    """Whether an up and a down projection are (expert, in, out): the first's input is as wide as the second's output.
+
+    None where the shapes do not tell.
+    """
+    if len(shapes) != 2:
+        return None
+    (_, a, b), (_, c, d) = shapes
+    return a == d if (a == d) != (b == c) else None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -177,6 +184,11 @@ def roles_by_name(
 ) -> Roles:
     conv1d = _stores_conv1d(tensors)
     by_name = {name: role_by_name(spec, conv1d) for name, spec in tensors.items()}
+    fused = [name for name, role in by_name.items() if role.name == "experts"]
+    for up in (name for name in fused if name.endswith("gate_up_proj")):
+        down = up.removesuffix("gate_up_proj") + "down_proj"
+        if down in fused and _shapes_in_out([tensors[up].shape, tensors[down].shape]):
+            by_name |= dict.fromkeys((up, down), Role("experts", transposed=True, origin="name"))
     identity = {name: name for name in tensors}
     if config.get("tie_word_embeddings"):
         embeddings = [name for name, role in by_name.items() if role.name == "embedding"]
