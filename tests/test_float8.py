@@ -176,6 +176,16 @@ def test_scales_of_compressed_tensors(plain: PlainModel, by_row: bool) -> None:
     assert torch.equal(checkpoint.read(NAME), (values.double() * scale.double()).float())
 
 
+def test_a_single_number_and_an_empty_tensor(plain: PlainModel) -> None:
+    stored = {"one": torch.tensor(3.0), "none": torch.zeros(0, 6)}
+    in_fp8 = {name: value.to(torch.float8_e4m3fn) for name, value in stored.items()}
+    scales = {"one_scale_inv": torch.tensor(0.5), "none_scale_inv": torch.zeros(0, 2)}
+    folder = write_checkpoint(plain.root / "m", in_fp8 | scales, {"quantization_config": FP8})
+    checkpoint = open_checkpoint(folder, dequantize=True)
+    assert checkpoint.read("one").item() == 1.5
+    assert checkpoint.read("none").shape == (0, 6)
+
+
 def test_fp8_without_scales_is_its_own_value(plain: PlainModel) -> None:
     """As some save it to spare room: the configuration says nothing of it."""
     values = plain.base[NAME].to(torch.float8_e5m2)
@@ -213,6 +223,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], dict[str, Any], str]] = {
     "a scale of one side": ({NAME + "_scale_inv": torch.ones(3)}, {}, "has a scale that does not fit"),
     "a scale of integers": ({NAME + "_scale_inv": torch.ones(2, 2, dtype=torch.int32)}, {}, "that does not fit"),
     "blocks that nobody told": ({}, {"weight_block_size": None}, "has a scale that does not fit"),
+    "a scale of no side": ({NAME + "_scale_inv": torch.ones(2, 2, 2)}, {}, "that does not fit"),
     "blocks of nothing": ({}, {"weight_block_size": [0, 3]}, "has a scale that does not fit"),
     "a scale of a plain tensor": ({"layers.0.norm.weight_scale": torch.ones(1)}, {}, "that is not in fp8"),
     "packed integers": ({"layers.0.q.weight_packed": torch.zeros(2, 2, dtype=torch.int32)}, {}, "is no plain fp8"),

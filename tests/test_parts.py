@@ -77,7 +77,8 @@ def test_a_rule_sees_the_experts_that_have_the_part(models: dict[str, Path], met
     _, merged = _merge(models, "full", "text", method=method)
     _, alone = _merge(models, "full", method=method)
     if method != "ties":  # whose thresholds are of whole models
-        assert all(torch.equal(value, alone[name]) for name, value in merged.items() if not name.startswith(TEXT))
+        for name in (name for name in merged if not name.startswith(TEXT)):
+            torch.testing.assert_close(merged[name], alone[name], rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(value, alone[name]) for name, value in merged.items() if name.startswith(TEXT))
     if method == "emr":
         out = models["base"].parent / "out-full-text"

@@ -21,6 +21,7 @@ from builders import load_folder, make_model, perturb, write_adapter, write_chec
 NAMES = {
     "qwen3": ("model.embed_tokens.weight", "lm_head.weight"),
     "gpt2": ("transformer.wte.weight", "lm_head.weight"),
+    "bert": ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),  # and a bias
     "bart": ("model.shared.weight", "lm_head.weight"),
 }
 
@@ -101,7 +102,7 @@ def test_an_adapter_of_a_tied_matrix_goes_with_no_untied_head(tmp_path: Path) ->
     base, untied = _save(tmp_path / "base", "qwen3", True, 0), _save(tmp_path / "untied", "qwen3", False, 1)
     factors = torch.ones(2, 16), torch.ones(40, 2)
     on_head = write_adapter(tmp_path / "on_head", {"lm_head": factors})
-    with pytest.raises(CheckpointError, match=r"on_head: changes 'lm_head\.weight', which its base uses as its head"):
+    with pytest.raises(CheckpointError, match=r"on_head: changes 'lm_head\.weight', which its base has tied"):
         acemerge.merge(base, [untied, on_head], force=True)
     layer = torch.ones(2, 16), torch.ones(8, 2)
     elsewhere = write_adapter(tmp_path / "elsewhere", {"model.layers.0.self_attn.k_proj": layer})

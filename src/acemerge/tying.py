@@ -31,25 +31,34 @@ def heads_apart(
     specs = {name: spec for model in reversed(models) for name, spec in model.tensors.items()}
     joined = roles if together else find_roles(_with_tie(base.config, True), specs)
     apart = find_roles(_with_tie(base.config, False), specs, untied=True) if together else roles
-    matrix, found, notes = joined.identity[head], [], []
-    group = [name for name in own.tensors if joined.identity[name] == matrix]
+    split = {joined.identity[name] for name in own.tensors if joined.identity[name] != apart.identity[name]}
+    tied = [name for name in own.tensors if joined.identity[name] in split]
+    found, notes = [], []
     for i, model in enumerate(models):
         alike = model.config.get("architectures") == base.config.get("architectures")
-        source = next((name for name in model.tensors if joined.identity[name] == matrix), "")
-        if model.adapter is not None:
-            if source and together and owner:
-                what = f"changes {source!r}, which its base uses as its head, too, and {who[owner]} does not"
-                raise CheckpointError(who[i], what, "merge it into its base with peft first")
-        elif source and alike and (_ties(model.config) or (i == 0 and together and owner)):
-            lacking = {apart.identity[name] for name in group} - {apart.identity[name] for name in model.tensors}
-            for name in (name for name in group if apart.identity[name] in lacking):
-                model = _with_copy(model, name, source)
-                notes.append(f"{who[i]}: {name} is {source}, to which it is tied")
+        names = {joined.identity[name]: name for name in model.tensors}
+        if model.adapter is not None and together and owner:
+            _check_untouched(who[i], who[owner], [names.get(joined.identity[name]) for name in tied])
+        elif alike and (_ties(model.config) or (i == 0 and together and owner)):
+            stored = {apart.identity[name] for name in model.tensors}
+            for name in tied:
+                source = names.get(joined.identity[name])
+                if source is not None and apart.identity[name] not in stored:
+                    model = _with_copy(model, name, source)
+                    notes.append(f"{who[i]}: {name} is {source}, to which it is tied")
         found.append(model)
     if together and owner:
         found[0] = replace(found[0], config=_with_tie(base.config, False))
         notes.append(f"the output's head is apart from its embedding, as that of {who[owner]} is")
     return found, apart, notes
+
+
+def _check_untouched(where: str, owner: str, changed: Sequence[str | None]) -> None:
+    """CheckpointError for an adapter of what is one tensor in its base and two in the output."""
+    name = next(filter(None, changed), None)
+    if name is not None:
+        what = f"changes {name!r}, which its base has tied, and {owner} has not"
+        raise CheckpointError(where, what, "merge it into its base with peft first")
 
 
 def _own_head(model: Checkpoint, roles: Roles) -> str:

@@ -154,7 +154,7 @@ def _scale(weight: TensorSpec, found: TensorInfo, block: tuple[int, int] | None,
     elif len(shape) == 1 and len(sides) == 2:
         shape = (*shape, 1)
     if len(shape) == len(sides) and found.spec.dtype.is_floating_point:
-        blocks = (*(1,) * (len(sides) - 2), *(block or (1, 1)))[-len(sides) :]
+        blocks = ((1,) * len(sides) + (block or (1, 1)))[2:]
         repeats = tuple(_repeat(n, s, b) for n, s, b in zip(sides, shape, blocks, strict=True))
         if all(repeats):
             return Scale(found, shape, repeats)
