@@ -205,7 +205,7 @@ def test_without_being_asked_for_it_is_refused(plain: PlainModel) -> None:
     ("method", "cure"),
     [
         ("bitsandbytes", r"call dequantize\(\)"),
-        ("mxfp4", r"Mxfp4Config\(dequantize=True\)"),
+        ("mxfp4", r"Mxfp4Config\(dequantize=True\), .*save_original_format=False"),
         ("gptq", "merge the checkpoint that it was made from"),
         ("awq", "merge the checkpoint that it was made from"),
         ({}, "merge the checkpoint that it was made from"),

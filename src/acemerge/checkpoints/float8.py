@@ -28,7 +28,9 @@ _OF_ACTIVATIONS = re.compile(r".*[._](input|output|activation|[qkv]|prob)_scale(
 _UNQUANTISED = "merge the checkpoint that it was made from"
 _CURES = {
     "bitsandbytes": "load it with transformers and bitsandbytes, call dequantize(), save it and name that folder",
-    "mxfp4": "load it with transformers' Mxfp4Config(dequantize=True), save it and name that folder",
+    # Saved in the original format, transformers 5 names the plain weights as if they were packed.
+    "mxfp4": "load it by transformers with Mxfp4Config(dequantize=True), call save_pretrained(folder, "
+    "save_original_format=False) and name that folder",
 }
 
 
