@@ -1,8 +1,16 @@
-"""The task vector of a low-rank update, from its factors."""
+"""What an adapter adds to a tensor: the factors of its task vector, or that itself."""
 
 from __future__ import annotations
 
 from acemerge.shapes import Float, Tensor
+
+
+def factors_of(
+    A: Float[Tensor, "r in"], B: Float[Tensor, "out r"], scaling: float, transposed: bool
+) -> tuple[Float[Tensor, "rows r"], Float[Tensor, "r columns"]]:
+    """U and V of the task vector `U V` of a tensor that is stored (out, in), or (in, out) where `transposed`."""
+    U = B * scaling
+    return (A.T, U.T) if transposed else (U, A)
 
 
 def add_update(

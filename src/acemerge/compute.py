@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,16 @@ import torch
 from acemerge.adapters import add_update
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
-from acemerge.finite import check_finite, is_finite, rounded
+from acemerge.factored import merge_factors_of
+from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
-from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
+from acemerge.methods import Layer, LayerResult, Method
 from acemerge.plan import keep_base
 from acemerge.projections import Fused
 from acemerge.shapes import Float, Tensor
 from acemerge.vocabulary import rows_of
 from acemerge.work import Place, Setting, Values
-
-_LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,8 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
 
 def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
     job, T = piece.job, len(setting.labels)
+    if job.factored:
+        return _from_factors(piece, base, values, setting, place)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0 = space[T].copy_(base)
         deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
@@ -103,6 +104,16 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         result = _apply(job, deltas, W0, used, setting)
         value = result.delta.add_(W0)
         return _own(rounded(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
+
+
+def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+    job = piece.job
+    with place.space(piece.shape, job.compute_dtype) as W0:
+        W0.copy_(base)
+        update, record = merge_factors_of(job, W0, values, setting)
+        if update is None:
+            return _own(rounded(base, job), base), record, ()
+        return _own(rounded(update.added_to(W0), job), W0), record, ()
 
 
 def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -121,7 +132,7 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
     for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
         Wt = values.take((i + 1, job.sources[i]))
         if setting.recipe.nonfinite == "error":
-            check_finite(Wt, job.sources[i], f"expert {label}", _LEAVE_OUT)
+            check_finite(Wt, job.sources[i], f"expert {label}", LEAVE_OUT)
         elif not is_finite(Wt):
             record["skipped_experts"].append(label)
             continue
@@ -133,7 +144,7 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
         weights.add_(rows >= 0, alpha=weight)
         values.release(i + 1)
     if not record["energies"]:
-        raise _nothing_finite(job)
+        raise nothing_finite(job)
     shares = torch.where(weights != 0, job.method.scale / weights, 0)
     shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
     value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
@@ -160,11 +171,8 @@ def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: S
 def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
     """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
     assert job.method is not None
-    needs = job.method.needs
-    weights = torch.tensor([job.weights[i] for i in used], dtype=torch.float64, device=W0.device)
-    check_experts(job.method, weights.tolist())
-    thresholds = None if needs.keep is None else tuple(setting.thresholds[needs.keep][i] for i in used)
-    return Layer(weights, expert_seeds(setting.recipe.seed, job.name, used), thresholds, W0 if needs.base else None)
+    layer = setting.layer(job, used, W0.device)
+    return replace(layer, base=W0) if job.method.needs.base else layer
 
 
 def task_vectors(
@@ -190,12 +198,8 @@ def task_vectors(
             found.append(n)
         values.release(i + 1)
     if not used:
-        raise _nothing_finite(job)
+        raise nothing_finite(job)
     return space[: len(used)], torch.cat(found), used
-
-
-def _nothing_finite(job: Job) -> CheckpointError:
-    return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
 def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
@@ -220,10 +224,10 @@ def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, settin
             value = values.take((model, name))
             if skip and not is_finite(value):
                 return False
-            check_finite(value, name, label, _LEAVE_OUT, _first_row(piece))
+            check_finite(value, name, label, LEAVE_OUT, _first_row(piece))
     if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
         if not skip:
-            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", _LEAVE_OUT)
+            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
 

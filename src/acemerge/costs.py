@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from acemerge.errors import UsageError
-from acemerge.jobs import Piece, Plan, pieces
+from acemerge.jobs import Job, Piece, Plan, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
 RESIDENT = 300_000_000
@@ -35,6 +37,9 @@ def cost(piece: Piece, experts: int) -> Cost:
     if job.method is None:
         return Cost(waiting, waiting + written + job.widens * 4 * count, written)
     width = job.compute_dtype.itemsize
+    if job.keeps_low_rank:  # W_0 in the compute type takes the merged update
+        working = count * width + _low_rank_entries(job, experts) * torch.float64.itemsize
+        return Cost(waiting, waiting + working + written, written)
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
     work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
@@ -49,11 +54,38 @@ def cost(piece: Piece, experts: int) -> Cost:
     return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
 
 
+def _cores(job: Job) -> tuple[int, int]:
+    """The largest size that the cores of a job's updates may have."""
+    _, rows, columns = job.matrices
+    assert job.method is not None
+    one_sided = job.method.needs.factors == "left frame"
+    return min(rows, job.rank + 1), columns if one_sided else min(columns, job.rank)
+
+
+def _low_rank_entries(job: Job, experts: int) -> int:
+    """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
+    assert job.method is not None
+    _, rows, columns = job.matrices
+    (p, q), work = _cores(job), job.method.needs.work
+    system = min(q, experts * p)  # the largest square matrix that comes of cores
+    return 6 * (rows + columns) * (job.rank + 1) + (experts + work.tensors) * p * q + work.squares * system**2
+
+
+def _low_rank_operations(job: Job, experts: int) -> int:
+    """Bases of both sides by a QR and a product back, the rule on the cores, and the merged update itself."""
+    assert job.method is not None
+    _, rows, columns = job.matrices
+    bases = 6 * (rows + columns) * job.rank**2
+    return bases + job.method.operations(experts, *_cores(job)) + 2 * rows * columns * (job.rank + 1)
+
+
 def operations(plan: Plan) -> int:
     """Floating-point operations of all rules."""
     total = 0
     for job in plan.jobs:
-        if job.method:
+        if job.keeps_low_rank:
+            total += _low_rank_operations(job, len(plan.experts))
+        elif job.method:
             slices, rows, columns = job.matrices
             total += slices * job.method.operations(len(plan.experts), rows, columns)
     return total

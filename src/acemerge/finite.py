@@ -10,6 +10,8 @@ from acemerge.errors import CheckpointError, NumericalError
 from acemerge.jobs import Job
 from acemerge.shapes import Float, Tensor
 
+LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+
 
 def is_finite(values: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinities."""
@@ -27,6 +29,11 @@ def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it ag
     value = values[tuple(place)].item()
     what = f"tensor {name!r} is {value} at {[place[0] + first_row, *place[1:]] if place else place}"
     raise CheckpointError(where, what, cure)
+
+
+def nothing_finite(job: Job) -> CheckpointError:
+    """The error where no expert is left to merge."""
+    return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
 def rounded(value: Tensor, job: Job) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from acemerge.checkpoints.adapter import Adapter, Update
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.methods import Method
+from acemerge.methods import Method, keeps_low_rank
 from acemerge.projections import Fused
 from acemerge.recipe import Recipe
 from acemerge.roles import Role
@@ -100,10 +100,36 @@ class Job:
         experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
         return ((0, self.name), *experts, *self.copies)
 
+    @cached_property
+    def factored(self) -> bool:
+        """Whether all that the experts change is given by factors, and these are what is merged.
+
+        A rule that looks at the input side has to see them, to know whether the experts share it.
+        """
+        given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
+        return self.method is not None and given and (self.method.needs.input_side or self._low_rank_pays)
+
+    @property
+    def keeps_low_rank(self) -> bool:
+        """Whether no task vector is formed."""
+        return self.factored and self._low_rank_pays
+
+    @property
+    def _low_rank_pays(self) -> bool:
+        assert self.method is not None
+        _, rows, columns = self.matrices
+        parts = [self.fused.groups * size for size in self.fused.sizes] if self.fused else [rows]
+        return all(keeps_low_rank(self.method.needs, self.rank, (part, columns)) for part in parts)
+
+    @property
+    def rank(self) -> int:
+        """Of all updates together that are given by factors."""
+        return sum(update.rank for update in self.updates if update)
+
     @property
     def models(self) -> int:
         """The base and the experts, and further copies: so many tensors of its shape are worked with."""
-        return 1 + len(self.sources) + len(self.copies)
+        return 1 + (0 if self.keeps_low_rank else len(self.sources)) + len(self.copies)
 
     @property
     def matrices(self) -> tuple[int, int, int]:

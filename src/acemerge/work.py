@@ -10,7 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from acemerge.buffers import Buffers
-from acemerge.jobs import Input, Piece
+from acemerge.jobs import Input, Job, Piece
+from acemerge.methods import Layer, check_experts, expert_seeds
 from acemerge.recipe import Recipe
 from acemerge.shapes import Tensor
 
@@ -25,6 +26,18 @@ class Setting:
     recipe: Recipe
     labels: Sequence[str]
     thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
+
+    def layer(self, job: Job, used: Sequence[int], device: torch.device) -> Layer:
+        """What the job's rule may know beside the updates of these experts, but for the base.
+
+        UsageError where the rule is not defined for them.
+        """
+        assert job.method is not None
+        weights, keep = [job.weights[i] for i in used], job.method.needs.keep
+        check_experts(job.method, weights)
+        thresholds = None if keep is None else tuple(self.thresholds[keep][i] for i in used)
+        factors = torch.tensor(weights, dtype=torch.float64, device=device)
+        return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds)
 
 
 class Values(Protocol):

@@ -26,7 +26,7 @@ class Frame:
 class LowRank:
     """T updates of one layer, `D_t = U_t V_t`: `left` holds the U_t (out, r_t), `right` the V_t (r_t, in).
 
-    Ranks may differ; all scaling is in the factors.
+    Ranks may differ, and be zero; all scaling is in the factors.
     """
 
     left: tuple[Tensor, ...]
@@ -45,6 +45,11 @@ class LowRank:
     def transposed(self) -> LowRank:
         """The `D_t^T`."""
         return LowRank(tuple(V.T for V in self.right), tuple(U.T for U in self.left))
+
+    def energies(self) -> Float[Tensor, " T"]:
+        """`||D_t||_F^2 = <U_t^T U_t, V_t V_t^T>`, in float64."""
+        pairs = [(U.double(), V.double()) for U, V in zip(self.left, self.right, strict=True)]
+        return torch.stack([((U.T @ U) * (V @ V.T)).sum() for U, V in pairs])
 
     def full(self, dtype: torch.dtype) -> Float[Tensor, "T out in"]:
         """The D_t themselves."""

@@ -6,7 +6,7 @@ from acemerge.methods.ace import Ace
 from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
-from acemerge.methods.factors import LowRankResult, merge_low_rank
+from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
@@ -28,6 +28,7 @@ __all__ = [
     "Together",
     "check_experts",
     "expert_seeds",
+    "keeps_low_rank",
     "make",
     "merge_low_rank",
     "register",

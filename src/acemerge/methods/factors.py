@@ -22,7 +22,7 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Cores, LowRank, both_sides, left_side, share_row_space, truncated_factors
-from acemerge.methods.base import Layer, Method
+from acemerge.methods.base import Layer, Method, Needs
 from acemerge.shapes import Float, Tensor
 
 
@@ -42,6 +42,10 @@ class LowRankResult:
         """The merged update itself: the merged weight is `W_0 + delta`."""
         return self.left if self.right is None else self.left @ self.right
 
+    def added_to(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """`W_0 + delta`, in place, the update not formed where there are factors."""
+        return W0.add_(self.left) if self.right is None else W0.addmm_(self.left, self.right)
+
     def truncated(self, rank: int) -> LowRankResult:
         """The nearest update of at most this rank, its factors of equal size; `stats["energy_lost"]` is the share of
         `||delta||_F^2` that it lacks. UsageError where `rank` is not positive.
@@ -57,6 +61,13 @@ class LowRankResult:
         if self.right is None:
             return LowRankResult(self.left.T, None, self.stats)
         return LowRankResult(self.right.T, self.left.T, self.stats)
+
+
+def keeps_low_rank(needs: Needs, rank: int, shape: tuple[int, int]) -> bool:
+    """Whether a rule merges updates (out, in), of `rank` all together, without forming them: where that is cheaper."""
+    if needs.factors in ("linear", "full"):
+        return needs.factors == "linear"
+    return rank + 1 < (shape[0] if needs.factors == "left frame" else max(shape))
 
 
 def merge_low_rank(method: Method, updates: LowRank, layer: Layer, dtype: torch.dtype) -> LowRankResult:
@@ -83,8 +94,7 @@ def _merge(method: Method, updates: LowRank, layer: Layer, dtype: torch.dtype) -
     factors = method.needs.factors
     if factors == "linear":
         return _combined(method, updates, layer, dtype)
-    pays = updates.rank + 1 < (updates.shape[0] if factors == "left frame" else max(updates.shape))
-    if factors != "full" and pays:
+    if keeps_low_rank(method.needs, updates.rank, updates.shape):
         return _lifted(method, left_side(updates) if factors == "left frame" else both_sides(updates), layer, dtype)
     result = method.merge(updates.full(dtype), layer)
     status = (

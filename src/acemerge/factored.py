@@ -1,0 +1,83 @@
+"""A tensor of which the experts give the factors of their updates: what a rule makes of these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from acemerge.adapters import factors_of
+from acemerge.errors import CheckpointError
+from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
+from acemerge.jobs import Job
+from acemerge.linalg.lowrank import LowRank
+from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
+from acemerge.projections import Fused
+from acemerge.shapes import Float, Tensor
+from acemerge.work import Setting, Values
+
+
+def merge_factors_of(
+    job: Job, W0: Float[Tensor, "*shape"], values: Values, setting: Setting
+) -> tuple[LowRankResult | None, dict[str, Any]]:
+    """The merged update of a tensor that is stored as `W0`, None where no expert has one, and what is said of it.
+
+    Where the experts share their input side and the rule looks at it, the output side is used, see `merge_low_rank`.
+    Raises CheckpointError for values that are not finite.
+    """
+    check_finite(W0, job.name, "base")
+    given = [_factors(job, i, W0, values, setting) for i in range(len(setting.labels))]
+    used = [i for i, pair in enumerate(given) if pair is not None]
+    if not used:
+        raise nothing_finite(job)
+    pairs = [pair for pair in given if pair is not None]
+    updates = LowRank(tuple(U for U, _ in pairs), tuple(V for _, V in pairs))
+    n = updates.energies()
+    record: dict[str, Any] = {"energies": n.tolist()}
+    if len(used) < len(given):
+        record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
+    if not n.any():
+        return None, {"status": "no update", **record}
+    assert job.method is not None
+    layer = setting.layer(job, used, W0.device)
+    seen = updates.transposed() if job.transposed else updates
+    if job.fused:
+        merged = _by_projection(job.method, job.fused, seen, layer, W0.dtype)
+    else:
+        merged = merge_low_rank(job.method, seen, layer, W0.dtype)
+    return merged.transposed() if job.transposed else merged, {**merged.stats, **record}
+
+
+def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer, dtype: torch.dtype) -> LowRankResult:
+    """The rule on each of the projections that share a weight: each has rows of its own and factors of its own."""
+    lefts = zip(*(fused.split(U) for U in updates.left), strict=True)
+    parts = [merge_low_rank(method, LowRank(left, updates.right), layer, dtype) for left in lefts]
+    stats = {
+        "status": ", ".join(sorted({str(part.stats["status"]) for part in parts})),
+        "projections": [dict(part.stats) for part in parts],
+    }
+    rights = [part.right for part in parts if part.right is not None]
+    if len(rights) < len(parts):
+        return LowRankResult(fused.join([part.delta() for part in parts]), None, stats)
+    ranks = [len(V) for V in rights]
+    places = [(sum(ranks[:i]), sum(ranks[i + 1 :])) for i in range(len(ranks))]
+    padded = [pad(part.left, place) for part, place in zip(parts, places, strict=True)]
+    return LowRankResult(fused.join(padded), torch.cat(rights), stats)
+
+
+def _factors(job: Job, i: int, W0: Tensor, values: Values, setting: Setting) -> tuple[Tensor, Tensor] | None:
+    """`D = U V` of the i-th expert, as the tensor is stored; None where it is to be left out."""
+    update, label = job.updates[i], f"expert {setting.labels[i]}"
+    if update is None:
+        return W0.new_zeros(W0.shape[0], 0), W0.new_zeros(0, W0.shape[1])
+    stored = [values.take((i + 1, factor.name)) for factor in update.factors]
+    A, B = (factor.to(W0.device, W0.dtype) for factor in stored)
+    U, V = factors_of(A, B, update.scaling, update.transposed)
+    if is_finite(U) and is_finite(V):
+        return U, V
+    if setting.recipe.nonfinite == "skip-expert":
+        return None
+    for factor, value in zip(update.factors, stored, strict=True):
+        check_finite(value, factor.name, label, LEAVE_OUT)
+    raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
