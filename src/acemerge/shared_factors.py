@@ -5,28 +5,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.jobs import Plan
-
-_SAME = 1e-6
+from acemerge.finite import is_finite
+from acemerge.jobs import Job, Plan
+from acemerge.linalg.lowrank import share_row_space
+from acemerge.shapes import Tensor
 
 
 def shared_input_factors(plan: Plan, experts: Sequence[Checkpoint]) -> list[str]:
-    """A warning where all experts have one A in some layers, to 1e-6 of its norm; reads the factors A only.
+    """A warning where a rule looks at inputs and the experts' A span one space; reads the factors A only.
 
-    There `D_t^T D_t = s^2 A^T B_t^T B_t A` has the same row space for every task.
+    There `D_t^T D_t = s^2 A^T B_t^T B_t A` has the same row space for every task, and the rule gets the transposes.
     """
-    layers = [job.updates for job in plan.jobs if len(job.updates) > 1 and all(job.updates)]
-    count = sum(_is_shared([update.A.name for update in updates if update], experts) for updates in layers)
-    if not count:
+    layers = [job for job in plan.jobs if job.factored and job.method and job.method.needs.input_side]
+    several = [(job, found) for job in layers if len(found := _changing(job)) > 1]
+    shared = [job for job, found in several if _is_shared(job, found, experts)]
+    if not shared:
         return []
-    where = f"{count} of {len(layers)} layers" if count < len(layers) else f"all {count} layers that they change"
-    return [f"the adapters share A in {where}: input covariances, as of ace, tell nothing about the tasks there"]
+    where = f"{len(shared)} of {len(several)} layers" if len(shared) < len(several) else f"all {len(several)} layers"
+    rules = ", ".join(sorted({job.rule for job in shared}))
+    what = "their inputs tell nothing about the tasks there"
+    return [f"the adapters share A in {where} that {rules} merges: {what}, and the output side is used"]
 
 
-def _is_shared(names: Sequence[str], experts: Sequence[Checkpoint]) -> bool:
-    first = experts[0].read(names[0]).double()
-    for name, expert in zip(names[1:], experts[1:], strict=True):
-        A = expert.read(name).double()
-        if A.shape != first.shape or not (A - first).norm() <= _SAME * first.norm():
-            return False
-    return True
+def _changing(job: Job) -> list[int]:
+    """The experts that count: one of weight zero hides nothing."""
+    return [i for i, update in enumerate(job.updates) if update and job.weights[i]]
+
+
+def _is_shared(job: Job, found: Sequence[int], experts: Sequence[Checkpoint]) -> bool:
+    sides = [_input_side(job, i, experts[i]) for i in found]
+    return all(map(is_finite, sides)) and share_row_space(tuple(sides))
+
+
+def _input_side(job: Job, i: int, expert: Checkpoint) -> Tensor:
+    """The factor (r, in) on the side that the rule takes for the inputs."""
+    update = job.updates[i]
+    assert update is not None
+    if update.transposed == job.transposed:
+        return expert.read(update.A.name)
+    return expert.read(update.B.name).T
