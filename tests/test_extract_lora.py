@@ -14,7 +14,9 @@ from torch import Tensor
 import acemerge
 from acemerge.cli import main
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.extract import extract_lora, factors
+from acemerge.extract import extract_lora
+from acemerge.linalg.lowrank import best_factors
+from acemerge.report.manifest import stored_names
 from acemerge.verify import verify
 from builders import PlainModel, load_folder, make_model, perturb, write_adapter, write_checkpoint
 
@@ -28,21 +30,17 @@ def best_of_rank(D: Tensor, rank: int) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_factors_are_the_best_and_balanced(shape: tuple[int, int], rank: int) -> None:
     D = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    A, B, energy, lost = factors(D, rank)
-    assert A.shape == (rank, shape[1])
-    assert B.shape == (shape[0], rank)
+    B, A, lost = best_factors(D, rank)
+    assert len(A) == B.shape[1] == min(rank, *shape)
     best = best_of_rank(D, rank)
     torch.testing.assert_close((B @ A).double(), best, rtol=0, atol=2e-6)
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=0, atol=1e-5)
-    assert energy == pytest.approx(D.double().square().sum().item(), rel=1e-6)
-    assert lost == pytest.approx((D - best).square().sum().item(), rel=1e-5, abs=1e-11)
+    assert lost == pytest.approx((D - best).square().sum().item() / D.square().sum().item(), rel=1e-5, abs=1e-12)
 
 
 def test_no_difference_has_no_factors() -> None:
-    A, B, energy, lost = factors(torch.zeros(4, 3), 2)
-    assert not A.any()
-    assert not B.any()
-    assert (energy, lost) == (0, 0)
+    B, A, lost = best_factors(torch.zeros(4, 3), 2)
+    assert (B.shape, A.shape, lost) == ((4, 0), (0, 3), 0)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -54,17 +52,18 @@ def test_peft_loads_it(family: str, tmp_path: Path) -> None:
     model = type(make_model(family)).from_pretrained(tmp_path / "base")
     merged = peft.PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload().state_dict()
     base, tuned = load_folder(tmp_path / "base"), load_folder(tmp_path / "tuned")
-    inside = [tensor.name for tensor in report.tensors if tensor.in_adapter]
+    inside = report.manifest["stored"]
     assert len(inside) >= 8
     energy = lost = 0.0
-    for tensor in report.tensors:
-        W0, D = base[tensor.name].double(), tuned[tensor.name].double() - base[tensor.name].double()
-        kept = best_of_rank(D, 3) if tensor.in_adapter else torch.zeros_like(D)
-        torch.testing.assert_close(merged[tensor.name].double(), W0 + kept, rtol=0, atol=1e-6)
-        assert tensor.share_lost == pytest.approx(((D - kept).norm() / D.norm()).square().item(), rel=1e-4)
+    for name, record in report.tensors.items():
+        W0, D = base[name].double(), tuned[name].double() - base[name].double()
+        kept = best_of_rank(D, 3) if name in inside else torch.zeros_like(D)
+        torch.testing.assert_close(merged[name].double(), W0 + kept, rtol=0, atol=1e-6)
+        assert record["energy"] == pytest.approx(D.square().sum().item(), rel=1e-5)
+        assert record["share_lost"] == pytest.approx(((D - kept).norm() / D.norm()).square().item(), rel=1e-4)
         energy, lost = energy + D.square().sum().item(), lost + (D - kept).square().sum().item()
-    assert {tensor.name for tensor in report.tensors} == base.keys()
-    assert report.share_lost == pytest.approx(lost / energy, rel=1e-4)
+    assert report.tensors.keys() == base.keys()
+    assert report.manifest["share_lost"] == pytest.approx(lost / energy, rel=1e-4)
 
 
 def test_at_full_rank_merging_it_gives_the_layers_back(plain: PlainModel) -> None:
@@ -87,10 +86,11 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     assert stop.value.code == 0
     said = capsys.readouterr().out
     manifest = verify(out)
-    assert f"adapter of 2 layers, {manifest['share_lost']:.2%} of the energy lost in all" in said
-    assert "score.weight has no counterpart in the base and is left out" in said
+    assert f"adapter of 2 layers, rank 2, {manifest['share_lost']:.2%} of the energy lost in all" in said
+    assert "score.weight is not in the adapter: kept in heads/e1.safetensors" in said
     assert "3 tensors changed that a LoRA of linear layers cannot hold" in said
-    assert set(load_file(out / "adapter_model.safetensors")) == manifest["tensors"].keys()
+    assert load_file(out / "adapter_model.safetensors").keys() == stored_names(manifest)
+    assert load_file(out / "heads/e1.safetensors").keys() == {"score.weight"}
     targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
     assert sorted(targets) == ["layers.0.down", "layers.0.up"]
     with pytest.raises(SystemExit) as stop:
@@ -109,6 +109,19 @@ def test_an_altered_adapter_does_not_verify(plain: PlainModel) -> None:
     config.write_text(config.read_text().replace('"lora_alpha": 2', '"lora_alpha": 3'))
     with pytest.raises(CheckpointError, match="was altered"):
         verify(plain.root / "adapter")
+
+
+def test_a_head_that_is_tied_to_an_embedding_is_no_layer(tmp_path: Path) -> None:
+    """Under whichever of its names it is stored."""
+    for seed in (0, 1):
+        model = perturb(make_model("qwen3"), seed=seed)
+        tensors = {n: v for n, v in model.state_dict().items() if n != "model.embed_tokens.weight"}
+        write_checkpoint(
+            tmp_path / str(seed), tensors, model.config.to_dict() | {"architectures": [type(model).__name__]}
+        )
+    report = extract_lora(tmp_path / "1", tmp_path / "0", 2, tmp_path / "out")
+    assert "lm_head.weight" not in report.manifest["stored"]
+    assert report.tensors["lm_head.weight"]["share_lost"] == 1
 
 
 def test_what_cannot_be_extracted_is_refused(plain: PlainModel) -> None:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from acemerge.as_lora import adapter_config
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import TEMPLATES
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
+from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
@@ -137,7 +139,10 @@ def _write(
             walk = walker(pipeline, "merge", on_progress)
             records = write_weights(opened.layout, setting, walk, output, done, journal)
             write_heads(plan, readers, output)
-            _write_assets(opened, output)
+            if plan.is_adapter:
+                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
+            else:
+                _write_assets(opened, output)
             output.write_bytes(CARD, model_card(plan, records).encode())
             hashes = pipeline.of_readers(Reader.hashes)
     finally:

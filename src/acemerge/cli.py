@@ -69,6 +69,9 @@ Seed = Annotated[int | None, typer.Option(help="seed of the rules that use chanc
 Nonfinite = Annotated[
     Literal["error", "skip-expert"] | None, typer.Option(help="what to do about NaN or infinity in an expert")
 ]
+AsLora = Annotated[
+    int | None, typer.Option(metavar="RANK", help="write one LoRA adapter of this rank instead of a model")
+]
 Push = Annotated[
     str | None,
     typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),
@@ -123,6 +126,7 @@ def _merging_command(action: Action) -> None:
         vocabulary: VocabularyOption = None,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
+        as_lora: AsLora = None,
         push: Push = None,
         quiet: Quiet = False,
         debug: Debug = False,
@@ -138,6 +142,7 @@ def _merging_command(action: Action) -> None:
             "nonfinite": nonfinite,
             "split_qkv": split_qkv,
             "vocabulary": vocabulary,
+            "as_lora": as_lora,
         }
         given = {key: value for key, value in keys.items() if value not in (None, [])}
         params = parse_settings(settings or [])

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from acemerge.adapters import add_update
+from acemerge.applying import apply
+from acemerge.as_lora import truncated
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.factored import merge_factors_of
 from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
-from acemerge.methods import Layer, LayerResult, Method
 from acemerge.plan import keep_base
-from acemerge.projections import Fused
 from acemerge.shapes import Float, Tensor
 from acemerge.vocabulary import rows_of
 from acemerge.work import Place, Setting, Values
@@ -27,11 +27,16 @@ from acemerge.work import Place, Setting, Values
 
 @dataclass(frozen=True)
 class Computed:
-    """A finished piece, on the CPU in its output type, and what the manifest says of it."""
+    """What the output stores of a finished piece, on the CPU in its output type, and what the manifest says of it."""
 
-    value: Tensor
+    stored: tuple[Tensor, ...]
     record: Mapping[str, Any]
     masks: tuple[Tensor, ...] = ()  # one per expert, packed; of rules that make them
+
+    @property
+    def value(self) -> Tensor:
+        """Of a model, where nothing else is stored of a piece."""
+        return self.stored[0]
 
 
 def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:
@@ -46,12 +51,12 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
         made = _by_token if job.vocabulary else _merged if job.method else _kept
-        value, record, masks = made(piece, base, values, setting, place)
+        stored, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
         cure = "use --compute-dtype float64, fewer --workers or more memory"
         raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
-    return Computed(value, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
+    return Computed(stored, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
 
 
 def about(job: Job) -> dict[str, Any]:
@@ -68,11 +73,14 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         record["status"] = "no update" if statuses == {"no update"} else min(statuses - {"no update"})
         if "energies" in record:
             record["energies"] = [sum(parts) for parts in zip(*(r["energies"] for r in records), strict=True)]
+        if "energy" in record:  # all of it is in an adapter, or nothing
+            record["energy"] = sum(r["energy"] for r in records)
+            record["share_lost"] = max(r["share_lost"] for r in records)
     return record
 
 
-# The finished tensor, its record, and masks where the rule makes them.
-_Made = tuple[Tensor, dict[str, Any], tuple[Tensor, ...]]
+# What is stored, its record, and masks where the rule makes them.
+_Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]
 
 
 def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -84,7 +92,7 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
                 raise CheckpointError(f"expert {setting.labels[model - 1]}", what, keep_base(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, "base", first_row=_first_row(piece))
-    return _own(rounded(base, job), base), {"status": "kept"}, ()
+    return (_own(rounded(base, job), base),), {"status": "kept"}, ()
 
 
 def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -98,22 +106,37 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
         assert job.method is not None
-        if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
+        if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            return _own(rounded(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
-        result = _apply(job, deltas, W0, used, setting)
+            return (*_unchanged(job, base, record), _packed(masks, used, T))
+        result = apply(job, deltas, W0, used, setting)
+        record = {**result.stats, **record}
+        if job.factors is not None:
+            stored, lacking = truncated(job, result.delta)
+            return stored, {**record, **lacking}, ()
         value = result.delta.add_(W0)
-        return _own(rounded(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
+        return (_own(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
 
 def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
     job = piece.job
+    check_finite(base, job.name, "base")
+    update, record = merge_factors_of(job, values, setting, place.device)
+    if update is None:
+        return (*_unchanged(job, base, record), ())
+    if job.factors is not None:
+        stored, lacking = truncated(job, update)
+        return stored, {**record, **lacking}, ()
     with place.space(piece.shape, job.compute_dtype) as W0:
-        W0.copy_(base)
-        update, record = merge_factors_of(job, W0, values, setting)
-        if update is None:
-            return _own(rounded(base, job), base), record, ()
-        return _own(rounded(update.added_to(W0), job), W0), record, ()
+        return (_own(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
+
+
+def _unchanged(job: Job, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
+    if job.factors is None:
+        return (_own(rounded(base, job), base),), {"status": "no update", **record}
+    stored, lacking = truncated(job, None)
+    return stored, {"status": "no update", **record, **lacking}
 
 
 def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
@@ -151,28 +174,8 @@ def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, plac
     if not record["skipped_experts"]:
         del record["skipped_experts"]
     if value.shape == base.shape and not any(record["energies"]):
-        return _own(rounded(base, job), base), {"status": "no update", **record}, ()
-    return rounded(value, job), {"status": "ok", **record}, ()
-
-
-def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
-    """The rule's result for this tensor, stored as the tensor is."""
-    assert job.method is not None
-    layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
-    turned = deltas.mT if job.transposed else deltas
-    result = (
-        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
-    )
-    if not job.transposed:
-        return result
-    return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
-
-
-def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
-    """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
-    assert job.method is not None
-    layer = setting.layer(job, used, W0.device)
-    return replace(layer, base=W0) if job.method.needs.base else layer
+        return (*_unchanged(job, base, record), ())
+    return (rounded(value, job),), {"status": "ok", **record}, ()
 
 
 def task_vectors(
@@ -230,24 +233,6 @@ def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, settin
             raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
-
-
-def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-    """The rule on a tensor of any shape: stacks of matrices go through a matrix rule slice by slice."""
-    if not method.needs.matrix or deltas.ndim == 3:
-        return method.merge(deltas, layer)
-    results = [method.merge(deltas[:, i], layer.part(i)) for i in range(deltas.shape[1])]
-    statuses = sorted({str(result.stats["status"]) for result in results})
-    slices = [dict(result.stats) for result in results]
-    return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
-
-
-def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-    """The rule on each of the projections that share a weight."""
-    results = [method.merge(part, layer) for part in fused.split(deltas)]
-    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
-    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
-    return LayerResult(fused.join([result.delta for result in results]), stats)
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.jobs import Job, Piece, Plan, pieces
+from acemerge.methods.spectral import SPECTRAL_WORK
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
 RESIDENT = 300_000_000
@@ -33,16 +34,20 @@ def cost(piece: Piece, experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, count = piece.job, piece.count
-    waiting, written = piece.bytes_in, count * job.spec.dtype.itemsize
+    waiting, written = piece.bytes_in, _written(piece)
     if job.method is None:
         return Cost(waiting, waiting + written + job.widens * 4 * count, written)
     width = job.compute_dtype.itemsize
-    if job.keeps_low_rank:  # W_0 in the compute type takes the merged update
-        working = count * width + _low_rank_entries(job, experts) * torch.float64.itemsize
+    if job.keeps_low_rank:  # W_0 in the compute type takes the merged update, unless that stays factors
+        working = (count * width if job.factors is None else 0) + _low_rank_entries(
+            job, experts
+        ) * torch.float64.itemsize
         return Cost(waiting, waiting + working + written, written)
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
     work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
+    if job.factors:  # the merged update beside what its singular vectors take
+        work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
     base = waiting // len(job.of_its_shape)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)
@@ -52,6 +57,12 @@ def cost(piece: Piece, experts: int) -> Cost:
         differencing = waiting + deltas + factors + magnitude * count * width
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
+
+
+def _written(piece: Piece) -> int:
+    if piece.job.factors is None:
+        return piece.count * piece.job.spec.dtype.itemsize
+    return sum(spec.nbytes for spec in piece.job.factors)
 
 
 def _cores(job: Job) -> tuple[int, int]:

@@ -14,20 +14,19 @@ from acemerge.jobs import Job
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.projections import Fused
-from acemerge.shapes import Float, Tensor
+from acemerge.shapes import Tensor
 from acemerge.work import Setting, Values
 
 
 def merge_factors_of(
-    job: Job, W0: Float[Tensor, "*shape"], values: Values, setting: Setting
+    job: Job, values: Values, setting: Setting, device: torch.device
 ) -> tuple[LowRankResult | None, dict[str, Any]]:
-    """The merged update of a tensor that is stored as `W0`, None where no expert has one, and what is said of it.
+    """The merged update of a tensor, as it is stored, None where no expert has one, and what is said of it.
 
     Where the experts share their input side and the rule looks at it, the output side is used, see `merge_low_rank`.
     Raises CheckpointError for values that are not finite.
     """
-    check_finite(W0, job.name, "base")
-    given = [_factors(job, i, W0, values, setting) for i in range(len(setting.labels))]
+    given = [_factors(job, i, values, setting, device) for i in range(len(setting.labels))]
     used = [i for i, pair in enumerate(given) if pair is not None]
     if not used:
         raise nothing_finite(job)
@@ -38,14 +37,14 @@ def merge_factors_of(
     if len(used) < len(given):
         record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
     if not n.any():
-        return None, {"status": "no update", **record}
+        return None, record
     assert job.method is not None
-    layer = setting.layer(job, used, W0.device)
+    layer = setting.layer(job, used, device)
     seen = updates.transposed() if job.transposed else updates
     if job.fused:
-        merged = _by_projection(job.method, job.fused, seen, layer, W0.dtype)
+        merged = _by_projection(job.method, job.fused, seen, layer, job.compute_dtype)
     else:
-        merged = merge_low_rank(job.method, seen, layer, W0.dtype)
+        merged = merge_low_rank(job.method, seen, layer, job.compute_dtype)
     return merged.transposed() if job.transposed else merged, {**merged.stats, **record}
 
 
@@ -66,13 +65,15 @@ def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer,
     return LowRankResult(fused.join(padded), torch.cat(rights), stats)
 
 
-def _factors(job: Job, i: int, W0: Tensor, values: Values, setting: Setting) -> tuple[Tensor, Tensor] | None:
+def _factors(job: Job, i: int, values: Values, setting: Setting, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """`D = U V` of the i-th expert, as the tensor is stored; None where it is to be left out."""
     update, label = job.updates[i], f"expert {setting.labels[i]}"
     if update is None:
-        return W0.new_zeros(W0.shape[0], 0), W0.new_zeros(0, W0.shape[1])
+        rows, columns = job.spec.shape
+        nothing = torch.zeros(rows, 0, dtype=job.compute_dtype, device=device)
+        return nothing, nothing.new_zeros(0, columns)
     stored = [values.take((i + 1, factor.name)) for factor in update.factors]
-    A, B = (factor.to(W0.device, W0.dtype) for factor in stored)
+    A, B = (factor.to(device, job.compute_dtype) for factor in stored)
     U, V = factors_of(A, B, update.scaling, update.transposed)
     if is_finite(U) and is_finite(V):
         return U, V

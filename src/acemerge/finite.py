@@ -36,16 +36,20 @@ def nothing_finite(job: Job) -> CheckpointError:
     return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
-def rounded(value: Tensor, job: Job) -> Tensor:
-    """The value on the CPU, rounded once to the output type. NumericalError for what is not finite, before or after."""
-    result = value.to(device="cpu", dtype=job.spec.dtype)
-    if value.dtype.is_floating_point and not _fits(value, job.spec.dtype) and not is_finite(result):
+def rounded(value: Tensor, job: Job, dtype: torch.dtype | None = None) -> Tensor:
+    """The value on the CPU, rounded once to `dtype`, or that of the job's output.
+
+    NumericalError for what is not finite, before or after.
+    """
+    dtype = dtype or job.spec.dtype
+    result = value.to(device="cpu", dtype=dtype)
+    if value.dtype.is_floating_point and not _fits(value, dtype) and not is_finite(result):
         where = f"tensor {job.name!r}"
         if not is_finite(value):
             cure = "use --compute-dtype float64 or a smaller scale"
             raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         largest = value.abs().max().item()
-        kind = str(job.spec.dtype).removeprefix("torch.")
+        kind = str(dtype).removeprefix("torch.")
         what = f"its largest magnitude {largest:g} overflows {kind}"
         raise NumericalError(where, what, "write --dtype bfloat16 or float32")
     return result.contiguous()

@@ -18,6 +18,8 @@ from acemerge.recipe import Recipe
 from acemerge.roles import Role
 from acemerge.vocabulary import Vocabulary
 
+OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 # Entries of all models together in one piece: few enough to be one thread's work while others do theirs.
 _PIECE = 1 << 23
 # So few that calling for the work takes as long as the work.
@@ -55,6 +57,8 @@ class Job:
     entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows of the
     experts are which of the output. `absent` are the numbers of the experts that have no say in it. `widens`: inputs
     in fp8 are float32 in memory of their own when they are taken.
+    `factors`: where the output is an adapter, the A and B that it holds of this
+    tensor, none where it cannot; None where the tensor itself is stored.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -73,6 +77,7 @@ class Job:
     vocabulary: Vocabulary | None = field(default=None, compare=False)
     absent: frozenset[int] = frozenset()
     widens: bool = False
+    factors: tuple[TensorSpec, ...] | None = None
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32
 
@@ -83,6 +88,11 @@ class Job:
     @property
     def rule(self) -> str:
         return self.method.name if self.method else "base"
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What the output holds of it."""
+        return (self.spec,) if self.factors is None else self.factors
 
     @property
     def makes_masks(self) -> bool:
@@ -107,6 +117,7 @@ class Job:
         A rule that looks at the input side has to see them, to know whether the experts share it.
         """
         given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
+        given = given and not self.absent
         return self.method is not None and given and (self.method.needs.input_side or self._low_rank_pays)
 
     @property
@@ -215,6 +226,11 @@ class Plan:
     dequantized: Mapping[str, str] = field(default_factory=dict)  # the models with weights in fp8, and what they have
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether the output is one."""
+        return self.recipe.as_lora is not None
+
+    @property
     def vocabulary(self) -> Vocabulary | None:
         """How tokens were matched, where they were."""
         return next((job.vocabulary for job in self.jobs if job.vocabulary), None)
@@ -230,7 +246,7 @@ class Plan:
 
     @property
     def bytes_written(self) -> int:
-        return sum(job.spec.nbytes for job in self.jobs) + self._head_bytes
+        return sum(spec.nbytes for job in self.jobs for spec in job.stored) + self._head_bytes
 
     @property
     def _head_bytes(self) -> int:

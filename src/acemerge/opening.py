@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from acemerge.as_lora import as_adapter
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
@@ -111,6 +112,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     base, experts = models[0], tuple(models[1:])
     _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, models))
+    if plan.is_adapter:
+        plan = as_adapter(plan, roles)
     plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)

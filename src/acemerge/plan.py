@@ -13,7 +13,7 @@ from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
-from acemerge.jobs import Head, Job, Plan, Source
+from acemerge.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source
 from acemerge.methods import check_experts
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
@@ -27,7 +27,6 @@ _ROUNDED = (
     "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
     "merge unquantised checkpoints where there are any"
 )
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def make_plan(
@@ -174,7 +173,7 @@ class _Planner:
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
         if self.recipe.dtype == "auto" or not spec.dtype.is_floating_point:
             return plain(spec, self.base.config).dtype
-        return _DTYPES[self.recipe.dtype]
+        return OUTPUT_DTYPES[self.recipe.dtype]
 
     def _is_no_parameter(self, role: Role) -> bool:
         """The architecture is known and does not have it, as a mask that an older version saved."""

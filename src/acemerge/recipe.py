@@ -97,6 +97,7 @@ class Recipe(_Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
+    as_lora: Annotated[int, Field(ge=1)] | None = None
     rules: list[TensorRule] = []
 
     @field_validator("method")
@@ -111,6 +112,12 @@ class Recipe(_Strict):
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
         if self.vocabulary == "union" and self.assets != "base":
             raise ValueError("vocabulary: with union the tokenizer is the base's with more tokens; leave assets out")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_adds_no_tokens(self) -> Recipe:
+        if self.as_lora is not None and self.vocabulary != "refuse":
+            raise ValueError("as_lora: an adapter holds no vocabulary; leave `vocabulary` out, or write a full model")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import INDEX
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.journal import Done, Journal, Step
+from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.masks import mask_spec
 from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
@@ -69,10 +71,13 @@ class Layout:
 
     @cached_property
     def shards(self) -> list[tuple[str, list[TensorSpec]]]:
-        return split_shards([job.spec for job in self.plan.jobs], self.max_shard)
+        specs = [spec for job in self.plan.jobs for spec in job.stored]
+        return [(ADAPTER_MODEL, specs)] if self.plan.is_adapter else split_shards(specs, self.max_shard)
 
     @cached_property
     def jobs(self) -> list[Job]:
+        if self.plan.is_adapter:
+            return list(self.plan.jobs)
         by_name = {job.name: job for job in self.plan.jobs}
         return [by_name[spec.name] for _, specs in self.shards for spec in specs]
 
@@ -85,10 +90,18 @@ class Layout:
 
     @cached_property
     def goes_to(self) -> dict[str, list[str]]:
-        """For every tensor its shard, then the files of its masks."""
+        """For every tensor the shard of what is stored of it, then the files of its masks."""
         masks = list(self.files)[len(self.shards) :]
         shard = {spec.name: file for file, specs in self.shards for spec in specs}
-        return {job.name: [shard[job.name], *(masks if job.makes_masks else [])] for job in self.jobs}
+        return {
+            job.name: [*(shard[spec.name] for spec in job.stored), *(masks if job.makes_masks else [])]
+            for job in self.jobs
+        }
+
+    @cached_property
+    def steps(self) -> Mapping[str, int]:
+        """How many tensors of the plan write to each file."""
+        return Counter(file for files in self.goes_to.values() for file in set(files))
 
 
 def dry_run(plan: Plan, setting: Setting, walk: Walk) -> Records:
@@ -119,16 +132,17 @@ def write_weights(
     waiting = [job for job in layout.jobs if job.name not in records.done]
     if any(name.startswith(MASKS) for name in layout.files):
         files.make_folder(output.path / MASKS)
-    with TensorFiles(output.path, layout.files, done.begun) as weights:
+    with TensorFiles(output.path, layout.files, done.begun, layout.steps) as weights:
         for results in walk((p for job in waiting for p in pieces(job, job.entrywise)), merging(setting)):
             steps = []
             for piece, computed in results:
                 goes_to = layout.goes_to[piece.job.name]
-                for file, value in zip(goes_to, (computed.value, *computed.masks), strict=True):
+                for file, value in zip(goes_to, (*computed.stored, *computed.masks), strict=True):
                     weights.write(file, value)
                 records.add(piece, computed)
                 if piece.is_last:
-                    steps.append(Step(piece.job.name, records.done[piece.job.name], weights.end_of_tensor(goes_to)))
+                    sums = weights.end_of_tensor(dict.fromkeys(goes_to))
+                    steps.append(Step(piece.job.name, records.done[piece.job.name], sums))
             journal.add(steps)
         output.written |= weights.finished
     if len(layout.shards) > 1:

@@ -20,7 +20,6 @@ from rich.text import Text
 from acemerge.api import MergeReport
 from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
-from acemerge.extract import ExtractReport
 from acemerge.jobs import Plan
 from acemerge.methods import METHODS, Method
 from acemerge.run import OnProgress
@@ -117,6 +116,8 @@ def merge_summary(console: Console, report: MergeReport) -> None:
         _say(console, f"{who}: dequantised, {about}")
     for warning in manifest["warnings"]:
         _say(console, f"warning: {warning}")
+    if "stored" in manifest:
+        _adapter(console, report)
     _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
     if report.pushed:
         _say(console, f"uploaded to {report.pushed}")
@@ -155,16 +156,29 @@ def plan(console: Console, plan: Plan) -> None:
     )
 
 
-def extracted(console: Console, report: ExtractReport) -> None:
-    inside = [tensor for tensor in report.tensors if tensor.in_adapter]
-    outside = [tensor for tensor in report.tensors if not tensor.in_adapter and tensor.energy]
-    rows = [(t.name, f"{t.energy:.4g}", f"{t.share_lost:.2%}") for t in (*inside, *outside)]
+def extracted(console: Console, report: MergeReport) -> None:
+    rows = [
+        (name, f"{record['energy']:.4g}", f"{record['share_lost']:.2%}")
+        for name, record in report.tensors.items()
+        if record["energy"] or name in report.manifest["stored"]
+    ]
     _table(console, ("tensor", "energy of its difference", "lost"), rows)
+    _adapter(console, report)
+
+
+def _adapter(console: Console, report: MergeReport) -> None:
+    """What an output that is an adapter holds and lacks."""
+    manifest = report.manifest
+    inside = manifest["stored"]
+    outside = sum(record["energy"] > 0 for name, record in report.tensors.items() if name not in inside)
     if outside:
-        _say(console, f"warning: {len(outside)} tensors changed that a LoRA of linear layers cannot hold")
-    for name in report.left_out:
-        _say(console, f"warning: {name} has no counterpart in the base and is left out")
-    _say(console, f"{report.out}: adapter of {len(inside)} layers, {report.share_lost:.2%} of the energy lost in all")
+        _say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
+    for label, heads in manifest["heads"].items():
+        for name in heads:
+            _say(console, f"warning: {name} is not in the adapter: kept in heads/{label}.safetensors")
+    lost = f"{manifest['share_lost']:.2%} of the energy lost in all"
+    rank = manifest["recipe"]["as_lora"]
+    _say(console, f"{report.out}: adapter of {len(inside)} layers, rank {rank}, {lost}")
 
 
 def verified(console: Console, out: Path, manifest: Mapping[str, Any]) -> None:

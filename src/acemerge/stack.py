@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from acemerge.compute import Computed, about, apply_rule, compute, layer_of
+from acemerge.applying import apply_rule, layer_of
+from acemerge.compute import Computed, about, compute
 from acemerge.finite import all_rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
@@ -66,6 +67,8 @@ def stacks_well(piece: Piece) -> bool:
     job = piece.job
     if piece.load != "tiny" or piece.rows is not None or job.method is None or job.method.needs.masks:
         return False
+    if job.factors is not None:  # of an adapter
+        return False
     return all(job.sources) and not (any(job.updates) or job.copies or job.fused or job.vocabulary)
 
 
@@ -97,7 +100,7 @@ def _together(parts: Loaded, setting: Setting, place: Place) -> list[Computed]:
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
         for i, n, (value, stats) in zip(numbers, chosen.n.tolist(), merged, strict=True):
             record = {**about(parts[i][0].job), **stats, "energies": n, "seconds": seconds}
-            made[i] = Computed(value, record)
+            made[i] = Computed((value,), record)
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 
 

@@ -13,7 +13,7 @@ from acemerge.checkpoints.output import HEADS, OLD, SIDE_FOLDERS
 from acemerge.checkpoints.writer import PARTIAL
 from acemerge.errors import CheckpointError
 from acemerge.finite import check_finite
-from acemerge.report.manifest import load_manifest
+from acemerge.report.manifest import load_manifest, stored_names
 
 _CURE = "merge again, or restore the file"
 
@@ -57,11 +57,12 @@ def _check_file(path: Path, expected: dict[str, Any]) -> None:
 
 def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
     checkpoint = open_expert(folder)
-    missing = manifest["tensors"].keys() - checkpoint.places.keys()
+    stored = stored_names(manifest)
+    missing = stored - checkpoint.places.keys()
     if missing:
         raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", _CURE)
     for name, info in checkpoint.places.items():
-        if name not in manifest["tensors"]:
+        if name not in stored:
             raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", _CURE)
         if info.spec.dtype.is_floating_point:
             check_finite(checkpoint.read(name), name, str(folder), _CURE)

@@ -151,7 +151,7 @@ class _Proof:
             files.read_into(self._open[name], [block], position, path)
             digest.update(block)
             position += len(block)
-        return Begun(position, digest, before.tensors + 1)
+        return Begun(position, digest, before.steps + 1)
 
     def close(self) -> None:
         for descriptor in self._open.values():

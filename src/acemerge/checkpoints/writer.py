@@ -82,7 +82,7 @@ class Begun:
 
     nbytes: int
     digest: hashlib._Hash
-    tensors: int = 0  # that are whole in them
+    steps: int = 0  # that wrote them
 
     @property
     def sum(self) -> FileSum:
@@ -133,17 +133,24 @@ class TensorFiles:
     """Several safetensors files, each with its tensors in the order of its specs, whole or in ranges of rows.
 
     `begun` says which files there are parts of already. Files are opened with their first tensor and finished,
-    and read back, with their last one; `finished` holds their sums.
+    and read back, with their last one; `finished` holds their sums. `steps` says how often `end_of_tensor` is to be
+    told of a file, once for each of its tensors unless given.
     """
 
-    def __init__(self, folder: Path, layout: Mapping[str, Sequence[TensorSpec]], begun: Mapping[str, Begun]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: Mapping[str, Sequence[TensorSpec]],
+        begun: Mapping[str, Begun],
+        steps: Mapping[str, int] | None = None,
+    ) -> None:
         self.finished: dict[str, FileSum] = {}
         self._folder, self._layout, self._begun = folder, layout, dict(begun)
         self._cached = files.stays_cached(sum(spec.nbytes for specs in layout.values() for spec in specs))
-        # Counted in tensors: the last of them may have no bytes.
-        self._left = {
-            name: len(specs) - (begun[name].tensors if name in begun else 0) for name, specs in layout.items()
-        }
+        # Not counted in bytes: the last tensor may have none.
+        self._left = dict(steps or {name: len(specs) for name, specs in layout.items()})
+        for name, there in begun.items():
+            self._left[name] -= there.steps
         self._open: dict[str, FileWriter] = {}
         for name in begun:
             if not self._left[name]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acemerge.linalg.spectral import leading_singular
 from acemerge.shapes import Float, Tensor
 
 _SAME_SPACE = 1e-6  # how far apart, relative to their size, rows may be that count as spanning one space
@@ -140,3 +141,13 @@ def truncated_factors(
     root, energy = s[:k].sqrt(), s.square()
     lost = float(energy[k:].sum() / energy.sum()) if s[0] > 0 else 0.0
     return (Q_l @ (U[:, :k] * root)).to(left.dtype), ((root[:, None] * Vh[:k]) @ Q_r.T).to(right.dtype), lost
+
+
+def best_factors(M: Float[Tensor, "out in"], k: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"], float]:
+    """The same for a matrix that is given as it is, from its leading singular triplets."""
+    found = leading_singular(M, min(k, *M.shape))
+    root = found.s[: found.rank].sqrt()
+    left, right = found.U * root, root[:, None] * found.V.T
+    energy = float(M.double().square().sum())
+    lost = float((M.double() - left @ right).square().sum()) / energy if energy else 0.0
+    return left.to(M.dtype), right.to(M.dtype), lost

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 
 from acemerge.errors import UsageError
-from acemerge.linalg.lowrank import Cores, LowRank, both_sides, left_side, share_row_space, truncated_factors
+from acemerge.linalg.gram import energies
+from acemerge.linalg.lowrank import (
+    Cores,
+    LowRank,
+    best_factors,
+    both_sides,
+    left_side,
+    share_row_space,
+    truncated_factors,
+)
 from acemerge.methods.base import Layer, Method, Needs
 from acemerge.shapes import Float, Tensor
 
@@ -42,6 +51,13 @@ class LowRankResult:
         """The merged update itself: the merged weight is `W_0 + delta`."""
         return self.left if self.right is None else self.left @ self.right
 
+    @property
+    def energy(self) -> float:
+        """`||delta||_F^2`."""
+        if self.right is None:
+            return float(energies(self.left[None]))
+        return float(LowRank((self.left,), (self.right,)).energies())
+
     def added_to(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """`W_0 + delta`, in place, the update not formed where there are factors."""
         return W0.add_(self.left) if self.right is None else W0.addmm_(self.left, self.right)
@@ -52,8 +68,10 @@ class LowRankResult:
         """
         if rank < 1:
             raise UsageError("rank", f"{rank} is no rank", "give 1 or more")
-        right = torch.eye(self.left.shape[1]).to(self.left) if self.right is None else self.right
-        left, right, lost = truncated_factors(self.left, right, rank)
+        if self.right is None:
+            left, right, lost = best_factors(self.left, rank)
+        else:
+            left, right, lost = truncated_factors(self.left, self.right, rank)
         return LowRankResult(left, right, {**self.stats, "energy_lost": lost})
 
     def transposed(self) -> LowRankResult:

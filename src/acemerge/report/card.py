@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from acemerge.as_lora import share_lost
 from acemerge.checkpoints.hub import parse_id
 from acemerge.jobs import Plan
 
@@ -30,7 +31,10 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         return _conversion_card(plan)
     method = plan.recipe.method.model_dump(mode="json")
     recipe = {"method": method, **plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method"})}
-    metadata = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
+    metadata: dict[str, Any] = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
+    if plan.is_adapter:
+        metadata |= {"library_name": "peft", "base_model_relation": "adapter"}
+        metadata |= {"base_model": _base(plan)} if parse_id(plan.recipe.base) else {}
     counts = Counter(record["rule"] for record in records.values())
     done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
     heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
@@ -40,16 +44,17 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         yaml.safe_dump(metadata, sort_keys=False).strip(),
         "---",
         "",
-        f"# Merged from {len(plan.experts)} experts by {plan.recipe.method.name}",
+        f"# {_title(plan)}",
         "",
         f"Made with acemerge from the base `{_base(plan)}` and the experts "
         + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
+        *([f"It lacks {share_lost(records.values()):.2%} of the merged update's energy."] if plan.is_adapter else []),
         *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
         *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
         "",
-        *_LOAD,
+        *(_load_adapter(plan) if plan.is_adapter else _LOAD),
         "## Recipe",
         "",
         "```yaml",
@@ -58,6 +63,19 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _title(plan: Plan) -> str:
+    merged = f"erged from {len(plan.experts)} experts by {plan.recipe.method.name}"
+    if not plan.is_adapter:
+        return f"M{merged}"
+    about = f"m{merged}" if len(plan.experts) > 1 else f"of {plan.experts[0]}"
+    return f"LoRA adapter of rank {plan.recipe.as_lora}, {about}"
+
+
+def _load_adapter(plan: Plan) -> list[str]:
+    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{_base(plan)}"), "path/to/this/folder")'
+    return [*_LOAD[:3], "from peft import PeftModel", _LOAD[3], "", load, *_LOAD[-2:]]
 
 
 def _conversion_card(plan: Plan) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import safetensors
 import torch
 from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
+from acemerge.as_lora import share_lost
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.output import MANIFEST, MAX_MANIFEST
@@ -34,6 +35,7 @@ class _File(TypedDict):
 class _Needed(TypedDict):
     """What readers of a manifest rely on."""
 
+    stored: NotRequired[dict[str, list[str]]]  # of an adapter
     experts: list[str]
     outputs: dict[str, _File]
     tensors: dict[str, dict[str, Any]]
@@ -64,6 +66,7 @@ def build_manifest(
         "dequantized": dict(plan.dequantized),
         "roles": plan.roles_source,
         "tensors": {name: dict(record) for name, record in records.items()},
+        **(_of_adapter(plan, records) if plan.is_adapter else {}),
         "heads": {
             label: {head.spec.name: head.reason for head in heads}
             for label, heads in zip(plan.experts, plan.heads, strict=True)
@@ -71,6 +74,19 @@ def build_manifest(
         "warnings": list(plan.warnings),
         "seconds": seconds,
     }
+
+
+def _of_adapter(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of an output that is an adapter: the factors that it holds of each tensor, and the share of energy it lacks."""
+    stored = {job.name: [spec.name for spec in job.stored] for job in plan.jobs if job.stored}
+    return {"stored": stored, "share_lost": share_lost(records.values())}
+
+
+def stored_names(manifest: Mapping[str, Any]) -> set[str]:
+    """The tensors in the output's weight files."""
+    if "stored" not in manifest:
+        return set(manifest["tensors"])
+    return {name for names in manifest["stored"].values() for name in names}
 
 
 def _sums(sums: Mapping[str, FileSum]) -> dict[str, dict[str, Any]]:

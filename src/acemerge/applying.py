@@ -1,0 +1,52 @@
+"""A rule on a tensor as it is stored: turned, slice by slice, projection by projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from acemerge.jobs import Job
+from acemerge.methods import Layer, LayerResult, Method
+from acemerge.projections import Fused
+from acemerge.shapes import Float, Tensor
+from acemerge.work import Setting
+
+
+def apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
+    """The rule's result for this tensor, stored as the tensor is."""
+    assert job.method is not None
+    layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
+    turned = deltas.mT if job.transposed else deltas
+    result = (
+        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
+    )
+    if not job.transposed:
+        return result
+    return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
+
+
+def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
+    """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
+    assert job.method is not None
+    layer = setting.layer(job, used, W0.device)
+    return replace(layer, base=W0) if job.method.needs.base else layer
+
+
+def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
+    """The rule on a tensor of any shape: stacks of matrices go through a matrix rule slice by slice."""
+    if not method.needs.matrix or deltas.ndim == 3:
+        return method.merge(deltas, layer)
+    results = [method.merge(deltas[:, i], layer.part(i)) for i in range(deltas.shape[1])]
+    statuses = sorted({str(result.stats["status"]) for result in results})
+    slices = [dict(result.stats) for result in results]
+    return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
+
+
+def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+    """The rule on each of the projections that share a weight."""
+    results = [method.merge(part, layer) for part in fused.split(deltas)]
+    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
+    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
+    return LayerResult(fused.join([result.delta for result in results]), stats)
