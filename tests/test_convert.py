@@ -114,14 +114,18 @@ def test_tied_tensors_that_differ_are_refused(tmp_path: Path, capsys: pytest.Cap
     failed(
         run(capsys, "convert", folder, tmp_path / "out"),
         3,
-        "and 'lm_head.weight' should be tied but differ; set tie_word",
+        f"error: {folder}: .*and 'lm_head.weight' should be tied but differ; set tie_word.* in its config.json$",
     )
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_not_finite_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "in", {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])})
-    failed(run(capsys, "convert", folder, tmp_path / "out"), 3, r"tensor 'b' is nan at \[1\]; fetch it again")
+    failed(
+        run(capsys, "convert", folder, tmp_path / "out"),
+        3,
+        rf"error: {folder}: tensor 'b' is nan at \[1\]; fetch it again",
+    )
     assert not (tmp_path / "out").exists()
 
 

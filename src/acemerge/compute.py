@@ -89,9 +89,9 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
         for model, name in job.inputs[1:]:
             if not torch.equal(base, values.take((model, name))):
                 what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(f"expert {setting.labels[model - 1]}", what, keep_base(job.name))
+                raise CheckpointError(setting.who(model), what, keep_base(job.name))
     elif base.dtype.is_floating_point:
-        check_finite(base, job.name, "base", first_row=_first_row(piece))
+        check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
     return (_own(rounded(base, job), base),), {"status": "kept"}, ()
 
 
@@ -251,8 +251,8 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
             what = f"tensors {first!r} and {name!r} should be tied but differ"
-            label = f"expert {setting.labels[model - 1]}" if model else "base"
-            raise CheckpointError(label, what, "set tie_word_embeddings to false in its config.json")
+            cure = "set tie_word_embeddings to false in its config.json"
+            raise CheckpointError(setting.who(model), what, cure)
 
 
 def _first_row(piece: Piece) -> int:

@@ -27,6 +27,12 @@ class Setting:
     labels: Sequence[str]
     thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
 
+    def who(self, model: int) -> str:
+        """What an error calls a model: by itself, in a conversion, it is nobody's base."""
+        if model:
+            return f"expert {self.labels[model - 1]}"
+        return "base" if self.labels else self.recipe.base
+
     def layer(self, job: Job, used: Sequence[int], device: torch.device) -> Layer:
         """What the job's rule may know beside the updates of these experts, but for the base.
 
