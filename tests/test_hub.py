@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import acemerge
 from acemerge import api
 from acemerge.checkpoints.hub import HubId, hub_id, parse_id
 from acemerge.errors import CheckpointError
+from acemerge.extract import extract_lora
 from acemerge.opening import RunOptions
 from acemerge.recipe import load_recipe, make_recipe
 from acemerge.verify import verify
@@ -319,6 +321,30 @@ def test_the_environment_is_huggingface_hubs_own(plain: PlainModel, hub: FakeHub
         assert bool(hub.fetched) == ("HF_TOKEN" in more)
     (config,) = Path("home").glob("hub/models--org--base/snapshots/*/config.json")
     assert config.read_bytes() == ASSETS["config.json"]
+
+
+@pytest.mark.parametrize("model", ["org/e1", "folder"])
+@pytest.mark.parametrize("base", ["org/base", "folder"])
+def test_adapters_are_extracted_of_ids(
+    model: str, base: str, plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(hub, plain)
+    words = [plain.root / "e1" if model == "folder" else model, "--base", "base" if base == "folder" else base]
+    code, _, errors = run(capsys, "extract-lora", *words, "--rank", "2", "-o", "out")
+    assert (code, errors) == (0, "")
+    local = extract_lora(plain.root / "e1", plain.root / "base", 2, "local")
+    found = verify("out")
+    for name in local.manifest["outputs"].keys() - {"README.md", "adapter_config.json"}:
+        assert Path("out", name).read_bytes() == Path("local", name).read_bytes()
+    shas = {name: hub.repositories[name].refs["main"] for name in ("org/base", "org/e1")}
+    paths = [given if given not in shas else f"{given}@{shas[given]}" for given in (str(words[2]), str(words[0]))]
+    assert [entry["path"] for entry in found["inputs"]] == paths
+    assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == str(words[2])
+    assert ("base_model: org/base" in Path("out/README.md").read_text()) == (base == "org/base")
+    wrong = ["--rank", "2", "-o", "other"]
+    failed(run(capsys, "extract-lora", "org/nobody", "--base", words[2], *wrong), 3, "org/nobody: .*no such model")
+    failed(run(capsys, "extract-lora", words[0], "--base", "org/base@v9", *wrong), 3, "org/base@v9: has no such rev")
+    assert not Path("other").exists()
 
 
 def test_python_takes_ids(plain: PlainModel, hub: FakeHub) -> None:

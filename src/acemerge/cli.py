@@ -220,8 +220,8 @@ def verify(out: Annotated[Path, typer.Argument(help="folder that acemerge wrote"
 
 @app.command("extract-lora")
 def extract(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder of a full fine-tune")],
-    base: Annotated[str, typer.Option(help="the checkpoint folder that it comes from")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a full fine-tune")],
+    base: Annotated[str, typer.Option(help="folder or Hub id (org/name@revision) that it comes from")],
     rank: Annotated[int, typer.Option(help="rank of the adapter")],
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")],
     device: Device = "cpu",
@@ -233,7 +233,7 @@ def extract(
     """Make a LoRA adapter of a full fine-tune, and say what of it is lost."""
     from acemerge.extract import extract_lora
 
-    options = RunOptions(device, overwrite=overwrite, allow_pickle=allow_pickle)
+    options = RunOptions(device, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
     report = extract_lora(model, base, rank, out, options)
     if not quiet:
         show.extracted(out_console, report)
