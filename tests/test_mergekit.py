@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +16,14 @@ from torch import Tensor
 from acemerge import METHODS, api
 from acemerge.cli import main
 from acemerge.errors import UsageError
-from acemerge.opening import RunOptions
 from acemerge.recipe import load_recipe
-from builders import load_folder, write_checkpoint
-
-Tensors = dict[str, Tensor]
-
-
-def llama_tensors(layers: int = 4) -> Tensors:
-    """Names and shapes of a tiny Llama, values as a trained one has them."""
-    generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
-    for i in range(layers):
-        for name, shape in {
-            "self_attn.q_proj": (16, 16),
-            "self_attn.k_proj": (8, 16),
-            "self_attn.v_proj": (8, 16),
-            "self_attn.o_proj": (16, 16),
-            "mlp.gate_proj": (24, 16),
-            "mlp.up_proj": (24, 16),
-            "mlp.down_proj": (16, 24),
-            "input_layernorm": (16,),
-            "post_attention_layernorm": (16,),
-        }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-    shapes["model.norm.weight"] = (16,)
-    return {
-        name: (1.0 if "norm" in name else 0.0) + 0.05 * torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
-
-
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40, "hidden_size": 16}
-LLAMA |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-LLAMA |= {"intermediate_size": 24, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+from builders import load_folder
+from mergekit_shelf import beside_mergekit, by_mergekit, layers_of, make_shelf, merged, model, on, read, stack
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`f32/base`, `f32/a`, ... and the same in bf16."""
-    root = tmp_path_factory.mktemp("shelf")
-    base, generator = llama_tensors(), torch.Generator().manual_seed(1)
-    for name in ("base", "a", "b", "c"):
-        moved = {n: v + (name != "base") * 0.02 * torch.randn(v.shape, generator=generator) for n, v in base.items()}
-        for folder, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-            config = LLAMA | {"torch_dtype": str(dtype).removeprefix("torch.")}
-            write_checkpoint(root / folder / name, {n: v.to(dtype) for n, v in moved.items()}, config)
-    return root
-
-
-def merged(shelf: Path, recipe: dict[str, Any], name: str = "ours") -> Tensors:
-    """What the recipe, written into the shelf, gives."""
-    (shelf / f"{name}.yml").write_text(yaml.safe_dump(recipe))
-    api.run_recipe(load_recipe(shelf / f"{name}.yml", {}), shelf / name, RunOptions(overwrite=True))
-    return load_folder(shelf / name)
-
-
-def read(shelf: Path, folder: str = "f32") -> dict[str, Tensors]:
-    return {name: load_folder(shelf / folder / name) for name in ("base", "a", "b", "c")}
-
-
-def model(path: str, **parameters: Any) -> dict[str, Any]:
-    return {"model": path, "parameters": parameters} if parameters else {"model": path}
+    return make_shelf(tmp_path_factory.mktemp("shelf"))
 
 
 # --- what needs no mergekit ----------------------------------------------------------------------------------
@@ -238,7 +181,7 @@ TIES = {
         ({"base_model": None}, "ties needs a `base_model`"),
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),
         ({"merge_method": "nearswap"}, "merge_method 'nearswap' is not supported yet"),
-        ({"slices": [{"sources": []}]}, "`slices` is not supported yet"),
+        ({"modules": {"default": {}}}, "`modules` is not supported yet"),
         ({"tokenizer_source": "union"}, "`tokenizer_source` is not supported yet"),
         ({"chat_template": "auto"}, "`chat_template` is not supported yet"),
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
@@ -301,21 +244,6 @@ def test_the_rules_are_listed() -> None:
 
 # --- beside mergekit itself ----------------------------------------------------------------------------------
 
-PEERS = Path(os.environ.get("ACEMERGE_MERGEKIT", Path(__file__).parent.parent / ".peers" / "bin" / "mergekit-yaml"))
-beside_mergekit = pytest.mark.skipif(not PEERS.exists(), reason="no mergekit: run benchmarks/setup_peers.sh")
-
-# One process for all recipes: starting mergekit takes longer than such a merge.
-_DRIVER = """
-import sys, yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-for name in sys.argv[1:]:
-    with open(f"{name}.yml") as file:
-        recipe = MergeConfiguration.model_validate(yaml.safe_load(file))
-    run_merge(recipe, f"theirs-{name}", MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False))
-"""
-
 
 def recipes(d: str) -> dict[str, dict[str, Any]]:
     """One or more for every method without chance."""
@@ -353,8 +281,29 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def on(path: str) -> Callable[..., dict[str, Any]]:
-    return lambda **parameters: model(path, **parameters)
+def stacks(d: str) -> dict[str, dict[str, Any]]:
+    """Slices: of one model after the other, of several, with gradients, with bases of their own."""
+    base, a, b, c = (layers_of(f"{d}/{name}") for name in ("base", "a", "b", "c"))
+    halved = [{"filter": "down", "value": 0.5}, {"value": 1}]
+    return {
+        "passthrough": stack("passthrough", [a(0, 3)], [b(1, 4, scale=halved)]),
+        "linear": stack("linear", [a(0, 1), b(0, 1, weight=0)], [a(1, 3)], [b(3, 4), a(3, 4, weight=0.3)], weight=1),
+        "ties": stack(
+            "ties",
+            {"sources": [base(0, 2), a(0, 2, density=[0.2, 0.7]), b(1, 3)], "parameters": {"weight": 0.9}},
+            [base(1, 4)],
+            {"base_model": f"{d}/c", "sources": [a(0, 3, weight=0.3), c(1, 4)]},
+            base=f"{d}/base", density=0.6, weight=0.5,
+        ),
+        "slerp": stack(
+            "slerp",
+            [base(0, 3), a(0, 3)],
+            {"sources": [base(3, 4), a(3, 4)], "parameters": {"t": 0.3}},
+            [a(1, 3), base(1, 3)],
+            base=f"{d}/base", t=[0, 0.5, 1],
+        ),
+        "sce": stack("sce", [base(0, 2), a(0, 2), b(0, 2)], [c(1, 3), base(0, 2)], base=f"{d}/base", select_topk=0.4),
+    }  # fmt: skip
 
 
 def in_float32(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -367,6 +316,7 @@ def in_float32(recipe: dict[str, Any]) -> dict[str, Any]:
 IN_BF16 = ("linear", "task-arithmetic", "task-arithmetic-normalised", "ties", "ties-rescaled", "breadcrumbs")
 IN_BF16 = (*IN_BF16, "breadcrumbs-ties", "slerp", "passthrough")
 CASES = {f"f32-{name}": recipe for name, recipe in recipes("f32").items()}
+CASES |= {f"f32-stacked-{name}": recipe for name, recipe in stacks("f32").items()}
 CASES |= {f"bf16-{name}": recipe for name, recipe in recipes("bf16").items() if name in IN_BF16}
 CASES |= {f"once-{name}": in_float32(recipe) for name, recipe in recipes("bf16").items()}
 
@@ -374,12 +324,7 @@ CASES |= {f"once-{name}": in_float32(recipe) for name, recipe in recipes("bf16")
 @pytest.fixture(scope="module")
 def theirs(shelf: Path) -> Path:
     """The shelf, with what mergekit makes of every recipe."""
-    for name, recipe in CASES.items():
-        (shelf / f"{name}.yml").write_text(yaml.safe_dump(recipe))
-    python = PEERS.parent / "python"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([python, "-c", _DRIVER, *CASES], cwd=shelf, env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    by_mergekit(shelf, CASES)
     return shelf
 
 
@@ -403,15 +348,17 @@ def test_the_tensors_are_those_of_mergekit(theirs: Path, name: str) -> None:
 def test_mergekit_merges_by_our_rules(shelf: Path) -> None:
     methods = ("ace", "actmat", "tact", "tsv_m", "iso_c", "iso_cts", "wudi", "swudi_a")
     models = [model("f32/a", weight=0.5), model("f32/b")]
-    for method in methods:
-        params = {"eps": 2e-4} if method == "ace" else {}
-        recipe = {"merge_method": method, "base_model": "f32/base", "models": models, "parameters": params}
-        (shelf / f"{method}.yml").write_text(yaml.safe_dump(recipe))
-    source = Path(api.__file__).parent.parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(source)}
-    command = [PEERS.parent / "python", "-c", "import acemerge.integrations.mergekit" + _DRIVER, *methods]
-    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    cases = {
+        method: {
+            "merge_method": method,
+            "base_model": "f32/base",
+            "models": models,
+            "parameters": {"eps": 2e-4} if method == "ace" else {},
+        }
+        for method in methods
+    }
+    source = str(Path(api.__file__).parent.parent)
+    by_mergekit(shelf, cases, before="import acemerge.integrations.mergekit", path=source)
     values = read(shelf)
     for method in methods:
         found = load_folder(shelf / f"theirs-{method}")

@@ -13,7 +13,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
-from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.reader import FileHash, Reader, check_unchanged
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
@@ -101,7 +101,7 @@ def run_opened(
             records = dry_run(plan, setting, walker(pipeline, "merge", on_progress))
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
         return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)))
-    about = identity(plan.recipe, opened.checkpoints, opened.origins, opened.max_shard, options.device)
+    about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
@@ -144,10 +144,16 @@ def _write(
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
     inputs = [
-        (origin, {names.get(path, path.name): FileSum(h.sha256, h.nbytes) for path, h in found.items()})
-        for origin, names, found in zip(opened.origins, map(_names, opened.checkpoints), hashes, strict=True)
+        (origin, {names.get(path, path.name): _sum(found[path]) for path in model.weight_files})
+        for origin, names, model, found in zip(
+            opened.origins, map(_names, opened.models), opened.models, hashes, strict=True
+        )
     ]
     return build_manifest(plan, records, inputs, output.written, 0.0)
+
+
+def _sum(found: FileHash) -> FileSum:
+    return FileSum(found.sha256, found.nbytes)
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:
@@ -195,7 +201,7 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
     if CONFIG in base.assets:
         config = _configuration(opened)
-        same = config == base.config
+        same = config == opened.models[0].config
         source = files.read_chunks(contained(files.resolve(base.path), CONFIG))
         output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
 

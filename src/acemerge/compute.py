@@ -94,8 +94,9 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         W0 = space[T].copy_(base)
         deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
         record: dict[str, Any] = {"energies": n.tolist()}
-        if len(used) < T:
-            record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
+        if len(used) < T - len(job.without):
+            kept = {*used, *job.without}
+            record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in kept]
         assert job.method is not None
         if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
@@ -179,7 +180,7 @@ def task_vectors(
         check_finite(W0, job.name, "base", first_row=_first_row(piece))
     used: list[int] = []
     found: list[Tensor] = []
-    for i in range(T):
+    for i in (i for i in range(T) if i not in job.without):
         D = space[len(used)]
         _difference(job, i, values, W0, D)
         n = energies(D[None])

@@ -25,7 +25,8 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
     recipe = Recipe.model_construct(base=source, experts=[], rules=[TensorRule(match="*", action="base")])
     plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, ())
-    return Opened(plan, roles, checkpoint, (), (model.origin,), (torch.device("cpu"),), max_shard, budget(plan, None))
+    devices = (torch.device("cpu"),)
+    return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, max_shard, budget(plan, None))
 
 
 def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:

@@ -46,10 +46,10 @@ class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
     `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
-    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `copies` are further
-    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the same
-    entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows of the
-    experts are which of the output.
+    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `without` are experts
+    that are no part of it at all. `copies` are further spellings of a tied tensor, whose bytes must agree.
+    `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`: projections that the
+    rule gets one by one. `vocabulary`: which rows of the experts are which of the output.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -61,6 +61,7 @@ class Job:
     transposed: bool = False
     sources: tuple[str, ...] = ()
     updates: tuple[Update | None, ...] = ()
+    without: tuple[int, ...] = ()
     must_agree: bool = False
     copies: tuple[Input, ...] = ()
     entrywise: bool = False
@@ -92,6 +93,11 @@ class Job:
         """Those that are no factors."""
         experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
         return ((0, self.name), *experts, *self.copies)
+
+    @property
+    def own_weights(self) -> tuple[float, ...]:
+        """Of the experts that are a part of it."""
+        return tuple(weight for i, weight in enumerate(self.weights) if i not in self.without)
 
     @property
     def models(self) -> int:

@@ -26,6 +26,7 @@ from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
+from acemerge.stacking import stacked
 from acemerge.vocabulary import Tokens
 from acemerge.work import Setting
 
@@ -50,13 +51,16 @@ class RunOptions:
 class Opened:
     """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
 
-    `origins` says for each checkpoint where it is from: its path, or its Hub id with the commit.
+    `models` are the checkpoints as they lie on disk, the base's first, and `origins` says for each of them where it is
+    from: its path, or its Hub id with the commit. `base` and `experts` are what is merged: with slices other layers,
+    or those of others.
     """
 
     plan: Plan
     roles: Roles
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
+    models: tuple[Checkpoint, ...]
     origins: tuple[str, ...]
     devices: tuple[torch.device, ...]
     max_shard: int
@@ -79,7 +83,7 @@ class Opened:
     @contextlib.contextmanager
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
         """The threads that stream these checkpoints, and their readers."""
-        nbytes = sum(prints[0] for checkpoint in self.checkpoints for prints in checkpoint.fingerprints.values())
+        nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
         cached = files.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
         with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
@@ -103,12 +107,15 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     base, *wrapped = [open_expert(model.path, options.allow_pickle) for model in models]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
-    experts, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
+    unwrapped, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([model.name for model in models[1:]])
-    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
+    _check_assets(recipe.assets, dict(zip(labels, unwrapped, strict=True)))
+    opened, experts = (base, *unwrapped), tuple(unwrapped)
+    if recipe.slices:
+        base, experts = stacked(recipe.slices, base, experts, labels)
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    tokens = _tokens(recipe, [base, *experts])
+    tokens = _tokens(recipe, opened)
     roles = find_roles(base.config, specs)
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}
@@ -116,7 +123,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in models)
-    return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
+    return Opened(plan, roles, base, experts, opened, origins, devices, max_shard, budget(plan, limit))
 
 
 def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.depth import Stack
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
 from acemerge.jobs import Head, Job, Plan, Source
@@ -48,7 +49,7 @@ def make_plan(
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for job in _distinct(job for job in jobs if job.method):
         assert job.method is not None
-        check_experts(job.method, job.weights)
+        check_experts(job.method, job.own_weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters)
 
@@ -67,6 +68,7 @@ class _Planner:
         counts = Counter(_group(identity) for identity in self.base_names)
         self.vocabulary: VocabularyOf | None = None
         self.backbone = counts.most_common(1)[0][0] if counts else ""
+        self.stack = Stack(tuple(part.length for part in recipe.slices)) if recipe.slices else None
 
     def check_related(self) -> None:
         matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
@@ -75,7 +77,8 @@ class _Planner:
             if ours and theirs and ours != theirs:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
-            if expert.adapter is None and not matrices & names.keys():
+            is_no_part = self.stack is not None and not names
+            if expert.adapter is None and not matrices & names.keys() and not is_no_part:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
 
@@ -105,11 +108,14 @@ class _Planner:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
         updates = tuple(fitted.updates.get(identity) for fitted in self.fitted)
+        without = self._without(name)
         lacking = [
             label
-            for label, expert, found in zip(self.labels, self.experts, sources, strict=True)
-            if not found and expert.adapter is None
+            for i, (label, expert, found) in enumerate(zip(self.labels, self.experts, sources, strict=True))
+            if not found and expert.adapter is None and i not in without
         ]
+        if len(without) == len(self.experts):
+            return self._kept(out, role, "no expert is a part of its slice: the base's own")
         if not any(sources) and not any(updates):
             return self._base_only(out, role, lacking)
         if lacking and self._is_no_parameter(role):
@@ -120,7 +126,15 @@ class _Planner:
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
         self._refuse_integers(name, sources)
-        return replace(self._merge_job(out, role, decision, sources), updates=updates if any(updates) else ())
+        job = self._merge_job(out, role, decision, sources)
+        return replace(job, updates=updates if any(updates) else (), without=without)
+
+    def _without(self, name: str) -> tuple[int, ...]:
+        """The experts that are no part of the slice that a tensor is in."""
+        if self.stack is None:
+            return ()
+        part = self.recipe.slices[self.stack.slice_of(name)[0]]
+        return tuple(i for i, own in enumerate(part.experts) if own is None)
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"
@@ -223,7 +237,7 @@ class _Planner:
 
 def _distinct(jobs: Iterable[Job]) -> list[Job]:
     """One job of each rule with each weights."""
-    return list({(id(job.method), job.weights): job for job in jobs}.values())
+    return list({(id(job.method), job.own_weights): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:

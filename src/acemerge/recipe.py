@@ -80,6 +80,31 @@ class TensorRule(_Strict):
         return self
 
 
+_Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+
+
+class SliceSpec(_Strict):
+    """Layers of the output, and the layers [first, end) that they are made of: the base's and the experts'.
+
+    All ranges have one length. `base_from` is the model whose layers are taken for the base's: 0 for the base, i for
+    the i-th expert. An expert that is no part of the slice has none.
+    """
+
+    base: _Range
+    base_from: Annotated[int, Field(ge=0)] = 0
+    experts: list[_Range | None]
+
+    @property
+    def length(self) -> int:
+        return self.base[1] - self.base[0]
+
+    @model_validator(mode="after")
+    def _of_one_length(self) -> SliceSpec:
+        if self.length < 1 or any(own and own[1] - own[0] != self.length for own in self.experts):
+            raise ValueError("the ranges of a slice must have one length, 1 or more")
+        return self
+
+
 class Recipe(_Strict):
     """Everything that decides the values of the merged model."""
 
@@ -97,6 +122,7 @@ class Recipe(_Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
+    slices: list[SliceSpec] = []
     rules: list[TensorRule] = []
 
     @field_validator("method")
@@ -129,6 +155,13 @@ class Recipe(_Strict):
         for rule in self.rules:
             if rule.weights is not None and len(rule.weights) != len(self.experts):
                 raise ValueError(f"rule {rule.match!r} has {len(rule.weights)} weights for {len(self.experts)} experts")
+        return self
+
+    @model_validator(mode="after")
+    def _slices_of_these_models(self) -> Recipe:
+        for part in self.slices:
+            if len(part.experts) != len(self.experts) or part.base_from > len(self.experts):
+                raise ValueError(f"a slice has {len(part.experts)} ranges for {len(self.experts)} experts")
         return self
 
     def build_method(self) -> Method:
@@ -252,7 +285,7 @@ def _explain(failure: ValidationError, where: object) -> UsageError:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: type[BaseModel] = Recipe
-        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule)):
+        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule), ("slices", SliceSpec)):
             if len(first["loc"]) > 1 and first["loc"][0] == part:
                 model = owner
         return UsageError(where, f"unknown key {place!r}", nearest(str(first["loc"][-1]), list(model.model_fields)))
