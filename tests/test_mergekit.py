@@ -16,6 +16,7 @@ from torch import Tensor
 from acemerge import METHODS, api
 from acemerge.cli import main
 from acemerge.errors import UsageError
+from acemerge.methods import Layer
 from acemerge.recipe import load_recipe
 from builders import load_folder
 from mergekit_shelf import beside_mergekit, by_mergekit, layers_of, make_shelf, merged, model, on, read, stack
@@ -158,6 +159,21 @@ def test_model_stock_counts_an_expert_that_did_not_move() -> None:
     torch.testing.assert_close(by("model_stock", D, still="count"), torch.zeros_like(D[0]))
 
 
+def test_arcee_fusion_keeps_the_changes_that_stand_out() -> None:
+    """Quartiles from a sort, divergences by torch's own function; a vector is one row."""
+    generator = torch.Generator().manual_seed(7)
+    for shape in ((40, 30), (50,), (3, 6, 8)):
+        W0, D = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+        p, q = (W0 + D).softmax(-1) + 1e-8, W0.softmax(-1) + 1e-8
+        S = D.abs() * torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1, keepdim=True)
+        ranked = S.flatten().sort().values
+        low, middle, high = (ranked[int(share * (len(ranked) - 1))] for share in (0.25, 0.5, 0.75))
+        kept = (middle + 1.5 * (high - low)) <= S
+        assert 0 < kept.sum() < kept.numel() / 3
+        layer = Layer(torch.ones(1, dtype=torch.float64), (0,), base=W0)
+        torch.testing.assert_close(METHODS["arcee_fusion"]().merge(D[None], layer).delta, D * kept)
+
+
 TIES = {
     "merge_method": "ties",
     "base_model": "f32/base",
@@ -239,7 +255,7 @@ def test_a_rule_needs_as_many_weights_and_densities_as_there_are_experts(shelf: 
 
 
 def test_the_rules_are_listed() -> None:
-    assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce"} <= METHODS.keys()
+    assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce", "arcee_fusion"} <= METHODS.keys()
 
 
 # --- beside mergekit itself ----------------------------------------------------------------------------------
@@ -277,6 +293,7 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
         "nuslerp-rows": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False),
         "nuslerp-columns": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False, nuslerp_row_wise=True),
         "sce": of("sce", a(), b(), c(), select_topk=0.3),
+        "arcee-fusion": of("arcee_fusion", a()),
         "passthrough": of("passthrough", a(scale=[{"filter": "down", "value": 0.5}, {"value": 1}]), base=False),
     }
 
