@@ -45,6 +45,16 @@ def test_linear_without_normalisation_is_the_sum_even_of_equal_models(shelf: Pat
         torch.testing.assert_close(found[name], 1.5 * value, rtol=0, atol=3e-7)
 
 
+def test_linear_merges_the_base_with_the_others(shelf: Path) -> None:
+    models, some = read(shelf), [model("f32/a", weight=1), model("f32/b", weight=4)]
+    found = merged(
+        shelf, {"merge_method": "linear", "base_model": "f32/base", "models": some, "parameters": {"weight": 3}}
+    )
+    for name, value in found.items():
+        expected = (models["a"][name] + 4 * models["b"][name] + 3 * models["base"][name]) / 8
+        torch.testing.assert_close(value, expected, rtol=0, atol=3e-7)
+
+
 def test_gradients_and_filters_are_resolved_for_every_tensor(shelf: Path) -> None:
     models = read(shelf)
     cases = [{"filter": "mlp", "value": [0.5, 1.5]}, {"filter": "layers.2", "value": 0.7}]
@@ -273,6 +283,7 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
     return {
         "linear": of("linear", a(weight=0.3), b(weight=1.2), c(weight=0.5), base=False),
         "linear-sum": of("linear", a(weight=by_name), b(weight=[0, 1, 3]), base=False, normalize=False, weight=2),
+        "linear-and-base": of("linear", a(), b(weight=3), weight=2),
         "task-arithmetic": of("task_arithmetic", model(f"{d}/base"), a(weight=0.7, density=0.5), b(weight=-0.2)),
         "task-arithmetic-normalised": of(
             "task_arithmetic", a(weight=0.7), b(weight=0.2), normalize=True, **{"lambda": 0.8}

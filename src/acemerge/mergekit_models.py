@@ -92,6 +92,8 @@ def _whole(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
     base = Model(_path(models[0].path if given is None else given, f"{where}: base_model"))
     has_base = kind.base != "ignored" and given is not None
     experts = models
+    if kind.base == "ignored" and all(model.path != base.path for model in models):
+        experts = [*models, base]  # one more of those that are merged
     if has_base:
         others = [model for model in models if model.path != base.path]
         experts = [base, *others] if kind.counts_base else others
@@ -129,7 +131,8 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Gr
     parameters = read_settings(entry.get("parameters"), [*kind.per_model, *kind.shared], f"{where}.parameters")
     given = entry.get("base_model", content.get("base_model"))
     if kind.base == "ignored" or (given is None and kind.base == "optional"):
-        return Group(models[0], _counted(models, kind, content, False, where), False, parameters)
+        first = next((model for model in models if model.path == given), models[0])
+        return Group(first, _counted(models, kind, content, False, where), False, parameters)
     if given is None:
         raise UsageError(where, f"{content['merge_method']} needs a `base_model`", "add it")
     path = _path(given, f"{where}.base_model")
