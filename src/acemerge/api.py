@@ -196,7 +196,7 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
     base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:
-            output.write_bytes(name, with_added(owner, vocabulary.added))
+            output.write_bytes(name, with_added(owner, vocabulary.added, opened.models[1:]))
         elif name != CONFIG:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
     if CONFIG in base.assets:

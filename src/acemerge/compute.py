@@ -11,19 +11,17 @@ from typing import Any
 import torch
 
 from acemerge.adapters import add_update
+from acemerge.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
-from acemerge.finite import check_finite, is_finite, rounded
+from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Layer, LayerResult, Method, check_experts, expert_seeds
 from acemerge.plan import keep_base
 from acemerge.projections import Fused
 from acemerge.shapes import Float, Tensor
-from acemerge.vocabulary import rows_of
 from acemerge.work import Place, Setting, Values
-
-_LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,8 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        made = _by_token if job.vocabulary else _merged if job.method else _kept
+        averaged = job.vocabulary is not None and job.vocabulary.lending is None
+        made = averaged_by_token if averaged else _merged if job.method else _kept
         value, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
@@ -72,11 +71,7 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return record
 
 
-# The finished tensor, its record, and masks where the rule makes them.
-_Made = tuple[Tensor, dict[str, Any], tuple[Tensor, ...]]
-
-
-def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
     if job.must_agree:
         for model, name in job.inputs[1:]:
@@ -85,14 +80,17 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
                 raise CheckpointError(f"expert {setting.labels[model - 1]}", what, keep_base(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, "base", first_row=_first_row(piece))
-    return _own(rounded(base, job), base), {"status": "kept"}, ()
+    return own_memory(rounded(base, job), base), {"status": "kept"}, ()
 
 
-def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
-        W0 = space[T].copy_(base)
-        deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
+        if job.vocabulary is not None:
+            W0, deltas, n, used = lent_by_token(job, values, setting, space)
+        else:
+            W0 = space[T].copy_(base)
+            deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T - len(job.without):
             kept = {*used, *job.without}
@@ -100,49 +98,11 @@ def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place:
         assert job.method is not None
         if not (n > 0).any() and not job.method.needs.moves_equals:  # the base's own bytes, the sign of zero included
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            return _own(rounded(base, job), base), {"status": "no update", **record}, _packed(masks, used, T)
+            same = base if job.vocabulary is None else W0
+            return own_memory(rounded(same, job), same), {"status": "no update", **record}, _packed(masks, used, T)
         result = _apply(job, deltas, W0, used, setting)
         value = result.delta.add_(W0)
-        return _own(rounded(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
-
-
-def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
-    """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
-
-    `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
-    """
-    job = piece.job
-    assert job.vocabulary is not None
-    assert job.method is not None
-    check_finite(base, job.name, "base")
-    W0 = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
-    W0[: len(base)] = base
-    total, weights = torch.zeros_like(W0), torch.zeros(len(W0), dtype=W0.dtype, device=place.device)
-    record: dict[str, Any] = {"energies": [], "skipped_experts": []}
-    for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
-        Wt = values.take((i + 1, job.sources[i]))
-        if setting.recipe.nonfinite == "error":
-            check_finite(Wt, job.sources[i], f"expert {label}", _LEAVE_OUT)
-        elif not is_finite(Wt):
-            record["skipped_experts"].append(label)
-            continue
-        rows = job.vocabulary.sources[i].to(place.device)
-        D = rows_of(Wt.to(W0), rows).sub_(W0)
-        D[rows < 0] = 0
-        record["energies"].append(energies(D[None]).item())
-        total.add_(D, alpha=weight)
-        weights.add_(rows >= 0, alpha=weight)
-        values.release(i + 1)
-    if not record["energies"]:
-        raise _nothing_finite(job)
-    shares = torch.where(weights != 0, job.method.scale / weights, 0)
-    shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
-    value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
-    if not record["skipped_experts"]:
-        del record["skipped_experts"]
-    if value.shape == base.shape and not any(record["energies"]):
-        return _own(rounded(base, job), base), {"status": "no update", **record}, ()
-    return rounded(value, job), {"status": "ok", **record}, ()
+        return own_memory(rounded(value, job), space), {**result.stats, **record}, _packed(result.masks, used, T)
 
 
 def _apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
@@ -189,12 +149,8 @@ def task_vectors(
             found.append(n)
         values.release(i + 1)
     if not used:
-        raise _nothing_finite(job)
+        raise nothing_finite(job)
     return space[: len(used)], torch.cat(found), used
-
-
-def _nothing_finite(job: Job) -> CheckpointError:
-    return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
 def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
@@ -219,10 +175,10 @@ def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, settin
             value = values.take((model, name))
             if skip and not is_finite(value):
                 return False
-            check_finite(value, name, label, _LEAVE_OUT, _first_row(piece))
+            check_finite(value, name, label, LEAVE_OUT, _first_row(piece))
     if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
         if not skip:
-            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", _LEAVE_OUT)
+            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
 
@@ -267,9 +223,3 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
 
 def _first_row(piece: Piece) -> int:
     return piece.rows[0] if piece.rows else 0
-
-
-def _own(value: Tensor, other: Tensor) -> Tensor:
-    """The value in memory of its own, not that of `other`, which serves again."""
-    shared = value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    return value.clone() if shared else value

@@ -10,6 +10,8 @@ from acemerge.errors import CheckpointError, NumericalError
 from acemerge.jobs import Job
 from acemerge.shapes import Float, Tensor
 
+LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+
 
 def is_finite(values: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinities."""
@@ -50,6 +52,16 @@ def all_rounded(values: Float[Tensor, "P *shape"], jobs: Sequence[Job]) -> list[
     if values.dtype.is_floating_point and not _fits(values, dtype):
         return [rounded(value, job) for value, job in zip(values, jobs, strict=True)]
     return list(values.to(device="cpu", dtype=dtype).contiguous())
+
+
+def own_memory(value: Tensor, other: Tensor) -> Tensor:
+    """The value in memory of its own, not that of `other`, which serves again."""
+    shared = value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return value.clone() if shared else value
+
+
+def nothing_finite(job: Job) -> CheckpointError:
+    return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")
 
 
 def _fits(value: Tensor, dtype: torch.dtype) -> bool:

@@ -17,9 +17,10 @@ from acemerge.errors import UsageError, nearest
 from acemerge.mergekit_models import NOT_YET, Merged, check_keys, read_models, read_settings
 from acemerge.mergekit_rules import RULES, Kind, Values
 from acemerge.mergekit_settings import Place, Setting, varies
+from acemerge.mergekit_tokenizer import TOKENIZER_KEYS, read_tokenizer
 
-_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype")
-_LATER = ("modules", "tokenizer", "tokenizer_source", "chat_template")
+_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
+_LATER = ("modules", "chat_template")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # Model -> its tensors without their values; asked only where a value depends on them.
@@ -52,6 +53,7 @@ def from_mergekit(
         "experts": [{"model": locate(path)} for path in merged.experts],
         "slices": merged.slices,
         "rules": rules,
+        **read_tokenizer(content, merged, where, locate),
         "dtype": next((dtype for dtype in dtypes if dtype), "auto"),
         "orientation": "stored",
     }

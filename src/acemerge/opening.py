@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,8 +73,7 @@ class Opened:
     @property
     def assets_from(self) -> Checkpoint:
         """The model whose tokenizer, template and processor files the output gets."""
-        wanted = self.plan.recipe.assets
-        return self.base if wanted == "base" else self.experts[self.plan.experts.index(wanted)]
+        return self.models[self.plan.recipe.assets_number(self.plan.experts) or 0]
 
     @property
     def layout(self) -> Layout:
@@ -109,7 +108,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     unwrapped, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
     labels = expert_labels([model.name for model in models[1:]])
-    _check_assets(recipe.assets, dict(zip(labels, unwrapped, strict=True)))
+    _check_assets(recipe, labels, unwrapped)
     opened, experts = (base, *unwrapped), tuple(unwrapped)
     if recipe.slices:
         base, experts = stacked(recipe.slices, base, experts, labels)
@@ -143,14 +142,14 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
+def _check_assets(recipe: Recipe, labels: Sequence[str], experts: Sequence[Checkpoint]) -> None:
     """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
-    if wanted == "base":
-        return
-    if wanted not in experts:
-        raise UsageError("assets", f"{wanted!r} is none of the models", f"use base or one of: {', '.join(experts)}")
-    if not set(experts[wanted].assets) - {CONFIG}:
-        what = f"expert {wanted} has no tokenizer, template or processor files"
+    number = recipe.assets_number(labels)
+    if number is None:
+        what = f"{recipe.assets!r} is none of the models"
+        raise UsageError("assets", what, f"use base or one of: {', '.join(labels)}")
+    if number and not set(experts[number - 1].assets) - {CONFIG}:
+        what = f"expert {labels[number - 1]} has no tokenizer, template or processor files"
         raise UsageError("assets", what, "copy them into its folder, or name another model")
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.depth import Stack
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
 from acemerge.jobs import Head, Job, Plan, Source
@@ -68,7 +67,6 @@ class _Planner:
         counts = Counter(_group(identity) for identity in self.base_names)
         self.vocabulary: VocabularyOf | None = None
         self.backbone = counts.most_common(1)[0][0] if counts else ""
-        self.stack = Stack(tuple(part.length for part in recipe.slices)) if recipe.slices else None
 
     def check_related(self) -> None:
         matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
@@ -77,7 +75,7 @@ class _Planner:
             if ours and theirs and ours != theirs:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
-            is_no_part = self.stack is not None and not names
+            is_no_part = bool(self.recipe.slices) and not names
             if expert.adapter is None and not matrices & names.keys() and not is_no_part:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
@@ -101,7 +99,8 @@ class _Planner:
         if decision.action == "heads":
             self._keep_apart(out)
         if self.vocabulary and identity in self.vocabulary.tensors:
-            return replace(by_token(out, role, decision, self.vocabulary, identity), weights=self._weights(decision))
+            job = by_token(out, role, decision, self.vocabulary, identity)
+            return replace(job, weights=self._weights(decision), without=self._without(name))
         if decision.action != "merge":
             return self._kept(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
@@ -131,10 +130,8 @@ class _Planner:
 
     def _without(self, name: str) -> tuple[int, ...]:
         """The experts that are no part of the slice that a tensor is in."""
-        if self.stack is None:
-            return ()
-        part = self.recipe.slices[self.stack.slice_of(name)[0]]
-        return tuple(i for i, own in enumerate(part.experts) if own is None)
+        part = self.recipe.slice_of(name)
+        return tuple(i for i, own in enumerate(part.experts) if own is None) if part else ()
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import hub_id, locate
+from acemerge.depth import Stack
 from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.mergekit import from_mergekit, is_mergekit
-from acemerge.methods import Method, make
+from acemerge.methods import Method
+from acemerge.recipe_parts import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 
 _MAX_RECIPE = 1 << 20
 
@@ -26,86 +28,7 @@ ComputeDtype = Literal["float32", "float64"]
 PolicyName = Literal["default", "paper"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MethodSpec(_Strict):
-    """A rule and its parameters: `ace`, or `{name: ace, eps: 2e-4}`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_a_bare_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    def build(self, scale: float | None = None) -> Method:
-        params = dict(self.model_extra or {})
-        if scale is not None:
-            params["scale"] = scale
-        return make(self.name, params)
-
-
-class ExpertSpec(_Strict):
-    """One fine-tuned model and its weight."""
-
-    model: str
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_a_bare_path(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-
-class TensorRule(_Strict):
-    """What tensors whose name matches a glob get: a rule, the base's own values, or the experts' kept beside.
-
-    `weights` are the experts' weights there, instead of their own.
-    """
-
-    match: str
-    method: MethodSpec | None = None
-    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
-    action: Literal["base", "heads"] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_the_two(self) -> TensorRule:
-        if (self.method is None) == (self.action is None):
-            raise ValueError("give either `method` or `action`")
-        if self.weights is not None and self.method is None:
-            raise ValueError("weights go with a `method`")
-        return self
-
-
-_Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
-
-
-class SliceSpec(_Strict):
-    """Layers of the output, and the layers [first, end) that they are made of: the base's and the experts'.
-
-    All ranges have one length. `base_from` is the model whose layers are taken for the base's: 0 for the base, i for
-    the i-th expert. An expert that is no part of the slice has none.
-    """
-
-    base: _Range
-    base_from: Annotated[int, Field(ge=0)] = 0
-    experts: list[_Range | None]
-
-    @property
-    def length(self) -> int:
-        return self.base[1] - self.base[0]
-
-    @model_validator(mode="after")
-    def _of_one_length(self) -> SliceSpec:
-        if self.length < 1 or any(own and own[1] - own[0] != self.length for own in self.experts):
-            raise ValueError("the ranges of a slice must have one length, 1 or more")
-        return self
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that decides the values of the merged model."""
 
     method: MethodSpec = MethodSpec(name="ace")
@@ -114,7 +37,8 @@ class Recipe(_Strict):
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     policy: PolicyName = "default"
     embeddings: Literal["average", "rule", "base"] = "average"
-    vocabulary: Literal["refuse", "base", "union"] = "refuse"
+    vocabulary: Literal["refuse", "base", "union", "assets"] = "refuse"
+    missing_tokens: Literal["skip", "base", "mean"] = "skip"
     orientation: Literal["input", "stored"] = "input"
     split_qkv: bool = False
     dtype: OutputDtype = "auto"
@@ -122,8 +46,8 @@ class Recipe(_Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
-    slices: list[SliceSpec] = []
-    rules: list[TensorRule] = []
+    slices: tuple[SliceSpec, ...] = ()
+    rules: tuple[TensorRule, ...] = ()
 
     @field_validator("method")
     @classmethod
@@ -133,8 +57,13 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _vocabularies_are_averaged(self) -> Recipe:
-        if self.vocabulary != "refuse" and self.embeddings == "rule":
+        skip = self.missing_tokens == "skip"
+        if self.vocabulary != "refuse" and self.embeddings == "rule" and skip:
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
+        if (self.vocabulary == "assets" and skip) or (self.vocabulary == "refuse" and not skip):
+            raise ValueError("missing_tokens base or mean goes with vocabulary base, union or assets")
+        if not skip and self.nonfinite != "error":
+            raise ValueError("missing_tokens: an expert whose rows are lent to others cannot be skipped")
         if self.vocabulary == "union" and self.assets != "base":
             raise ValueError("vocabulary: with union the tokenizer is the base's with more tokens; leave assets out")
         return self
@@ -163,6 +92,19 @@ class Recipe(_Strict):
             if len(part.experts) != len(self.experts) or part.base_from > len(self.experts):
                 raise ValueError(f"a slice has {len(part.experts)} ranges for {len(self.experts)} experts")
         return self
+
+    def slice_of(self, name: str) -> SliceSpec | None:
+        """The slice that a tensor of the output is in, None where there are none."""
+        if not self.slices:
+            return None
+        return self.slices[Stack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
+
+    def assets_number(self, labels: Sequence[str]) -> int | None:
+        """The model that `assets` names: 0 for the base, i for the i-th expert, by its label or as it was named."""
+        if self.assets == "base":
+            return 0
+        names = [*labels, *self.models[1:]]
+        return names.index(self.assets) % len(labels) + 1 if self.assets in names else None
 
     def build_method(self) -> Method:
         return self.method.build(self.scale)

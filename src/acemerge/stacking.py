@@ -8,7 +8,7 @@ from dataclasses import replace
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.depth import Layers, Stack, depth_of, stacked_config
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.recipe import SliceSpec
+from acemerge.recipe_parts import SliceSpec
 
 
 def stacked(

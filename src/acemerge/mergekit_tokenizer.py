@@ -1,0 +1,43 @@
+"""Whose tokens, and in which template, a mergekit YAML gives to the merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from acemerge.errors import UsageError
+from acemerge.mergekit_models import Merged, check_keys
+
+TOKENIZER_KEYS = ("tokenizer", "tokenizer_source")
+
+
+def read_tokenizer(
+    content: Mapping[str, Any], merged: Merged, where: object, locate: Callable[[str], str]
+) -> dict[str, Any]:
+    """The keys of our recipe for `tokenizer_source`, or `tokenizer` with a `source`; none where neither is there.
+
+    Raises UsageError for a source that is none of the models.
+    """
+    source = content.get("tokenizer_source")
+    if content.get("tokenizer") is not None:
+        if source is not None:
+            raise UsageError(where, "has both `tokenizer` and `tokenizer_source`", "keep one of the two")
+        source = _section(content["tokenizer"], f"{where}: tokenizer")
+    if source is None:
+        return {}
+    missing = "mean" if content.get("base_model") is None else "base"
+    if source in ("base", "union"):
+        return {"vocabulary": source, "missing_tokens": missing}
+    if source == merged.origin:
+        return {"vocabulary": "base", "missing_tokens": missing}
+    if source not in merged.experts:
+        what = f"the tokenizer's source {source!r} is none of the models"
+        raise UsageError(where, what, "use base, union or one of the models")
+    return {"vocabulary": "assets", "missing_tokens": missing, "assets": locate(source)}
+
+
+def _section(table: Any, where: str) -> Any:
+    if not isinstance(table, dict):
+        raise UsageError(where, "not a table of keys", "write for example `tokenizer: {source: union}`")
+    check_keys(table, ("source",), where, ("tokens", "pad_to_multiple_of"))
+    return table.get("source", "union")
