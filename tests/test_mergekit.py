@@ -208,7 +208,7 @@ TIES = {
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),
         ({"merge_method": "nearswap"}, "merge_method 'nearswap' is not supported yet"),
         ({"modules": {"default": {}}}, "`modules` is not supported yet"),
-        ({"chat_template": "auto"}, "`chat_template` is not supported yet"),
+        ({"chat_template": "chatml"}, "`chat_template: 'chatml'` is neither auto nor a template's text"),
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
         ({"parameters": {"density": 1.5}}, "parameter 'density"),
         ({"parameters": {"normalize": 3}}, "`normalize` is 3"),

@@ -158,6 +158,36 @@ def test_keys_that_do_not_go_together_are_refused(shelf: Path) -> None:
         open_recipe(silent, None, RunOptions())
 
 
+FIRST, SECOND = ("{% for m in messages %}" + f"{{{{ m.content }}}}{end}" + "{% endfor %}" for end in ("!", "?"))
+
+
+@pytest.mark.parametrize(("asked", "given"), [(FIRST, FIRST), ("auto", SECOND), (None, FIRST)])
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_chat_template_is_that_of_the_recipe_or_of_most_models(
+    shelf: Path, tmp_path: Path, asked: str | None, given: str, where: str
+) -> None:
+    """The base's is the first, two experts' the second."""
+    for name, template in {"base": FIRST, "a": SECOND, "b": SECOND + "\n"}.items():
+        write_checkpoint(tmp_path / name, load_folder(shelf / "base"), {**LLAMA, "vocab_size": 5})
+        save_tokenizer(tmp_path / name, WORDS["base"])
+        if where == "chat_template.jinja":
+            (tmp_path / name / where).write_text(template)
+        else:
+            settings = json.loads((tmp_path / name / where).read_text()) | {"chat_template": template}
+            (tmp_path / name / where).write_text(json.dumps(settings))
+    merged(tmp_path, recipe("linear", "a", "b", base="base", parameters={"weight": 1}, chat_template=asked), "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == given
+    verify(tmp_path / "out")
+
+
+def test_a_template_is_a_file_of_its_own_where_there_are_no_settings(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", {"layers.0.w.weight": torch.ones(2, 2)}, {})
+    merged(tmp_path, recipe("linear", "a", chat_template=FIRST), "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == FIRST
+    merged(tmp_path, recipe("linear", "a", chat_template="auto"), "none")
+    assert not (tmp_path / "none" / "chat_template.jinja").exists()
+
+
 MEAN = {"missing_tokens": "mean"}
 a, b = layers_of("a"), layers_of("b")
 CASES = {

@@ -14,6 +14,7 @@ from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import FileHash, Reader, check_unchanged
+from acemerge.checkpoints.template import TEMPLATES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
@@ -194,16 +195,30 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
     model that the recipe names. Both know of tokens that were added.
     """
     base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
+    template = _template(opened)
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:
             output.write_bytes(name, with_added(owner, vocabulary.added, opened.models[1:]))
-        elif name != CONFIG:
+        elif name != CONFIG and name not in template:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
+    for name, text in template.items():
+        if text is not None:
+            output.write_bytes(name, text)
     if CONFIG in base.assets:
         config = _configuration(opened)
         same = config == opened.models[0].config
         source = files.read_chunks(contained(files.resolve(base.path), CONFIG))
         output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
+
+
+def _template(opened: Opened) -> Mapping[str, bytes | None]:
+    """Files that the recipe's chat template takes the place of, and what it writes there, if it has one."""
+    asked = opened.plan.recipe.chat_template
+    template = commonest_template(opened.models) if asked == "auto" else asked
+    if not template:
+        return {}
+    name, text = template_file(opened.assets_from, template)
+    return {**dict.fromkeys(TEMPLATES), name: text}
 
 
 def _configuration(opened: Opened) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from acemerge.mergekit_settings import Place, Setting, varies
 from acemerge.mergekit_tokenizer import TOKENIZER_KEYS, read_tokenizer
 
 _KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
-_LATER = ("modules", "chat_template")
+_LATER = ("modules",)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 # Model -> its tensors without their values; asked only where a value depends on them.

@@ -8,16 +8,31 @@ from typing import Any
 from acemerge.errors import UsageError
 from acemerge.mergekit_models import Merged, check_keys
 
-TOKENIZER_KEYS = ("tokenizer", "tokenizer_source")
+TOKENIZER_KEYS = ("tokenizer", "tokenizer_source", "chat_template")
+_SHORTEST = 20  # characters of what can be a template
 
 
 def read_tokenizer(
     content: Mapping[str, Any], merged: Merged, where: object, locate: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The keys of our recipe for `tokenizer_source`, or `tokenizer` with a `source`; none where neither is there.
+    """The keys of our recipe for `tokenizer_source`, or `tokenizer` with a `source`, and `chat_template`.
 
-    Raises UsageError for a source that is none of the models.
+    Raises UsageError for a source that is none of the models, and for what is no template.
     """
+    template = _template(content.get("chat_template"), where)
+    return _source(content, merged, where, locate) | ({"chat_template": template} if template else {})
+
+
+def _template(template: Any, where: object) -> str | None:
+    if template in (None, "", "auto"):
+        return template or None
+    if not isinstance(template, str) or len(template) < _SHORTEST or "{" not in template:
+        what = f"`chat_template: {template!r:.40}` is neither auto nor a template's text"
+        raise UsageError(where, what, "write the Jinja text itself")
+    return template
+
+
+def _source(content: Mapping[str, Any], merged: Merged, where: object, locate: Callable[[str], str]) -> dict[str, Any]:
     source = content.get("tokenizer_source")
     if content.get("tokenizer") is not None:
         if source is not None:

@@ -46,6 +46,7 @@ class Recipe(Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
+    chat_template: str | None = None
     slices: tuple[SliceSpec, ...] = ()
     rules: tuple[TensorRule, ...] = ()
 
