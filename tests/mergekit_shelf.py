@@ -103,7 +103,8 @@ from mergekit.options import MergeOptions
 for name in sys.argv[1:]:
     with open(f"{name}.yml") as file:
         recipe = MergeConfiguration.model_validate(yaml.safe_load(file))
-    run_merge(recipe, f"theirs-{name}", MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False))
+    options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False, lora_merge_cache="merged-adapters")
+    run_merge(recipe, f"theirs-{name}", options)
 """
 
 

@@ -202,7 +202,6 @@ TIES = {
         ({"models": [model("f32/a", weight={"filter": "mlp", "value": 1})]}, "`weight` is missing for tensor"),
         ({"models": [model("f32/a", weight="much")]}, "models.0.weight: 'much' is no number"),
         ({"models": [model("f32/a", weight=[])]}, "models.0.weight: [] is no gradient"),
-        ({"models": [model("f32/a+lora", weight=1)]}, "`PATH+LORA`, as in 'f32/a+lora', is not supported yet"),
         ({"models": []}, "`models` is missing"),
         ({"base_model": None}, "ties needs a `base_model`"),
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),

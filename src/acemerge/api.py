@@ -13,7 +13,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
-from acemerge.checkpoints.reader import FileHash, Reader, check_unchanged
+from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.template import TEMPLATES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
@@ -144,17 +144,12 @@ def _write(
         journal.close()
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
+    sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
     inputs = [
-        (origin, {names.get(path, path.name): _sum(found[path]) for path in model.weight_files})
-        for origin, names, model, found in zip(
-            opened.origins, map(_names, opened.models), opened.models, hashes, strict=True
-        )
+        (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
+        for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
     return build_manifest(plan, records, inputs, output.written, 0.0)
-
-
-def _sum(found: FileHash) -> FileSum:
-    return FileSum(found.sha256, found.nbytes)
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

@@ -37,6 +37,11 @@ class Source(Protocol):
     def adapter(self) -> Adapter | None: ...
 
 
+def is_whole(source: Source) -> bool:
+    """Whether a model has all of its tensors, and not only updates of the base's."""
+    return source.adapter is None or source.adapter.on_a_model
+
+
 # A tensor of one of the models: its number, 0 for the base and i + 1 for the i-th expert, and its name there.
 Input = tuple[int, str]
 

@@ -14,7 +14,7 @@ from typing import Any
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.depth import Layers
 from acemerge.errors import UsageError, nearest
-from acemerge.mergekit_models import NOT_YET, Merged, check_keys, read_models, read_settings
+from acemerge.mergekit_models import NOT_YET, Merged, check_keys, parts_of, read_models, read_settings
 from acemerge.mergekit_rules import RULES, Kind, Values
 from acemerge.mergekit_settings import Place, Setting, varies
 from acemerge.mergekit_tokenizer import TOKENIZER_KEYS, read_tokenizer
@@ -46,17 +46,22 @@ def from_mergekit(
     merged = read_models(content, kind, where)
     dtypes = [_dtype(content, key, where) for key in ("out_dtype", "dtype")]
     resolver = _Resolver(kind, common, merged, dtypes[1], str(where))
-    rules = resolver.rules(lambda path: headers(locate(path)))
+    rules = resolver.rules(lambda path: headers(locate(parts_of(path)[0])))
     return {
         "method": rules[-1]["method"],
-        "base": locate(merged.origin),
-        "experts": [{"model": locate(path)} for path in merged.experts],
+        "base": locate(parts_of(merged.origin)[0]),
+        "experts": [_expert(path, locate) for path in merged.experts],
         "slices": merged.slices,
         "rules": rules,
         **read_tokenizer(content, merged, where, locate),
         "dtype": next((dtype for dtype in dtypes if dtype), "auto"),
         "orientation": "stored",
     }
+
+
+def _expert(path: str, locate: Callable[[str], str]) -> dict[str, Any]:
+    model, adapter = parts_of(path)
+    return {"model": locate(model)} | ({} if adapter is None else {"adapter": locate(adapter)})
 
 
 def _kind(name: Any, where: object) -> Kind:

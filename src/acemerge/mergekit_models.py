@@ -98,6 +98,7 @@ def _whole(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
         others = [model for model in models if model.path != base.path]
         experts = [base, *others] if kind.counts_base else others
     _check_count(experts, kind, content["merge_method"], has_base, where)
+    _check_base(base, has_base, kind, where)
     group = Group(base, tuple(experts), has_base)
     return Merged(base.path, tuple(e.path for e in experts), (group,), (tuple(range(len(experts))),))
 
@@ -141,6 +142,7 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Gr
         raise UsageError(where, f"its base {path!r} is none of its sources", "add it with its `layer_range`")
     others = [model for model in models if model is not base]
     experts = [base, *others] if kind.counts_base else others
+    _check_base(base, True, kind, where)
     return Group(base, _counted(experts, kind, content, True, where), True, parameters)
 
 
@@ -189,9 +191,22 @@ def _layer_range(value: Any, where: str) -> tuple[int, int]:
 def _path(model: Any, where: str) -> str:
     if not isinstance(model, str) or not model:
         raise UsageError(where, "`model` is not one path", "write `model: PATH`")
-    if "+" in model:
-        raise UsageError(where, f"`PATH+LORA`, as in {model!r}, {NOT_YET}", "merge the adapter into its model first")
+    if model.count("+") > 1 or "" in model.split("+"):
+        raise UsageError(where, f"{model!r} is no `PATH` nor `PATH+LORA`", "name one adapter")
     return model
+
+
+def parts_of(model: str) -> tuple[str, str | None]:
+    """The model's own path, and that of the adapter which is applied to it."""
+    path, _, adapter = model.partition("+")
+    return path, adapter or None
+
+
+def _check_base(base: Model, has_base: bool, kind: Kind, where: object) -> None:
+    """UsageError for a base with an adapter where it must be what the others start from."""
+    if has_base and not kind.counts_base and parts_of(base.path)[1]:
+        what = f"an adapter on the base, as in {base.path!r}, {NOT_YET}"
+        raise UsageError(where, what, "merge it into its model first")
 
 
 def check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, later: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
-from acemerge.checkpoints.lora import open_expert
+from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
@@ -51,9 +51,9 @@ class RunOptions:
 class Opened:
     """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
 
-    `models` are the checkpoints as they lie on disk, the base's first, and `origins` says for each of them where it is
-    from: its path, or its Hub id with the commit. `base` and `experts` are what is merged: with slices other layers,
-    or those of others.
+    `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
+    `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
+    what is merged: with slices other layers, or those of others.
     """
 
     plan: Plan
@@ -96,25 +96,30 @@ class Opened:
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
-        check_output_apart(out, recipe.models)
+        check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
     if options.workers < 1:
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
     if options.push is not None:
         check_push(options.push)
-    models = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *wrapped = [open_expert(model.path, options.allow_pickle) for model in models]
+    named = [*recipe.models, *recipe.adapters.values()]
+    models = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    base, *rest = [open_expert(model.path, options.allow_pickle) for model in models]
+    count = len(recipe.experts)
+    wrapped, adapters = rest[:count], dict(zip(recipe.adapters, rest[count:], strict=True))
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     unwrapped, prefixes = zip(*(without_wrapper(expert, base.tensors) for expert in wrapped), strict=True)
-    labels = expert_labels([model.name for model in models[1:]])
+    applied = dict(zip(recipe.adapters, models[len(recipe.models) :], strict=True))
+    labels = expert_labels([applied.get(i, models[i]).name for i in range(1, len(recipe.models))])
     _check_assets(recipe, labels, unwrapped)
-    opened, experts = (base, *unwrapped), tuple(unwrapped)
+    opened = (base, *unwrapped, *adapters.values())
+    experts = tuple(with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(unwrapped, 1))
     if recipe.slices:
         base, experts = stacked(recipe.slices, base, experts, labels)
     # The experts' own names too: a tied tensor may have its other spelling there only.
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    tokens = _tokens(recipe, opened)
+    tokens = _tokens(recipe, opened[: len(recipe.models)])
     roles = find_roles(base.config, specs)
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     taken_off = {label: prefix for label, prefix in zip(labels, prefixes, strict=True) if prefix}

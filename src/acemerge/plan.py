@@ -12,7 +12,7 @@ import torch
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
-from acemerge.jobs import Head, Job, Plan, Source
+from acemerge.jobs import Head, Job, Plan, Source, is_whole
 from acemerge.methods import check_experts
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
@@ -41,8 +41,9 @@ def make_plan(
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
     adapters = {label: expert.adapter for label, expert in zip(labels, experts, strict=True) if expert.adapter}
-    if adapters and recipe.vocabulary != "refuse":
-        what = f"expert {next(iter(adapters))} is an adapter, whose tokens are not told"
+    bare = [label for label, expert in zip(labels, experts, strict=True) if not is_whole(expert)]
+    if bare and recipe.vocabulary != "refuse":
+        what = f"expert {bare[0]} is an adapter, whose tokens are not told"
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
@@ -76,7 +77,7 @@ class _Planner:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
             is_no_part = bool(self.recipe.slices) and not names
-            if expert.adapter is None and not matrices & names.keys() and not is_no_part:
+            if is_whole(expert) and not matrices & names.keys() and not is_no_part:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
 
@@ -99,6 +100,10 @@ class _Planner:
         if decision.action == "heads":
             self._keep_apart(out)
         if self.vocabulary and identity in self.vocabulary.tensors:
+            for label, fitted in zip(self.labels, self.fitted, strict=True):
+                if identity in fitted.updates:
+                    what = f"its adapter changes {name!r}, whose rows are matched by token"
+                    raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
             job = by_token(out, role, decision, self.vocabulary, identity)
             return replace(job, weights=self._weights(decision), without=self._without(name))
         if decision.action != "merge":
@@ -111,7 +116,7 @@ class _Planner:
         lacking = [
             label
             for i, (label, expert, found) in enumerate(zip(self.labels, self.experts, sources, strict=True))
-            if not found and expert.adapter is None and i not in without
+            if not found and is_whole(expert) and i not in without
         ]
         if len(without) == len(self.experts):
             return self._kept(out, role, "no expert is a part of its slice: the base's own")

@@ -80,6 +80,11 @@ class Recipe(Strict):
         """The base and then every expert, as they were named."""
         return [self.base, *(expert.model for expert in self.experts)]
 
+    @property
+    def adapters(self) -> dict[int, str]:
+        """The adapters that are applied to experts, by the expert's number in `models`."""
+        return {i: expert.adapter for i, expert in enumerate(self.experts, 1) if expert.adapter is not None}
+
     @model_validator(mode="after")
     def _a_weight_for_each(self) -> Recipe:
         for rule in self.rules:
@@ -179,8 +184,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _locate_expert(folder: Path, expert: Any) -> Any:
     if isinstance(expert, str):
         return _relative_to(folder, expert)
-    if isinstance(expert, dict) and isinstance(expert.get("model"), str):
-        return {**expert, "model": _relative_to(folder, expert["model"])}
+    if isinstance(expert, dict):
+        paths = {key: expert[key] for key in ("model", "adapter") if isinstance(expert.get(key), str)}
+        return expert | {key: _relative_to(folder, path) for key, path in paths.items()}
     return expert
 
 

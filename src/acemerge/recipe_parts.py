@@ -32,9 +32,10 @@ class MethodSpec(Strict):
 
 
 class ExpertSpec(Strict):
-    """One fine-tuned model and its weight."""
+    """One fine-tuned model and its weight, and an adapter that is applied to it first."""
 
     model: str
+    adapter: str | None = None
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ import torch
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.errors import CheckpointError
-from acemerge.jobs import Job, Plan
+from acemerge.jobs import Job, Plan, is_whole
 from acemerge.shapes import Float, Tensor
 
 # Layers and entries of each that are looked at: 1,000 entries of two unrelated models have a cosine of 0 +- 0.03.
@@ -27,7 +27,7 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
     comparable to one. Zeros alone tell nothing, and an adapter has no layers to compare. Raises CheckpointError with
     the figures.
     """
-    whole = [i for i, expert in enumerate(experts) if expert.adapter is None]
+    whole = [i for i, expert in enumerate(experts) if is_whole(expert)]
     jobs = _layers(plan, whole)
     if not jobs or not whole:
         return

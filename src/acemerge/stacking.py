@@ -8,6 +8,7 @@ from dataclasses import replace
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.depth import Layers, Stack, depth_of, stacked_config
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.jobs import is_whole
 from acemerge.recipe_parts import SliceSpec
 
 
@@ -23,7 +24,7 @@ def stacked(
     models, who = [base, *experts], ["base", *(f"expert {label}" for label in labels)]
     used = {part.base_from for part in slices} | {i for p in slices for i, own in enumerate(p.experts, 1) if own}
     for i in sorted(used):
-        if models[i].adapter is not None:
+        if not is_whole(models[i]):
             raise CheckpointError(who[i], "is an adapter, which has no layers of its own", "merge it into its model")
     depths = {i: depth_of(models[i].tensors, who[i]) for i in sorted(used)}
     stack = Stack(tuple(part.length for part in slices))
@@ -43,11 +44,23 @@ _Part = tuple[int, tuple[int, int] | None]
 
 
 def _view(stack: Stack, parts: Sequence[_Part], models: Sequence[Checkpoint], own: int) -> Checkpoint:
-    """A model with the tensors of these parts, one for each slice, under the output's names."""
-    tensors, places, prints = {}, {}, dict(models[own].fingerprints)
+    """A model with the tensors of these parts, one for each slice, under the output's names.
+
+    An expert's adapter goes with its layers; the base's are those of the models alone.
+    """
+    tensors, places, updates, prints = {}, {}, {}, dict(models[own].fingerprints)
+    adapter = models[own].adapter
     layers = [None if of is None else Layers(models[i].tensors, of[0]) for i, of in parts]
     for name, part, there in stack.names(layers):
         model = models[parts[part][0]]
-        tensors[name], places[name] = replace(model.tensors[there], name=name), model.places[there]
+        if there in model.places:
+            places[name] = model.places[there]
+        elif adapter is None:  # an adapter names it otherwise than its model
+            continue
+        tensors[name] = replace(model.tensors[there], name=name)
         prints |= model.fingerprints
-    return replace(models[own], tensors=tensors, places=places, fingerprints=prints)
+        if adapter is not None and there in adapter.updates:
+            updates[name] = adapter.updates[there]
+            places |= {factor.name: model.places[factor.name] for factor in updates[name].factors}
+    made = None if adapter is None else replace(adapter, updates=updates)
+    return replace(models[own], tensors=tensors, places=places, fingerprints=prints, adapter=made)
