@@ -26,7 +26,7 @@ from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
-from acemerge.stacking import stacked
+from acemerge.slices import stacked
 from acemerge.vocabulary import Tokens
 from acemerge.work import Setting
 
