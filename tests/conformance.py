@@ -59,6 +59,7 @@ RULES = {
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
     "mergekit_slerp": Traits(returns=True, rotates=True, drops=False, experts=2),
     "mergekit_sce": Traits(returns=True),
+    "arcee_fusion": Traits(scales=False, drops=False, experts=1),
 }
 
 

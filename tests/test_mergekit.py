@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +16,15 @@ from torch import Tensor
 from acemerge import METHODS, api
 from acemerge.cli import main
 from acemerge.errors import UsageError
-from acemerge.opening import RunOptions
+from acemerge.methods import Layer
 from acemerge.recipe import load_recipe
-from builders import load_folder, write_checkpoint
-
-Tensors = dict[str, Tensor]
-
-
-def llama_tensors(layers: int = 4) -> Tensors:
-    """Names and shapes of a tiny Llama, values as a trained one has them."""
-    generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, 16), "lm_head.weight": (40, 16)}
-    for i in range(layers):
-        for name, shape in {
-            "self_attn.q_proj": (16, 16),
-            "self_attn.k_proj": (8, 16),
-            "self_attn.v_proj": (8, 16),
-            "self_attn.o_proj": (16, 16),
-            "mlp.gate_proj": (24, 16),
-            "mlp.up_proj": (24, 16),
-            "mlp.down_proj": (16, 24),
-            "input_layernorm": (16,),
-            "post_attention_layernorm": (16,),
-        }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-    shapes["model.norm.weight"] = (16,)
-    return {
-        name: (1.0 if "norm" in name else 0.0) + 0.05 * torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
-
-
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 40, "hidden_size": 16}
-LLAMA |= {"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-LLAMA |= {"intermediate_size": 24, "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+from builders import load_folder
+from mergekit_shelf import beside_mergekit, by_mergekit, layers_of, make_shelf, merged, model, on, read, stack
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`f32/base`, `f32/a`, ... and the same in bf16."""
-    root = tmp_path_factory.mktemp("shelf")
-    base, generator = llama_tensors(), torch.Generator().manual_seed(1)
-    for name in ("base", "a", "b", "c"):
-        moved = {n: v + (name != "base") * 0.02 * torch.randn(v.shape, generator=generator) for n, v in base.items()}
-        for folder, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-            config = LLAMA | {"torch_dtype": str(dtype).removeprefix("torch.")}
-            write_checkpoint(root / folder / name, {n: v.to(dtype) for n, v in moved.items()}, config)
-    return root
-
-
-def merged(shelf: Path, recipe: dict[str, Any], name: str = "ours") -> Tensors:
-    """What the recipe, written into the shelf, gives."""
-    (shelf / f"{name}.yml").write_text(yaml.safe_dump(recipe))
-    api.run_recipe(load_recipe(shelf / f"{name}.yml", {}), shelf / name, RunOptions(overwrite=True))
-    return load_folder(shelf / name)
-
-
-def read(shelf: Path, folder: str = "f32") -> dict[str, Tensors]:
-    return {name: load_folder(shelf / folder / name) for name in ("base", "a", "b", "c")}
-
-
-def model(path: str, **parameters: Any) -> dict[str, Any]:
-    return {"model": path, "parameters": parameters} if parameters else {"model": path}
+    return make_shelf(tmp_path_factory.mktemp("shelf"))
 
 
 # --- what needs no mergekit ----------------------------------------------------------------------------------
@@ -99,6 +43,16 @@ def test_linear_without_normalisation_is_the_sum_even_of_equal_models(shelf: Pat
     found = merged(shelf, recipe | {"models": [model("f32/a", weight=0.5), model("f32/a", weight=1.0)]})
     for name, value in read(shelf)["a"].items():
         torch.testing.assert_close(found[name], 1.5 * value, rtol=0, atol=3e-7)
+
+
+def test_linear_merges_the_base_with_the_others(shelf: Path) -> None:
+    models, some = read(shelf), [model("f32/a", weight=1), model("f32/b", weight=4)]
+    found = merged(
+        shelf, {"merge_method": "linear", "base_model": "f32/base", "models": some, "parameters": {"weight": 3}}
+    )
+    for name, value in found.items():
+        expected = (models["a"][name] + 4 * models["b"][name] + 3 * models["base"][name]) / 8
+        torch.testing.assert_close(value, expected, rtol=0, atol=3e-7)
 
 
 def test_gradients_and_filters_are_resolved_for_every_tensor(shelf: Path) -> None:
@@ -215,6 +169,21 @@ def test_model_stock_counts_an_expert_that_did_not_move() -> None:
     torch.testing.assert_close(by("model_stock", D, still="count"), torch.zeros_like(D[0]))
 
 
+def test_arcee_fusion_keeps_the_changes_that_stand_out() -> None:
+    """Quartiles from a sort, divergences by torch's own function; a vector is one row."""
+    generator = torch.Generator().manual_seed(7)
+    for shape in ((40, 30), (50,), (3, 6, 8)):
+        W0, D = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+        p, q = (W0 + D).softmax(-1) + 1e-8, W0.softmax(-1) + 1e-8
+        S = D.abs() * torch.nn.functional.kl_div(q.log(), p, reduction="none").sum(-1, keepdim=True)
+        ranked = S.flatten().sort().values
+        low, middle, high = (ranked[int(share * (len(ranked) - 1))] for share in (0.25, 0.5, 0.75))
+        kept = (middle + 1.5 * (high - low)) <= S
+        assert 0 < kept.sum() < kept.numel() / 3
+        layer = Layer(torch.ones(1, dtype=torch.float64), (0,), base=W0)
+        torch.testing.assert_close(METHODS["arcee_fusion"]().merge(D[None], layer).delta, D * kept)
+
+
 TIES = {
     "merge_method": "ties",
     "base_model": "f32/base",
@@ -233,14 +202,12 @@ TIES = {
         ({"models": [model("f32/a", weight={"filter": "mlp", "value": 1})]}, "`weight` is missing for tensor"),
         ({"models": [model("f32/a", weight="much")]}, "models.0.weight: 'much' is no number"),
         ({"models": [model("f32/a", weight=[])]}, "models.0.weight: [] is no gradient"),
-        ({"models": [model("f32/a+lora", weight=1)]}, "`PATH+LORA`, as in 'f32/a+lora', is not supported yet"),
         ({"models": []}, "`models` is missing"),
         ({"base_model": None}, "ties needs a `base_model`"),
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),
         ({"merge_method": "nearswap"}, "merge_method 'nearswap' is not supported yet"),
-        ({"slices": [{"sources": []}]}, "`slices` is not supported yet"),
-        ({"tokenizer_source": "union"}, "`tokenizer_source` is not supported yet"),
-        ({"chat_template": "auto"}, "`chat_template` is not supported yet"),
+        ({"modules": {"default": {}}}, "`modules` is not supported yet"),
+        ({"chat_template": "chatml"}, "`chat_template: 'chatml'` is neither auto nor a template's text"),
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
         ({"parameters": {"density": 1.5}}, "parameter 'density"),
         ({"parameters": {"normalize": 3}}, "`normalize` is 3"),
@@ -296,25 +263,10 @@ def test_a_rule_needs_as_many_weights_and_densities_as_there_are_experts(shelf: 
 
 
 def test_the_rules_are_listed() -> None:
-    assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce"} <= METHODS.keys()
+    assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce", "arcee_fusion"} <= METHODS.keys()
 
 
 # --- beside mergekit itself ----------------------------------------------------------------------------------
-
-PEERS = Path(os.environ.get("ACEMERGE_MERGEKIT", Path(__file__).parent.parent / ".peers" / "bin" / "mergekit-yaml"))
-beside_mergekit = pytest.mark.skipif(not PEERS.exists(), reason="no mergekit: run benchmarks/setup_peers.sh")
-
-# One process for all recipes: starting mergekit takes longer than such a merge.
-_DRIVER = """
-import sys, yaml
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-for name in sys.argv[1:]:
-    with open(f"{name}.yml") as file:
-        recipe = MergeConfiguration.model_validate(yaml.safe_load(file))
-    run_merge(recipe, f"theirs-{name}", MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False))
-"""
 
 
 def recipes(d: str) -> dict[str, dict[str, Any]]:
@@ -329,6 +281,7 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
     return {
         "linear": of("linear", a(weight=0.3), b(weight=1.2), c(weight=0.5), base=False),
         "linear-sum": of("linear", a(weight=by_name), b(weight=[0, 1, 3]), base=False, normalize=False, weight=2),
+        "linear-and-base": of("linear", a(), b(weight=3), weight=2),
         "task-arithmetic": of("task_arithmetic", model(f"{d}/base"), a(weight=0.7, density=0.5), b(weight=-0.2)),
         "task-arithmetic-normalised": of(
             "task_arithmetic", a(weight=0.7), b(weight=0.2), normalize=True, **{"lambda": 0.8}
@@ -349,12 +302,34 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
         "nuslerp-rows": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False),
         "nuslerp-columns": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False, nuslerp_row_wise=True),
         "sce": of("sce", a(), b(), c(), select_topk=0.3),
+        "arcee-fusion": of("arcee_fusion", a()),
         "passthrough": of("passthrough", a(scale=[{"filter": "down", "value": 0.5}, {"value": 1}]), base=False),
     }
 
 
-def on(path: str) -> Callable[..., dict[str, Any]]:
-    return lambda **parameters: model(path, **parameters)
+def stacks(d: str) -> dict[str, dict[str, Any]]:
+    """Slices: of one model after the other, of several, with gradients, with bases of their own."""
+    base, a, b, c = (layers_of(f"{d}/{name}") for name in ("base", "a", "b", "c"))
+    halved = [{"filter": "down", "value": 0.5}, {"value": 1}]
+    return {
+        "passthrough": stack("passthrough", [a(0, 3)], [b(1, 4, scale=halved)]),
+        "linear": stack("linear", [a(0, 1), b(0, 1, weight=0)], [a(1, 3)], [b(3, 4), a(3, 4, weight=0.3)], weight=1),
+        "ties": stack(
+            "ties",
+            {"sources": [base(0, 2), a(0, 2, density=[0.2, 0.7]), b(1, 3)], "parameters": {"weight": 0.9}},
+            [base(1, 4)],
+            {"base_model": f"{d}/c", "sources": [a(0, 3, weight=0.3), c(1, 4)]},
+            base=f"{d}/base", density=0.6, weight=0.5,
+        ),
+        "slerp": stack(
+            "slerp",
+            [base(0, 3), a(0, 3)],
+            {"sources": [base(3, 4), a(3, 4)], "parameters": {"t": 0.3}},
+            [a(1, 3), base(1, 3)],
+            base=f"{d}/base", t=[0, 0.5, 1],
+        ),
+        "sce": stack("sce", [base(0, 2), a(0, 2), b(0, 2)], [c(1, 3), base(0, 2)], base=f"{d}/base", select_topk=0.4),
+    }  # fmt: skip
 
 
 def in_float32(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -367,6 +342,7 @@ def in_float32(recipe: dict[str, Any]) -> dict[str, Any]:
 IN_BF16 = ("linear", "task-arithmetic", "task-arithmetic-normalised", "ties", "ties-rescaled", "breadcrumbs")
 IN_BF16 = (*IN_BF16, "breadcrumbs-ties", "slerp", "passthrough")
 CASES = {f"f32-{name}": recipe for name, recipe in recipes("f32").items()}
+CASES |= {f"f32-stacked-{name}": recipe for name, recipe in stacks("f32").items()}
 CASES |= {f"bf16-{name}": recipe for name, recipe in recipes("bf16").items() if name in IN_BF16}
 CASES |= {f"once-{name}": in_float32(recipe) for name, recipe in recipes("bf16").items()}
 
@@ -374,12 +350,7 @@ CASES |= {f"once-{name}": in_float32(recipe) for name, recipe in recipes("bf16")
 @pytest.fixture(scope="module")
 def theirs(shelf: Path) -> Path:
     """The shelf, with what mergekit makes of every recipe."""
-    for name, recipe in CASES.items():
-        (shelf / f"{name}.yml").write_text(yaml.safe_dump(recipe))
-    python = PEERS.parent / "python"
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([python, "-c", _DRIVER, *CASES], cwd=shelf, env=offline, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    by_mergekit(shelf, CASES)
     return shelf
 
 
@@ -403,15 +374,17 @@ def test_the_tensors_are_those_of_mergekit(theirs: Path, name: str) -> None:
 def test_mergekit_merges_by_our_rules(shelf: Path) -> None:
     methods = ("ace", "actmat", "tact", "tsv_m", "iso_c", "iso_cts", "wudi", "swudi_a")
     models = [model("f32/a", weight=0.5), model("f32/b")]
-    for method in methods:
-        params = {"eps": 2e-4} if method == "ace" else {}
-        recipe = {"merge_method": method, "base_model": "f32/base", "models": models, "parameters": params}
-        (shelf / f"{method}.yml").write_text(yaml.safe_dump(recipe))
-    source = Path(api.__file__).parent.parent
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(source)}
-    command = [PEERS.parent / "python", "-c", "import acemerge.integrations.mergekit" + _DRIVER, *methods]
-    done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    cases = {
+        method: {
+            "merge_method": method,
+            "base_model": "f32/base",
+            "models": models,
+            "parameters": {"eps": 2e-4} if method == "ace" else {},
+        }
+        for method in methods
+    }
+    source = str(Path(api.__file__).parent.parent)
+    by_mergekit(shelf, cases, before="import acemerge.integrations.mergekit", path=source)
     values = read(shelf)
     for method in methods:
         found = load_folder(shelf / f"theirs-{method}")

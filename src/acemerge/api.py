@@ -17,6 +17,7 @@ from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
@@ -104,7 +105,7 @@ def run_opened(
             records = dry_run(plan, setting, walker(pipeline, "merge", on_progress))
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
         return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)))
-    about = identity(plan.recipe, opened.checkpoints, opened.origins, opened.max_shard, options.device)
+    about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
@@ -149,9 +150,10 @@ def _write(
         journal.close()
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
+    sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
     inputs = [
-        (origin, {names.get(path, path.name): FileSum(h.sha256, h.nbytes) for path, h in found.items()})
-        for origin, names, found in zip(opened.origins, map(_names, opened.checkpoints), hashes, strict=True)
+        (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
+        for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
     return build_manifest(plan, records, inputs, output.written, 0.0)
 
@@ -196,16 +198,30 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
     base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
     if any(name.startswith(TEMPLATES) for name in owner.assets):
         files.make_folder(output.path / TEMPLATES)
+    template = _template(opened)
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:
-            output.write_bytes(name, with_added(owner, vocabulary.added))
-        elif name != CONFIG:
+            output.write_bytes(name, with_added(owner, vocabulary.added, opened.models[1:]))
+        elif name != CONFIG and name not in template:
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
+    for name, text in template.items():
+        if text is not None:
+            output.write_bytes(name, text)
     if CONFIG in base.assets:
         config, stored = _configuration(opened), files.resolve(base.path) / CONFIG
         same = config == read_config(stored)
         source = files.read_chunks(contained(stored.parent, CONFIG))
         output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
+
+
+def _template(opened: Opened) -> Mapping[str, bytes | None]:
+    """Files that the recipe's chat template takes the place of, and what it writes there, if it has one."""
+    asked = opened.plan.recipe.chat_template
+    template = commonest_template(opened.models) if asked == "auto" else asked
+    if not template:
+        return {}
+    name, text = template_file(opened.assets_from, template)
+    return {**dict.fromkeys(TEMPLATE_FILES), name: text}
 
 
 def _configuration(opened: Opened) -> Mapping[str, Any]:

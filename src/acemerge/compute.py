@@ -13,15 +13,15 @@ import torch
 from acemerge.adapters import add_update
 from acemerge.applying import apply
 from acemerge.as_lora import truncated
+from acemerge.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.checkpoints.masks import pack
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.factored import merge_factors_of
-from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, rounded
+from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.plan import keep_base
 from acemerge.shapes import Float, Tensor
-from acemerge.vocabulary import rows_of
 from acemerge.work import Place, Setting, Values
 
 
@@ -50,7 +50,8 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        made = _by_token if job.vocabulary else _merged if job.method else _kept
+        averaged = job.vocabulary is not None and job.vocabulary.lending is None
+        made = averaged_by_token if averaged else _merged if job.method else _kept
         stored, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
@@ -79,11 +80,7 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return record
 
 
-# What is stored, its record, and masks where the rule makes them.
-_Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]
-
-
-def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
     if job.must_agree:
         for model, name in job.inputs[1:]:
@@ -92,33 +89,37 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
                 raise CheckpointError(setting.who(model), what, keep_base(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
-    return (_own(rounded(base, job), base),), {"status": "kept"}, ()
+    return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
 
 
-def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
     if job.factored:
         return _from_factors(piece, base, values, setting, place)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
-        W0 = space[T].copy_(base)
-        deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
+        if job.vocabulary is not None:
+            W0, deltas, n, used = lent_by_token(job, values, setting, space)
+        else:
+            W0 = space[T].copy_(base)
+            deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
         assert job.method is not None
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            return (*_unchanged(job, base, record), _packed(masks, used, T))
+            same = base if job.vocabulary is None else W0
+            return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
         record = {**result.stats, **record}
         if job.factors is not None:
             stored, lacking = truncated(job, result.delta)
             return stored, {**record, **lacking}, ()
         value = result.delta.add_(W0)
-        return (_own(rounded(value, job), space),), record, _packed(result.masks, used, T)
+        return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
 
-def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
+def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
     check_finite(base, job.name, "base")
     update, record = merge_factors_of(job, values, setting, place.device)
@@ -128,54 +129,15 @@ def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, 
         stored, lacking = truncated(job, update)
         return stored, {**record, **lacking}, ()
     with place.space(piece.shape, job.compute_dtype) as W0:
-        return (_own(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
+        return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
 def _unchanged(job: Job, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
     if job.factors is None:
-        return (_own(rounded(base, job), base),), {"status": "no update", **record}
+        return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
     stored, lacking = truncated(job, None)
     return stored, {"status": "no update", **record, **lacking}
-
-
-def _by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> _Made:
-    """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
-
-    `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
-    """
-    job = piece.job
-    assert job.vocabulary is not None
-    assert job.method is not None
-    check_finite(base, job.name, "base")
-    W0 = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
-    W0[: len(base)] = base
-    total, weights = torch.zeros_like(W0), torch.zeros(len(W0), dtype=W0.dtype, device=place.device)
-    record: dict[str, Any] = {"energies": [], "skipped_experts": []}
-    for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
-        Wt = values.take((i + 1, job.sources[i]))
-        if setting.recipe.nonfinite == "error":
-            check_finite(Wt, job.sources[i], f"expert {label}", LEAVE_OUT)
-        elif not is_finite(Wt):
-            record["skipped_experts"].append(label)
-            continue
-        rows = job.vocabulary.sources[i].to(place.device)
-        D = rows_of(Wt.to(W0), rows).sub_(W0)
-        D[rows < 0] = 0
-        record["energies"].append(energies(D[None]).item())
-        total.add_(D, alpha=weight)
-        weights.add_(rows >= 0, alpha=weight)
-        values.release(i + 1)
-    if not record["energies"]:
-        raise nothing_finite(job)
-    shares = torch.where(weights != 0, job.method.scale / weights, 0)
-    shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
-    value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
-    if not record["skipped_experts"]:
-        del record["skipped_experts"]
-    if value.shape == base.shape and not any(record["energies"]):
-        return (*_unchanged(job, base, record), ())
-    return (rounded(value, job),), {"status": "ok", **record}, ()
 
 
 def task_vectors(
@@ -257,9 +219,3 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
 
 def _first_row(piece: Piece) -> int:
     return piece.rows[0] if piece.rows else 0
-
-
-def _own(value: Tensor, other: Tensor) -> Tensor:
-    """The value in memory of its own, not that of `other`, which serves again."""
-    shared = value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    return value.clone() if shared else value

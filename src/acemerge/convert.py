@@ -12,7 +12,8 @@ from acemerge.checkpoints.hub import locate
 from acemerge.costs import budget
 from acemerge.jobs import Job, Plan
 from acemerge.opening import Opened, RunOptions, check_output_apart
-from acemerge.recipe import Recipe, TensorRule, parse_size
+from acemerge.recipe import Recipe, parse_size
+from acemerge.recipe_parts import TensorRule
 from acemerge.roles import Roles, find_roles
 from acemerge.tying import heads_apart
 
@@ -25,10 +26,11 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
-    recipe = Recipe.model_construct(base=source, experts=[], rules=[TensorRule(match="*", action="base")])
+    recipe = Recipe.model_construct(base=source, experts=[], rules=(TensorRule(match="*", action="base"),))
     dequantized = {"base": checkpoint.float8} if checkpoint.float8 else {}
     plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, (), dequantized=dequantized)
-    return Opened(plan, roles, checkpoint, (), (model.origin,), (torch.device("cpu"),), max_shard, budget(plan, None))
+    devices = (torch.device("cpu"),)
+    return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, max_shard, budget(plan, None))
 
 
 def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:

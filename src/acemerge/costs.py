@@ -51,6 +51,8 @@ def cost(piece: Piece, experts: int) -> Cost:
     base = waiting // len(job.of_its_shape)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)
+    if job.vocabulary is not None and job.vocabulary.lending is not None:  # all are read before the first is made
+        differencing = waiting + deltas + 2 * count * width
     if any(job.updates):  # factors are read and widened beside them, and DoRA works on a copy
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)

@@ -63,6 +63,12 @@ def all_rounded(values: Float[Tensor, "P *shape"], jobs: Sequence[Job]) -> list[
     return list(values.to(device="cpu", dtype=dtype).contiguous())
 
 
+def own_memory(value: Tensor, other: Tensor) -> Tensor:
+    """The value in memory of its own, not that of `other`, which serves again."""
+    shared = value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return value.clone() if shared else value
+
+
 def _fits(value: Tensor, dtype: torch.dtype) -> bool:
     """Whether all values are within the range of a type. What is a little beyond may still be rounded into it."""
     if value.numel() == 0:

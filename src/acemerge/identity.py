@@ -40,8 +40,10 @@ def identity(
 def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
     experts = [
         {**expert.model_dump(mode="json"), "model": origin}
-        for expert, origin in zip(recipe.experts, origins[1:], strict=True)
+        for expert, origin in zip(recipe.experts, origins[1:], strict=False)
     ]
+    for i, origin in zip(recipe.adapters, origins[1 + len(experts) :], strict=True):
+        experts[i - 1]["adapter"] = origin
     return {**recipe.model_dump(mode="json"), "base": origins[0], "experts": experts}
 
 

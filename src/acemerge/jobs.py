@@ -43,6 +43,11 @@ class Source(Protocol):
     def absent(self) -> frozenset[str]: ...
 
 
+def is_whole(source: Source) -> bool:
+    """Whether a model has all of its tensors, and not only updates of the base's."""
+    return source.adapter is None or source.adapter.on_a_model
+
+
 # A tensor of one of the models: its number, 0 for the base and i + 1 for the i-th expert, and its name there.
 Input = tuple[int, str]
 
@@ -52,13 +57,12 @@ class Job:
     """One tensor of the output: what it is, which rule makes it and why.
 
     `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
-    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `copies` are further
-    spellings of a tied tensor, whose bytes must agree. `entrywise`: every entry of the result depends on the same
-    entry of the inputs alone. `fused`: projections that the rule gets one by one. `vocabulary`: which rows of the
-    experts are which of the output. `absent` are the numbers of the experts that have no say in it. `widens`: inputs
-    in fp8 are float32 in memory of their own when they are taken.
-    `factors`: where the output is an adapter, the A and B that it holds of this
-    tensor, none where it cannot; None where the tensor itself is stored.
+    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `absent` are the numbers
+    of the experts that have no say in it. `copies` are further spellings of a tied tensor, whose bytes must agree.
+    `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`: projections that the
+    rule gets one by one. `vocabulary`: which rows of the experts are which of the output. `widens`: inputs in fp8 are
+    float32 in memory of their own when they are taken. `factors`: where the output is an adapter, the A and B that it
+    holds of this tensor, none where it cannot; None where the tensor itself is stored.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -136,6 +140,11 @@ class Job:
     def rank(self) -> int:
         """Of all updates together that are given by factors."""
         return sum(update.rank for update in self.updates if update)
+
+    @property
+    def own_weights(self) -> tuple[float, ...]:
+        """Of the experts that have a say in it."""
+        return tuple(weight for i, weight in enumerate(self.weights) if i not in self.absent)
 
     @property
     def models(self) -> int:

@@ -7,29 +7,24 @@ the default. Tensors that get the same share one rule of the recipe.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.depth import Layers
 from acemerge.errors import UsageError, nearest
+from acemerge.mergekit_models import NOT_YET, Merged, check_keys, parts_of, read_models, read_settings
 from acemerge.mergekit_rules import RULES, Kind, Values
 from acemerge.mergekit_settings import Place, Setting, varies
+from acemerge.mergekit_tokenizer import TOKENIZER_KEYS, read_tokenizer
 
-_KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype")
-_LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
+_LATER = ("modules",)
 _DTYPES = ("float32", "bfloat16", "float16")
-_NOT_YET = "is not supported yet"
 
 # Model -> its tensors without their values; asked only where a value depends on them.
 Headers = Callable[[str], Mapping[str, TensorSpec]]
-
-
-@dataclass(frozen=True)
-class _Model:
-    path: str
-    parameters: Mapping[str, Setting]
-    where: str
 
 
 def is_mergekit(content: Mapping[str, Any]) -> bool:
@@ -45,96 +40,41 @@ def from_mergekit(
     Raises UsageError for a key that mergekit does not know, one that it knows and we do not support, and a
     parameter that is missing, unknown or of no use.
     """
-    _check_keys(content, _KEYS, where, _LATER)
+    check_keys(content, _KEYS, where, _LATER)
     kind = _kind(content["merge_method"], where)
-    common = _settings(content.get("parameters"), [*kind.per_model, *kind.shared], f"{where}: parameters")
-    models = _models(content.get("models"), list(kind.per_model), where)
-    base, experts = _roles(content, kind, models, where, locate)
+    common = read_settings(content.get("parameters"), [*kind.per_model, *kind.shared], f"{where}: parameters")
+    merged = read_models(content, kind, where)
     dtypes = [_dtype(content, key, where) for key in ("out_dtype", "dtype")]
-    has_base = kind.base != "ignored" and content.get("base_model") is not None
-    resolver = _Resolver(kind, has_base, common, experts, dtypes[1], str(where))
-    rules = resolver.rules(lambda: headers(base))
+    resolver = _Resolver(kind, common, merged, dtypes[1], str(where))
+    rules = resolver.rules(lambda path: headers(locate(parts_of(path)[0])))
     return {
         "method": rules[-1]["method"],
-        "base": base,
-        "experts": [{"model": expert.path} for expert in experts],
+        "base": locate(parts_of(merged.origin)[0]),
+        "experts": [_expert(path, locate) for path in merged.experts],
+        "slices": merged.slices,
         "rules": rules,
+        **read_tokenizer(content, merged, where, locate),
         "dtype": next((dtype for dtype in dtypes if dtype), "auto"),
         "orientation": "stored",
     }
 
 
+def _expert(path: str, locate: Callable[[str], str]) -> dict[str, Any]:
+    model, adapter = parts_of(path)
+    return {"model": locate(model)} | ({} if adapter is None else {"adapter": locate(adapter)})
+
+
 def _kind(name: Any, where: object) -> Kind:
     if name not in RULES:
-        raise UsageError(where, f"merge_method {name!r} {_NOT_YET}", nearest(str(name), list(RULES)))
+        raise UsageError(where, f"merge_method {name!r} {NOT_YET}", nearest(str(name), list(RULES)))
     return RULES[name]
-
-
-def _check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, later: Sequence[str] = ()) -> None:
-    """UsageError for the first key that is not known; `later` are mergekit's own that we do not have."""
-    for key in table:
-        if key in later and table[key] is not None:
-            raise UsageError(where, f"`{key}` {_NOT_YET}", "take it out, or merge with mergekit")
-        if key not in known and key not in later:
-            raise UsageError(where, f"unknown key {key!r}", nearest(str(key), [*known, *later]))
-
-
-def _settings(table: Any, known: Sequence[str], where: str) -> dict[str, Setting]:
-    if table is None:
-        return {}
-    if not isinstance(table, dict):
-        raise UsageError(where, "not a table of keys", "write for example `parameters: {weight: 0.5}`")
-    _check_keys(table, known, where)
-    return {key: Setting.read(value, f"{where}.{key}") for key, value in table.items() if value is not None}
-
-
-def _models(entries: Any, known: Sequence[str], where: object) -> list[_Model]:
-    if not isinstance(entries, list) or not entries:
-        raise UsageError(where, "`models` is missing or no list", "list the models: `models: [{model: PATH}, ...]`")
-    models = []
-    for i, entry in enumerate(entries):
-        place = f"{where}: models.{i}"
-        if not isinstance(entry, dict):
-            raise UsageError(place, "not a table of keys", "write `- model: PATH`")
-        _check_keys(entry, ("model", "parameters"), place)
-        models.append(_Model(_path(entry.get("model"), place), _settings(entry.get("parameters"), known, place), place))
-    return models
-
-
-def _path(model: Any, where: str) -> str:
-    if not isinstance(model, str) or not model:
-        raise UsageError(where, "`model` is not one path", "write `model: PATH`")
-    if "+" in model:
-        raise UsageError(where, f"`PATH+LORA`, as in {model!r}, {_NOT_YET}", "merge the adapter into its model first")
-    return model
 
 
 def _dtype(content: Mapping[str, Any], key: str, where: object) -> str | None:
     dtype = content.get(key)
     if dtype is not None and dtype not in _DTYPES:
-        raise UsageError(where, f"`{key}: {dtype}` {_NOT_YET}", f"use one of: {', '.join(_DTYPES)}")
+        raise UsageError(where, f"`{key}: {dtype}` {NOT_YET}", f"use one of: {', '.join(_DTYPES)}")
     return dtype
-
-
-def _roles(
-    content: Mapping[str, Any], kind: Kind, models: list[_Model], where: object, locate: Callable[[str], str]
-) -> tuple[str, list[_Model]]:
-    """The model that gives names and files, and the experts, all by their paths."""
-    base = content.get("base_model")
-    if base is None and kind.base == "required":
-        raise UsageError(where, f"{content['merge_method']} needs a `base_model`", "add it")
-    origin = _path(models[0].path if base is None else base, f"{where}: base_model")
-    if kind.base != "ignored" and base is not None:
-        others = [model for model in models if model.path != origin]
-        models = [_Model(origin, {}, ""), *others] if kind.counts_base else others
-    least, most = kind.experts
-    if not least <= len(models) <= most:
-        number = f"{least}" if least == most else f"at least {least}"
-        what = f"{content['merge_method']} merges {number} models beside the base, not {len(models)}"
-        if kind.counts_base or base is None or kind.base == "ignored":
-            what = f"{content['merge_method']} merges {number} models, not {len(models)}"
-        raise UsageError(where, what, "change `models`")
-    return locate(origin), [_Model(locate(model.path), model.parameters, model.where) for model in models]
 
 
 @dataclass(frozen=True)
@@ -142,21 +82,40 @@ class _Resolver:
     """What each tensor gets."""
 
     kind: Kind
-    has_base: bool
     common: Mapping[str, Setting]
-    experts: Sequence[_Model]
+    merged: Merged
     dtype: str | None
     where: str
 
-    def rules(self, tensors: Callable[[], Mapping[str, TensorSpec]]) -> list[dict[str, Any]]:
+    def rules(self, headers: Headers) -> list[dict[str, Any]]:
         """The recipe's rules, the most common one last and for all that is left."""
-        settings = [*self.common.values(), *(s for expert in self.experts for s in expert.parameters.values())]
-        if not any(varies(setting) for setting in settings) and not (self.kind.rounds and self.dtype is None):
-            return [self._rule("*", self._made(Place("", 0.0), self.dtype))]
-        specs = {name: spec for name, spec in tensors().items() if spec.dtype.is_floating_point}
-        places = Place.of_all(specs)
-        made = {name: self._made(places[name], self._stored(specs[name])) for name in specs}
+        if not any(map(varies, self._settings())) and not (self.kind.rounds and self.dtype is None):
+            everywhere = [self._made(Place("", 0.0), group, self.dtype) for group in range(len(self.merged.groups))]
+            if all(made == everywhere[0] for made in everywhere):
+                return [self._rule("*", everywhere[0])]
+        stack = self.merged.stack
+        specs = {name: spec for name, spec in self._tensors(headers).items() if spec.dtype.is_floating_point}
+        places = Place.of_all(specs, stack)
+        groups = {name: stack.slice_of(name)[0] if stack else 0 for name in specs}
+        made = {name: self._made(places[name], groups[name], self._stored(specs[name])) for name in specs}
         return self._shared(made)
+
+    def _settings(self) -> Iterator[Setting]:
+        yield from self.common.values()
+        for group in self.merged.groups:
+            yield from group.parameters.values()
+            for expert in group.experts:
+                yield from expert.parameters.values()
+
+    def _tensors(self, headers: Headers) -> Mapping[str, TensorSpec]:
+        """The output's, with the types that their bases have."""
+        stack = self.merged.stack
+        if stack is None:
+            return headers(self.merged.origin)
+        bases = [group.base for group in self.merged.groups]
+        found = {path: headers(path) for path in dict.fromkeys(base.path for base in bases)}
+        parts = [Layers(found[base.path], base.layers[0]) for base in bases if base.layers]
+        return {name: found[bases[i].path][there] for name, i, there in stack.names(parts)}
 
     def _stored(self, spec: TensorSpec) -> str:
         return self.dtype or str(spec.dtype).removeprefix("torch.")
@@ -172,33 +131,38 @@ class _Resolver:
         method, weights = made
         return {"match": match, "method": dict(method)} | ({} if weights is None else {"weights": list(weights)})
 
-    def _made(self, place: Place, dtype: str | None) -> Made:
-        shared = {key: self._shared_value(key, default, place) for key, default in self.kind.shared.items()}
+    def _made(self, place: Place, number: int, dtype: str | None) -> Made:
+        group, part = self.merged.groups[number], self.merged.parts[number]
+        shared = {
+            key: self._value(key, default, (group.parameters, self.common), f"{self.where}: parameters", place)
+            for key, default in self.kind.shared.items()
+        }
         each = {
-            key: [self._value(key, default, expert, place) for expert in self.experts]
+            key: [
+                self._value(key, default, (e.parameters, group.parameters, self.common), e.where or self.where, place)
+                for e in group.experts
+            ]
             for key, default in self.kind.per_model.items()
         }
-        method, weights = self.kind.make(Values(shared, each, self.has_base, self.where))
+        if not group.experts:  # the base alone
+            return {"name": "average"}, None
+        method, weights = self.kind.make(Values(shared, each, group.has_base, self.where))
         if self.kind.rounds and dtype in ("bfloat16", "float16"):
             method = {**method, "arithmetic": dtype}
-        return method, weights
+        # Weights are for all experts: that of one which is no part of a slice counts nothing.
+        own = None if weights is None else dict(zip(part, weights, strict=True))
+        return method, None if own is None else [own.get(i, 1.0) for i in range(len(self.merged.experts))]
 
-    def _shared_value(self, key: str, default: Any, place: Place) -> Any:
-        found = self.common[key].at(place) if key in self.common else None
-        return self._or_default(found, default, key, f"{self.where}: parameters", place)
-
-    def _value(self, key: str, default: Any, expert: _Model, place: Place) -> Any:
-        for settings in (expert.parameters, self.common):
+    def _value(self, key: str, default: Any, levels: Sequence[Mapping[str, Setting]], where: str, place: Place) -> Any:
+        """The value on the first level that has one for this tensor."""
+        for settings in levels:
             found = settings[key].at(place) if key in settings else None
             if found is not None:
                 return found
-        return self._or_default(None, default, key, expert.where or self.where, place)
-
-    def _or_default(self, found: Any, default: Any, key: str, where: str, place: Place) -> Any:
-        if found is None and default is ...:
+        if default is ...:
             tensor = f" for tensor {place.name!r}" if place.name else ""
             raise UsageError(where, f"the parameter `{key}` is missing{tensor}", "add it")
-        return default if found is None else found
+        return default
 
 
 # A method's table for the recipe, and the experts' weights where they are not all one.

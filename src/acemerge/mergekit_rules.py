@@ -92,6 +92,10 @@ def _sce(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "mergekit_sce", "select": values.shared["select_topk"]}, None
 
 
+def _fusion(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    return {"name": "arcee_fusion"}, None
+
+
 def _sum(trim: str, vote: bool = False, normalize: bool = False, rescale: bool = False, extra: str = "") -> Kind:
     """A member of the family of task arithmetic, with its defaults; `extra` is the parameter that its trimming has."""
 
@@ -123,6 +127,7 @@ RULES: dict[str, Kind] = {
     "breadcrumbs_ties": _sum("middle", vote=True, extra="gamma"),
     "sce": Kind({}, {"select_topk": 1.0, "int8_mask": False}, "required", _sce),
     "model_stock": Kind({}, {"filter_wise": False}, "required", _model_stock, experts=(2, _MANY)),
+    "arcee_fusion": Kind({}, {}, "required", _fusion, experts=(1, 1)),
     "karcher": Kind({}, {"max_iter": 10, "tol": 1e-5}, "ignored", _karcher),
     "passthrough": Kind({"scale": 1.0}, {}, "ignored", _passthrough, experts=(1, 1)),
 }

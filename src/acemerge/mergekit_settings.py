@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from acemerge.depth import Stack, layer_of
 from acemerge.errors import UsageError, nearest
-
-_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?)\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -24,18 +22,23 @@ class Place:
     t: float
 
     @staticmethod
-    def of_all(names: Iterable[str]) -> dict[str, Place]:
-        found = {name: _LAYER.match(name) for name in names}
+    def of_all(names: Iterable[str], stack: Stack | None = None) -> dict[str, Place]:
+        """The places of all tensors of a model; with a stack the layers of each slice are counted by themselves."""
+        if stack is not None:
+            return {name: Place(name, _share_of_slice(*stack.slice_of(name), stack)) for name in names}
+        found = {name: layer_of(name) for name in names}
         last: dict[str, int] = {}
-        for match in filter(None, found.values()):
-            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-        return {name: Place(name, _share(match, last)) for name, match in found.items()}
+        for tower, number in filter(None, found.values()):
+            last[tower] = max(last.get(tower, 0), number)
+        return {name: Place(name, _share(layer[1], last[layer[0]]) if layer else 0.0) for name, layer in found.items()}
 
 
-def _share(match: re.Match[str] | None, last: dict[str, int]) -> float:
-    if match is None:
-        return 0.0
-    return int(match[2]) / last[match[1]] if last[match[1]] else 1.0
+def _share(number: int, last: int) -> float:
+    return number / last if last else 1.0
+
+
+def _share_of_slice(i: int, number: int | None, stack: Stack) -> float:
+    return 0.0 if number is None else _share(number, stack.lengths[i] - 1)
 
 
 @dataclass(frozen=True)

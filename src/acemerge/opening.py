@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from acemerge.as_lora import as_adapter
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
-from acemerge.checkpoints.lora import open_expert
+from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
@@ -28,6 +28,7 @@ from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import Roles, find_roles
 from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
+from acemerge.slices import stacked
 from acemerge.tying import heads_apart
 from acemerge.vocabulary import Tokens
 from acemerge.work import Setting
@@ -54,13 +55,16 @@ class RunOptions:
 class Opened:
     """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
 
-    `origins` says for each checkpoint where it is from: its path, or its Hub id with the commit.
+    `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
+    `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
+    what is merged: with slices other layers, or those of others.
     """
 
     plan: Plan
     roles: Roles
     base: Checkpoint
     experts: tuple[Checkpoint, ...]
+    models: tuple[Checkpoint, ...]
     origins: tuple[str, ...]
     devices: tuple[torch.device, ...]
     max_shard: int
@@ -73,8 +77,7 @@ class Opened:
     @property
     def assets_from(self) -> Checkpoint:
         """The model whose tokenizer, template and processor files the output gets."""
-        wanted = self.plan.recipe.assets
-        return self.base if wanted == "base" else self.experts[self.plan.experts.index(wanted)]
+        return self.models[self.plan.recipe.assets_number(self.plan.experts) or 0]
 
     @property
     def layout(self) -> Layout:
@@ -83,7 +86,7 @@ class Opened:
     @contextlib.contextmanager
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
         """The threads that stream these checkpoints, and their readers."""
-        nbytes = sum(prints[0] for checkpoint in self.checkpoints for prints in checkpoint.fingerprints.values())
+        nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
         cached = files.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
         with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
@@ -97,43 +100,55 @@ class Opened:
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
-        check_output_apart(out, recipe.models)
+        check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
     if options.workers < 1:
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
     devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
     if options.push is not None:
         check_push(options.push)
-    located = [locate(model, options.allow_pickle, options.quiet) for model in recipe.models]
-    base, *wrapped = [open_expert(model.path, options.allow_pickle, options.dequantize) for model in located]
+    named = [*recipe.models, *recipe.adapters.values()]
+    located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
+    base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
-    labels = expert_labels([model.name for model in located[1:]])
-    models, roles, notes = _matched(base, wrapped, labels)
-    base, experts = models[0], tuple(models[1:])
-    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
-    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, models))
+    applied = dict(zip(recipe.adapters, located[len(recipe.models) :], strict=True))
+    labels = expert_labels([applied.get(i, located[i]).name for i in range(1, len(recipe.models))])
+    _check_assets(recipe, labels, models)
+    experts, unwrapping = _unwrapped(base, models, labels)
+    adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
+    experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
+    if recipe.slices:
+        base, experts = stacked(recipe.slices, base, experts, labels)
+    (base, *experts), roles, matching = _matched(base, experts, labels)
+    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
+    notes = (*unwrapping, *matching)
     plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, budget(plan, limit))
+
+
+def _unwrapped(
+    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
+) -> tuple[Sequence[Checkpoint], list[str]]:
+    """The experts without a wrapper's prefix on their names, and of which it was taken off."""
+    found = [without_wrapper(expert, base.tensors) for expert in experts]
+    taken_off = [(label, prefix) for label, (_, prefix) in zip(labels, found, strict=True) if prefix]
+    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off]
+    return [expert for expert, _ in found], notes
 
 
 def _matched(
     base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
 ) -> tuple[Sequence[Checkpoint], Roles, list[str]]:
     """All models under names that the base knows, their roles, and what was done about those that differ."""
-    notes, unwrapped = [], []
-    for label, wrapped in zip(labels, experts, strict=True):
-        expert, prefix = without_wrapper(wrapped, base.tensors)
-        unwrapped.append(expert)
-        if prefix:
-            notes.append(f"expert {label}: read without the prefix {prefix!r} of its names")
     # The experts' own names too: a tied tensor may have its other spelling there only.
-    specs = {name: spec for source in (*reversed(unwrapped), base) for name, spec in source.tensors.items()}
-    roles, models = find_roles(base.config, specs), [base]
-    for label, expert in zip(labels, unwrapped, strict=True):
+    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
+    roles, models, notes = find_roles(base.config, specs), [base], []
+    for label, expert in zip(labels, experts, strict=True):
         model, note = as_part(expert, label, base, roles)
         models.append(model)
         notes += [note] if note else []
@@ -159,14 +174,14 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
+def _check_assets(recipe: Recipe, labels: Sequence[str], experts: Sequence[Checkpoint]) -> None:
     """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
-    if wanted == "base":
-        return
-    if wanted not in experts:
-        raise UsageError("assets", f"{wanted!r} is none of the models", f"use base or one of: {', '.join(experts)}")
-    if not set(experts[wanted].assets) - {CONFIG}:
-        what = f"expert {wanted} has no tokenizer, template or processor files"
+    number = recipe.assets_number(labels)
+    if number is None:
+        what = f"{recipe.assets!r} is none of the models"
+        raise UsageError("assets", what, f"use base or one of: {', '.join(labels)}")
+    if number and not set(experts[number - 1].assets) - {CONFIG}:
+        what = f"expert {labels[number - 1]} has no tokenizer, template or processor files"
         raise UsageError("assets", what, "copy them into its folder, or name another model")
 
 

@@ -13,7 +13,7 @@ from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
-from acemerge.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source
+from acemerge.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
 from acemerge.methods import check_experts
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
@@ -45,14 +45,15 @@ def make_plan(
     planner = _Planner(recipe, base, experts, labels, roles)
     planner.check_related()
     adapters = {label: expert.adapter for label, expert in zip(labels, experts, strict=True) if expert.adapter}
-    if adapters and recipe.vocabulary != "refuse":
-        what = f"expert {next(iter(adapters))} is an adapter, whose tokens are not told"
+    bare = [label for label, expert in zip(labels, experts, strict=True) if not is_whole(expert)]
+    if bare and recipe.vocabulary != "refuse":
+        what = f"expert {bare[0]} is an adapter, whose tokens are not told"
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for job in _distinct(job for job in jobs if job.method):
         assert job.method is not None
-        check_experts(job.method, [weight for i, weight in enumerate(job.weights) if i not in job.absent])
+        check_experts(job.method, job.own_weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
@@ -83,7 +84,8 @@ class _Planner:
             if ours and theirs and ours != theirs and not expert.absent:
                 what = f"is a {theirs!r} model, but the base is {ours!r}"
                 raise CheckpointError(f"expert {label}", what, "merge models of one architecture")
-            if expert.adapter is None and not matrices & names.keys():
+            is_no_part = bool(self.recipe.slices) and not names
+            if is_whole(expert) and not matrices & names.keys() and not is_no_part:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
 
@@ -107,18 +109,23 @@ class _Planner:
         if decision.action == "heads":
             self._keep_apart(out)
         if self.vocabulary and identity in self.vocabulary.tensors:
-            return replace(by_token(out, role, decision, self.vocabulary, identity), weights=self._weights(decision))
+            for label, fitted in zip(self.labels, self.fitted, strict=True):
+                if identity in fitted.updates:
+                    what = f"its adapter changes {name!r}, whose rows are matched by token"
+                    raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
+            job = by_token(out, role, decision, self.vocabulary, identity)
+            return replace(job, weights=self._weights(decision), absent=self._absent(name))
         if decision.action != "merge":
             return self._kept(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
         updates = tuple(fitted.updates.get(identity) for fitted in self.fitted)
-        absent = frozenset(i for i, expert in enumerate(self.experts) if identity in expert.absent)
+        absent = self._absent(name)
         lacking = [
             self.labels[i]
             for i, found in enumerate(sources)
-            if not found and self.experts[i].adapter is None and i not in absent
+            if not found and is_whole(self.experts[i]) and i not in absent
         ]
         if not any(sources) and not any(updates):
             return self._base_only(out, role, lacking)
@@ -135,6 +142,12 @@ class _Planner:
             without = ", ".join(self.labels[i] for i in sorted(absent))
             job = replace(job, absent=absent, reason=f"{job.reason}, without {without}")
         return replace(job, updates=updates if any(updates) else ())
+
+    def _absent(self, name: str) -> frozenset[int]:
+        """The experts that have no say in a tensor: it is in no part or slice of the base that is theirs."""
+        identity, part = self.roles.identity[name], self.recipe.slice_of(name)
+        outside = [part is not None and part.experts[i] is None for i in range(len(self.experts))]
+        return frozenset(i for i, expert in enumerate(self.experts) if outside[i] or identity in expert.absent)
 
     def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
         transposed = role.transposed and self.policy.orientation == "input"
@@ -191,8 +204,7 @@ class _Planner:
     def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Job:
         """No expert has it: the base's own head, unless it belongs to the backbone. Adapters and parts may lack it."""
         if not lacking:
-            parts = any(self.roles.identity[out.name] in expert.absent for expert in self.experts)
-            what = "no expert has this part" if parts else "no adapter changes it"
+            what = "no expert has this part" if self._absent(out.name) else "no adapter changes it"
             return self._kept(out, role, f"{what}: the base's own")
         if self._is_no_parameter(role):
             return self._kept(out, role, _NO_PARAMETER)
@@ -239,8 +251,8 @@ class _Planner:
 
 
 def _distinct(jobs: Iterable[Job]) -> list[Job]:
-    """One job of each rule with each weights and experts."""
-    return list({(id(job.method), job.weights, job.absent): job for job in jobs}.values())
+    """One job of each rule with each weights."""
+    return list({(id(job.method), job.own_weights): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:

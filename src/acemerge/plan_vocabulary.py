@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,17 +14,16 @@ from acemerge.methods.elementwise import Average
 from acemerge.policy import Decision
 from acemerge.recipe import Recipe
 from acemerge.roles import Role, Roles
-from acemerge.vocabulary import Tokens, Vocabulary, differing, match
+from acemerge.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
 
 _HEAD_BIASES = ("lm_head.bias", "decoder.bias", "predictions.bias", "final_logits_bias")
 
 
 @dataclass(frozen=True)
 class VocabularyOf:
-    """The vocabulary of the output, and for each of its tensors, by identity, their names in the experts."""
+    """For each tensor with a row per token, by identity: its rows, and its names in the experts."""
 
-    rows: Vocabulary
-    tensors: Mapping[str, tuple[str, ...]]
+    tensors: Mapping[str, tuple[Vocabulary, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,8 @@ class VocabularyPlanner:
         if self.recipe.vocabulary == "refuse" or not names:
             self._warn(tokens, warnings)
             return None
+        if self.recipe.missing_tokens != "skip":
+            return self._lent(names, tokens)
         counts = self._rows(names)
         known = list(tokens) or [None] * len(self.models)
         base_tokens = known[0]
@@ -59,7 +60,38 @@ class VocabularyPlanner:
         alike = torch.equal(matched.sources, torch.arange(counts[0]).repeat(len(theirs), 1))
         if matched.rows == counts[0] and alike and len(set(counts)) == 1:
             return None
-        return VocabularyOf(matched, {identity: found[1:] for identity, found in names.items()})
+        return VocabularyOf({identity: (matched, found[1:]) for identity, found in names.items()})
+
+    def _lent(self, names: Mapping[str, tuple[str, ...]], tokens: Sequence[Tokens | None]) -> VocabularyOf | None:
+        """The rows of every tensor, each model having those of the others where it lacks a token."""
+        policy, owner = self.recipe.vocabulary, self.recipe.assets_number(self.labels) or 0
+        assert policy != "refuse"
+        if tokens[owner] is None:
+            what = "has no list of tokens to match the vocabularies by"
+            raise CheckpointError(self._who()[owner], what, "copy its tokenizer.json into its folder")
+        ours = tokens[owner] or {}
+        known = [ours if found is None else found for found in tokens]
+        added = added_tokens(ours, known) if policy == "union" else {}
+        made = {}
+        for identity, found in names.items():
+            part = self.recipe.slice_of(next(name for name in found if name))
+            of = [part.base_from if part else 0, *range(1, len(known))]
+            counts = [m.tensors[name].shape[0] if name else 0 for m, name in zip(self.models, found, strict=True)]
+            models = [(known[i], count) if name else None for i, name, count in zip(of, found, counts, strict=True)]
+            paths = {self.recipe.models[i]: number for number, i in reversed([*enumerate(of)]) if models[number]}
+            rows = lend(
+                policy,
+                {**ours, **added},
+                added,
+                models,
+                sorted(paths.values()),
+                self.recipe.missing_tokens == "base",
+            )
+            alike = [not model or torch.equal(rows.own(i), torch.arange(model[1])) for i, model in enumerate(models)]
+            made[identity] = rows, found[1:], all(alike)
+        if all(alike for _, _, alike in made.values()):
+            return None
+        return VocabularyOf({identity: (rows, found) for identity, (rows, found, _) in made.items()})
 
     def _who(self) -> list[str]:
         return ["base", *(f"expert {label}" for label in self.labels)]
@@ -67,20 +99,20 @@ class VocabularyPlanner:
     def _names(self) -> dict[str, tuple[str, ...]]:
         """Tensors with a row per token: by identity their name in every model, empty where one lacks it."""
         base, identity = self.models[0], self.roles.identity
-        rows = self._vocabulary_size()
-        found = [name for name, spec in base.tensors.items() if self._is_per_token(name, spec, rows)]
+        # With slices the base's own may be another model's.
+        sizes = {self._vocabulary_size(model) for model in (self.models if self.recipe.slices else self.models[:1])}
+        found = [name for name, spec in base.tensors.items() if self._is_per_token(name, spec, sizes)]
         by_identity = [{identity[name]: name for name in reversed(list(m.tensors))} for m in self.models]
         return {identity[name]: tuple(names.get(identity[name], "") for names in by_identity) for name in found}
 
-    def _is_per_token(self, name: str, spec: TensorSpec, rows: int) -> bool:
+    def _is_per_token(self, name: str, spec: TensorSpec, sizes: Collection[int]) -> bool:
         of_tokens = self.roles.by_name[name].name in ("embedding", "output_head") or name.endswith(_HEAD_BIASES)
-        return of_tokens and bool(spec.shape) and spec.shape[0] == rows
+        return of_tokens and bool(spec.shape) and spec.shape[0] in sizes
 
-    def _vocabulary_size(self) -> int:
+    def _vocabulary_size(self, model: Source) -> int:
         """The configuration's word where an embedding has so many rows, else the largest embedding's."""
-        base = self.models[0]
-        sizes = {s.shape[0] for n, s in base.tensors.items() if s.shape and self.roles.by_name[n].name == "embedding"}
-        config = base.config.get("text_config") if "vocab_size" not in base.config else base.config
+        sizes = {s.shape[0] for n, s in model.tensors.items() if s.shape and self.roles.by_name[n].name == "embedding"}
+        config = model.config.get("text_config") if "vocab_size" not in model.config else model.config
         told = config.get("vocab_size") if isinstance(config, dict) else None
         return told if told in sizes else max(sizes, default=0)
 
@@ -110,12 +142,13 @@ class VocabularyPlanner:
 
 def by_token(out: TensorSpec, role: Role, decision: Decision, vocabulary: VocabularyOf, identity: str) -> Job:
     """The job of a tensor with a row per token."""
-    rows = vocabulary.rows
-    if decision.action != "merge" and rows.rows == out.shape[0]:
+    rows, names = vocabulary.tensors[identity]
+    if decision.action != "merge" and rows.rows == out.shape[0] and rows.lending is None:
         return Job(out, role, decision.reason, entrywise=True)
-    if decision.action != "merge" or not isinstance(decision.method, Average):
+    any_rule = rows.lending is not None and decision.method is not None
+    if decision.action != "merge" or not (any_rule or isinstance(decision.method, Average)):
         what = f"tensor {out.name!r} gets another rule than average"
         raise UsageError("vocabulary", what, "leave tensors with a row per token to the policy")
+    reason = f"{decision.reason}; {rows.reason}" if any_rule else rows.reason
     shape = (rows.rows, *out.shape[1:])
-    job = Job(replace(out, shape=shape), role, rows.reason, decision.method, sources=vocabulary.tensors[identity])
-    return replace(job, vocabulary=rows)
+    return Job(replace(out, shape=shape), role, reason, decision.method, sources=names, vocabulary=rows)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import hub_id, locate
+from acemerge.depth import Stack
 from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.mergekit import from_mergekit, is_mergekit
-from acemerge.methods import Method, make
+from acemerge.methods import Method
+from acemerge.recipe_parts import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 
 _MAX_RECIPE = 1 << 20
 
@@ -26,61 +28,7 @@ ComputeDtype = Literal["float32", "float64"]
 PolicyName = Literal["default", "paper"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MethodSpec(_Strict):
-    """A rule and its parameters: `ace`, or `{name: ace, eps: 2e-4}`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_a_bare_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-    def build(self, scale: float | None = None) -> Method:
-        params = dict(self.model_extra or {})
-        if scale is not None:
-            params["scale"] = scale
-        return make(self.name, params)
-
-
-class ExpertSpec(_Strict):
-    """One fine-tuned model and its weight."""
-
-    model: str
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_a_bare_path(cls, value: Any) -> Any:
-        return {"model": value} if isinstance(value, str) else value
-
-
-class TensorRule(_Strict):
-    """What tensors whose name matches a glob get: a rule, the base's own values, or the experts' kept beside.
-
-    `weights` are the experts' weights there, instead of their own.
-    """
-
-    match: str
-    method: MethodSpec | None = None
-    weights: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] | None = None
-    action: Literal["base", "heads"] | None = None
-
-    @model_validator(mode="after")
-    def _one_of_the_two(self) -> TensorRule:
-        if (self.method is None) == (self.action is None):
-            raise ValueError("give either `method` or `action`")
-        if self.weights is not None and self.method is None:
-            raise ValueError("weights go with a `method`")
-        return self
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """Everything that decides the values of the merged model."""
 
     method: MethodSpec = MethodSpec(name="ace")
@@ -89,7 +37,8 @@ class Recipe(_Strict):
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     policy: PolicyName = "default"
     embeddings: Literal["average", "rule", "base"] = "average"
-    vocabulary: Literal["refuse", "base", "union"] = "refuse"
+    vocabulary: Literal["refuse", "base", "union", "assets"] = "refuse"
+    missing_tokens: Literal["skip", "base", "mean"] = "skip"
     orientation: Literal["input", "stored"] = "input"
     split_qkv: bool = False
     dtype: OutputDtype = "auto"
@@ -98,7 +47,9 @@ class Recipe(_Strict):
     seed: int = 0
     assets: str = "base"
     as_lora: Annotated[int, Field(ge=1)] | None = None
-    rules: list[TensorRule] = []
+    chat_template: str | None = None
+    slices: tuple[SliceSpec, ...] = ()
+    rules: tuple[TensorRule, ...] = ()
 
     @field_validator("method")
     @classmethod
@@ -108,8 +59,13 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _vocabularies_are_averaged(self) -> Recipe:
-        if self.vocabulary != "refuse" and self.embeddings == "rule":
+        skip = self.missing_tokens == "skip"
+        if self.vocabulary != "refuse" and self.embeddings == "rule" and skip:
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
+        if (self.vocabulary == "assets" and skip) or (self.vocabulary == "refuse" and not skip):
+            raise ValueError("missing_tokens base or mean goes with vocabulary base, union or assets")
+        if not skip and self.nonfinite != "error":
+            raise ValueError("missing_tokens: an expert whose rows are lent to others cannot be skipped")
         if self.vocabulary == "union" and self.assets != "base":
             raise ValueError("vocabulary: with union the tokenizer is the base's with more tokens; leave assets out")
         return self
@@ -131,12 +87,37 @@ class Recipe(_Strict):
         """The base and then every expert, as they were named."""
         return [self.base, *(expert.model for expert in self.experts)]
 
+    @property
+    def adapters(self) -> dict[int, str]:
+        """The adapters that are applied to experts, by the expert's number in `models`."""
+        return {i: expert.adapter for i, expert in enumerate(self.experts, 1) if expert.adapter is not None}
+
     @model_validator(mode="after")
     def _a_weight_for_each(self) -> Recipe:
         for rule in self.rules:
             if rule.weights is not None and len(rule.weights) != len(self.experts):
                 raise ValueError(f"rule {rule.match!r} has {len(rule.weights)} weights for {len(self.experts)} experts")
         return self
+
+    @model_validator(mode="after")
+    def _slices_of_these_models(self) -> Recipe:
+        for part in self.slices:
+            if len(part.experts) != len(self.experts) or part.base_from > len(self.experts):
+                raise ValueError(f"a slice has {len(part.experts)} ranges for {len(self.experts)} experts")
+        return self
+
+    def slice_of(self, name: str) -> SliceSpec | None:
+        """The slice that a tensor of the output is in, None where there are none."""
+        if not self.slices:
+            return None
+        return self.slices[Stack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
+
+    def assets_number(self, labels: Sequence[str]) -> int | None:
+        """The model that `assets` names: 0 for the base, i for the i-th expert, by its label or as it was named."""
+        if self.assets == "base":
+            return 0
+        names = [*labels, *self.models[1:]]
+        return names.index(self.assets) % len(labels) + 1 if self.assets in names else None
 
     def build_method(self) -> Method:
         return self.method.build(self.scale)
@@ -210,8 +191,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _locate_expert(folder: Path, expert: Any) -> Any:
     if isinstance(expert, str):
         return _relative_to(folder, expert)
-    if isinstance(expert, dict) and isinstance(expert.get("model"), str):
-        return {**expert, "model": _relative_to(folder, expert["model"])}
+    if isinstance(expert, dict):
+        paths = {key: expert[key] for key in ("model", "adapter") if isinstance(expert.get(key), str)}
+        return expert | {key: _relative_to(folder, path) for key, path in paths.items()}
     return expert
 
 
@@ -259,7 +241,7 @@ def _explain(failure: ValidationError, where: object) -> UsageError:
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: type[BaseModel] = Recipe
-        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule)):
+        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule), ("slices", SliceSpec)):
             if len(first["loc"]) > 1 and first["loc"][0] == part:
                 model = owner
         return UsageError(where, f"unknown key {place!r}", nearest(str(first["loc"][-1]), list(model.model_fields)))

@@ -9,7 +9,7 @@ import torch
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.errors import CheckpointError
-from acemerge.jobs import Job, Plan
+from acemerge.jobs import Job, Plan, is_whole
 from acemerge.shapes import Float, Tensor
 
 # Layers and entries of each that are looked at: 1,000 entries of two unrelated models have a cosine of 0 +- 0.03.
@@ -29,7 +29,7 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
     """
     sampled: dict[tuple[str, ...], Tensor] = {}
     for i, (label, expert) in enumerate(zip(plan.experts, experts, strict=True)):
-        jobs = [] if expert.adapter else _layers(plan, i)
+        jobs = _layers(plan, i) if is_whole(expert) else []
         if not jobs:
             continue
         names = tuple(job.name for job in jobs)

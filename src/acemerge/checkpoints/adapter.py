@@ -41,10 +41,14 @@ class Update:
 
 @dataclass(frozen=True)
 class Adapter:
-    """The low-rank updates of an adapter by the name of the tensor, and how many tensors it holds whole."""
+    """The low-rank updates of an adapter by the name of the tensor, and how many tensors it holds whole.
+
+    With `on_a_model` they change a model of its own, which has all tensors; else the base.
+    """
 
     updates: Mapping[str, Update]
     whole: int = 0
+    on_a_model: bool = False
 
     def __str__(self) -> str:
         ranks = sorted({update.rank for update in self.updates.values()})

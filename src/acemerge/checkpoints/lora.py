@@ -95,6 +95,24 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(path, tensors, {}, (), places, prints, adapter)
 
 
+def with_adapter(model: Checkpoint, adapter: Checkpoint) -> Checkpoint:
+    """A model with an adapter's updates of its tensors, to be applied as they are read."""
+    if adapter.adapter is None or model.adapter is not None:
+        path, what = (adapter.path, "is no adapter") if adapter.adapter is None else (model.path, "is an adapter")
+        raise CheckpointError(path, what, "write MODEL+ADAPTER")
+    updates = {
+        name: replace(update, replaces_base=name in model.tensors) for name, update in adapter.adapter.updates.items()
+    }
+    whole = {name: spec for name, spec in adapter.tensors.items() if name not in updates}
+    return replace(
+        model,
+        tensors={**{name: adapter.tensors[name] for name in updates}, **model.tensors, **whole},
+        places={**model.places, **adapter.places},
+        fingerprints={**model.fingerprints, **adapter.fingerprints},
+        adapter=replace(adapter.adapter, updates=updates, on_a_model=True),
+    )
+
+
 def _weights(root: Path, names: list[str], allow_pickle: bool) -> Path:
     if ADAPTER_MODEL in names:
         return contained(root, ADAPTER_MODEL)

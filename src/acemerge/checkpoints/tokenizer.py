@@ -18,6 +18,7 @@ _LISTS = (TOKENIZER, "vocab.json", "added_tokens.json", "vocab.txt")
 _MAX_BYTES = 256 << 20
 _MAX_PARTS = 20_000_000
 _CURE = "fetch the file again"
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def same_tokenizer(models: Sequence[Checkpoint]) -> bool:
@@ -46,11 +47,19 @@ def read_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:
     return None
 
 
-def with_added(checkpoint: Checkpoint, added: Mapping[str, int]) -> bytes:
-    """The checkpoint's `tokenizer.json` with more tokens: each is found in a text before anything else is."""
+def with_added(checkpoint: Checkpoint, added: Mapping[str, int], others: Sequence[Checkpoint]) -> bytes:
+    """The checkpoint's `tokenizer.json` with more tokens: each is found in a text before anything else is.
+
+    What the first of the `others` that added a token itself says of it is kept, as that it is special.
+    """
     content = _read_json(checkpoint, TOKENIZER)
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    more = [{"id": i, "content": token, **plain} for token, i in added.items()]
+    known: dict[str, Mapping[str, Any]] = {}
+    for other in others:
+        if TOKENIZER in other.assets:
+            listed = _read_json(other, TOKENIZER).get("added_tokens") or []
+            known |= {token["content"]: token for token in listed if token["content"] not in known}
+    told = {token: {flag: bool(known.get(token, {}).get(flag)) for flag in _FLAGS} for token in added}
+    more = [{"id": i, "content": token, **told[token]} for token, i in added.items()]
     content["added_tokens"] = [*(content.get("added_tokens") or []), *more]
     return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
 

@@ -7,6 +7,7 @@ from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
+from acemerge.methods.fusion import ArceeFusion
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
@@ -63,5 +64,6 @@ for _rule in (
     MergekitSum,
     MergekitSlerp,
     MergekitSce,
+    ArceeFusion,
 ):
     register(_rule)

@@ -97,7 +97,7 @@ class MergekitSlerp:
 class MergekitSce:
     """SCE: keep the entries in which the experts differ most, weigh each expert by its energy, let signs vote.
 
-        D_t <- D_t where the variance over t is among the top `select` of the tensor's entries, else 0
+        D_t <- D_t where the variance over t is among the top `select` of those that are not 0, else 0
         w_t  = ||D_t||^2 / sum_s ||D_s||^2
         M    = sum over agreeing t of w_t D_t / sum of their w_t
 
@@ -110,14 +110,14 @@ class MergekitSce:
     source: ClassVar[str] = "arXiv 2408.07990"
     needs: ClassVar[Needs] = Needs()
 
-    select: Annotated[float, Field(ge=0, le=1, description="share of the entries that is kept")] = 1.0
+    select: Annotated[float, Field(ge=0, le=1, description="share of the entries that differ, kept")] = 1.0
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         deltas = deltas * layer.weights.to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
         if self.select < 1:
             spread = deltas.var(0, unbiased=False)
-            chosen = largest(magnitudes(spread).flatten(), int(self.select * spread.numel()))
+            chosen = largest(magnitudes(spread).flatten(), int(self.select * int(spread.count_nonzero())))
             deltas = deltas * chosen.view_as(spread)
         energies = deltas.flatten(1).square().sum(1, dtype=torch.float64)
         if energies.sum() == 0:

@@ -1,0 +1,80 @@
+"""The arithmetic of tensors with a row per token, whose models have different vocabularies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
+from acemerge.jobs import Job, Piece
+from acemerge.linalg.gram import energies
+from acemerge.shapes import Float, Tensor
+from acemerge.vocabulary import in_order, lent_rows, rows_of
+from acemerge.work import Place, Setting, Values
+
+# What is stored, its record, and masks where the rule makes them.
+Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]
+
+
+def averaged_by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+    """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
+
+    `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
+    """
+    job = piece.job
+    assert job.vocabulary is not None
+    assert job.method is not None
+    check_finite(base, job.name, "base")
+    W0 = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
+    W0[: len(base)] = base
+    total, weights = torch.zeros_like(W0), torch.zeros(len(W0), dtype=W0.dtype, device=place.device)
+    record: dict[str, Any] = {"energies": [], "skipped_experts": []}
+    for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
+        Wt = values.take((i + 1, job.sources[i]))
+        if setting.recipe.nonfinite == "error":
+            check_finite(Wt, job.sources[i], f"expert {label}", LEAVE_OUT)
+        elif not is_finite(Wt):
+            record["skipped_experts"].append(label)
+            continue
+        rows = job.vocabulary.sources[i].to(place.device)
+        D = rows_of(Wt.to(W0), rows).sub_(W0)
+        D[rows < 0] = 0
+        record["energies"].append(energies(D[None]).item())
+        total.add_(D, alpha=weight)
+        weights.add_(rows >= 0, alpha=weight)
+        values.release(i + 1)
+    if not record["energies"]:
+        raise nothing_finite(job)
+    shares = torch.where(weights != 0, job.method.scale / weights, 0)
+    shares[len(base) :] /= job.method.scale or 1  # a row that the base lacks is no update: it is not scaled
+    value = total.mul_(shares.view(-1, *[1] * (total.ndim - 1))).add_(W0)
+    if not record["skipped_experts"]:
+        del record["skipped_experts"]
+    if value.shape == base.shape and not any(record["energies"]):
+        return (own_memory(rounded(base, job), base),), {"status": "no update", **record}, ()
+    return (rounded(value, job),), {"status": "ok", **record}, ()
+
+
+def lent_by_token(
+    job: Job, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
+    """`W_0`, the task vectors, their energies and whose they are, all of them with every row of the output.
+
+    What a model lacks is lent by the others, as the vocabulary says; so an expert without a token has no update of it
+    where the base lends.
+    """
+    assert job.vocabulary is not None
+    names = {0: job.name} | {i: name for i, name in enumerate(job.sources, 1) if name}
+    matrices = {i: values.take((i, name)) for i, name in names.items()}
+    for i, name in names.items():
+        check_finite(matrices[i], name, f"expert {setting.labels[i - 1]}" if i else "base")
+    lent = torch.empty_like(space[0])
+    lent_rows(matrices, job.vocabulary, lent)
+    W0, used = space[-1], [i for i in names if i]
+    in_order(matrices[0], job.vocabulary.own(0), lent, W0)
+    for D, i in zip(space, used, strict=False):
+        in_order(matrices[i], job.vocabulary.own(i), lent, D)
+        D.sub_(W0)
+    deltas = space[: len(used)]
+    return W0, deltas, energies(deltas), [i - 1 for i in used]
