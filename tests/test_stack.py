@@ -35,7 +35,7 @@ def _layers(T: int = 3, shape: tuple[int, int] = (12, 8)) -> Tensor:
     thin = plain[:2, :, :, :1] @ plain[2:, :, :1]  # of rank T together: singular but for rounding
     tied = torch.ones_like(frozen)  # most entries elect minus, and the first column is a tie
     tied[1:] = 0
-    tied[1] -= 1
+    tied[1:2] -= 1
     tied[0, :, 1:] = -1
     frozen[0] = 0
     still[:] = 0
