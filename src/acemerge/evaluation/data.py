@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.hub import hub_id, in_words, parse_id
+from acemerge.checkpoints.folder import contained
+from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
 from acemerge.evaluation.tasks import Column
 
@@ -118,23 +119,30 @@ def _load_dataset(source: Source) -> Any:
     if there == "file" and path.suffix.lower() != ".parquet":
         raise UsageError(path, "is of no kind that is read", f"use {', '.join(_READERS)}, .parquet or an image folder")
     datasets = _library()
-    split = source.split or "train"
-    options: dict[str, Any] = {"split": split}
+    if wanted is not None and source.split is None:
+        raise UsageError(source.data, "its split is not named", "add for example `split: validation`")
     try:
-        if there == "file":
-            return datasets.load_dataset("parquet", data_files={split: str(path)}, **options)
-        if wanted is None:
-            return datasets.load_dataset("parquet", data_dir=str(path), **options)
-        if source.split is None:
-            raise UsageError(source.data, "its split is not named", "add for example `split: validation`")
-        found = parse_id(source.data)
-        assert found is not None
-        revision = source.revision or found.revision
-        return datasets.load_dataset(found.repo, source.subset, revision=revision, **options)
+        if wanted is not None:
+            revision = source.revision or wanted.revision
+            return datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
+        from pyarrow import parquet
+
+        return datasets.Dataset(parquet.read_table(_parquet_files(path)))  # no copy in a cache
     except AcemergeError:
         raise
     except Exception as failure:  # of whichever of its many parts could not read it
         raise UsageError(source.data, f"cannot be read ({in_words(failure)})", "check its name and split") from failure
+
+
+def _parquet_files(path: Path) -> list[str]:
+    """The file, or those of the folder in the order of their names."""
+    root = files.resolve(path)
+    if files.kind(root) == "file":
+        return [str(root)]
+    names = [name for name in files.list_folder(root) if name.endswith(".parquet")]
+    if not names:
+        raise UsageError(path, "holds no .parquet files", f"use {', '.join(_READERS)} or .parquet")
+    return [str(contained(root, name)) for name in names]
 
 
 def _library() -> Any:

@@ -49,10 +49,14 @@ class Heads:
 
 
 def find_heads(task: str, label: str, model: Checkpoint, expert: Checkpoint | None) -> Heads:
-    """Look in the model's `heads/LABEL.safetensors`, then in the expert's checkpoint, then in the model's."""
+    """Look in the model's `heads/LABEL.safetensors`, else in the expert's checkpoint, then in the model itself.
+
+    With a file of its own, a merged model is taken as it was merged: what of a head the experts share in shape (the
+    dense layer before the last) is in the model, and nothing is the expert's.
+    """
     beside = _beside(model.path, label)
     sources = [] if beside is None else [beside]
-    if expert is not None:
+    if beside is None and expert is not None:
         sources.append(_of_checkpoint(f"expert {expert.path.name}", expert))
     return Heads(task, (*sources, _of_checkpoint("the model itself", model)))
 

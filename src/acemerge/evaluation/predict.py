@@ -27,8 +27,13 @@ class Encoded:
     cut: int
 
 
-def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int) -> Encoded:
-    """One text for each example, or the two of a pair; cut at `max_length` tokens."""
+def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int | None) -> Encoded:
+    """One text for each example, or the two of a pair; cut at `max_length` tokens.
+
+    Without it at 128, as GLUE's own runs do, or at what the model can take.
+    """
+    if max_length is None:
+        max_length = min(128, tokenizer.model_max_length)
     if max_length > tokenizer.model_max_length:
         what = f"max_length {max_length} is over the model's {tokenizer.model_max_length}"
         raise UsageError("tasks", what, "use a smaller max_length")

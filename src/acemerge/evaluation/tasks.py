@@ -24,7 +24,7 @@ class _Strict(BaseModel):
 class _Task(_Strict):
     """`expert` is the model that was fine-tuned for the task: it lends its head, and its own score is the measure.
 
-    `subset`, `split` and `revision` are of data sets on the Hub or in a folder of parquet files.
+    `subset`, `split` and `revision` are those of a data set on the Hub.
     """
 
     name: Name
@@ -45,7 +45,7 @@ class _Text(_Task):
     text: Column | Annotated[list[Column], Field(min_length=2, max_length=2)]
     label: Column
     pooling: Literal["mean", "cls"] | None = None
-    max_length: Count = 128
+    max_length: Count | None = None
     batch_size: Count = 32
 
     @model_validator(mode="after")
