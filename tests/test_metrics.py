@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy import stats
+from sklearn import metrics
 
 from acemerge.evaluation.metrics import METRICS, bootstrap, interval
-from acemerge.evaluation.tables import Evaluation, Row, Score, mean, normalised
+from acemerge.evaluation.tables import Average, Evaluation, Row, Score, mean, normalised
 
 
 def accuracy_oracle(labels: Sequence[int], found: Sequence[int]) -> float:
@@ -69,6 +70,24 @@ def test_a_metric_is_its_definition(name: str) -> None:
     assert METRICS[name](labels, found) == pytest.approx(oracle(labels.tolist(), found.tolist()), abs=1e-12)
 
 
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_is_that_of_scikit_learn_and_scipy(name: str) -> None:
+    random = np.random.default_rng(1)
+    theirs = {
+        "accuracy": metrics.accuracy_score,
+        "matthews": metrics.matthews_corrcoef,
+        "f1": metrics.f1_score,
+        "pearson": lambda x, y: stats.pearsonr(x, y).statistic,
+        "spearman": lambda x, y: stats.spearmanr(x, y).statistic,
+    }
+    for count in (2, 3, 40):
+        labels, found = random.permuted(np.tile([0, 1], (2, 20)), axis=1)[:, :count]
+        labels[:2], found[:2] = [0, 1], [1, 1] if count > 2 else [0, 1]
+        if name in ("pearson", "spearman"):
+            labels, found = labels + 0.0, found + random.random(count)
+        assert METRICS[name](labels, found) == pytest.approx(theirs[name](labels, found), abs=1e-12)
+
+
 @pytest.mark.parametrize("name", ["matthews", "f1", "pearson", "spearman"])
 def test_a_constant_answer_scores_nothing(name: str) -> None:
     assert METRICS[name](np.array([0, 1, 1, 0]), np.zeros(4, dtype=np.int64)) == 0
@@ -77,7 +96,7 @@ def test_a_constant_answer_scores_nothing(name: str) -> None:
 def test_the_bootstrap_of_an_accuracy_is_binomial() -> None:
     right = np.arange(200) < 150
     low, high = interval(bootstrap(lambda rows: float(right[rows].mean()), 200, 20_000, [0]))
-    exact = binom(200, 0.75).ppf([0.025, 0.975]) / 200
+    exact = stats.binom(200, 0.75).ppf([0.025, 0.975]) / 200
     assert np.abs(np.array([low, high]) - exact).max() <= 1 / 200  # one example: the quantiles are of whole examples
 
 
@@ -108,6 +127,7 @@ def test_averages_over_tasks() -> None:
     one, two = (0.25 + 0.8 + 10 / 16) / 3, (0.75 + 1.2 + 10 / 25) / 3
     assert found.interval == pytest.approx(tuple(np.percentile([one, two], [2.5, 97.5])))
     assert normalised(merged, None) is None
+    assert normalised(experts, experts) == Average(1.0, (1.0, 1.0), 3)
     useless = Row("experts", (_score("a", 0.0, [0.0]), *experts.scores[1:]))
     left = normalised(merged, useless)
     assert left is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from acemerge.errors import UsageError
 from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, read_columns
-from acemerge.evaluation.tasks import load_tasks
+from acemerge.evaluation.tasks import KINDS, load_tasks
 
 GOOD = "kind: classification, name: a, data: d.tsv, text: s, label: y"
 
@@ -54,6 +55,13 @@ def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None
     first, second = load_tasks(tmp_path / "t.yaml").tasks
     assert (first.data, first.expert, first.head_label) == (str(tmp_path / "d.tsv"), "org/expert", "expert")
     assert (second.data, second.head_label) == ("org/data", "h")
+
+
+def test_the_documented_tasks_are_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs/evaluate.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "t.yaml").write_text(example)
+    assert {task.kind for task in load_tasks(tmp_path / "t.yaml").tasks} == set(KINDS)
 
 
 FILES: dict[str, tuple[str, Sequence[Any]]] = {

@@ -70,6 +70,8 @@ def normalised(row: Row, experts: Row | None) -> Average | None:
     """
     if experts is None:
         return None
+    if row is experts:
+        return Average(1.0, (1.0, 1.0), len(row.known()))
     ratios = []
     for score, best in zip(row.scores, experts.scores, strict=True):
         if score is not None and best is not None and best.score > 0:

@@ -128,7 +128,7 @@ class Perplexity(_Task):
 
 
 Task = Classification | Regression | Images | ZeroShot | Perplexity
-_KINDS: dict[str, type[BaseModel]] = {
+KINDS: dict[str, type[BaseModel]] = {
     "classification": Classification,
     "regression": Regression,
     "images": Images,
@@ -173,13 +173,13 @@ def _locate(folder: Path, task: Any) -> Any:
 
 def _explain(failure: ValidationError, path: Path) -> UsageError:
     def owner(place: Place) -> type[BaseModel]:
-        return _KINDS[str(place[2])] if len(place) > 2 else Tasks
+        return KINDS[str(place[2])] if len(place) > 2 else Tasks
 
     for error in failure.errors():
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             place = f"{'.'.join(map(str, error['loc']))}.kind"
             if error["type"] == "union_tag_not_found":
-                return UsageError(path, f"the key {place!r} is missing", f"use one of: {', '.join(_KINDS)}")
+                return UsageError(path, f"the key {place!r} is missing", f"use one of: {', '.join(KINDS)}")
             kind = str(error["input"].get("kind"))
-            return UsageError(path, f"{place!r}: no such kind {kind[:60]!r}", nearest(kind, list(_KINDS)))
+            return UsageError(path, f"{place!r}: no such kind {kind[:60]!r}", nearest(kind, list(KINDS)))
     return explain(failure, path, owner, "list at least one", "see docs/evaluate.md")
