@@ -217,4 +217,6 @@ def test_wrong_commands(family: Path, capsys: pytest.CaptureFixture[str]) -> Non
     words = ["compare", "--tasks", tasks, "--base", family / "base", "--expert", model]
     failed(run(capsys, *words, *out), 2, "--methods is missing")
     failed(run(capsys, *words, "--methods", "acee", *out), 2, "did you mean `ace`")
+    failed(run(capsys, *words, "--methods", "ties", "else/ties", *out), 2, "has the name of the rule ties")
+    failed(run(capsys, *words, "--methods", "ties", "else/base", *out), 2, "has the name of the recipe's base")
     assert not (family / "out").exists()

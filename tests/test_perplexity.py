@@ -57,6 +57,10 @@ def test_losses_of_half_precision_logits_are_summed_wide() -> None:
     assert torch.allclose(token_losses(logits, tokens, 1).double(), wide, atol=1e-5)
 
 
+def test_the_perplexity_of_a_broken_model_is_a_number() -> None:
+    assert Losses(np.array([9000.0]), np.array([3])).perplexity() == pytest.approx(1e307)
+
+
 def test_the_bootstrap_is_over_windows() -> None:
     losses = Losses(np.array([1.0, 6.0]), np.array([1, 3]))
     draws = bootstrap(losses.perplexity, 2, 400, [0])

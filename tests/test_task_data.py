@@ -49,10 +49,10 @@ def test_a_wrong_task_file(case: str, tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_file_and_hub_ids_stay(tmp_path: Path) -> None:
-    (tmp_path / "d.tsv").touch()
-    text = f"tasks: [{{{GOOD}, expert: org/expert}}, {{kind: perplexity, name: p, data: org/data, head: h}}]"
-    (tmp_path / "t.yaml").write_text(text)
-    first, second = load_tasks(tmp_path / "t.yaml").tasks
+    tasks = "{kind: perplexity, name: p, data: org/data, head: h}, {kind: perplexity, name: q, data: not/there.txt}"
+    (tmp_path / "t.yaml").write_text(f"tasks: [{{{GOOD}, expert: org/expert}}, {tasks}]")
+    first, second, third = load_tasks(tmp_path / "t.yaml").tasks
+    assert third.data == str(tmp_path / "not/there.txt")
     assert (first.data, first.expert, first.head_label) == (str(tmp_path / "d.tsv"), "org/expert", "expert")
     assert (second.data, second.head_label) == ("org/data", "h")
 
@@ -91,6 +91,7 @@ BROKEN = {
     "not JSON": ("a.jsonl", b'{"s": "a", "y": 1}\n[1]\n', "line 2 is no JSON object"),
     "unknown kind": ("a.py", b"import os\n", "is of no kind that is read"),
     "not there": ("b.csv", None, "no such file"),
+    "not there, in a folder": ("dev/b.parquet", None, "no such file"),
 }
 
 

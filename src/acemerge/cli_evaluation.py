@@ -10,7 +10,7 @@ from rich.console import Console
 
 from acemerge import show_evaluation as show
 from acemerge.errors import UsageError
-from acemerge.evaluation.compare import by_methods, merge_all, with_experts
+from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tasks import Tasks, load_tasks
@@ -82,8 +82,8 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         if recipe is not None and methods is not None:
             options = RunOptions(device, overwrite=overwrite, quiet=quiet)
             recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
-            asked, given = with_experts(asked, recipe), {"base": recipe.base} | given
-            given |= merge_all(recipes, out, options, lambda text: None if quiet else show.say(err_console, text))
+            asked, given = with_experts(asked, recipe), rows(recipe.base, given, folders_of(recipes, out))
+            merge_all(recipes, out, options, lambda text: None if quiet else show.say(err_console, text))
         elif not given:
             raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
         run(given, asked, out, device, quiet)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from acemerge.api import run_recipe
+from acemerge.errors import UsageError
 from acemerge.evaluation.tasks import Tasks
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.plan import expert_labels
@@ -22,20 +23,29 @@ def by_methods(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
     return {name: make_recipe({**content, "method": spec}, f"method {name}") for name, spec in specs.items()}
 
 
-def merge_all(
-    recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]
-) -> dict[str, str]:
-    """Merge into OUT/merged/METHOD what is not merged there yet; the folders by the methods' names.
+def folders_of(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
+    """OUT/merged/METHOD for each method."""
+    return {name: str(out / MERGED / name) for name in recipes}
 
-    All recipes are planned before the first is run.
-    """
-    folders = {name: out / MERGED / name for name in recipes}
+
+def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
+    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
+    folders = {name: Path(folder) for name, folder in folders_of(recipes, out).items()}
     for name, recipe in recipes.items():
         open_recipe(recipe, folders[name], options)
     for name, recipe in recipes.items():
         tell(f"merging by {name}")
         run_recipe(recipe, folders[name], replace(options, resume=True))
-    return {name: str(folder) for name, folder in folders.items()}
+
+
+def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:
+    """The base, the models that were named and those that were merged; UsageError where two have one name."""
+    named = {"base": base} | models
+    for name in merged.keys() & models.keys():
+        raise UsageError(f"model {models[name]}", f"has the name of the rule {name}", "rename its folder")
+    if named["base"] != base:
+        raise UsageError(f"model {named['base']}", "has the name of the recipe's base", "leave it out, or rename it")
+    return named | merged
 
 
 def with_experts(tasks: Tasks, recipe: Recipe) -> Tasks:

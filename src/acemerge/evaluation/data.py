@@ -17,7 +17,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
-from acemerge.evaluation.tasks import Column
+from acemerge.evaluation.tasks import FILE_SUFFIXES, Column
 
 _MAX_FILE = 2 << 30
 Row = Mapping[Column, Any]
@@ -37,7 +37,7 @@ def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]
     """The wanted columns, in that order. UsageError names the file, the row or the column that is wrong."""
     path = Path(source.data)
     read = _READERS.get(path.suffix.lower())
-    if read is None or hub_id(source.data) is not None:
+    if read is None:
         return _from_datasets(source, wanted)
     rows = list(read(path, wanted))
     if not rows:
@@ -112,8 +112,8 @@ def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[An
 
 
 def _load_dataset(source: Source) -> Any:
-    path, wanted = Path(source.data), hub_id(source.data)
-    there = files.kind(path)
+    path, there = Path(source.data), files.kind(Path(source.data))
+    wanted = None if path.suffix.lower() in FILE_SUFFIXES else hub_id(source.data)
     if wanted is None and there == "nothing":
         raise UsageError(path, "no such file or folder", "name the task's data, or a data set on the Hub as org/name")
     if there == "file" and path.suffix.lower() != ".parquet":

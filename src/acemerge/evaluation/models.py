@@ -94,7 +94,8 @@ def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
     network = model.on_device(network)
 
     def logits(inputs: Inputs) -> Tensor:
-        result: Tensor = network(**inputs).logits
+        pixels = {key: value.to(network.dtype) for key, value in inputs.items() if value.is_floating_point()}
+        result: Tensor = network(**{**inputs, **pixels}).logits
         return result
 
     places = dict.fromkeys(place for _, place in found.values())
@@ -172,7 +173,7 @@ def quiet_transformers() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UsageError("evaluation", "transformers is not installed", "pip install 'acemerge[eval]'") from None
+        raise UsageError("transformers", "is not installed", "pip install 'acemerge[hf]'") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

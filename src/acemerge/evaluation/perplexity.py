@@ -15,6 +15,9 @@ from acemerge.evaluation.predict import OnBatch
 from acemerge.shapes import Float, Int, Tensor
 
 
+_LARGEST = 307 * np.log(10)  # a broken merge is still a row of the table
+
+
 @dataclass(frozen=True)
 class Window:
     """Tokens `begin` to `end` are read, those from `scored` on are scored."""
@@ -53,8 +56,8 @@ class Losses:
     counts: npt.NDArray[np.int64]
 
     def perplexity(self, rows: npt.NDArray[np.int64] | slice = slice(None)) -> float:
-        """`exp(mean loss)` over the tokens of these windows."""
-        return float(np.exp(self.sums[rows].sum() / self.counts[rows].sum()))
+        """`exp(mean loss)` over the tokens of these windows; from 1e307 on, just that."""
+        return float(np.exp(min(self.sums[rows].sum() / self.counts[rows].sum(), _LARGEST)))
 
 
 def text_losses(

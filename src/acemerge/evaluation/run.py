@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,13 @@ class Run:
     device: torch.device
     on_progress: OnProgress = lambda *_: None
     quiet: bool = True
+    opened: dict[str, Model] = field(default_factory=dict, repr=False)
 
     def model(self, name: str) -> Model:
-        return open_model(name, self.device, self.quiet)
+        """A model by its folder or Hub id, looked up once."""
+        if name not in self.opened:
+            self.opened[name] = open_model(name, self.device, self.quiet)
+        return self.opened[name]
 
     def seed(self, task: Task) -> list[int]:
         """The same rows are drawn for every model on one task, others on another."""
@@ -73,7 +77,7 @@ def score_task(model: Model, task: Task, run: Run, row: str) -> Score:
         found = _perplexity(model, task, run, on_batch)
     else:
         found = _labelled(model, task, run, on_batch)
-    found.about["seconds"] = round(time.perf_counter() - started, 3)  # type: ignore[index]
+    found.about["seconds"] = round(time.perf_counter() - started, 3)
     return found
 
 

@@ -27,7 +27,7 @@ class Score:
     score: float
     metrics: Mapping[str, float]
     draws: Draws = field(repr=False)
-    about: Mapping[str, Any]
+    about: dict[str, Any]
     is_perplexity: bool = False
 
     def as_table(self) -> dict[str, Any]:

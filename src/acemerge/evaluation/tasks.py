@@ -15,6 +15,7 @@ from acemerge.settings import Place, explain, read_yaml, relative_to
 Column = str | Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1)]
+FILE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
 
 
 class _Strict(BaseModel):
@@ -167,8 +168,12 @@ def load_tasks(path: Path) -> Tasks:
 def _locate(folder: Path, task: Any) -> Any:
     if not isinstance(task, dict):
         return task
-    keys = [key for key in ("data", "expert", "clip") if isinstance(task.get(key), str)]
-    return {**task, **{key: relative_to(folder, task[key]) for key in keys}}
+    found = {key: relative_to(folder, task[key]) for key in ("expert", "clip") if isinstance(task.get(key), str)}
+    if isinstance(task.get("data"), str):
+        # `dev/a.csv` has the form of a Hub id, and is a file that may be missing.
+        is_file = Path(task["data"]).suffix.lower() in FILE_SUFFIXES
+        found["data"] = str(folder / task["data"]) if is_file else relative_to(folder, task["data"])
+    return {**task, **found}
 
 
 def _explain(failure: ValidationError, path: Path) -> UsageError:
