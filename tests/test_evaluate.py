@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,18 @@ def test_evaluate_and_compare_by_command(family: Path, capsys: pytest.CaptureFix
     failed(run(capsys, *words, "-o", family / "out"), 2, "holds an evaluation")
     code, _, errors = run(capsys, *words, "-o", family / "out", "--overwrite", "--quiet")
     assert (code, errors) == (0, "")
+
+
+def test_without_matplotlib_the_numbers_are_kept(
+    family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tsv(family / "topic.tsv", {"s": TEXTS, "y": [i % 3 for i in range(41)]})
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["evaluate", family / "topic", "--tasks", write_tasks(family, _task("topic")), "-o", family / "scores"]
+    code, printed, errors = run(capsys, *words)
+    assert code == 0, errors
+    assert "no evaluation.png: matplotlib is not installed; pip install 'acemerge[eval]'" in printed
+    assert sorted(file.name for file in (family / "scores").iterdir()) == ["evaluation.json", "evaluation.md"]
 
 
 def test_wrong_commands(family: Path, capsys: pytest.CaptureFixture[str]) -> None:

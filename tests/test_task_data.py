@@ -146,6 +146,28 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Table(dict[str, list[Any]]):
+        column_names = ("s", "y")
+
+    def load_dataset(*words: Any, **options: Any) -> Table:
+        asked.append((words, options))
+        return Table(s=["a"], y=[1])
+
+    module = type(sys)("datasets")
+    vars(module).update(__version__="4.0.0", load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    found = read_columns(Source("org/name@abc", "cola", "validation"), ["y", "s"])
+    assert found == [[1], ["a"]]
+    read_columns(Source("org/name", None, "test", "v2"), ["s"])
+    assert asked == [
+        (("org/name", "cola"), {"split": "validation", "revision": "abc"}),
+        (("org/name", None), {"split": "test", "revision": "v2"}),
+    ]
+
+
 def test_without_or_with_an_old_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"datasets is not installed.*acemerge\[eval\]"):

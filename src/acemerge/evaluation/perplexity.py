@@ -14,7 +14,6 @@ from acemerge.errors import NumericalError, UsageError
 from acemerge.evaluation.predict import OnBatch
 from acemerge.shapes import Float, Int, Tensor
 
-
 _LARGEST = 307 * np.log(10)  # a broken merge is still a row of the table
 
 
