@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.evaluation.compare import with_experts
 from acemerge.evaluation.heads import find_heads
 from acemerge.evaluation.models import open_model, pooled
 from acemerge.evaluation.predict import encode, score_texts
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score
 from acemerge.evaluation.tasks import load_tasks
+from acemerge.recipe import make_recipe
 from builders import make_model, write_adapter
 from commands import failed, run
 from task_builders import ROOM, save_encoder, save_family, save_model, sentences, write_tasks, write_tsv
@@ -204,6 +206,14 @@ def test_evaluate_and_compare_by_command(family: Path, capsys: pytest.CaptureFix
     failed(run(capsys, *words, "-o", family / "out"), 2, "holds an evaluation")
     code, _, errors = run(capsys, *words, "-o", family / "out", "--overwrite", "--quiet")
     assert (code, errors) == (0, "")
+
+
+def test_experts_of_the_recipe_lend_their_heads_unless_they_are_adapters(family: Path) -> None:
+    lora = write_adapter(family / "tone-lora", {"query": (torch.ones(1, 4), torch.ones(4, 1))})
+    tasks = load_tasks(write_tasks(family, _task("topic"), _task("tone", head="tone-lora"), _task("other")))
+    experts = [str(family / "topic"), str(lora)]
+    recipe = make_recipe({"base": str(family / "base"), "experts": experts}, "test")
+    assert [task.expert for task in with_experts(tasks, recipe).tasks] == [experts[0], None, None]
 
 
 def test_without_matplotlib_the_numbers_are_kept(

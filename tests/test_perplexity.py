@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from acemerge.errors import UsageError
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.metrics import bootstrap, interval
 from acemerge.evaluation.perplexity import Losses, text_losses, token_losses, windows
 from acemerge.evaluation.run import Run, evaluate
@@ -83,6 +83,9 @@ def test_a_text_file_and_a_column(tmp_path: Path) -> None:
     file, rows = row.known()
     assert file.score == rows.score > 1
     assert file.about["tokens"] == sum(len(line.split()) for line in lines) + 1  # with [CLS] and [SEP], less the first
+    save_model(tmp_path / "half", make_model("gpt2", tie_word_embeddings=False).transformer, tie_word_embeddings=False)
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'lm_head\.weight'"):
+        evaluate({"half": str(tmp_path / "half")}, Run(load_tasks(path), CPU))
     too_long = write_tasks(tmp_path, {"name": "x", "data": "text.txt", "kind": "perplexity", "context": 5000})
     with pytest.raises(UsageError, match="context 5000 is over the model's"):
         evaluate({"lm": str(tmp_path / "lm")}, Run(load_tasks(too_long), CPU))

@@ -128,10 +128,7 @@ def pooled(model: Model, pooling: Literal["mean", "cls"], heads: Heads) -> Score
 
     `mean` is over the tokens that are not padding, `cls` takes the first.
     """
-    encoder, info = load("AutoModel", model.path, output_loading_info=True, use_safetensors=True, dtype=model.dtype)
-    lacking = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))  # which is not used
-    if lacking:
-        raise CheckpointError(model.name, f"lacks tensor {lacking[0]!r}", "evaluate a complete model")
+    encoder = load_whole("AutoModel", model, unused="pooler.")
     (weight, place), (bias, _) = heads.need("classifier.weight"), heads.need("classifier.bias")
     encoder = model.on_device(encoder)
     head = nn.Linear(weight.shape[1], weight.shape[0])
@@ -154,6 +151,17 @@ def mean_of_tokens(states: Float[Tensor, "N L H"], mask: Tensor) -> Float[Tensor
     """The mean of each row's states where `mask` (N, L) is 1."""
     weights = mask[..., None].to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def load_whole(auto_class: str, model: Model, unused: str | None = None) -> Any:
+    """A network all of whose tensors the checkpoint has, but for those whose names begin with `unused`."""
+    network, info = load(auto_class, model.path, output_loading_info=True, use_safetensors=True, dtype=model.dtype)
+    lacking = sorted(key for key in info["missing_keys"] if unused is None or not key.startswith(unused))
+    if lacking:
+        raise CheckpointError(
+            model.name, f"lacks tensor {lacking[0]!r}", "evaluate a model that is whole for this task"
+        )
+    return network
 
 
 def load(auto_class: str, path: Path, **options: Any) -> Any:

@@ -18,7 +18,7 @@ from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, r
 from acemerge.evaluation.heads import Heads, find_heads
 from acemerge.evaluation.images import open_images, pixels
 from acemerge.evaluation.metrics import METRICS, bootstrap
-from acemerge.evaluation.models import Model, Scorer, classifier, load, open_model, pooled
+from acemerge.evaluation.models import Model, Scorer, classifier, load_whole, open_model, pooled
 from acemerge.evaluation.perplexity import text_losses
 from acemerge.evaluation.predict import OnBatch, encode, score, score_texts
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
@@ -87,7 +87,7 @@ def _perplexity(model: Model, task: Perplexity, run: Run, on_batch: OnBatch) -> 
     else:
         text = "\n\n".join(as_texts(read_columns(source(task), [task.text])[0], task.data))
     tokens = torch.tensor(model.tokenizer()(text, verbose=False)["input_ids"], dtype=torch.long)
-    network = load("AutoModelForCausalLM", model.path, use_safetensors=True, dtype=model.dtype)
+    network = load_whole("AutoModelForCausalLM", model)
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest and task.context > longest:
         what = f"context {task.context} is over the model's {longest}"

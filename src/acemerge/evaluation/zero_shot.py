@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from acemerge.errors import CheckpointError
-from acemerge.evaluation.models import Inputs, Logits, Model, load, open_model
+from acemerge.evaluation.models import Inputs, Logits, Model, load_whole, open_model
 from acemerge.shapes import Float, Tensor
 
 
@@ -21,7 +21,7 @@ def zero_shot(model: Model, clip: str | None, templates: Sequence[str], names: S
     if whole.config.model_type != "clip":
         what = f"is a {whole.config.model_type}, no whole CLIP"
         raise CheckpointError(whole.name, what, "name the CLIP that it comes from by the task's `clip:`")
-    network = load("CLIPModel", whole.path, use_safetensors=True, dtype=model.dtype)
+    network = load_whole("CLIPModel", whole)
     if whole is not model:
         _put_vision(network, model)
     network = model.on_device(network)
@@ -41,10 +41,8 @@ def _put_vision(network: Any, model: Model) -> None:
     if kind not in ("clip", "clip_vision_model"):
         raise CheckpointError(model.name, f"is a {kind}, no CLIP", "zero_shot is for CLIP and its vision models")
     class_name = "CLIPModel" if kind == "clip" else "CLIPVisionModel"
-    given, info = load(class_name, model.path, use_safetensors=True, dtype=model.dtype, output_loading_info=True)
+    given = load_whole(class_name, model)
     prefix = "vision_model."
-    if info["missing_keys"]:
-        raise CheckpointError(model.name, f"lacks tensor {min(info['missing_keys'])!r}", "evaluate a complete model")
     values = given.vision_model.state_dict() if hasattr(given, "vision_model") else given.state_dict()
     try:
         network.vision_model.load_state_dict({name.removeprefix(prefix): value for name, value in values.items()})
