@@ -13,7 +13,8 @@ from acemerge.errors import UsageError
 from acemerge.evaluation.tasks import Tasks
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.plan import expert_labels
-from acemerge.recipe import MethodSpec, Recipe, make_recipe
+from acemerge.recipe import Recipe, make_recipe
+from acemerge.recipe_parts import MethodSpec
 
 MERGED = "merged"
 
