@@ -23,7 +23,7 @@ def read_yaml(path: Path, what: str, first_keys: str) -> dict[str, Any]:
     try:
         content = yaml.safe_load(files.read_small(path, _MAX_FILE).decode("utf-8"))
     except CheckpointError as failure:
-        raise UsageError(path, failure.what, f"name the {what}'s YAML file") from None
+        raise UsageError(path, failure.what, f"name the YAML file of the {what}") from None
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as failure:
         raise UsageError(path, f"not valid YAML ({' '.join(str(failure).split())[:160]})", "mend the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
