@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, show
+from acemerge import api, cli_evaluation, show
 from acemerge.convert import open_conversion
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.opening import RunOptions, open_recipe
@@ -256,6 +256,9 @@ def demo(
     from acemerge.demo import run_demo
 
     run_demo(out, out_console)
+
+
+cli_evaluation.register(app, out_console, err_console)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -23,6 +23,7 @@ from torch import nn
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.checkpoints.output import HEADS
 from acemerge.errors import AcemergeError, UsageError
+from acemerge.evaluation.models import quiet_transformers
 from acemerge.shapes import Float, Tensor
 
 # ACE's ridge is in units of the squared update, and these updates are far larger than a language model's:
@@ -216,7 +217,7 @@ def run_demo(folder: Path, console: Console) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     data = load_digits()
-    _silence_transformers()
+    quiet_transformers()
     say(f"1,797 handwritten digits from scikit-learn; {_TRAIN:,} to train, {len(data.digits) - _TRAIN} held out")
     make_experts(folder, data, say)
     experts = [scores_of(folder / "experts" / task.name, folder, data)[i] for i, task in enumerate(TASKS)]
@@ -240,10 +241,3 @@ def score_table(rows: Sequence[tuple[str, Sequence[float]]], experts: Sequence[f
         cells = [*scores, sum(scores) / len(scores), normalised]
         table.add_row(name, *(f"{100 * cell:.1f}" for cell in cells))
     return table
-
-
-def _silence_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

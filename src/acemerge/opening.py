@@ -103,7 +103,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
     if options.workers < 1:
         raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
-    devices, max_shard = _devices(options.device), parse_size(options.max_shard_size)
+    devices, max_shard = find_devices(options.device), parse_size(options.max_shard_size)
     if options.push is not None:
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
@@ -195,7 +195,7 @@ def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
             raise UsageError(out, what, "choose a folder of its own for the output")
 
 
-def _devices(name: str) -> tuple[torch.device, ...]:
+def find_devices(name: str) -> tuple[torch.device, ...]:
     """`cpu`, one accelerator by its number, or all of them: `cuda`, and `auto` where there are any."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

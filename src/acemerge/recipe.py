@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.checkpoints.hub import hub_id, locate
+from acemerge.checkpoints.hub import locate
 from acemerge.depth import Stack
-from acemerge.errors import CheckpointError, UsageError, nearest
+from acemerge.errors import UsageError
 from acemerge.mergekit import from_mergekit, is_mergekit
 from acemerge.methods import Method
 from acemerge.recipe_parts import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-
-_MAX_RECIPE = 1 << 20
+from acemerge.settings import Place, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
@@ -138,11 +134,11 @@ def load_recipe(
 
     `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
     """
-    content = _read_yaml(path)
+    content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
     if is_mergekit(content):
         return _from_mergekit(content, path, overrides, method, params)
     if isinstance(content.get("base"), str):
-        content["base"] = _relative_to(path.parent, content["base"])
+        content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
     rule = with_params(method or content.get("method", "ace"), params or {})
@@ -165,7 +161,7 @@ def _from_mergekit(
     def headers(model: str) -> Mapping[str, TensorSpec]:
         return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path, dequantize=True).tensors
 
-    found = from_mergekit(content, path, lambda model: _relative_to(path.parent, model), headers)
+    found = from_mergekit(content, path, lambda model: relative_to(path.parent, model), headers)
     return make_recipe({**found, **overrides}, path)
 
 
@@ -176,34 +172,13 @@ def with_params(method: Any, params: Mapping[str, Any]) -> Any:
     return {**method, **params} if isinstance(method, dict) else method
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(files.read_small(path, _MAX_RECIPE).decode("utf-8"))
-    except CheckpointError as failure:
-        raise UsageError(path, failure.what, "name the recipe's YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as failure:
-        raise UsageError(path, f"not valid YAML ({' '.join(str(failure).split())[:160]})", "mend the file") from None
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UsageError(path, "not a table of keys", "begin with `base:`, `experts:` and `method:`")
-    return content
-
-
 def _locate_expert(folder: Path, expert: Any) -> Any:
     if isinstance(expert, str):
-        return _relative_to(folder, expert)
+        return relative_to(folder, expert)
     if isinstance(expert, dict):
         paths = {key: expert[key] for key in ("model", "adapter") if isinstance(expert.get(key), str)}
-        return expert | {key: _relative_to(folder, path) for key, path in paths.items()}
+        return expert | {key: relative_to(folder, path) for key, path in paths.items()}
     return expert
-
-
-def _relative_to(folder: Path, path: str) -> str:
-    """A path relative to the recipe's folder; a Hub id stays as it is where no such folder exists."""
-    if hub_id(path, folder) is not None:
-        return path
-    with contextlib.suppress(RuntimeError):  # ~nobody: left as it is, to be reported as missing
-        path = str(Path(path).expanduser())
-    return str(folder / path)
 
 
 def parse_settings(settings: list[str]) -> dict[str, Any]:
@@ -235,20 +210,8 @@ def parse_size(text: str) -> int:
 
 
 def _explain(failure: ValidationError, where: object) -> UsageError:
-    """The first problem of a validation, with the nearest right key for a wrong one."""
-    # A misspelt key is also a missing one: say what is there before what is not.
-    first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        model: type[BaseModel] = Recipe
-        for part, owner in (("experts", ExpertSpec), ("rules", TensorRule), ("slices", SliceSpec)):
-            if len(first["loc"]) > 1 and first["loc"][0] == part:
-                model = owner
-        return UsageError(where, f"unknown key {place!r}", nearest(str(first["loc"][-1]), list(model.model_fields)))
-    if first["type"] == "missing":
-        return UsageError(where, f"the key {place!r} is missing", "add it")
-    if first["type"] == "too_short":
-        return UsageError(where, f"{place!r} is empty", "name at least one expert")
-    message = first["msg"].removeprefix("Value error, ")
-    value = str(first["input"])[:60]
-    return UsageError(where, f"{place!r}: {message[0].lower()}{message[1:]}, not {value!r}", "see the README's recipe")
+    def owner(place: Place) -> type[BaseModel]:
+        models: dict[str, type[BaseModel]] = {"experts": ExpertSpec, "rules": TensorRule, "slices": SliceSpec}
+        return models.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
+
+    return explain(failure, where, owner, "name at least one expert", "see the README's recipe")

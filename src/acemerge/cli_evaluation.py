@@ -1,0 +1,106 @@
+"""The commands `evaluate` and `compare`: parsing and printing only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from acemerge import show_evaluation as show
+from acemerge.errors import UsageError
+from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
+from acemerge.evaluation.results import check_free, write_results
+from acemerge.evaluation.run import Run, evaluate
+from acemerge.evaluation.tasks import Tasks, load_tasks
+from acemerge.opening import RunOptions, check_output_apart, find_devices
+from acemerge.plan import expert_labels
+from acemerge.recipe import Recipe, load_recipe, make_recipe
+
+TaskFile = Annotated[Path, typer.Option("--tasks", metavar="TASKS.yaml", help="the tasks, see docs/evaluate.md")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier evaluation and unlike merges")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
+    """Add both commands."""
+
+    def run(models: dict[str, str], tasks: Tasks, out: Path | None, device: str, quiet: bool) -> None:
+        with show.progress(err_console, quiet) as on_progress:
+            found = evaluate(models, Run(tasks, find_devices(device)[0], on_progress, quiet))
+        missing = None if out is None else write_results(found, tasks, models, out)
+        if not quiet:
+            show.evaluation(out_console, found, out, missing)
+
+    @app.command("evaluate")
+    def evaluate_command(
+        model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id")],
+        tasks: TaskFile,
+        out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, table and picture")] = None,
+        device: Device = "cpu",
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Score a model on every task, beside the tasks' own experts."""
+        asked = load_tasks(tasks)
+        if out is not None:
+            check_output_apart(out, [model])
+            check_free(out, overwrite)
+        run(_named([model]), asked, out, device, quiet)
+
+    @app.command("compare")
+    def compare_command(
+        tasks: TaskFile,
+        models: Annotated[
+            list[str] | None, typer.Argument(metavar="[MODEL...] [RECIPE.yaml]", help="models, and a recipe to merge")
+        ] = None,
+        out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for results and merges")] = None,
+        base: Annotated[str | None, typer.Option(help="what all experts come from, in the place of a recipe")] = None,
+        expert: Annotated[list[str] | None, typer.Option("--expert", help="an expert; repeat for each")] = None,
+        methods: Annotated[str | None, typer.Option(help="rules to merge by, as ace,actmat,tsv_m")] = None,
+        device: Device = "cpu",
+        overwrite: Overwrite = False,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Score models side by side; with --methods, merge by each rule first."""
+        if out is None:
+            raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
+        asked, given = load_tasks(tasks), _named([name for name in models or [] if not _is_recipe(name)])
+        recipe = _recipe([name for name in models or [] if _is_recipe(name)], base, expert or [])
+        check_output_apart(out, list(given.values()))
+        check_free(out, overwrite)
+        if (recipe is None) != (methods is None):
+            what, cure = ("--methods is missing", "name rules, as --methods ace,actmat")
+            if recipe is None:
+                what, cure = ("nothing to merge", "give a recipe file, or --base and --expert")
+            raise UsageError("command line", what, cure)
+        if recipe is not None and methods is not None:
+            options = RunOptions(device, overwrite=overwrite, quiet=quiet)
+            recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
+            asked, given = with_experts(asked, recipe), rows(recipe.base, given, folders_of(recipes, out))
+            merge_all(recipes, out, options, lambda text: None if quiet else show.say(err_console, text))
+        elif not given:
+            raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
+        run(given, asked, out, device, quiet)
+
+
+def _named(models: list[str]) -> dict[str, str]:
+    return dict(zip(expert_labels(models), models, strict=True))
+
+
+def _is_recipe(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _recipe(files: list[str], base: str | None, experts: list[str]) -> Recipe | None:
+    keys = {key: value for key, value in {"base": base, "experts": experts}.items() if value}
+    if len(files) > 1:
+        raise UsageError("command line", "two recipes", "give one")
+    if files:
+        return load_recipe(Path(files[0]), keys)
+    return make_recipe(keys, "command line") if keys else None

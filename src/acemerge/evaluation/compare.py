@@ -1,0 +1,68 @@
+"""One recipe merged by several rules, so that the results can be evaluated side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from acemerge.api import run_recipe
+from acemerge.checkpoints.hub import locate
+from acemerge.checkpoints.lora import is_adapter
+from acemerge.errors import UsageError
+from acemerge.evaluation.tasks import Tasks
+from acemerge.opening import RunOptions, open_recipe
+from acemerge.plan import expert_labels
+from acemerge.recipe import Recipe, make_recipe
+from acemerge.recipe_parts import MethodSpec
+
+MERGED = "merged"
+
+
+def by_methods(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
+    """The recipe with each rule; the rule that the recipe names keeps its parameters. UsageError for no rule."""
+    content = recipe.model_dump()
+    specs = {name: recipe.method if name == recipe.method.name else MethodSpec(name=name) for name in methods}
+    return {name: make_recipe({**content, "method": spec}, f"method {name}") for name, spec in specs.items()}
+
+
+def folders_of(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
+    """OUT/merged/METHOD for each method."""
+    return {name: str(out / MERGED / name) for name in recipes}
+
+
+def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
+    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
+    folders = {name: Path(folder) for name, folder in folders_of(recipes, out).items()}
+    for name, recipe in recipes.items():
+        open_recipe(recipe, folders[name], options)
+    for name, recipe in recipes.items():
+        tell(f"merging by {name}")
+        run_recipe(recipe, folders[name], replace(options, resume=True))
+
+
+def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:
+    """The base, the models that were named and those that were merged; UsageError where two have one name."""
+    named = {"base": base} | models
+    for name in merged.keys() & models.keys():
+        raise UsageError(f"model {models[name]}", f"has the name of the rule {name}", "rename its folder")
+    if named["base"] != base:
+        raise UsageError(f"model {named['base']}", "has the name of the recipe's base", "leave it out, or rename it")
+    return named | merged
+
+
+def with_experts(tasks: Tasks, recipe: Recipe) -> Tasks:
+    """Tasks that name no expert get the recipe's expert of their head's name, where there is one.
+
+    An adapter is no model that could be scored alone.
+    """
+    models = [expert.model for expert in recipe.experts]
+    labelled = zip(expert_labels(models), models, strict=True)
+    by_label = {label: m for label, m in labelled if not is_adapter(locate(m, allow_pickle=False, quiet=True).path)}
+    found = [
+        task.model_copy(update={"expert": by_label[task.head_label]})
+        if task.expert is None and task.head_label in by_label
+        else task
+        for task in tasks.tasks
+    ]
+    return tasks.model_copy(update={"tasks": found})

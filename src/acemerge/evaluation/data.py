@@ -1,0 +1,199 @@
+"""Examples from files and data sets, as columns of values. Nothing that is read is ever run."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import contained
+from acemerge.checkpoints.hub import hub_id, in_words
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
+from acemerge.evaluation.tasks import FILE_SUFFIXES, Column
+
+_MAX_FILE = 2 << 30
+Row = Mapping[Column, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, or a data set by its Hub id or folder, with what `datasets` needs to know of it."""
+
+    data: str
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+    """The wanted columns, in that order. UsageError names the file, the row or the column that is wrong."""
+    path = Path(source.data)
+    read = _READERS.get(path.suffix.lower())
+    if read is None:
+        return _from_datasets(source, wanted)
+    rows = list(read(path, wanted))
+    if not rows:
+        raise UsageError(path, "has no examples", "name a file with rows")
+    columns: list[Sequence[Any]] = []
+    for column in wanted:
+        for i, row in enumerate(rows, 1):
+            if row.get(column) is None:
+                found = [key for key in rows[0] if isinstance(key, type(column))]
+                cure = nearest(str(column), [str(key) for key in found]) if i == 1 else "mend the row"
+                raise UsageError(path, f"example {i} has no column {column!r}", cure)
+        columns.append([row[column] for row in rows])
+    return columns
+
+
+def read_text(path: Path) -> str:
+    try:
+        return files.read_small(path, _MAX_FILE).decode("utf-8-sig")
+    except CheckpointError as failure:
+        raise UsageError(path, failure.what, "name a file with the task's data") from None
+    except UnicodeDecodeError:
+        raise UsageError(path, "is not UTF-8", "save it as UTF-8") from None
+
+
+def _delimited(delimiter: str, quoting: Literal[0, 3]) -> Callable[[Path, Sequence[Column]], Iterator[Row]]:
+    def read(path: Path, wanted: Sequence[Column]) -> Iterator[Row]:
+        text = read_text(path)
+        csv.field_size_limit(len(text) + 1)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            # Columns by number: a file without a line of names, as GLUE's CoLA.
+            names = None if all(isinstance(column, int) for column in wanted) else next(lines, [])
+            for cells in lines:
+                if cells:
+                    yield dict(zip(names if names is not None else range(len(cells)), cells, strict=False))
+        except csv.Error as failure:
+            raise UsageError(path, f"line {lines.line_num}: {failure}", "mend the line") from None
+
+    return read
+
+
+def _json_lines(path: Path, wanted: Sequence[Column]) -> Iterator[Row]:
+    for i, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UsageError(path, f"line {i} is no JSON object", "mend the line")
+        yield row
+
+
+# GLUE's TSV files hold bare quotation marks.
+_READERS: dict[str, Callable[[Path, Sequence[Column]], Iterator[Row]]] = {
+    ".csv": _delimited(",", csv.QUOTE_MINIMAL),
+    ".tsv": _delimited("\t", csv.QUOTE_NONE),
+    ".jsonl": _json_lines,
+}
+
+
+def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+    """Columns of a data set on the Hub, or of parquet files here; loading scripts are never run."""
+    table = _load_dataset(source)
+    for column in wanted:
+        if column not in table.column_names:
+            raise UsageError(source.data, f"has no column {column!r}", nearest(str(column), list(table.column_names)))
+    if not len(table):
+        raise UsageError(source.data, "has no examples", "name another split")
+    return [table[column] for column in wanted]
+
+
+def _load_dataset(source: Source) -> Any:
+    path, there = Path(source.data), files.kind(Path(source.data))
+    wanted = None if path.suffix.lower() in FILE_SUFFIXES else hub_id(source.data)
+    if wanted is None and there == "nothing":
+        raise UsageError(path, "no such file or folder", "name the task's data, or a data set on the Hub as org/name")
+    if there == "file" and path.suffix.lower() != ".parquet":
+        raise UsageError(path, "is of no kind that is read", f"use {', '.join(_READERS)}, .parquet or an image folder")
+    datasets = _library()
+    if wanted is not None and source.split is None:
+        raise UsageError(source.data, "its split is not named", "add for example `split: validation`")
+    try:
+        if wanted is not None:
+            revision = source.revision or wanted.revision
+            return datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
+        from pyarrow import parquet
+
+        return datasets.Dataset(parquet.read_table(_parquet_files(path)))  # no copy in a cache
+    except AcemergeError:
+        raise
+    except Exception as failure:  # of whichever of its many parts could not read it
+        raise UsageError(source.data, f"cannot be read ({in_words(failure)})", "check its name and split") from failure
+
+
+def _parquet_files(path: Path) -> list[str]:
+    """The file, or those of the folder in the order of their names."""
+    root = files.resolve(path)
+    if files.kind(root) == "file":
+        return [str(root)]
+    names = [name for name in files.list_folder(root) if name.endswith(".parquet")]
+    if not names:
+        raise UsageError(path, "holds no .parquet files", f"use {', '.join(_READERS)} or .parquet")
+    return [str(contained(root, name)) for name in names]
+
+
+def _library() -> Any:
+    """`datasets` from version 4, which has no loading scripts any more."""
+    try:
+        import datasets
+    except ImportError:
+        what = "datasets is not installed, which reads parquet files and the Hub"
+        raise UsageError("data", what, "pip install 'acemerge[eval]', or use CSV, TSV or JSONL") from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise UsageError("data", f"datasets {datasets.__version__} may run scripts", "pip install 'datasets>=4'")
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def as_texts(values: Sequence[Any], where: object) -> list[str]:
+    for i, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise UsageError(where, f"example {i}: {str(value)[:40]!r} is no text", "name the column that holds text")
+    return list(values)
+
+
+def as_classes(values: Sequence[Any], labels: Sequence[str] | None, where: object) -> npt.NDArray[np.int64]:
+    """Class numbers from 0: the place of each value in `labels`, or the value itself where it is a number."""
+    places = {label: i for i, label in enumerate(labels or ())}
+    by_name = all(str(value) in places for value in values)
+    return np.array([places[str(v)] if by_name else _number(v, i, places, where) for i, v in enumerate(values, 1)])
+
+
+def _number(value: Any, i: int, places: Mapping[str, int], where: object) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or (isinstance(value, float) and value != number):
+        cure = nearest(str(value), list(places)) if places else "list the classes in `labels:`, in the head's order"
+        raise UsageError(where, f"example {i}: {str(value)[:40]!r} is no class", cure)
+    if number < 0:
+        raise UsageError(where, f"example {i} has the label {number}", "a hidden label: use a split that has them")
+    return number
+
+
+def as_numbers(values: Sequence[Any], where: object) -> npt.NDArray[np.float64]:
+    """Targets of a regression, finite."""
+    numbers = []
+    for i, value in enumerate(values, 1):
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not np.isfinite(number):
+            raise UsageError(where, f"example {i}: {str(value)[:40]!r} is no number", "name the column of the targets")
+        numbers.append(number)
+    return np.array(numbers)

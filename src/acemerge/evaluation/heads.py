@@ -1,0 +1,75 @@
+"""Where a task's head is: beside the merged model, in the expert's own checkpoint, or in the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import Checkpoint, contained
+from acemerge.checkpoints.header import read_header
+from acemerge.checkpoints.output import HEADS
+from acemerge.errors import CheckpointError
+from acemerge.shapes import Tensor
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """One place that heads are read from; `name` is shown."""
+
+    name: str
+    tensors: Mapping[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The places to look for a task's head, the first before the next."""
+
+    task: str
+    sources: tuple[HeadSource, ...]
+
+    def find(self, name: str) -> tuple[Tensor, str] | None:
+        """The tensor and where it is from."""
+        for source in self.sources:
+            if name in source.tensors:
+                return source.tensors[name](), source.name
+        return None
+
+    def need(self, name: str) -> tuple[Tensor, str]:
+        found = self.find(name)
+        if found is None:
+            looked = ", ".join(source.name for source in self.sources) or "nowhere"
+            cure = "name the task's `expert:`, or the file in heads/ by `head:`"
+            raise CheckpointError(f"task {self.task}", f"no tensor {name!r} for its head (looked in {looked})", cure)
+        return found
+
+
+def find_heads(task: str, label: str, model: Checkpoint, expert: Checkpoint | None) -> Heads:
+    """Look in the model's `heads/LABEL.safetensors`, else in the expert's checkpoint, then in the model itself.
+
+    With a file of its own, a merged model is taken as it was merged: what of a head the experts share in shape (the
+    dense layer before the last) is in the model, and nothing is the expert's.
+    """
+    beside = _beside(model.path, label)
+    sources = [] if beside is None else [beside]
+    if beside is None and expert is not None:
+        sources.append(_of_checkpoint(f"expert {expert.path.name}", expert))
+    return Heads(task, (*sources, _of_checkpoint("the model itself", model)))
+
+
+def _beside(model: Path, label: str) -> HeadSource | None:
+    root, name = files.resolve(model), f"{HEADS}/{label}.safetensors"
+    if files.kind(root / name) != "file":
+        return None
+    path = contained(root, name)
+    names = [info.spec.name for info in read_header(path)]  # refuses what breaks the format
+    tensors = load_file(path)
+    return HeadSource(name, {key: partial(tensors.__getitem__, key) for key in names})
+
+
+def _of_checkpoint(name: str, checkpoint: Checkpoint) -> HeadSource:
+    return HeadSource(name, {key: partial(checkpoint.read, key) for key in checkpoint.tensors})

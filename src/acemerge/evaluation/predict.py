@@ -1,0 +1,91 @@
+"""Examples through a network, in batches of one length each as nearly as may be; the order stays the examples'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from acemerge.checkpoints.hub import in_words
+from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.evaluation.models import Inputs, Logits
+from acemerge.shapes import Tensor
+
+# Told after every batch: how many examples are done, of how many.
+OnBatch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as token numbers; `cut` counts those that were longer than allowed."""
+
+    rows: Sequence[dict[str, list[int]]]
+    cut: int
+
+
+def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int | None) -> Encoded:
+    """One text for each example, or the two of a pair; cut at `max_length` tokens.
+
+    Without it at 128, as GLUE's own runs do, or at what the model can take.
+    """
+    if max_length is None:
+        max_length = min(128, tokenizer.model_max_length)
+    if max_length > tokenizer.model_max_length:
+        what = f"max_length {max_length} is over the model's {tokenizer.model_max_length}"
+        raise UsageError("tasks", what, "use a smaller max_length")
+    whole = tokenizer(*texts)["input_ids"]
+    kept = tokenizer(*texts, truncation=True, max_length=max_length)
+    rows = [{key: kept[key][i] for key in kept} for i in range(len(whole))]
+    return Encoded(rows, sum(len(ids) > max_length for ids in whole))
+
+
+def score_texts(
+    logits: Logits, tokenizer: Any, encoded: Encoded, batch_size: int, device: torch.device, on_batch: OnBatch
+) -> npt.NDArray[np.float32]:
+    """The scores (N, rows) of every example."""
+    lengths = [len(row["input_ids"]) for row in encoded.rows]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the largest batch first: memory fails at once
+
+    def batch(rows: Sequence[int]) -> Inputs:
+        several = [encoded.rows[i] for i in rows]
+        if len({len(row["input_ids"]) for row in several}) > 1:
+            padded = tokenizer.pad(several, return_tensors="pt")
+            return dict(padded)
+        return {key: torch.tensor([row[key] for row in several]) for key in several[0]}
+
+    return score(logits, batch, order, batch_size, device, on_batch)
+
+
+def score(
+    logits: Logits,
+    batch: Callable[[Sequence[int]], Inputs],
+    order: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+    on_batch: OnBatch,
+) -> npt.NDArray[np.float32]:
+    """The scores of the examples that `order` permutes, in their own order. NumericalError for what is not finite."""
+    parts: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            inputs = {key: value.to(device) for key, value in batch(rows).items()}
+            try:
+                parts.append(logits(inputs).float().cpu())
+            except (IndexError, RuntimeError, ValueError) as failure:
+                if isinstance(failure, torch.OutOfMemoryError):
+                    what = f"a batch of {len(rows)} does not fit"
+                    raise UsageError(f"device {device}", what, "use a smaller batch_size") from failure
+                what = f"the model cannot be given these examples ({in_words(failure)})"
+                raise CheckpointError("tasks", what, "check its tokenizer and max_length") from failure
+            on_batch(start + len(rows), len(order))
+    sorted_scores = torch.cat(parts)
+    scores = torch.empty_like(sorted_scores)
+    scores[torch.tensor(list(order))] = sorted_scores
+    if not scores.isfinite().all():
+        raise NumericalError("tasks", "the model's scores are not finite", "acemerge verify tells if its weights are")
+    return scores.numpy()

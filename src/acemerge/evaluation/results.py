@@ -1,0 +1,46 @@
+"""The files that an evaluation leaves: JSON, a Markdown table and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.writer import PARTIAL, FileWriter
+from acemerge.errors import UsageError
+from acemerge.evaluation.tables import Evaluation, picture
+from acemerge.evaluation.tasks import Tasks
+from acemerge.report.manifest import versions
+
+JSON, TABLE, PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """UsageError where an earlier evaluation would be replaced unasked."""
+    if not overwrite and files.kind(out / JSON) != "nothing":
+        raise UsageError(out, "holds an evaluation", "choose another folder or add --overwrite")
+
+
+def write_results(evaluation: Evaluation, tasks: Tasks, models: dict[str, str], out: Path) -> str | None:
+    """Write the three files, the JSON last; the return says why there is no picture, if there is none."""
+    missing = None
+    contents = {TABLE: evaluation.markdown().encode()}
+    try:
+        contents[PICTURE] = picture(evaluation)
+    except UsageError as failure:  # it is no reason to lose the numbers
+        missing = f"no {PICTURE}: {failure.what}; {failure.cure}"
+    content: dict[str, Any] = evaluation.as_table()
+    content |= {"models": models, "asked": tasks.model_dump(mode="json"), "versions": versions()}
+    contents[JSON] = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+    files.make_folder(out)
+    for name, data in contents.items():
+        writer = FileWriter(out / (name + PARTIAL))
+        try:
+            writer.write(data)
+        except BaseException:
+            writer.close()
+            raise
+        writer.finish()
+        files.rename(out / (name + PARTIAL), out / name)
+    return missing
