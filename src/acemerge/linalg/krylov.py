@@ -1,0 +1,32 @@
+"""The largest singular value of many matrices, from a few products with each."""
+
+from __future__ import annotations
+
+import torch
+
+from acemerge.shapes import Float, Tensor
+
+# A shorter side up to this is done exactly: there a few products save nothing.
+_EXACT = 48
+_WIDTH, _STEPS = 4, 10
+
+
+def spectral_norms(X: Float[Tensor, "P out in"]) -> Float[Tensor, " P"]:
+    """`||X_p||_2` in float64, from below: never too large, too small by a few per cent at most where no direction
+    stands out and by rounding where one does.
+
+    The largest singular value on the Krylov space of `X^T X`, from 4 random directions in 10 steps (Musco and Musco,
+    arXiv 1504.05477): some `90 out in` operations. Exact where a side has 48 or less. The start is always the same.
+    """
+    if min(X.shape[1:]) <= _EXACT:
+        exact: Tensor = torch.linalg.matrix_norm(X.double(), 2)
+        return exact
+    generator = torch.Generator().manual_seed(0)
+    V = torch.randn(X.shape[2], _WIDTH, generator=generator).to(X).expand(len(X), -1, -1)
+    space = []
+    for _ in range(_STEPS):
+        V = torch.linalg.qr(X.mT @ (X @ V)).Q
+        space.append(V)
+    Q = torch.linalg.qr(torch.cat(space, 2).double()).Q  # (P, in, 40)
+    found: Tensor = torch.linalg.matrix_norm((X @ Q.to(X)).double(), 2)
+    return found
