@@ -63,7 +63,7 @@ def of_energies(
     above = [gamma for gamma in gammas if gamma is not None and tau is not None and gamma > tau]
     if above:
         what = f"the experts' energies are heterogeneous (gamma above {tau:g}) in {len(above)} of {len(gammas)} layers"
-        found.append(Advice(what, "ace normalises them there; `--set tau=T` moves the limit"))
+        found.append(Advice(what, "nothing to do: ace normalises them there, and `--set tau=T` moves the limit"))
     return found
 
 
@@ -83,5 +83,5 @@ def of_directions(
         name, lowest = min(opposed, key=lambda layer: layer[1])
         where = f"{len(opposed)} of {len(layers)} layers"
         what = f"experts pull against each other in {where}, most in {name}: cosine {lowest:.2f}"
-        found.append(Advice(what, "try a rule that settles conflicts, as ties or ace, or fewer experts"))
+        found.append(Advice(what, "try a rule that settles conflicts, as ties, or fewer experts"))
     return found

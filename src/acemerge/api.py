@@ -27,7 +27,9 @@ from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe, with_params
 from acemerge.relatedness import check_related
 from acemerge.report.card import model_card
+from acemerge.report.html import check_libraries
 from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
+from acemerge.reporting import write_report
 from acemerge.run import OnProgress, dry_run, find_thresholds, walker, write_heads, write_weights
 from acemerge.thresholds import with_thresholds
 from acemerge.verify import verify
@@ -65,8 +67,8 @@ def merge(
         experts: the same of each expert.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`), `weights` for the
-            experts, and parameters of the rule (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
+            for the experts, and parameters of the rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -97,6 +99,8 @@ def run_opened(
 ) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
     plan, started = opened.plan, time.perf_counter()
+    if options.report:
+        check_libraries()
     if not options.force:
         check_related(plan, opened.base, opened.experts)
     if out is None:
@@ -122,6 +126,8 @@ def run_opened(
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
+    if options.report:
+        write_report(out)
     if options.push is None:
         return MergeReport(out, manifest)
     return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_inspect, show
+from acemerge import api, cli_inspect, cli_report, show
 from acemerge.cli_options import (
     AllowPickle,
     AsLora,
@@ -32,6 +32,7 @@ from acemerge.cli_options import (
     Push,
     Quiet,
     RecipeFile,
+    Report,
     Resume,
     Scale,
     Seed,
@@ -109,6 +110,7 @@ def _merging_command(action: Action) -> None:
         nonfinite: Nonfinite = None,
         as_lora: AsLora = None,
         push: Push = None,
+        report: Report = False,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
@@ -127,7 +129,18 @@ def _merging_command(action: Action) -> None:
         }
         asked = asked_recipe(recipe, keys, method, settings)
         options = RunOptions(
-            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, dequantize, force, quiet, push
+            device,
+            max_shard_size,
+            workers,
+            overwrite,
+            resume,
+            max_memory,
+            allow_pickle,
+            dequantize,
+            force,
+            quiet,
+            push,
+            report,
         )
         action(asked, out, options, quiet)
 
@@ -153,6 +166,7 @@ def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) ->
 _merging_command(_merge)
 _merging_command(_plan)
 cli_inspect.register(app, out_console, err_console)
+cli_report.register(app, out_console, err_console)
 
 
 @app.command()

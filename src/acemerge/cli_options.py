@@ -57,6 +57,7 @@ Push = Annotated[
     str | None,
     typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),
 ]
+Report = Annotated[bool, typer.Option("--report", help="write OUT/report.html too; reads the models once more")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-from acemerge.linalg.krylov import spectral_norms
+from acemerge.linalg.gram import symmetric_product
+from acemerge.linalg.krylov import leading_values, spectral_norms
 from acemerge.shapes import Float, Tensor
 
 _BLOCK = 1 << 18  # entries of an expert that are widened at once
+_WHOLE_SPECTRUM = 1024  # up to this shorter side all singular values, beyond it
+_LEADING = 32  # so many
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,16 @@ def stable_ranks(energies: Float[Tensor, " T"], squared_norms: Float[Tensor, " T
     For a stack of matrices the mean over them, weighted by their squared norms.
     """
     return energies / squared_norms
+
+
+def spectrum(D: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
+    """Singular values, descending, in float64: all where the shorter side is at most 1024, else the 32 largest.
+
+    All come from the eigenvalues of the smaller Gram matrix: below 1e-8 of the largest they are rounding.
+    """
+    if min(D.shape) > _WHOLE_SPECTRUM:
+        return leading_values(D, _LEADING).cpu()
+    X = D.double()
+    gram = symmetric_product(X if X.shape[0] >= X.shape[1] else X.T)
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0).sqrt().cpu()
