@@ -24,6 +24,7 @@ from acemerge.errors import AcemergeError, UsageError, WriteError
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
+PICTURE = "merge.svg"  # of the card
 REPORT = "report.html"  # made of a finished output, no part of it
 HEADS = "heads"
 MASKS = "masks"
@@ -164,7 +165,7 @@ def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith((f"{HEADS}/", f"{MASKS}/")):
         return name.endswith(".safetensors")
-    return name in (MANIFEST, CARD, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
+    return name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
 
 @contextlib.contextmanager
