@@ -9,7 +9,9 @@ from jaxtyping import install_import_hook
 
 FAMILIES = ("ace", "actmat", "election", "elementwise", "factors", "fusion", "lora", "masks", "mergekit_sum")
 FAMILIES += ("mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")
-install_import_hook(["acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype")
+install_import_hook(
+    ["acemerge.inspection", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype"
+)
 
 from pathlib import Path  # noqa: E402
 

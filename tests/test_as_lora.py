@@ -111,7 +111,7 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     assert f"adapter of 2 layers, rank 2, {manifest['share_lost']:.2%} of the energy lost in all" in said
     assert "3 tensors changed that a LoRA of linear layers cannot hold" in said
     assert {file.name for file in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", "acemerge.json"
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "merge.svg", "acemerge.json"
     }  # fmt: skip
     assert load_file(out / "adapter_model.safetensors").keys() == stored_names(manifest)
     assert manifest["recipe"]["as_lora"] == 2

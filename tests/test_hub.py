@@ -36,7 +36,7 @@ def test_only_what_a_merge_needs_is_fetched(
     assert hub.fetched == {"model.safetensors", *ASSETS}
     acemerge.merge(plain.root / "base", [plain.root / f"e{i}" for i in (1, 2, 3)], out="local")
     assert Path("out/model.safetensors").read_bytes() == Path("local/model.safetensors").read_bytes()
-    assert contents(Path("out")).keys() == {"model.safetensors", "README.md", "acemerge.json", *ASSETS}
+    assert contents(Path("out")).keys() == {"model.safetensors", "README.md", "merge.svg", "acemerge.json", *ASSETS}
 
 
 def test_the_manifest_names_the_commits(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def shelf(plain: PlainModel, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_shell_examples(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = [line for block in blocks("shell") for line in block.splitlines() if line.startswith("acemerge")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         with pytest.raises(SystemExit) as stop:
             main(shlex.split(command, comments=True)[1:])

@@ -87,7 +87,7 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     _put_files(experts[1], (*ASSETS, *NO_ASSETS))
     acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
-    assert written == {*ASSETS, "model.safetensors", "README.md", "acemerge.json"}
+    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json"}
     assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
     manifest = verify(tmp_path / "out")
     assert manifest["outputs"].keys() >= set(ASSETS)

@@ -15,7 +15,7 @@ from acemerge.checkpoints.assets import TEMPLATES
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
-from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
+from acemerge.checkpoints.output import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
@@ -27,8 +27,13 @@ from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe, with_params
 from acemerge.relatedness import check_related
 from acemerge.report.card import model_card
+from acemerge.report.html import check_libraries
 from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
-from acemerge.run import OnProgress, dry_run, find_thresholds, walker, write_heads, write_weights
+from acemerge.report.origin import origin_of
+from acemerge.report.picture import shares_picture
+from acemerge.report.shares import layer_shares
+from acemerge.reporting import write_report
+from acemerge.run import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
 from acemerge.thresholds import with_thresholds
 from acemerge.verify import verify
 
@@ -65,8 +70,8 @@ def merge(
         experts: the same of each expert.
         method: a rule's name, or a table with `name` and its parameters.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`), `weights` for the
-            experts, and parameters of the rule (`eps=1e-4`).
+            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
+            for the experts, and parameters of the rule (`eps=1e-4`).
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
@@ -97,6 +102,8 @@ def run_opened(
 ) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
     plan, started = opened.plan, time.perf_counter()
+    if options.report:
+        check_libraries()
     if not options.force:
         check_related(plan, opened.base, opened.experts)
     if out is None:
@@ -122,6 +129,8 @@ def run_opened(
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
+    if options.report:
+        write_report(out)
     if options.push is None:
         return MergeReport(out, manifest)
     return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))
@@ -144,7 +153,7 @@ def _write(
                 output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
             else:
                 _write_assets(opened, output)
-            output.write_bytes(CARD, model_card(plan, records).encode())
+            _write_card(opened, records, output)
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
         journal.close()
@@ -156,6 +165,15 @@ def _write(
         for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
     return build_manifest(plan, records, inputs, output.written, 0.0)
+
+
+def _write_card(opened: Opened, records: Records, output: OutputFolder) -> None:
+    plan = opened.plan
+    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
+    shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
+    if shares:
+        output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
+    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode())
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

@@ -6,16 +6,47 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_evaluation, show
+from acemerge import api, cli_evaluation, cli_inspect, cli_report, show
+from acemerge.cli_options import (
+    AllowPickle,
+    AsLora,
+    Base,
+    ComputeDtype,
+    Debug,
+    Dequantize,
+    Device,
+    Dtype,
+    Experts,
+    Force,
+    MaxMemory,
+    MethodName,
+    Nonfinite,
+    Out,
+    Overwrite,
+    PolicyOption,
+    Push,
+    Quiet,
+    RecipeFile,
+    Report,
+    Resume,
+    Scale,
+    Seed,
+    Settings,
+    ShardSize,
+    SplitQkv,
+    VocabularyOption,
+    Workers,
+    asked_recipe,
+)
 from acemerge.convert import open_conversion
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.opening import RunOptions, open_recipe
-from acemerge.recipe import Recipe, load_recipe, make_recipe, parse_settings
+from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
 from acemerge.verify import verify as verify_folder
 
@@ -29,55 +60,6 @@ app = typer.Typer(
 # Nobody reads a pipe at 80 columns.
 out_console = Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
 err_console = Console(stderr=True)
-
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
-Base = Annotated[str | None, typer.Option(help="folder or Hub id (org/name@revision) that all experts come from")]
-Experts = Annotated[list[str] | None, typer.Option("--expert", help="an expert's folder or Hub id; repeat for each")]
-MethodName = Annotated[str | None, typer.Option(help="merge rule, see `acemerge methods` [default: ace]")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the rule")]
-Scale = Annotated[float | None, typer.Option(help="factor on the merged update [default: the rule's own]")]
-PolicyOption = Annotated[Literal["default", "paper"] | None, typer.Option(help="which tensors get the rule")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="output folder")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
-ComputeDtype = Annotated[Literal["float32", "float64"] | None, typer.Option(help="type of the arithmetic")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"] | None,
-    typer.Option(help="type of the output [default: the base's]"),
-]
-ShardSize = Annotated[str, typer.Option(help="largest output file")]
-Workers = Annotated[int, typer.Option(help="tensors computed at once")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the output folder holds")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
-]
-Dequantize = Annotated[
-    bool, typer.Option("--dequantize", help="also read weights in fp8, with their scales, as the values they stand for")
-]
-SplitQkv = Annotated[
-    bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
-]
-VocabularyOption = Annotated[
-    str | None,
-    typer.Option("--vocabulary", help="refuse other vocabularies, or match tokens: refuse, base or union"),
-]
-Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
-MaxMemory = Annotated[
-    str | None, typer.Option(help="memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
-]
-Seed = Annotated[int | None, typer.Option(help="seed of the rules that use chance")]
-Nonfinite = Annotated[
-    Literal["error", "skip-expert"] | None, typer.Option(help="what to do about NaN or infinity in an expert")
-]
-AsLora = Annotated[
-    int | None, typer.Option(metavar="RANK", help="write one LoRA adapter of this rank instead of a model")
-]
-Push = Annotated[
-    str | None,
-    typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 def _print_version(asked: bool) -> None:
@@ -128,6 +110,7 @@ def _merging_command(action: Action) -> None:
         nonfinite: Nonfinite = None,
         as_lora: AsLora = None,
         push: Push = None,
+        report: Report = False,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
@@ -144,17 +127,20 @@ def _merging_command(action: Action) -> None:
             "vocabulary": vocabulary,
             "as_lora": as_lora,
         }
-        given = {key: value for key, value in keys.items() if value not in (None, [])}
-        params = parse_settings(settings or [])
-        if recipe is not None:
-            asked = load_recipe(recipe, given, method, params)
-        else:
-            for key, option in (("base", "--base"), ("experts", "--expert")):
-                if key not in given:
-                    raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
-            asked = make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
+        asked = asked_recipe(recipe, keys, method, settings)
         options = RunOptions(
-            device, max_shard_size, workers, overwrite, resume, max_memory, allow_pickle, dequantize, force, quiet, push
+            device,
+            max_shard_size,
+            workers,
+            overwrite,
+            resume,
+            max_memory,
+            allow_pickle,
+            dequantize,
+            force,
+            quiet,
+            push,
+            report,
         )
         action(asked, out, options, quiet)
 
@@ -179,6 +165,8 @@ def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) ->
 
 _merging_command(_merge)
 _merging_command(_plan)
+cli_inspect.register(app, out_console, err_console)
+cli_report.register(app, out_console, err_console)
 
 
 @app.command()

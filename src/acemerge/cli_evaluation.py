@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from acemerge import show_evaluation as show
+from acemerge.cli_options import Debug, Device, Quiet
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
@@ -19,10 +20,7 @@ from acemerge.plan import expert_labels
 from acemerge.recipe import Recipe, load_recipe, make_recipe
 
 TaskFile = Annotated[Path, typer.Option("--tasks", metavar="TASKS.yaml", help="the tasks, see docs/evaluate.md")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier evaluation and unlike merges")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:

@@ -49,6 +49,7 @@ class RunOptions:
     force: bool = False
     quiet: bool = False
     push: str | None = None
+    report: bool = False
 
 
 @dataclass(frozen=True)

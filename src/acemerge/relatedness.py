@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -20,15 +21,31 @@ _LEAST_COSINE = 0.1
 _MOST_CHANGE = 0.5
 
 
-def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
-    """Refuse an expert whose layers have nothing of the base's.
+@dataclass(frozen=True)
+class Relation:
+    """How near an expert is to the base: `cosine` of their weights, `change` relative to the base's norm."""
 
-    Over the first rows of some layers: `cos = <W_t, W_0> / (||W_t|| ||W_0||)` near zero and `||W_t - W_0|| / ||W_0||`
-    comparable to one. Zeros alone tell nothing, and an adapter has no layers to compare. Raises CheckpointError with
-    the figures.
+    label: str
+    cosine: float
+    change: float
+
+    @property
+    def is_stranger(self) -> bool:
+        """Whether the expert's layers have nothing of the base's."""
+        return self.cosine < _LEAST_COSINE and self.change > _MOST_CHANGE
+
+    @property
+    def figures(self) -> str:
+        return f"cosine {self.cosine:.2f}, difference {self.change:.2f} times the base's norm"
+
+
+def relations(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[Relation]:
+    """Over the first rows of some layers: `<W_t, W_0> / (||W_t|| ||W_0||)` and `||W_t - W_0|| / ||W_0||`.
+
+    Zeros alone tell nothing, and an adapter has no layers to compare: these experts are passed over.
     """
     sampled: dict[tuple[str, ...], Tensor] = {}
-    for i, (label, expert) in enumerate(zip(plan.experts, experts, strict=True)):
+    for i, expert in enumerate(experts):
         jobs = _layers(plan, i) if is_whole(expert) else []
         if not jobs:
             continue
@@ -38,10 +55,16 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
         norms = (W0.norm() * Wt.norm()).item()
         if not norms > 0 or norms == float("inf"):  # the merge itself tells what is not finite, and where
             continue
-        cosine, change = (W0 @ Wt).item() / norms, ((Wt - W0).norm() / W0.norm()).item()
-        if cosine < _LEAST_COSINE and change > _MOST_CHANGE:
-            what = f"does not come from this base: cosine {cosine:.2f}, difference {change:.2f} times the base's norm"
-            raise CheckpointError(f"expert {label}", what, "name its own base, or merge all the same with --force")
+        yield Relation(plan.experts[i], (W0 @ Wt).item() / norms, ((Wt - W0).norm() / W0.norm()).item())
+
+
+def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -> None:
+    """CheckpointError with the figures for an expert whose layers have nothing of the base's."""
+    for relation in relations(plan, base, experts):
+        if relation.is_stranger:
+            what = f"does not come from this base: {relation.figures}"
+            cure = "name its own base, or merge all the same with --force"
+            raise CheckpointError(f"expert {relation.label}", what, cure)
 
 
 def _layers(plan: Plan, expert: int) -> list[Job]:

@@ -80,7 +80,7 @@ def _lines(console: Console) -> OnProgress:
         last = now
         left = (done.bytes_total - done.bytes_done) / max(speed, 1)
         stage = "" if done.stage == "merge" else f"{done.stage}: "
-        _say(console, f"{stage}{done.done}/{done.total} tensors, {size(speed)}/s, {left:.0f} s left, {done.name}")
+        say(console, f"{stage}{done.done}/{done.total} tensors, {size(speed)}/s, {left:.0f} s left, {done.name}")
 
     return on_progress
 
@@ -106,26 +106,26 @@ def merge_summary(console: Console, report: MergeReport) -> None:
     counts = Counter(f"{record['rule']}" for record in report.tensors.values())
     rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
     total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    _say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
+    say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
     unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
     for status, count in unusual.most_common():
-        _say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
+        say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
     for label, adapter in manifest.get("adapters", {}).items():
-        _say(console, f"expert {label}: {adapter}")
+        say(console, f"expert {label}: {adapter}")
     for who, about in manifest.get("dequantized", {}).items():
-        _say(console, f"{who}: dequantised, {about}")
+        say(console, f"{who}: dequantised, {about}")
     for warning in manifest["warnings"]:
-        _say(console, f"warning: {warning}")
+        say(console, f"warning: {warning}")
     if "stored" in manifest:
         _adapter(console, report)
-    _say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
     if report.pushed:
-        _say(console, f"uploaded to {report.pushed}")
+        say(console, f"uploaded to {report.pushed}")
 
 
 def converted(console: Console, report: MergeReport) -> None:
     total = sum(entry["bytes"] for entry in report.manifest["outputs"].values())
-    _say(console, f"{report.out}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
+    say(console, f"{report.out}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
 
 
 _STATUS = {
@@ -137,19 +137,19 @@ _STATUS = {
 
 def plan(console: Console, plan: Plan) -> None:
     rows = [(job.name, "x".join(map(str, job.spec.shape)), job.role.name, job.rule, job.reason) for job in plan.jobs]
-    _table(console, ("tensor", "shape", "role", "rule", "why"), rows)
+    table(console, ("tensor", "shape", "role", "rule", "why"), rows)
     for label, heads in zip(plan.experts, plan.heads, strict=True):
         for head in heads:
-            _say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
-    _say(console, f"\nroles from {plan.roles_source}")
+            say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
+    say(console, f"\nroles from {plan.roles_source}")
     for label, adapter in plan.adapters.items():
-        _say(console, f"expert {label}: {adapter}")
+        say(console, f"expert {label}: {adapter}")
     for who, about in plan.dequantized.items():
-        _say(console, f"{who}: to be dequantised, {about}")
+        say(console, f"{who}: to be dequantised, {about}")
     for warning in plan.warnings:
-        _say(console, f"warning: {warning}")
+        say(console, f"warning: {warning}")
     read = size(plan.bytes_read + plan.bytes_reread)
-    _say(
+    say(
         console,
         f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
         f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
@@ -162,7 +162,7 @@ def extracted(console: Console, report: MergeReport) -> None:
         for name, record in report.tensors.items()
         if record["energy"] or name in report.manifest["stored"]
     ]
-    _table(console, ("tensor", "energy of its difference", "lost"), rows)
+    table(console, ("tensor", "energy of its difference", "lost"), rows)
     _adapter(console, report)
 
 
@@ -172,19 +172,19 @@ def _adapter(console: Console, report: MergeReport) -> None:
     inside = manifest["stored"]
     outside = sum(record["energy"] > 0 for name, record in report.tensors.items() if name not in inside)
     if outside:
-        _say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
+        say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
     for label, heads in manifest["heads"].items():
         for name in heads:
-            _say(console, f"warning: {name} is not in the adapter: kept in heads/{label}.safetensors")
+            say(console, f"warning: {name} is not in the adapter: kept in heads/{label}.safetensors")
     lost = f"{manifest['share_lost']:.2%} of the energy lost in all"
     rank = manifest["recipe"]["as_lora"]
-    _say(console, f"{report.out}: adapter of {len(inside)} layers, rank {rank}, {lost}")
+    say(console, f"{report.out}: adapter of {len(inside)} layers, rank {rank}, {lost}")
 
 
 def verified(console: Console, out: Path, manifest: Mapping[str, Any]) -> None:
     files = manifest["outputs"]
     total = size(sum(entry["bytes"] for entry in files.values()))
-    _say(console, f"{out}: {len(files)} files, {len(manifest['tensors'])} tensors, {total}, all as written")
+    say(console, f"{out}: {len(files)} files, {len(manifest['tensors'])} tensors, {total}, all as written")
 
 
 def methods(console: Console, name: str | None) -> None:
@@ -198,25 +198,28 @@ def methods(console: Console, name: str | None) -> None:
             )
             for rule in METHODS.values()
         ]
-        _table(console, ("rule", "parameters", "what it does", "source"), rows)
+        table(console, ("rule", "parameters", "what it does", "source"), rows)
         return
     if name not in METHODS:
         raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
     rule = METHODS[name]
-    _say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
-    _table(console, ("parameter", "default", "meaning"), _parameters(rule))
+    say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
+    table(console, ("parameter", "default", "meaning"), _parameters(rule))
 
 
-def _table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[str] = ()
+) -> None:
+    """A plain table; `numeric` columns stand at the right."""
+    grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        grid.add_column(column, overflow="fold", justify="right" if column in numeric else "left")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    console.print(table)
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    console.print(grid)
 
 
-def _say(console: Console, text: str) -> None:
+def say(console: Console, text: str) -> None:
     """Plain text: names from files are never read as markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 

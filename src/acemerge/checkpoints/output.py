@@ -24,6 +24,8 @@ from acemerge.errors import AcemergeError, UsageError, WriteError
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
+PICTURE = "merge.svg"  # of the card
+REPORT = "report.html"  # made of a finished output, no part of it
 HEADS = "heads"
 MASKS = "masks"
 SIDE_FOLDERS = (HEADS, MASKS, TEMPLATES)
@@ -138,7 +140,7 @@ class OutputFolder:
         earlier = self._outputs_of(MANIFEST + OLD) if MANIFEST in old else set()
         placing = MANIFEST in old or MANIFEST + PARTIAL in listing
         for name in listing:
-            if placing and is_output(name) and (name in old or name not in earlier):
+            if placing and name != REPORT and is_output(name) and (name in old or name not in earlier):
                 files.rename(self.path / name, self.path / (name + PARTIAL))
         for name in sorted(old, key=lambda name: name == MANIFEST):
             files.rename(self.path / (name + OLD), self.path / name)
@@ -163,7 +165,7 @@ def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith((f"{HEADS}/", f"{MASKS}/")):
         return name.endswith(".safetensors")
-    return name in (MANIFEST, CARD, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
+    return name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
 
 @contextlib.contextmanager

@@ -1,1 +1,1 @@
-"""What a run says of itself: the manifest and the model card."""
+"""What a run says of itself: the manifest, the model card and the page."""

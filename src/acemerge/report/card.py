@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ import yaml
 
 from acemerge.as_lora import share_lost
 from acemerge.checkpoints.hub import parse_id
+from acemerge.checkpoints.output import PICTURE
 from acemerge.jobs import Plan
+from acemerge.methods import METHODS
+from acemerge.report.origin import Origin, common_license
+from acemerge.report.shares import total_energies
 
 _LOAD = (
     "## Load",
@@ -25,35 +29,27 @@ _LOAD = (
 )
 
 
-def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown with the Hub's metadata, the recipe, what was done and how to load it."""
+def model_card(
+    plan: Plan, records: Mapping[str, Mapping[str, Any]], origins: Sequence[Origin] = (), picture: bool = False
+) -> str:
+    """Markdown with the Hub's metadata, what was done, how to load it, the recipe and what to cite.
+
+    `origins` are those of the base and then every expert; with `picture` the card shows the one beside it.
+    """
     if not plan.experts:
         return _conversion_card(plan)
     method = plan.recipe.method.model_dump(mode="json")
     recipe = {"method": method, **plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method"})}
-    metadata: dict[str, Any] = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
-    if plan.is_adapter:
-        metadata |= {"library_name": "peft", "base_model_relation": "adapter"}
-        metadata |= {"base_model": _base(plan)} if parse_id(plan.recipe.base) else {}
-    counts = Counter(record["rule"] for record in records.values())
-    done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
-    heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
-    masked = any(job.method and job.method.needs.masks for job in plan.jobs)
     lines = [
         "---",
-        yaml.safe_dump(metadata, sort_keys=False).strip(),
+        yaml.safe_dump(_metadata(plan, origins), sort_keys=False).strip(),
         "---",
         "",
         f"# {_title(plan)}",
         "",
-        f"Made with acemerge from the base `{_base(plan)}` and the experts "
-        + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
-        + ".",
-        f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
-        *([f"It lacks {share_lost(records.values()):.2%} of the merged update's energy."] if plan.is_adapter else []),
-        *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
-        *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
+        *_done(plan, records),
         "",
+        *([f"![Share of the update's energy, by layer and expert]({PICTURE})", ""] if picture else []),
         *(_load_adapter(plan) if plan.is_adapter else _LOAD),
         "## Recipe",
         "",
@@ -61,8 +57,58 @@ def model_card(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> str:
         yaml.safe_dump(recipe, sort_keys=False).strip(),
         "```",
         "",
+        *_citations(records),
     ]
     return "\n".join(lines)
+
+
+def _metadata(plan: Plan, origins: Sequence[Origin]) -> dict[str, Any]:
+    """What the Hub reads: only what is known, and a licence only where all have it."""
+    metadata: dict[str, Any] = {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}
+    repos = list(dict.fromkeys(origin.repo for origin in origins if origin.repo))
+    if plan.is_adapter:
+        metadata |= {"library_name": "peft", "base_model_relation": "adapter"}
+        metadata |= {"base_model": origins[0].repo} if origins and origins[0].repo else {}
+    elif repos:
+        metadata["base_model"] = repos
+    found = common_license(origins)
+    return metadata | ({"license": found} if found else {})
+
+
+def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was done, and what lies beside the model."""
+    counts = Counter(record["rule"] for record in records.values())
+    done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
+    energies = dict(zip(plan.experts, total_energies(plan.experts, records), strict=True))
+    total, largest = sum(energies.values()), max(energies, key=lambda label: energies[label])
+    heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
+    masked = any(job.method and job.method.needs.masks for job in plan.jobs)
+    several = len(plan.experts) > 1 and total > 0
+    share = f"Of the updates' energy, {energies[largest] / total:.0%} are `{largest}`'s." if several else ""
+    return [
+        f"Made with acemerge, without data, from the base `{_base(plan)}` and the experts "
+        + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
+        + ".",
+        f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
+        *([share] if share else []),
+        *([f"It lacks {share_lost(records.values()):.2%} of the merged update's energy."] if plan.is_adapter else []),
+        *(["Each expert's masks lie in `masks/`; `acemerge.expert_weights` gives it back."] if masked else []),
+        *([f"Task heads of {', '.join(f'`{h}`' for h in heads)} lie unmerged in `heads/`."] if heads else []),
+    ]
+
+
+def _citations(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sources of the rules that made a tensor."""
+    used = sorted({record["rule"] for record in records.values()} & METHODS.keys())
+    if not used:
+        return []
+    return ["## Cite", "", *(f"- `{rule}`: {_source(METHODS[rule].source)}" for rule in used), ""]
+
+
+def _source(source: str) -> str:
+    """With a link where it is on arXiv."""
+    number = source.removeprefix("arXiv ")
+    return source if number == source else f"[{source}](https://arxiv.org/abs/{number})"
 
 
 def _title(plan: Plan) -> str:

@@ -32,8 +32,17 @@ class _File(TypedDict):
     bytes: int
 
 
+class _Input(TypedDict):
+    path: str
+    files: dict[str, _File]
+
+
 class _Needed(TypedDict):
     """What readers of a manifest rely on."""
+
+    inputs: NotRequired[list[_Input]]
+    versions: NotRequired[dict[str, str]]
+    warnings: NotRequired[list[str]]
 
     stored: NotRequired[dict[str, list[str]]]  # of an adapter
     experts: list[str]

@@ -1,0 +1,87 @@
+"""What a look at the experts warns of, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import sqrt
+
+from acemerge.inspection import Sums
+from acemerge.relatedness import Relation
+from acemerge.shapes import Float, Tensor
+
+# An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
+_DOMINATES = 4.0
+# Updates are the same up to this share of their energy: a difference of 0.1 %.
+_SAME = 1e-6
+_OPPOSED = -0.1
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A warning and its cure; what a plan warns of has none."""
+
+    what: str
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.cure}" if self.cure else self.what
+
+
+def of_origin(relations: Iterable[Relation]) -> list[Advice]:
+    """Experts that do not come from this base."""
+    cure = "name its own base, or leave it out"
+    return [
+        Advice(f"expert {relation.label} does not come from this base: {relation.figures}", cure)
+        for relation in relations
+        if relation.is_stranger
+    ]
+
+
+def of_energies(
+    labels: Sequence[str], energies: Sequence[float], gammas: Sequence[float | None] = (), tau: float | None = None
+) -> list[Advice]:
+    """Experts without an update, one that dominates, layers above ACE's tau where that is the rule."""
+    found = [
+        Advice(
+            f"expert {label} is frozen: it is the base itself",
+            "leave it out, or check that its folder is the right one",
+        )
+        for label, energy in zip(labels, energies, strict=True)
+        if energy == 0
+    ]
+    active = [(label, energy) for label, energy in zip(labels, energies, strict=True) if energy > 0]
+    for label, energy in active:
+        others = [other for name, other in active if name != label]
+        if not others or energy < _DOMINATES * sum(others) / len(others):
+            continue
+        mean, share = sum(others) / len(others), energy / sum(energies)
+        what = f"expert {label} dominates: {share:.0%} of the energy, {energy / mean:.1f} times the others'"
+        cure = f"give it a weight of {sqrt(mean / energy):.2f}: where a rule adds updates, it is then as long as theirs"
+        found.append(Advice(what, cure))
+    above = [gamma for gamma in gammas if gamma is not None and tau is not None and gamma > tau]
+    if above:
+        what = f"the experts' energies are heterogeneous (gamma above {tau:g}) in {len(above)} of {len(gammas)} layers"
+        found.append(Advice(what, "nothing to do: ace normalises them there, and `--set tau=T` moves the limit"))
+    return found
+
+
+def of_directions(
+    labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Float[Tensor, "T T"]]]
+) -> list[Advice]:
+    """Experts that are the same, and layers where two pull against each other; `layers` are names and cosines."""
+    found, n = [], total.energies.tolist()
+    for s, t in combinations(range(len(labels)), 2):
+        apart = n[s] + n[t] - 2 * float(total.products[s, t])
+        if n[s] > 0 and n[t] > 0 and apart <= _SAME * min(n[s], n[t]):
+            what = f"experts {labels[s]} and {labels[t]} are the same, to 0.1 % of their updates"
+            found.append(Advice(what, "leave one out, or it counts twice"))
+    opposed = [(name, float(cosines.nan_to_num(0).min())) for name, cosines in layers]
+    opposed = [(name, lowest) for name, lowest in opposed if lowest < _OPPOSED]
+    if opposed:
+        name, lowest = min(opposed, key=lambda layer: layer[1])
+        where = f"{len(opposed)} of {len(layers)} layers"
+        what = f"experts pull against each other in {where}, most in {name}: cosine {lowest:.2f}"
+        found.append(Advice(what, "try a rule that settles conflicts, as ties, or fewer experts"))
+    return found

@@ -1,0 +1,31 @@
+"""`acemerge report`: the page of a finished merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from acemerge.cli_options import Debug, Quiet
+from acemerge.show import progress, say
+
+
+def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
+    """Add the command."""
+
+    @app.command()
+    def report(
+        out: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")],
+        target: Annotated[Path | None, typer.Option("-o", "--out", help="the page [default: OUT/report.html]")] = None,
+        quiet: Quiet = False,
+        debug: Debug = False,
+    ) -> None:
+        """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
+        from acemerge.reporting import write_report
+
+        with progress(err_console, quiet) as on_progress:
+            path = write_report(out, target, on_progress)
+        if not quiet:
+            say(out_console, f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")

@@ -1,0 +1,112 @@
+"""What task vectors look like beside each other: energies, directions, agreement, rank. Pure functions on tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from acemerge.linalg.gram import symmetric_product
+from acemerge.linalg.krylov import leading_values, spectral_norms
+from acemerge.shapes import Float, Tensor
+
+_BLOCK = 1 << 18  # entries of an expert that are widened at once
+_WHOLE_SPECTRUM = 1024  # up to this shorter side all singular values, beyond it
+_LEADING = 32  # so many
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the entries of T task vectors, in float64: those of pieces, and of tensors, add up.
+
+    `products` (T, T) are `<D_s, D_t>`; `base` is `||W_0||_F^2`; `magnitude` is `sum |D_tij|` over experts and entries
+    and `left` is `sum_ij |sum_t D_tij|`, what is left of it when the experts are added.
+    """
+
+    products: Float[Tensor, "T T"]
+    base: float
+    magnitude: float
+    left: float
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.products + other.products,
+            self.base + other.base,
+            self.magnitude + other.magnitude,
+            self.left + other.left,
+        )
+
+    @property
+    def energies(self) -> Float[Tensor, " T"]:
+        """`n_t = ||D_t||_F^2`."""
+        return self.products.diagonal()
+
+    @property
+    def shares(self) -> Float[Tensor, " T"]:
+        """`n_t / sum_s n_s`; zero where nothing changed."""
+        total = self.energies.sum()
+        return self.energies / total if total > 0 else torch.zeros_like(self.energies)
+
+    @property
+    def distances(self) -> Float[Tensor, " T"]:
+        """`||D_t||_F / ||W_0||_F`; infinite from a base of zeros, NaN where nothing changed it either."""
+        return (self.energies / self.base).sqrt() if self.base else self.energies.sqrt() / 0
+
+    @property
+    def cosines(self) -> Float[Tensor, "T T"]:
+        """`<D_s, D_t> / (||D_s|| ||D_t||)`; NaN for an expert without an update."""
+        norms = self.energies.sqrt()
+        return (self.products / torch.outer(norms, norms)).clamp(-1, 1)
+
+    @property
+    def cancelled(self) -> float:
+        """The share of the experts' magnitude that is lost when they are added: `1 - left / magnitude`.
+
+        0 where all signs agree, `1 - 1 / sqrt(T)` for independent normal updates of one size, 1 where they undo each
+        other.
+        """
+        return max(0.0, 1 - self.left / self.magnitude) if self.magnitude else 0.0
+
+
+def sums(deltas: Float[Tensor, "T *shape"], W0: Float[Tensor, "*shape"]) -> Sums:
+    """The sums of one tensor, or of a piece of it; accumulated in float64, block by block."""
+    T, flat, W = len(deltas), deltas.reshape(len(deltas), -1), W0.reshape(-1)
+    products = torch.zeros(T, T, dtype=torch.float64, device=deltas.device)
+    scalars = torch.zeros(3, dtype=torch.float64, device=deltas.device)
+    for D, base in zip(flat.split(_BLOCK, 1), W.split(_BLOCK), strict=True):
+        D, base = D.double(), base.double()
+        products.addmm_(D, D.T)
+        scalars += torch.stack([base @ base, D.abs().sum(), D.sum(0).abs().sum()])
+    return Sums(products.cpu(), *scalars.tolist())
+
+
+def nothing(experts: int) -> Sums:
+    """The sums of no tensor."""
+    return Sums(torch.zeros(experts, experts, dtype=torch.float64), 0.0, 0.0, 0.0)
+
+
+def squared_norms(deltas: Float[Tensor, "T *slices out in"]) -> Float[Tensor, " T"]:
+    """`||D_t||_2^2`, summed over the matrices of a stack; see `spectral_norms` for how exact."""
+    found = [spectral_norms(D.reshape(-1, *D.shape[-2:])).square().sum() for D in deltas]
+    return torch.stack(found).cpu()
+
+
+def stable_ranks(energies: Float[Tensor, " T"], squared_norms: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+    """`||D_t||_F^2 / ||D_t||_2^2`: 1 for one direction, r for r equal ones, never above the rank; NaN without update.
+
+    For a stack of matrices the mean over them, weighted by their squared norms.
+    """
+    return energies / squared_norms
+
+
+def spectrum(D: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
+    """Singular values, descending, in float64: all where the shorter side is at most 1024, else the 32 largest.
+
+    All come from the eigenvalues of the smaller Gram matrix: below 1e-8 of the largest they are rounding.
+    """
+    if min(D.shape) > _WHOLE_SPECTRUM:
+        return leading_values(D, _LEADING).cpu()
+    X = D.double()
+    gram = symmetric_product(X if X.shape[0] >= X.shape[1] else X.T)
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp_min(0).sqrt().cpu()

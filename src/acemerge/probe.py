@@ -1,0 +1,155 @@
+"""A look back at a finished merge: its inputs and its output read once more, for what the manifest does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acemerge.applying import apply
+from acemerge.checkpoints import files
+from acemerge.checkpoints.folder import contained
+from acemerge.compute import task_vectors
+from acemerge.errors import AcemergeError, UsageError
+from acemerge.inspection import Sums, nothing, spectrum, sums
+from acemerge.jobs import Job, Piece, pieces
+from acemerge.methods.ace import Ace
+from acemerge.opening import Opened, RunOptions, open_recipe
+from acemerge.recipe import Recipe, make_recipe
+from acemerge.run import OnProgress, walker
+from acemerge.shapes import Float, Tensor
+from acemerge.survey import FULL
+from acemerge.work import Loaded, Place, Values, Work
+
+BEFORE = "before refinement"
+_MATRICES = ("linear", "conv1d")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was seen of one tensor. `sums` are the experts'; `merged` (T + 1,) are `<D_t, M>` and then `<M, M>` for
+    the merged update M; `spectra` are singular values by expert, "merged" and, where the rule refined, before that.
+    """
+
+    sums: Sums
+    merged: Float[Tensor, " T_1"]
+    spectra: Mapping[str, Float[Tensor, " k"]] = field(default_factory=dict)
+
+    @property
+    def agreement(self) -> Float[Tensor, " T"]:
+        """The cosine between the merged update and each expert's; NaN where one of them is zero."""
+        norms = (self.sums.energies * self.merged[-1]).sqrt()
+        return (self.merged[:-1] / norms).clamp(-1, 1)
+
+    def __add__(self, other: Probe) -> Probe:
+        return Probe(self.sums + other.sums, self.merged + other.merged, {**self.spectra, **other.spectra})
+
+
+@dataclass(frozen=True)
+class LookBack:
+    """What was seen of every tensor that a rule merged."""
+
+    experts: tuple[str, ...]
+    tensors: Mapping[str, Probe]
+
+    @property
+    def total(self) -> Probe:
+        T = len(self.experts)
+        zero = Probe(nothing(T), torch.zeros(T + 1, dtype=torch.float64))
+        return replace(sum(self.tensors.values(), zero), spectra={})
+
+
+def look_back(out: Path, manifest: Mapping[str, Any], on_progress: OnProgress = lambda _: None) -> LookBack:
+    """Read base, experts and output once. AcemergeError where they are not there any more, or are not the same."""
+    recipe = _recipe(manifest)
+    options = RunOptions(quiet=True, dequantize=bool(manifest.get("dequantized")))
+    opened = open_recipe(recipe, None, options)
+    # The output as one more expert: its update is the merged one.
+    experts = [{"model": expert.model} for expert in recipe.experts]
+    content = {"base": recipe.base, "experts": [*experts, {"model": str(out)}], "method": FULL.name}
+    beside = open_recipe(make_recipe(content, "report"), None, options)
+    refined = _refined(opened, manifest)
+    tensors: dict[str, Probe] = {}
+    jobs = [replace(job, method=FULL) for job in beside.plan.jobs if job.method]
+    with beside.pipeline(1, hashing=False) as (pipeline, _):
+        walk = walker(pipeline, "report", on_progress)
+        parts = (piece for job in jobs for piece in pieces(job, not _is_matrix(job)))
+        for seen in walk(parts, _looking(beside, opened, refined)):
+            for name, probe in seen:
+                tensors[name] = tensors[name] + probe if name in tensors else probe
+    return LookBack(tuple(manifest["experts"]), tensors)
+
+
+def _recipe(manifest: Mapping[str, Any]) -> Recipe:
+    """The recipe with its models where they were found, if they are still there and of the same size."""
+    origins = [entry["path"] for entry in manifest["inputs"]]
+    for entry in manifest["inputs"]:
+        folder = Path(entry["path"])
+        if files.kind(folder) == "nothing":
+            cure = "run it where the merge was run, with its models in folders"
+            raise UsageError(entry["path"], "is not there", cure)
+        for name, about in entry["files"].items():
+            path = contained(files.resolve(folder), name) if files.kind(folder) == "folder" else folder
+            if files.kind(path) != "file" or files.fingerprint(path)[0] != about["bytes"]:
+                raise UsageError(path, "is not what was merged", "put the models back that the manifest names")
+    content = dict(manifest["recipe"])
+    given = [{**expert, "model": origin} for expert, origin in zip(content["experts"], origins[1:], strict=True)]
+    recipe = make_recipe({**content, "base": origins[0], "experts": given}, "manifest")
+    if recipe.vocabulary != "refuse":
+        raise UsageError("vocabulary", "rows are matched by token", "look at the experts with acemerge inspect")
+    return recipe
+
+
+def _is_matrix(job: Job) -> bool:
+    return job.role.name in _MATRICES and len(job.spec.shape) == 2 and job.spec.count > 0
+
+
+def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Job]:
+    """The jobs whose rule refined its result, as they were before that."""
+    found = {}
+    for job in opened.plan.jobs:
+        if isinstance(job.method, Ace) and manifest["tensors"].get(job.name, {}).get("refined"):
+            found[job.name] = replace(job, method=replace(job.method, ablation="E3"))
+    return found
+
+
+def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Job]) -> Work[list[tuple[str, Probe]]]:
+    def work(loaded: Loaded, place: Place) -> list[tuple[str, Probe]]:
+        seen = ((piece.job.name, _probe(piece, values, beside, opened, refined, place)) for piece, values in loaded)
+        return [(name, probe) for name, probe in seen if probe is not None]
+
+    return work
+
+
+def _probe(
+    piece: Piece, values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Job], place: Place
+) -> Probe | None:
+    job, labels = piece.job, opened.plan.experts
+    T = len(labels)
+    with place.space((T + 2, *piece.shape), job.compute_dtype) as space:
+        W0 = space[T + 1].copy_(values.take((0, job.name)))
+        deltas, _, used = task_vectors(piece, values, beside.setting, W0, space[: T + 1])
+        if len(used) <= T:  # a part of a model has no say in what it lacks
+            return None
+        products = sums(deltas, W0).products[-1]
+        own = sums(deltas[:T], W0)
+        if not _is_matrix(job):
+            return Probe(own, products)
+        spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), deltas, strict=True)}
+        if job.name in refined:
+            result = apply(refined[job.name], deltas[:T], W0, range(T), opened.setting)
+            spectra[BEFORE] = spectrum(result.delta)
+        return Probe(own, products, spectra)
+
+
+def try_to_look_back(
+    out: Path, manifest: Mapping[str, Any], on_progress: OnProgress = lambda _: None
+) -> tuple[LookBack | None, str]:
+    """What was seen, or why it could not be."""
+    try:
+        return look_back(out, manifest, on_progress), ""
+    except AcemergeError as failure:
+        return None, str(failure)

@@ -1,0 +1,44 @@
+"""Whose update is how large, layer by layer: from what the manifest says of each tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+Records = Mapping[str, Mapping[str, Any]]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer in a tensor's name: its first part that is one."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def energies_of(record: Mapping[str, Any], labels: Sequence[str]) -> list[float] | None:
+    """One for each expert; nothing where some were left out."""
+    found = record.get("energies")
+    if not isinstance(found, list) or len(found) != len(labels):
+        return None
+    return [float(x) if isinstance(x, int | float) else 0.0 for x in found]
+
+
+def total_energies(labels: Sequence[str], records: Records) -> list[float]:
+    """Every expert's over all tensors."""
+    rows = [row for record in records.values() if (row := energies_of(record, labels))]
+    return [sum(column) for column in zip(*rows, strict=True)] if rows else [0.0] * len(labels)
+
+
+def layer_shares(labels: Sequence[str], records: Records) -> dict[str, list[float]]:
+    """Every expert's share of the energy of each layer; what has no layer's number is `rest`, at the end."""
+    sums: dict[int | None, list[float]] = {}
+    for name, record in records.items():
+        energies = energies_of(record, labels)
+        if energies:
+            before = sums.setdefault(layer_of(name), [0.0] * len(labels))
+            sums[layer_of(name)] = [a + b for a, b in zip(before, energies, strict=True)]
+    ordered = sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
+    shares = {layer: [energy / sum(row) for energy in row] for layer, row in ordered if sum(row) > 0}
+    return {"rest" if layer is None else str(layer): row for layer, row in shares.items()}

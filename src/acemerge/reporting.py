@@ -1,0 +1,44 @@
+"""Writes the report of a finished merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.output import REPORT
+from acemerge.checkpoints.writer import PARTIAL, FileWriter
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.probe import try_to_look_back
+from acemerge.report.facts import page_facts
+from acemerge.report.html import check_libraries, html_page
+from acemerge.report.manifest import load_manifest
+from acemerge.run import OnProgress
+
+
+def write_report(out: str | Path, target: str | Path | None = None, on_progress: OnProgress = lambda _: None) -> Path:
+    """Write the page to `target`, `OUT/report.html` by default, and return its path.
+
+    The models that were merged are read once more, where they are still there, for cosines, conflict and spectra;
+    where they are not the page says so. Raises UsageError without the extra `report`, CheckpointError for a folder
+    that is not finished, WriteError.
+    """
+    check_libraries()
+    out = Path(out)
+    if files.kind(files.resolve(out)) != "folder":
+        raise CheckpointError(out, "no such folder", "name a folder that acemerge wrote")
+    manifest = load_manifest(out)
+    if not (manifest["experts"] and manifest.get("inputs") and isinstance(manifest["recipe"].get("method"), dict)):
+        raise UsageError(out, "is no merge", "name the output folder of a merge")
+    seen, why_not = try_to_look_back(out, manifest, on_progress)
+    page = html_page(page_facts(manifest, seen, why_not)).encode()
+    path = out / REPORT if target is None else Path(target)
+    beside = path.with_name(path.name + PARTIAL)
+    writer = FileWriter(beside)
+    try:
+        writer.write(page)
+    except BaseException:
+        writer.close()
+        raise
+    writer.finish()
+    files.rename(beside, path)
+    return path

@@ -1,0 +1,194 @@
+"""A look at experts before they are merged: one pass over all tensors, a layer in memory at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from acemerge.advice import Advice, of_directions, of_energies, of_origin
+from acemerge.compute import task_vectors
+from acemerge.inspection import Sums, nothing, squared_norms, stable_ranks, sums
+from acemerge.jobs import Job, Piece, pieces
+from acemerge.methods import make
+from acemerge.methods.ace import Ace, heterogeneity
+from acemerge.opening import Opened
+from acemerge.relatedness import relations
+from acemerge.run import OnProgress, walker
+from acemerge.shapes import Float, Tensor
+from acemerge.work import Loaded, Place, Setting, Values, Work
+
+_MATRICES = ("linear", "conv1d", "experts")
+# A rule to count memory by: one that looks at full task vectors, entry by entry, whatever adapters are given by.
+FULL = make("breadcrumbs", {})
+
+
+@dataclass(frozen=True)
+class View:
+    """One tensor's task vectors. `squared_norms` (T,) are there for the weights of linear layers alone."""
+
+    job: Job
+    sums: Sums
+    squared_norms: Float[Tensor, " T"] | None
+
+    @property
+    def gamma(self) -> float | None:
+        """ACE's heterogeneity over the experts that changed it; None for fewer than two."""
+        n = self.sums.energies
+        return heterogeneity(n[n > 0])
+
+    @property
+    def stable_ranks(self) -> list[float | None] | None:
+        if self.squared_norms is None:
+            return None
+        return numbers(stable_ranks(self.sums.energies, self.squared_norms))
+
+    def table(self, labels: Sequence[str]) -> dict[str, Any]:
+        """As `--json` has it."""
+        changed = bool(self.sums.energies.any())
+        return {
+            "name": self.job.name,
+            "shape": list(self.job.spec.shape),
+            "role": self.job.role.name,
+            "rule": self.job.rule,
+            "energies": self.sums.energies.tolist(),
+            "distances": numbers(self.sums.distances),
+            "stable_ranks": self.stable_ranks,
+            "cosines": [numbers(row) for row in self.sums.cosines],
+            "cancelled": self.sums.cancelled,
+            "gamma": self.gamma,
+            "dominating": labels[int(self.sums.energies.argmax())] if changed else None,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was seen of every tensor that a rule will merge; `passed_over` are those whose rows are matched by token."""
+
+    base: str
+    experts: tuple[str, ...]
+    views: tuple[View, ...]
+    passed_over: tuple[str, ...]
+    advice: tuple[Advice, ...]
+
+    @cached_property
+    def total(self) -> Sums:
+        """Over all tensors."""
+        return sum((view.sums for view in self.views), nothing(len(self.experts)))
+
+    @cached_property
+    def stable_ranks(self) -> list[float | None]:
+        """Every expert's median over the layers that it changed; None where there is none."""
+        rows = [view.stable_ranks for view in self.views if view.squared_norms is not None]
+        columns = ([row[t] for row in rows if row and row[t] is not None] for t in range(len(self.experts)))
+        return [sorted(column)[len(column) // 2] if column else None for column in columns]  # type: ignore[type-var]
+
+    @property
+    def in_conflict(self) -> list[View]:
+        """The layers that lose most when the experts are added, those that lose anything."""
+        found = [view for view in self.views if view.squared_norms is not None and view.sums.cancelled > 0]
+        return sorted(found, key=lambda view: -view.sums.cancelled)
+
+    def table(self) -> dict[str, Any]:
+        """As `--json` has it."""
+        total = self.total
+        facts = zip(
+            self.experts,
+            total.energies.tolist(),
+            total.shares.tolist(),
+            numbers(total.distances),
+            self.stable_ranks,
+            total.cosines,
+            strict=True,
+        )
+        return {
+            "base": self.base,
+            "experts": [
+                {
+                    "name": label,
+                    "energy": energy,
+                    "share": share,
+                    "distance": distance,
+                    "stable_rank": rank,
+                    "cosines": dict(zip(self.experts, numbers(cosines), strict=True)),
+                }
+                for label, energy, share, distance, rank, cosines in facts
+            ],
+            "layers": [view.table(self.experts) for view in self.views],
+            "passed_over": list(self.passed_over),
+            "warnings": [{"what": advice.what, "cure": advice.cure} for advice in self.advice],
+        }
+
+
+def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: None) -> Inspection:
+    """Read every tensor once and look at the task vectors; experts count as they are, without their weights.
+
+    Raises CheckpointError for what is not finite, unless the recipe leaves such experts out.
+    """
+    plan = opened.plan
+    merged = [job for job in plan.jobs if job.method]
+    jobs = {job.name: job for job in merged if not job.vocabulary}
+    # A matrix is seen whole for its norm; whether an expert is left out is only known when all was seen.
+    split = plan.recipe.nonfinite == "error"
+    views: dict[str, View] = {}
+    with opened.pipeline(workers, hashing=False) as (pipeline, _):
+        walk = walker(pipeline, "inspect", on_progress)
+        whole = (replace(job, method=FULL) for job in jobs.values())
+        parts = (piece for job in whole for piece in pieces(job, split and not _is_matrix(job)))
+        for seen in walk(parts, _looking(opened.setting)):
+            for view in seen:
+                before = views.get(view.job.name)
+                views[view.job.name] = replace(view, sums=view.sums + before.sums) if before else view
+    found = tuple(replace(view, job=jobs[name]) for name, view in views.items())
+    passed_over = tuple(job.name for job in merged if job.vocabulary)
+    seen_all = Inspection(plan.recipe.base, plan.experts, found, passed_over, ())
+    return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
+
+
+def _is_matrix(job: Job) -> bool:
+    return job.role.name in _MATRICES and len(job.spec.shape) > 1
+
+
+def _looking(setting: Setting) -> Work[list[View]]:
+    def work(loaded: Loaded, place: Place) -> list[View]:
+        return [_view(piece, values, setting, place) for piece, values in loaded]
+
+    return work
+
+
+def _view(piece: Piece, values: Values, setting: Setting, place: Place) -> View:
+    """An expert that is left out here counts as one without an update."""
+    job, T = piece.job, len(setting.labels)
+    with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
+        W0 = space[T].copy_(values.take((0, job.name)))
+        deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
+        seen = sums(deltas, W0)
+        norms = squared_norms(deltas) if _is_matrix(job) and deltas.numel() else None
+    if len(used) == T:
+        return View(job, seen, norms)
+    products = torch.zeros(T, T, dtype=torch.float64)
+    products[torch.tensor(used)[:, None], torch.tensor(used)] = seen.products
+    if norms is not None:
+        norms = torch.zeros(T, dtype=torch.float64).index_copy(0, torch.tensor(used), norms)
+    return View(job, replace(seen, products=products), norms)
+
+
+def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
+    plan, labels, total = opened.plan, seen.experts, seen.total
+    method = plan.recipe.method
+    tau = next((job.method.tau for job in plan.jobs if isinstance(job.method, Ace)), Ace().tau)
+    gammas = [view.gamma for view in seen.views if view.squared_norms is not None]
+    layers = [(view.job.name, view.sums.cosines) for view in seen.views if view.squared_norms is not None]
+    found = [Advice(warning, "") for warning in plan.warnings]
+    found += of_origin(relations(plan, opened.base, opened.experts))
+    found += of_energies(labels, total.energies.tolist(), gammas, tau if method.name == "ace" else None)
+    return found + of_directions(labels, total, layers)
+
+
+def numbers(values: Float[Tensor, " T"]) -> list[float | None]:
+    """Plain numbers, None for what is not finite."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
