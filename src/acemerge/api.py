@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import TEMPLATES
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.output import CARD, MANIFEST, OutputFolder, output_folder
@@ -189,8 +188,8 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
     model that the recipe names. Both know of tokens that were added.
     """
     base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
-    if any(name.startswith(TEMPLATES) for name in owner.assets):
-        files.make_folder(output.path / TEMPLATES)
+    for folder in sorted({name.split("/")[0] for name in owner.assets if "/" in name}):
+        files.make_folder(output.path / folder)
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:
             output.write_bytes(name, with_added(owner, vocabulary.added))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert
@@ -109,9 +110,10 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     labels = expert_labels([model.name for model in located[1:]])
     models, roles, notes = _matched(base, wrapped, labels)
     base, experts = models[0], tuple(models[1:])
-    _check_assets(recipe.assets, dict(zip(labels, experts, strict=True)))
+    owner = _assets_owner(recipe.assets, base, dict(zip(labels, experts, strict=True)))
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, models))
-    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
+    taken_on = _unmerged_modules(recipe.assets, owner)
+    plan = replace(plan, warnings=(*notes, *taken_on, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
     return Opened(plan, roles, base, experts, origins, devices, max_shard, budget(plan, limit))
@@ -156,15 +158,23 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _check_assets(wanted: str, experts: Mapping[str, Checkpoint]) -> None:
-    """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
+def _unmerged_modules(wanted: str, owner: Checkpoint) -> list[str]:
+    """A note on each module behind the transformer that would have to be merged, too."""
+    whose = "the base" if wanted == "base" else f"expert {wanted}"
+    modules = module_weights(owner.assets)
+    return [f"{name} has weights of its own, which are not merged: the output has those of {whose}" for name in modules]
+
+
+def _assets_owner(wanted: str, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Checkpoint:
+    """The model that the output's tokenizer is to come from; UsageError when it is not there or has none."""
     if wanted == "base":
-        return
+        return base
     if wanted not in experts:
         raise UsageError("assets", f"{wanted!r} is none of the models", f"use base or one of: {', '.join(experts)}")
     if not set(experts[wanted].assets) - {CONFIG}:
         what = f"expert {wanted} has no tokenizer, template or processor files"
         raise UsageError("assets", what, "copy them into its folder, or name another model")
+    return experts[wanted]
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
