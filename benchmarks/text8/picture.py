@@ -23,7 +23,7 @@ def draw(rows: Sequence[tuple[str, Mapping[str, float]]], experts: Mapping[str, 
     axes.axvline(100, color="0.4", linewidth=0.8)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(left=min(40.0, *(min(found) for found in shares)) - 2)
+    axes.set_xlim(left=0)
     axes.set_xlabel("accuracy, % of the expert's own (bar: mean over tasks)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(file, dpi=150)
