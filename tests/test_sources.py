@@ -70,8 +70,13 @@ ASSETS = (
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
     "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja",
     "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja",
+    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json",
+    "2_Dense/model.safetensors",
 )  # fmt: skip
-NO_ASSETS = ("processing.py", "training_args.bin", "additional_chat_templates/evil.py", "notes.jinja", "more/rag.jinja")
+NO_ASSETS = (
+    *("processing.py", "training_args.bin", "additional_chat_templates/evil.py", "notes.jinja", "more/rag.jinja"),
+    *("2_Dense/pytorch_model.bin", "2_Dense/module.py", "3_Training/config.json"),
+)
 
 
 def _put_files(folder: Path, names: tuple[str, ...]) -> Path:
@@ -85,7 +90,9 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     base, experts = PlainModel(tmp_path).save()
     _put_files(base, ("tokenizer.json", "preprocessor_config.json", "additional_chat_templates/base.jinja"))
     _put_files(experts[1], (*ASSETS, *NO_ASSETS))
-    acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
+    report = acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
+    unmerged = "2_Dense has weights of its own, which are not merged: the output has those of expert e2"
+    assert unmerged in report.manifest["warnings"]
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json"}
     assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
@@ -96,6 +103,7 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     assert [path.name for path in templates.iterdir()] == ["base.jinja"]  # none is left of the earlier output
     acemerge.merge(experts[0], experts[1:], out=tmp_path / "out", overwrite=True)
     assert not templates.exists()
+    assert not (tmp_path / "out" / "1_Pooling").exists()
 
 
 def test_templates_by_a_link_are_no_part_of_the_folder(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from acemerge.as_lora import adapter_config
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import TEMPLATES
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
@@ -214,8 +213,8 @@ def _write_assets(opened: Opened, output: OutputFolder) -> None:
     model that the recipe names. Both know of tokens that were added.
     """
     base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
-    if any(name.startswith(TEMPLATES) for name in owner.assets):
-        files.make_folder(output.path / TEMPLATES)
+    for folder in sorted({name.split("/")[0] for name in owner.assets if "/" in name}):
+        files.make_folder(output.path / folder)
     template = _template(opened)
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:

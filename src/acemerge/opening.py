@@ -11,6 +11,7 @@ import torch
 
 from acemerge.as_lora import as_adapter
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
@@ -115,7 +116,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")
     applied = dict(zip(recipe.adapters, located[len(recipe.models) :], strict=True))
     labels = expert_labels([applied.get(i, located[i]).name for i in range(1, len(recipe.models))])
-    _check_assets(recipe, labels, models)
+    owner = _assets_owner(recipe, labels, opened)
     experts, unwrapping = _unwrapped(base, models, labels)
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
@@ -125,7 +126,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching)
+    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
     plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
@@ -175,15 +176,23 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _check_assets(recipe: Recipe, labels: Sequence[str], experts: Sequence[Checkpoint]) -> None:
-    """UsageError when the output's tokenizer is to come from a model that is not there or has none."""
+def _unmerged_modules(wanted: str, owner: Checkpoint) -> list[str]:
+    """A note on each module behind the transformer that would have to be merged, too."""
+    whose = "the base" if wanted == "base" else f"expert {wanted}"
+    modules = module_weights(owner.assets)
+    return [f"{name} has weights of its own, which are not merged: the output has those of {whose}" for name in modules]
+
+
+def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkpoint]) -> Checkpoint:
+    """The model that the output's tokenizer is to come from; UsageError when it is not there or has none."""
     number = recipe.assets_number(labels)
     if number is None:
         what = f"{recipe.assets!r} is none of the models"
         raise UsageError("assets", what, f"use base or one of: {', '.join(labels)}")
-    if number and not set(experts[number - 1].assets) - {CONFIG}:
+    if number and not set(models[number].assets) - {CONFIG}:
         what = f"expert {labels[number - 1]} has no tokenizer, template or processor files"
         raise UsageError("assets", what, "copy them into its folder, or name another model")
+    return models[number]
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:

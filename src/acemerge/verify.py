@@ -9,7 +9,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
-from acemerge.checkpoints.output import HEADS, OLD, SIDE_FOLDERS
+from acemerge.checkpoints.output import HEADS, OLD, side_folders
 from acemerge.checkpoints.writer import PARTIAL
 from acemerge.errors import CheckpointError
 from acemerge.finite import check_finite
@@ -29,7 +29,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")
     manifest = load_manifest(folder)
     outputs = manifest["outputs"]
-    for name in _model_files(folder):
+    for name in _model_files(root):
         if name not in outputs:
             raise CheckpointError(folder / name, "is not in the manifest", "remove it, or merge again")
     for name, expected in outputs.items():
@@ -40,8 +40,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 def _model_files(folder: Path) -> list[str]:
     """The files that a reader would take for a part of the model; not those of an unfinished run beside it."""
-    beside = [side for side in SIDE_FOLDERS if files.kind(folder / side) == "folder"]
-    extra = [f"{side}/{name}" for side in beside for name in files.list_folder(folder / side)]
+    extra = [f"{side}/{name}" for side in side_folders(folder) for name in files.list_folder(folder / side)]
     extra = [name for name in extra if not name.endswith((PARTIAL, OLD))]
     return [name for name in files.list_folder(folder) if is_model_file(name)] + extra
 

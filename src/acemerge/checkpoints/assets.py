@@ -1,4 +1,6 @@
-"""What a model's folder holds beside its weights: configuration, tokenizer, templates and processor files."""
+"""What a model's folder holds beside its weights: configuration, tokenizer, templates and processor files, and the
+modules that sentence-transformers puts behind a model.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +11,41 @@ from pathlib import Path
 from acemerge.checkpoints import files
 
 # Templates beside the one that a tokenizer uses when it is not told which.
-TEMPLATES = "additional_chat_templates"
+_TEMPLATES = "additional_chat_templates"
+# What `modules.json` puts behind a transformer: 1_Pooling, 2_Dense, ...
+_MODULE = (
+    r"\d{1,2}_(Pooling|WeightedLayerPooling|SpladePooling|TokenPooling|Dense|Normalize|LayerNorm|Dropout"
+    r"|SparseAutoEncoder|MultiVectorMask|LogitScore)"
+)
+_FOLDER = re.compile(rf"{_TEMPLATES}|{_MODULE}")
 # Never code, never pickles.
 _ASSET = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|vocab_\w+"
     r"|preprocessor_config|processor_config|image_processor_config|video_preprocessor_config|chat_template"
-    r"|config_sentence_transformers|sentence_bert_config|normalizer|encoder|entity_vocab|tekken)\.json"
+    r"|modules|config_sentence_transformers|sentence_bert_config|normalizer|encoder|entity_vocab|tekken)\.json"
     r"|vocab\.txt|merges\.txt|bpe\.codes|vocab\.bpe|chat_template\.jinja"
-    rf"|{TEMPLATES}/[\w-][\w.-]*\.jinja"
+    rf"|{_TEMPLATES}/[\w-][\w.-]*\.jinja"
+    rf"|{_MODULE}/(config\.json|model\.safetensors)"
     r"|tokenizer\.model|spiece\.model|spm\.model|sentencepiece(\.bpe)?\.model|source\.spm|target\.spm"
 )
 
 
 def is_asset(name: str) -> bool:
-    """Whether a file of this name, in a folder or in that of its templates, is one that a model needs."""
+    """Whether a file of this name, in a model's folder or in a folder therein, is one that the model needs."""
     return _ASSET.fullmatch(name) is not None
 
 
-def with_templates(root: Path, names: Sequence[str]) -> list[str]:
-    """The names in a folder, and of its templates by their paths. A link to other templates is not followed."""
-    if TEMPLATES not in names or files.kind(root / TEMPLATES) != "folder":
-        return list(names)
-    return [*names, *(f"{TEMPLATES}/{name}" for name in files.list_folder(root / TEMPLATES))]
+def is_asset_folder(name: str) -> bool:
+    """Whether a folder of this name in a model's own may hold such files."""
+    return _FOLDER.fullmatch(name) is not None
+
+
+def with_asset_folders(root: Path, names: Sequence[str]) -> list[str]:
+    """The names in a folder, and by their paths those in its folders of assets. Links to folders are not followed."""
+    found = [name for name in names if is_asset_folder(name) and files.kind(root / name) == "folder"]
+    return [*names, *(f"{folder}/{name}" for folder in found for name in files.list_folder(root / folder))]
+
+
+def module_weights(assets: Sequence[str]) -> list[str]:
+    """The modules that have weights of their own."""
+    return [name.split("/")[0] for name in assets if name.endswith("/model.safetensors")]

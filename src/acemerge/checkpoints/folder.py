@@ -12,7 +12,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
-from acemerge.checkpoints.assets import is_asset, with_templates
+from acemerge.checkpoints.assets import is_asset, with_asset_folders
 from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.pickles import read_pickle
@@ -158,7 +158,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
             places[name] = info
     if kind.index in names:
         _check_index(root, places, kind)
-    assets = tuple(name for name in with_templates(root, names) if is_asset(name) and _is_file(root, name))
+    assets = tuple(name for name in with_asset_folders(root, names) if is_asset(name) and _is_file(root, name))
     float8 = find_float8(config, places, root)
     tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
     plain = {key: value for key, value in config.items() if key != QUANTISATION}

