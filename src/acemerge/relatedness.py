@@ -42,8 +42,11 @@ class Relation:
 def relations(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -> Iterator[Relation]:
     """Over the first rows of some layers: `<W_t, W_0> / (||W_t|| ||W_0||)` and `||W_t - W_0|| / ||W_0||`.
 
-    Zeros alone tell nothing, and an adapter has no layers to compare: these experts are passed over.
+    Zeros alone tell nothing, and an adapter has no layers to compare: these experts are passed over. So are all where
+    a recipe puts layers together that were not one in a common base.
     """
+    if plan.recipe.slices:
+        return
     sampled: dict[tuple[str, ...], Tensor] = {}
     for i, expert in enumerate(experts):
         jobs = _layers(plan, i) if is_whole(expert) else []
