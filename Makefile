@@ -21,7 +21,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# Every attack at its full count: about a quarter of an hour on two cores.
+# Every attack at its full count: about half an hour on two cores.
 torture: setup
 	$(VENV)/bin/python -m attacks
 
