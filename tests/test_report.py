@@ -72,7 +72,7 @@ def many(tensors: int, experts: int) -> tuple[dict[str, Any], LookBack]:
         values = torch.rand(64, generator=generator).double().sort(descending=True).values
         curves = dict.fromkeys([*labels, "merged", BEFORE], values)
         probes[name] = Probe(
-            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors)), torch.ones(experts + 1).double(), curves
+            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors), 4096), torch.ones(experts + 1).double(), curves
         )
     manifest = {
         "created": "2026-01-01", "versions": {"acemerge": "0"}, "seconds": 1.0, "experts": labels, "tensors": records,

@@ -9,13 +9,13 @@ from math import sqrt
 
 from acemerge.inspection import Sums
 from acemerge.relatedness import Relation
-from acemerge.shapes import Float, Tensor
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
 _DOMINATES = 4.0
 # Updates are the same up to this share of their energy: a difference of 0.1 %.
 _SAME = 1e-6
 _OPPOSED = -0.1
+_CHANCE = 4.0  # how many times the spread of unrelated updates' cosine, 1 / sqrt(entries), is no chance
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,16 @@ def of_energies(
     return found
 
 
-def of_directions(
-    labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Float[Tensor, "T T"]]]
-) -> list[Advice]:
-    """Experts that are the same, and layers where two pull against each other; `layers` are names and cosines."""
+def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:
+    """Experts that are the same, and layers where two pull against each other; `layers` are names and sums."""
     found, n = [], total.energies.tolist()
     for s, t in combinations(range(len(labels)), 2):
         apart = n[s] + n[t] - 2 * float(total.products[s, t])
         if n[s] > 0 and n[t] > 0 and apart <= _SAME * min(n[s], n[t]):
             what = f"experts {labels[s]} and {labels[t]} are the same, to 0.1 % of their updates"
             found.append(Advice(what, "leave one out, or it counts twice"))
-    opposed = [(name, float(cosines.nan_to_num(0).min())) for name, cosines in layers]
-    opposed = [(name, lowest) for name, lowest in opposed if lowest < _OPPOSED]
+    lowest_of = [(name, float(sums.cosines.nan_to_num(0).min()), _CHANCE / sqrt(sums.entries)) for name, sums in layers]
+    opposed = [(name, lowest) for name, lowest, chance in lowest_of if lowest < min(_OPPOSED, -chance)]
     if opposed:
         name, lowest = min(opposed, key=lambda layer: layer[1])
         where = f"{len(opposed)} of {len(layers)} layers"

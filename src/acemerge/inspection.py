@@ -20,13 +20,14 @@ class Sums:
     """Sums over the entries of T task vectors, in float64: those of pieces, and of tensors, add up.
 
     `products` (T, T) are `<D_s, D_t>`; `base` is `||W_0||_F^2`; `magnitude` is `sum |D_tij|` over experts and entries
-    and `left` is `sum_ij |sum_t D_tij|`, what is left of it when the experts are added.
+    and `left` is `sum_ij |sum_t D_tij|`, what is left of it when the experts are added. `entries` counts those of W_0.
     """
 
     products: Float[Tensor, "T T"]
     base: float
     magnitude: float
     left: float
+    entries: int
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -34,6 +35,7 @@ class Sums:
             self.base + other.base,
             self.magnitude + other.magnitude,
             self.left + other.left,
+            self.entries + other.entries,
         )
 
     @property
@@ -77,12 +79,13 @@ def sums(deltas: Float[Tensor, "T *shape"], W0: Float[Tensor, "*shape"]) -> Sums
         D, base = D.double(), base.double()
         products.addmm_(D, D.T)
         scalars += torch.stack([base @ base, D.abs().sum(), D.sum(0).abs().sum()])
-    return Sums(products.cpu(), *scalars.tolist())
+    base_energy, magnitude, left = scalars.tolist()
+    return Sums(products.cpu(), base_energy, magnitude, left, W0.numel())
 
 
 def nothing(experts: int) -> Sums:
     """The sums of no tensor."""
-    return Sums(torch.zeros(experts, experts, dtype=torch.float64), 0.0, 0.0, 0.0)
+    return Sums(torch.zeros(experts, experts, dtype=torch.float64), 0.0, 0.0, 0.0, 0)
 
 
 def squared_norms(deltas: Float[Tensor, "T *slices out in"]) -> Float[Tensor, " T"]:

@@ -182,7 +182,7 @@ def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
     method = plan.recipe.method
     tau = next((job.method.tau for job in plan.jobs if isinstance(job.method, Ace)), Ace().tau)
     gammas = [view.gamma for view in seen.views if view.squared_norms is not None]
-    layers = [(view.job.name, view.sums.cosines) for view in seen.views if view.squared_norms is not None]
+    layers = [(view.job.name, view.sums) for view in seen.views if view.squared_norms is not None]
     found = [Advice(warning, "") for warning in plan.warnings]
     found += of_origin(relations(plan, opened.base, opened.experts))
     found += of_energies(labels, total.energies.tolist(), gammas, tau if method.name == "ace" else None)

@@ -47,7 +47,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str)
     tau = method.get("tau", 0.3) if method.get("name") == "ace" else None
     advice += of_energies(labels, energies, gammas, tau)
     if seen is not None:
-        layers = [(name, probe.sums.cosines) for name, probe in seen.tensors.items() if probe.spectra]
+        layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)
     data = {
         "experts": labels,
