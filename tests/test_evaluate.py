@@ -17,7 +17,7 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.compare import with_experts
 from acemerge.evaluation.heads import find_heads
 from acemerge.evaluation.models import open_model, pooled
-from acemerge.evaluation.predict import encode, score_texts
+from acemerge.evaluation.predict import encode, score, text_batches
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score
 from acemerge.evaluation.tasks import load_tasks
@@ -117,7 +117,9 @@ def test_an_encoder_with_a_linear_head(pooling: str, tmp_path: Path) -> None:
     model = open_model(str(tmp_path / "merged"), CPU)
     scorer = pooled(model, pooling, find_heads("genre", "genre", model.checkpoint, None))
     tokenizer = model.tokenizer()
-    found = score_texts(scorer.logits, tokenizer, encode(tokenizer, [TEXTS], None), 6, CPU, lambda *_: None)
+    encoded = encode(tokenizer, [TEXTS], None)
+    batches = text_batches(tokenizer, encoded)
+    found = score(scorer.logits, batches, encoded.lengths, 6, CPU, lambda *_: None)
     encoder = BertModel.from_pretrained(tmp_path / "merged")
     head = load_file(tmp_path / "genre/model.safetensors")
 

@@ -95,13 +95,13 @@ def _oracle(network: Any, tokenizer: Any, templates: list[str], images: torch.Te
 def test_zero_shot_classes_are_cosines_with_sentences(pictures: Path, clip: Path, tmp_path: Path) -> None:
     templates = ["the {}", "the young {} and here"]
     model = open_model(str(clip), CPU)
-    logits, owner = zero_shot(model, None, templates, CLASSES)
+    scorer, owner = zero_shot(model, None, templates, CLASSES)
     images = each(pictures, clip)
     from transformers import CLIPModel
 
     with torch.no_grad():
         expected = _oracle(CLIPModel.from_pretrained(clip), model.tokenizer(), templates, images)
-        assert torch.allclose(logits({"pixel_values": images}), expected, atol=1e-5)
+        assert torch.allclose(scorer.logits({"pixel_values": images}), expected, atol=1e-5)
     assert owner is model
     task = {"kind": "zero_shot", "name": "pets", "data": "pictures", "templates": templates}
     (row,) = evaluate({"clip": str(clip)}, Run(load_tasks(write_tasks(tmp_path, task)), CPU)).rows
@@ -117,11 +117,11 @@ def test_a_vision_model_with_the_other_half_of_its_clip(pictures: Path, clip: Pa
     names = {name.removeprefix("vision_model."): value for name, value in vision.state_dict().items()}
     whole.vision_model.load_state_dict(names)
     model = open_model(str(tmp_path / "vision"), CPU)
-    logits, owner = zero_shot(model, str(clip), ["the {}"], CLASSES)
+    scorer, owner = zero_shot(model, str(clip), ["the {}"], CLASSES)
     images = each(pictures, clip)
     with torch.no_grad():
         expected = _oracle(whole, owner.tokenizer(), ["the {}"], images)
-        assert torch.allclose(logits({"pixel_values": images}), expected, atol=1e-5)
+        assert torch.allclose(scorer.logits({"pixel_values": images}), expected, atol=1e-5)
     with pytest.raises(CheckpointError, match="no whole CLIP; name the CLIP that it comes from"):
         zero_shot(model, None, ["the {}"], CLASSES)
     other = save_model(tmp_path / "vit", make_model("vit"))

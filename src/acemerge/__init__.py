@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from acemerge.api import MergeReport, merge
+    from acemerge.calibration.moments import input_second_moments
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
     from acemerge.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.masks import expert_weights
@@ -26,6 +27,7 @@ __all__ = [
     "UsageError",
     "WriteError",
     "expert_weights",
+    "input_second_moments",
     "merge",
     "merge_deltas",
     "merge_factors",
@@ -36,6 +38,7 @@ __all__ = [
 
 _HOMES = {
     "api": ("MergeReport", "merge"),
+    "calibration.moments": ("input_second_moments",),
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
     "in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
     "masks": ("expert_weights",),

@@ -6,10 +6,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from acemerge.as_lora import adapter_config
+from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
@@ -81,6 +84,8 @@ def merge(
     if len(weights) != len(experts):
         raise UsageError("weights", f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
+    if isinstance(own.get("calibration"), Path):
+        own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)
     pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
     recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
@@ -105,13 +110,12 @@ def run_opened(
         check_libraries()
     if not options.force:
         check_related(plan, opened.base, opened.experts)
-    if out is None:
-        with opened.pipeline(options.workers, hashing=False) as (pipeline, _):
-            setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
-            records = dry_run(plan, setting, walker(pipeline, "merge", on_progress))
-        unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
-        return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)))
     about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
+    about |= {"calibration": data_of(opened)} if opened.calibration else {}
+    if out is None:
+        records, measured = _dry_run(opened, options, about, on_progress)
+        unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
+        return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)) | measured)
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
@@ -124,6 +128,16 @@ def run_opened(
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
         return _finished(out, manifest if options.push is None else verify(out), options)
+
+
+def _dry_run(
+    opened: Opened, options: RunOptions, about: Mapping[str, Any], on_progress: OnProgress
+) -> tuple[Records, dict[str, Any]]:
+    with opened.pipeline(options.workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
+        walks = partial(walker, pipeline, on_progress=on_progress)
+        setting = with_thresholds(opened.setting, opened.plan, walks("thresholds"))
+        setting = calibrated(setting, Calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
+        return dry_run(opened.plan, setting, walks("merge")), about_calibration(opened, setting, about)
 
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
@@ -143,10 +157,11 @@ def _write(
     journal = output.begin(done)
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
-            walk = walker(pipeline, "thresholds", on_progress)
-            setting = find_thresholds(plan, opened.setting, walk, done, journal)
-            walk = walker(pipeline, "merge", on_progress)
-            records = write_weights(opened.layout, setting, walk, output, done, journal)
+            walks = partial(walker, pipeline, on_progress=on_progress)
+            setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
+            calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
+            setting = calibrated(setting, calibrating)
+            records = write_weights(opened.layout, setting, walks("merge"), output, done, journal)
             write_heads(plan, readers, output)
             if plan.is_adapter:
                 output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
@@ -163,7 +178,8 @@ def _write(
         (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
         for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
-    return build_manifest(plan, records, inputs, output.written, 0.0)
+    measured = about_calibration(opened, setting, done.identity)
+    return build_manifest(plan, records, inputs, output.written, 0.0) | measured
 
 
 def _write_card(opened: Opened, records: Records, output: OutputFolder) -> None:

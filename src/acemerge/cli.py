@@ -16,6 +16,7 @@ from acemerge.cli_options import (
     AllowPickle,
     AsLora,
     Base,
+    Calibration,
     ComputeDtype,
     Debug,
     Dequantize,
@@ -109,6 +110,7 @@ def _merging_command(action: Action) -> None:
         seed: Seed = None,
         nonfinite: Nonfinite = None,
         as_lora: AsLora = None,
+        calibration: Calibration = None,
         push: Push = None,
         report: Report = False,
         quiet: Quiet = False,
@@ -126,6 +128,7 @@ def _merging_command(action: Action) -> None:
             "split_qkv": split_qkv,
             "vocabulary": vocabulary,
             "as_lora": as_lora,
+            "calibration": calibration,
         }
         asked = asked_recipe(recipe, keys, method, settings)
         options = RunOptions(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from acemerge import show_evaluation as show
-from acemerge.cli_options import Debug, Device, Quiet
+from acemerge.cli_options import Calibration, Debug, Device, Quiet
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
@@ -60,6 +60,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         base: Annotated[str | None, typer.Option(help="what all experts come from, in the place of a recipe")] = None,
         expert: Annotated[list[str] | None, typer.Option("--expert", help="an expert; repeat for each")] = None,
         methods: Annotated[str | None, typer.Option(help="rules to merge by, as ace,actmat,tsv_m")] = None,
+        calibration: Calibration = None,
         device: Device = "cpu",
         overwrite: Overwrite = False,
         quiet: Quiet = False,
@@ -69,7 +70,8 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         if out is None:
             raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
         asked, given = load_tasks(tasks), _named([name for name in models or [] if not _is_recipe(name)])
-        recipe = _recipe([name for name in models or [] if _is_recipe(name)], base, expert or [])
+        keys = {"base": base, "experts": expert, "calibration": calibration}
+        recipe = _recipe([name for name in models or [] if _is_recipe(name)], keys)
         check_output_apart(out, list(given.values()))
         check_free(out, overwrite)
         if (recipe is None) != (methods is None):
@@ -95,8 +97,8 @@ def _is_recipe(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _recipe(files: list[str], base: str | None, experts: list[str]) -> Recipe | None:
-    keys = {key: value for key, value in {"base": base, "experts": experts}.items() if value}
+def _recipe(files: list[str], asked: dict[str, Any]) -> Recipe | None:
+    keys = {key: value for key, value in asked.items() if value}
     if len(files) > 1:
         raise UsageError("command line", "two recipes", "give one")
     if files:

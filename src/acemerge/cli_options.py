@@ -53,6 +53,9 @@ Nonfinite = Annotated[
 AsLora = Annotated[
     int | None, typer.Option(metavar="RANK", help="write one LoRA adapter of this rank instead of a model")
 ]
+Calibration = Annotated[
+    str | None, typer.Option(metavar="TASKS.yaml", help="tasks of the experts, for the rules that need data")
+]
 Push = Annotated[
     str | None,
     typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),

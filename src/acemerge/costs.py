@@ -45,6 +45,7 @@ def cost(piece: Piece, experts: int) -> Cost:
         return Cost(waiting, waiting + working + written, written)
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
+    work += experts * _measured(job, rows, columns, count)
     work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
     if job.factors:  # the merged update beside what its singular vectors take
         work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
@@ -59,6 +60,16 @@ def cost(piece: Piece, experts: int) -> Cost:
         differencing = waiting + deltas + factors + magnitude * count * width
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
+
+
+def _measured(job: Job, rows: int, columns: int, count: int) -> int:
+    """Entries of what was measured of one expert."""
+    assert job.method is not None
+    if job.method.needs.calibration is None:
+        return 0
+    if job.method.needs.calibration == "gradients":
+        return count
+    return count // max(1, rows * columns) * columns**2
 
 
 def _written(piece: Piece) -> int:

@@ -74,6 +74,7 @@ def merge_deltas(
     *,
     weights: Sequence[float] | None = None,
     base: Float[Tensor, "*shape"] | None = None,
+    moments: Float[Tensor, "T *moment"] | None = None,
     seed: int = 0,
     compute_dtype: torch.dtype | None = None,
     **params: Any,
@@ -81,9 +82,10 @@ def merge_deltas(
     """Merge the task vectors `D_t = W_t - W_0` of one layer, (T, out, in), by a rule with `params`.
 
     The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. `base` is `W_0`
-    for the rules that merge weights (slerp, karcher); without it they merge the task vectors. `seed` is for
-    the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's scale in it, and
-    `.stats`.
+    for the rules that merge weights (slerp, karcher); without it they merge the task vectors. `moments` are what the
+    rules with data need: input second moments (T, in, in) for regmean, squared gradients (T, out, in) for fisher.
+    `seed` is for the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's scale in
+    it, and `.stats`.
     """
     if deltas.ndim < 2 or deltas.numel() == 0 or not deltas.dtype.is_floating_point:
         what = f"{deltas.dtype} of shape {list(deltas.shape)}"
@@ -95,13 +97,16 @@ def merge_deltas(
     if base is not None and base.shape != deltas.shape[1:]:
         what = f"has shape {list(base.shape)}, the task vectors {list(deltas.shape[1:])}"
         raise UsageError("base", what, "give the layer that the task vectors start from")
-    for where, values in (("deltas", deltas), ("base", base)):
+    _check_moments(rule, deltas, moments)
+    for where, values in (("deltas", deltas), ("base", base), ("moments", moments)):
         if values is not None:
             _check_finite(where, values)
     dtype = _compute_dtype(compute_dtype, [deltas])
     layer = _layer(rule, weights, len(deltas), seed, deltas.device)
     if base is not None:
         layer = replace(layer, base=base.detach().to(device=deltas.device, dtype=dtype))
+    if moments is not None:
+        layer = replace(layer, moments=moments.detach().to(device=deltas.device, dtype=dtype))
     return rule.merge(deltas.detach().to(dtype), layer)
 
 
@@ -129,6 +134,9 @@ def merge_factors(
     """
     rule = make(method, params)
     _check_factors(factors)
+    if rule.needs.calibration:
+        cure = "give the products of the factors to merge_deltas, with `moments`"
+        raise UsageError(f"method {rule.name}", "needs what was measured on data", cure)
     dtype = _compute_dtype(compute_dtype, [factor for pair in factors for factor in pair])
     device = factors[0][0].device
     layer = _layer(rule, weights, len(factors), seed, device)
@@ -149,6 +157,22 @@ def _check_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> None:
             raise UsageError(f"factors {t}", f"{U.dtype} and {V.dtype}", "give floating-point factors")
         for factor in (U, V):
             _check_finite(f"factors {t}", factor)
+
+
+def _check_moments(rule: Method, deltas: Tensor, moments: Tensor | None) -> None:
+    wanted = rule.needs.calibration
+    if wanted is None and moments is None:
+        return
+    if wanted is None:
+        raise UsageError("moments", f"{rule.name} does not use them", "leave them out")
+    side = deltas.shape[-1]
+    shape = deltas.shape if wanted == "gradients" else (len(deltas), side, side)
+    what = "squared gradients" if wanted == "gradients" else "second moments of the layer's inputs"
+    if moments is None:
+        cure = "give them as `moments`, or merge folders with `calibration`"
+        raise UsageError(f"method {rule.name}", f"needs {what} of each expert", cure)
+    if moments.shape != shape:
+        raise UsageError("moments", f"shape {list(moments.shape)}", f"give {what} of shape {list(shape)}")
 
 
 def _check_finite(where: str, values: Tensor) -> None:

@@ -233,6 +233,7 @@ class Plan:
     warnings: tuple[str, ...]
     adapters: Mapping[str, Adapter] = field(default_factory=dict)  # of the experts that are
     dequantized: Mapping[str, str] = field(default_factory=dict)  # the models with weights in fp8, and what they have
+    calibration: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # each expert's tasks, where rules ask
 
     @property
     def is_adapter(self) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from acemerge.as_lora import as_adapter
+from acemerge.calibration.assigned import Assigned, assign
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
@@ -59,7 +60,8 @@ class Opened:
 
     `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
     `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
-    what is merged: with slices other layers, or those of others.
+    what is merged: with slices other layers, or those of others. `calibration` has each expert's tasks, if rules of the
+    plan want data.
     """
 
     plan: Plan
@@ -71,6 +73,7 @@ class Opened:
     devices: tuple[torch.device, ...]
     max_shard: int
     budget: int
+    calibration: tuple[Assigned, ...] = ()
 
     @property
     def setting(self) -> Setting:
@@ -127,10 +130,16 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
     notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
-    plan = replace(plan, warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts)))
+    calibration, unused = assign(plan)
+    plan = replace(
+        plan,
+        warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
+        calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
+    )
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, budget(plan, limit))
+    allowed = budget(plan, limit)
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, allowed, calibration)
 
 
 def _unwrapped(

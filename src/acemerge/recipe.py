@@ -43,6 +43,7 @@ class Recipe(Strict):
     seed: int = 0
     assets: str = "base"
     as_lora: Annotated[int, Field(ge=1)] | None = None
+    calibration: str | None = None
     chat_template: str | None = None
     slices: tuple[SliceSpec, ...] = ()
     rules: tuple[TensorRule, ...] = ()
@@ -52,6 +53,15 @@ class Recipe(Strict):
     def _known_method(cls, value: MethodSpec) -> MethodSpec:
         value.build()
         return value
+
+    @model_validator(mode="after")
+    def _data_for_the_rules_that_want_it(self) -> Recipe:
+        built = (self.build_method(), *(rule.method.build() for rule in self.rules if rule.method))
+        wanting = next((method.name for method in built if method.needs.calibration), None)
+        if wanting is not None and self.calibration is None:
+            cure = "name tasks of the experts by --calibration TASKS.yaml, or `calibration:` in the recipe"
+            raise UsageError(f"method {wanting}", "needs calibration data", cure)
+        return self
 
     @model_validator(mode="after")
     def _vocabularies_are_averaged(self) -> Recipe:
@@ -141,6 +151,8 @@ def load_recipe(
         content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
+    if isinstance(content.get("calibration"), str):  # never on the Hub
+        content["calibration"] = str(path.parent / content["calibration"])
     rule = with_params(method or content.get("method", "ace"), params or {})
     return make_recipe({**content, "method": rule, **overrides}, path)
 

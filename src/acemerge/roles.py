@@ -66,7 +66,7 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
     in_model = _roles_of_parameters(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     conv1d = any(role.name == "conv1d" for role in in_model.values())
-    rename, tied = _checkpoint_renaming(model), _tied_spellings(model)
+    rename, tied = checkpoint_renaming(model), _tied_spellings(model)
     by_name, identity = {}, {}
     for name in sorted(tensors):
         parameter, one_to_one = rename(name)
@@ -146,7 +146,7 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
+def checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
     """Checkpoint name -> parameter name and whether it is all of it, as transformers itself does on loading."""
     try:
         loading = importlib.import_module("transformers.core_model_loading")

@@ -33,7 +33,7 @@ Records = dict[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is, for whoever shows it; `name` is the last tensor done."""
+    """How far a stage is, for whoever shows it; `name` is the last tensor done, `unit` what is counted."""
 
     stage: str
     name: str
@@ -41,6 +41,7 @@ class Progress:
     total: int
     bytes_done: int
     bytes_total: int
+    unit: str = "tensors"
 
 
 OnProgress = Callable[[Progress], None]

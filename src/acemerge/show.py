@@ -59,7 +59,8 @@ def _bar(console: Console) -> Iterator[OnProgress]:
             bar.reset(task)
         name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
         about = name if done.stage == "merge" else f"{done.stage}: {name}"
-        bar.update(task, completed=done.done, total=done.total, description=about, rate=f"{size(speed)}/s")
+        bytewise = f"{size(speed)}/s" if done.bytes_total else ""
+        bar.update(task, completed=done.done, total=done.total, description=about, rate=bytewise)
         if done.stage == "merge" and done.done == done.total:
             bar.stop()  # an upload shows bars of its own
 
@@ -80,7 +81,8 @@ def _lines(console: Console) -> OnProgress:
         last = now
         left = (done.bytes_total - done.bytes_done) / max(speed, 1)
         stage = "" if done.stage == "merge" else f"{done.stage}: "
-        say(console, f"{stage}{done.done}/{done.total} tensors, {size(speed)}/s, {left:.0f} s left, {done.name}")
+        pace = f"{size(speed)}/s, {left:.0f} s left, " if done.bytes_total else ""
+        say(console, f"{stage}{done.done}/{done.total} {done.unit}, {pace}{done.name}")
 
     return on_progress
 
@@ -146,6 +148,8 @@ def plan(console: Console, plan: Plan) -> None:
         say(console, f"expert {label}: {adapter}")
     for who, about in plan.dequantized.items():
         say(console, f"{who}: to be dequantised, {about}")
+    for label, tasks in plan.calibration.items():
+        say(console, f"expert {label}: to be calibrated on {', '.join(tasks)}")
     for warning in plan.warnings:
         say(console, f"warning: {warning}")
     read = size(plan.bytes_read + plan.bytes_reread)

@@ -67,7 +67,7 @@ def stacks_well(piece: Piece) -> bool:
     job = piece.job
     if piece.load != "tiny" or piece.rows is not None or job.method is None or job.method.needs.masks:
         return False
-    if job.factors is not None:  # of an adapter
+    if job.factors is not None or job.method.needs.calibration:  # of an adapter; or with measurements of its own
         return False
     return all(job.sources) and not (any(job.updates) or job.copies or job.fused or job.vocabulary)
 

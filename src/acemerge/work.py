@@ -11,21 +11,31 @@ import torch
 
 from acemerge.buffers import Buffers
 from acemerge.jobs import Input, Job, Piece
-from acemerge.methods import Layer, check_experts, expert_seeds
+from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
 from acemerge.recipe import Recipe
 from acemerge.shapes import Tensor
+
+
+class Measured(Protocol):
+    """What was measured of the experts on data of their own."""
+
+    def of(self, wanted: Calibration, tensor: str, experts: Sequence[int]) -> Tensor | None:
+        """One measurement of a tensor for each of the experts, as `Needs.calibration` says; None if one lacks it."""
+        ...
 
 
 @dataclass(frozen=True)
 class Setting:
     """What every job of a run shares.
 
-    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert.
+    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert. `measured` has
+    what was measured on calibration data, where rules want it.
     """
 
     recipe: Recipe
     labels: Sequence[str]
     thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
+    measured: Measured | None = None
 
     def who(self, model: int) -> str:
         """What an error calls a model: by itself, in a conversion, it is nobody's base."""
@@ -43,7 +53,16 @@ class Setting:
         check_experts(job.method, weights)
         thresholds = None if keep is None else tuple(self.thresholds[keep][i] for i in used)
         factors = torch.tensor(weights, dtype=torch.float64, device=device)
-        return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds)
+        moments = self._moments(job, used)
+        moments = None if moments is None else moments.to(device)
+        return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds, moments=moments)
+
+    def _moments(self, job: Job, used: Sequence[int]) -> Tensor | None:
+        """As the job's rule sees its layer."""
+        assert job.method is not None
+        wanted = job.method.needs.calibration
+        found = None if wanted is None or self.measured is None else self.measured.of(wanted, job.name, used)
+        return found.mT if found is not None and job.transposed and wanted == "gradients" else found
 
 
 class Values(Protocol):

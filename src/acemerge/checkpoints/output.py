@@ -30,6 +30,7 @@ HEADS = "heads"
 MASKS = "masks"
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
+_WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
 _RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
@@ -47,6 +48,11 @@ class OutputFolder:
         """Begin to write, in the place of what an interrupted run left but for what of it is done."""
         self.begun = True
         return Journal(self.path, done)
+
+    @property
+    def work(self) -> Path:
+        """A folder for what the run needs on disk while it lasts; made by whoever needs it."""
+        return self.path / _WORK
 
     def write_bytes(self, name: str, data: bytes) -> None:
         self.write_chunks(name, [data])
@@ -90,6 +96,7 @@ class OutputFolder:
         for name in replaced:
             files.remove(self.path / (name + OLD))
         self._remove_side_folders()
+        self._remove_work()
 
     def _sync(self) -> None:
         for folder in side_folders(self.path):
@@ -99,6 +106,12 @@ class OutputFolder:
     def _remove_side_folders(self) -> None:
         for folder in side_folders(self.path):
             files.remove_folder(self.path / folder)
+
+    def _remove_work(self) -> None:
+        if files.kind(self.work) == "folder":
+            for name in files.list_folder(self.work):
+                files.remove(self.work / name)
+            files.remove_folder(self.work)
 
     def _obsolete(self) -> list[str]:
         """The files of an earlier output that must go or be replaced, its manifest first."""
@@ -156,6 +169,7 @@ class OutputFolder:
             if begun or name in (JOURNAL, JOURNAL + PARTIAL):
                 files.remove(self.path / name)
         self._remove_side_folders()
+        self._remove_work()
 
 
 def side_folders(path: Path, kind: files.Kind = "folder") -> list[str]:

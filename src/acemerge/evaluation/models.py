@@ -25,11 +25,12 @@ Logits = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Scorer:
-    """What gives a batch's scores (N, rows), and where its head is from."""
+    """What gives a batch's scores (N, rows), where its head is from, and the network behind it."""
 
     logits: Logits
     rows: int
     head_from: str
+    network: nn.Module
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
         return result
 
     places = dict.fromkeys(place for _, place in found.values())
-    return Scorer(logits, rows, ", ".join(places))
+    return Scorer(logits, rows, ", ".join(places), network)
 
 
 def _head_rows(model: Model, auto_class: str, heads: Heads) -> int:
@@ -144,7 +145,7 @@ def pooled(model: Model, pooling: Literal["mean", "cls"], heads: Heads) -> Score
         result: Tensor = head(features)
         return result
 
-    return Scorer(logits, len(weight), place)
+    return Scorer(logits, len(weight), place, encoder)
 
 
 def mean_of_tokens(states: Float[Tensor, "N L H"], mask: Tensor) -> Float[Tensor, "N H"]:

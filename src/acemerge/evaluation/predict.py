@@ -17,6 +17,7 @@ from acemerge.shapes import Tensor
 
 # Told after every batch: how many examples are done, of how many.
 OnBatch = Callable[[int, int], None]
+Batches = Callable[[Sequence[int]], Inputs]  # the examples of these numbers
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,10 @@ class Encoded:
 
     rows: Sequence[dict[str, list[int]]]
     cut: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row["input_ids"]) for row in self.rows]
 
 
 def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int | None) -> Encoded:
@@ -43,12 +48,8 @@ def encode(tokenizer: Any, texts: Sequence[Sequence[str]], max_length: int | Non
     return Encoded(rows, sum(len(ids) > max_length for ids in whole))
 
 
-def score_texts(
-    logits: Logits, tokenizer: Any, encoded: Encoded, batch_size: int, device: torch.device, on_batch: OnBatch
-) -> npt.NDArray[np.float32]:
-    """The scores (N, rows) of every example."""
-    lengths = [len(row["input_ids"]) for row in encoded.rows]
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the largest batch first: memory fails at once
+def text_batches(tokenizer: Any, encoded: Encoded) -> Batches:
+    """Batches of texts, padded where they differ in length."""
 
     def batch(rows: Sequence[int]) -> Inputs:
         several = [encoded.rows[i] for i in rows]
@@ -57,18 +58,19 @@ def score_texts(
             return dict(padded)
         return {key: torch.tensor([row[key] for row in several]) for key in several[0]}
 
-    return score(logits, batch, order, batch_size, device, on_batch)
+    return batch
 
 
 def score(
     logits: Logits,
-    batch: Callable[[Sequence[int]], Inputs],
-    order: Sequence[int],
+    batch: Batches,
+    lengths: Sequence[int],
     batch_size: int,
     device: torch.device,
     on_batch: OnBatch,
 ) -> npt.NDArray[np.float32]:
-    """The scores of the examples that `order` permutes, in their own order. NumericalError for what is not finite."""
+    """The scores (N, rows) of every example, whose `lengths` are given. NumericalError for what is not finite."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # the largest batch first: memory fails at once
     parts: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -85,7 +87,7 @@ def score(
             on_batch(start + len(rows), len(order))
     sorted_scores = torch.cat(parts)
     scores = torch.empty_like(sorted_scores)
-    scores[torch.tensor(list(order))] = sorted_scores
+    scores[torch.tensor(order)] = sorted_scores
     if not scores.isfinite().all():
         raise NumericalError("tasks", "the model's scores are not finite", "acemerge verify tells if its weights are")
     return scores.numpy()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +13,14 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import UsageError
-from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, read_columns, read_text
-from acemerge.evaluation.heads import Heads, find_heads
-from acemerge.evaluation.images import open_images, pixels
+from acemerge.evaluation.examples import open_examples, open_text
+from acemerge.evaluation.heads import find_heads
 from acemerge.evaluation.metrics import METRICS, bootstrap
-from acemerge.evaluation.models import Model, Scorer, classifier, load_whole, open_model, pooled
+from acemerge.evaluation.models import Model, open_model
 from acemerge.evaluation.perplexity import text_losses
-from acemerge.evaluation.predict import OnBatch, encode, score, score_texts
+from acemerge.evaluation.predict import OnBatch, score
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
 from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, Tasks, ZeroShot
-from acemerge.evaluation.zero_shot import zero_shot
 
 # Told of the row and task, and how much of it is done, of how much.
 OnProgress = Callable[[str, int, int], None]
@@ -82,17 +79,8 @@ def score_task(model: Model, task: Task, run: Run, row: str) -> Score:
 
 
 def _perplexity(model: Model, task: Perplexity, run: Run, on_batch: OnBatch) -> Score:
-    if task.text is None:
-        text = read_text(Path(task.data))
-    else:
-        text = "\n\n".join(as_texts(read_columns(source(task), [task.text])[0], task.data))
-    tokens = torch.tensor(model.tokenizer()(text, verbose=False)["input_ids"], dtype=torch.long)
-    network = load_whole("AutoModelForCausalLM", model)
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest and task.context > longest:
-        what = f"context {task.context} is over the model's {longest}"
-        raise UsageError(f"task {task.name}", what, f"set `context: {longest}` or less")
-    losses = text_losses(model.on_device(network), tokens, task.context, task.stride, task.batch_size, on_batch)
+    network, tokens = open_text(model, task)
+    losses = text_losses(network, tokens, task.context, task.stride, task.batch_size, on_batch)
     value = losses.perplexity()
     draws = bootstrap(losses.perplexity, len(losses.sums), run.tasks.resamples, run.seed(task))
     about = {"windows": len(losses.sums), "tokens": int(losses.counts.sum())}
@@ -102,15 +90,15 @@ def _perplexity(model: Model, task: Perplexity, run: Run, on_batch: OnBatch) -> 
 def _labelled(
     model: Model, task: Classification | Regression | Images | ZeroShot, run: Run, on_batch: OnBatch
 ) -> Score:
-    if isinstance(task, Classification | Regression):
-        labels, scores, about = _texts(model, task, run, on_batch)
-    else:
-        labels, scores, about = _images(model, task, run, on_batch)
-    if isinstance(task, Regression):
-        predictions: npt.NDArray[Any] = scores[:, 0].astype(np.float64)
-    else:
-        check_classes(task, labels, scores.shape[1])
-        predictions = scores.argmax(1)
+    expert = run.model(task.expert) if task.expert else None
+    heads = find_heads(task.name, task.head_label, model.checkpoint, expert.checkpoint if expert else None)
+    examples = open_examples(model, task, heads, expert)
+    labels = examples.labels
+    assert labels is not None  # load_tasks
+    scores = score(examples.scorer.logits, examples.batch, examples.lengths, task.batch_size, run.device, on_batch)
+    predictions: npt.NDArray[Any] = (
+        scores[:, 0].astype(np.float64) if isinstance(task, Regression) else scores.argmax(1)
+    )
 
     def metrics(rows: Any = slice(None)) -> dict[str, float]:
         return {name: METRICS[name](labels[rows], predictions[rows]) for name in task.metrics}
@@ -119,75 +107,4 @@ def _labelled(
         return float(np.mean(list(metrics(rows).values())))
 
     draws = bootstrap(statistic, len(labels), run.tasks.resamples, run.seed(task))
-    return Score(task.name, statistic(slice(None)), metrics(), draws, {"examples": len(labels), **about})
-
-
-Labelled = tuple[npt.NDArray[Any], npt.NDArray[np.float32], dict[str, Any]]
-
-
-def _texts(model: Model, task: Classification | Regression, run: Run, on_batch: OnBatch) -> Labelled:
-    """Labels, scores (N, rows), and what is worth knowing."""
-    *texts, values = read_columns(source(task), [*task.columns, task.label])
-    tokenizer = model.tokenizer()
-    encoded = encode(tokenizer, [as_texts(column, task.data) for column in texts], task.max_length)
-    heads = _heads(model, task, run)
-    if task.pooling is None:
-        scorer = classifier(model, "AutoModelForSequenceClassification", heads)
-    else:
-        scorer = pooled(model, task.pooling, heads)
-    if isinstance(task, Regression):
-        if scorer.rows != 1:
-            raise UsageError(
-                f"task {task.name}", f"a head of {scorer.rows} rows is no regression", "use classification"
-            )
-        labels: npt.NDArray[Any] = as_numbers(values, task.data)
-    else:
-        labels = as_classes(values, task.labels or _names(model, task, run, scorer), task.data)
-    scores = score_texts(scorer.logits, tokenizer, encoded, task.batch_size, run.device, on_batch)
-    return labels, scores, {"truncated": encoded.cut, "head": scorer.head_from}
-
-
-def _images(model: Model, task: Images | ZeroShot, run: Run, on_batch: OnBatch) -> Labelled:
-    images = open_images(source(task), task.image, task.label, task.labels)
-    owner, about = model, {}
-    if isinstance(task, ZeroShot):
-        if images.names is None:
-            raise UsageError(f"task {task.name}", "its classes have no names", "list them in `labels:`")
-        logits, owner = zero_shot(model, task.clip, task.templates, images.names)
-    else:
-        scorer = classifier(model, "AutoModelForImageClassification", _heads(model, task, run))
-        logits, about = scorer.logits, {"head": scorer.head_from}
-    order = range(len(images.classes))
-    scores = score(logits, pixels(owner, images), order, task.batch_size, run.device, on_batch)
-    return images.classes, scores, about
-
-
-def check_classes(task: Classification | Images | ZeroShot, labels: npt.NDArray[np.int64], rows: int) -> None:
-    """UsageError where the labels, their names and the head's rows do not go together."""
-    where = f"task {task.name}"
-    if task.labels is not None and len(task.labels) != rows:
-        raise UsageError(where, f"{len(task.labels)} labels for a head of {rows} rows", "list each row's class")
-    if labels.max() >= rows:
-        raise UsageError(
-            where, f"class {labels.max()} is over the head's {rows} rows", "name another head or `labels:`"
-        )
-    if "f1" in task.metrics and rows != 2:
-        raise UsageError(where, f"f1 is of two classes, and the head has {rows}", "use accuracy or matthews")
-
-
-def source(task: Task) -> Source:
-    return Source(task.data, task.subset, task.split, task.revision)
-
-
-def _heads(model: Model, task: Task, run: Run) -> Heads:
-    expert = run.model(task.expert).checkpoint if task.expert else None
-    return find_heads(task.name, task.head_label, model.checkpoint, expert)
-
-
-def _names(model: Model, task: Task, run: Run, scorer: Scorer) -> Sequence[str] | None:
-    """The classes' names that the owner of the head has in its configuration, where it says any."""
-    config = (run.model(task.expert) if task.expert else model).checkpoint.config
-    names = config.get("id2label")
-    if not isinstance(names, dict) or set(names) != {str(i) for i in range(scorer.rows)}:
-        return None
-    return [str(names[str(i)]) for i in range(scorer.rows)]
+    return Score(task.name, statistic(slice(None)), metrics(), draws, {"examples": len(labels), **examples.about})

@@ -44,14 +44,15 @@ class _Task(_Strict):
 
 class _Text(_Task):
     text: Column | Annotated[list[Column], Field(min_length=2, max_length=2)]
-    label: Column
+    label: Column | None = None
     pooling: Literal["mean", "cls"] | None = None
     max_length: Count | None = None
     batch_size: Count = 32
 
     @model_validator(mode="after")
     def _names_or_numbers(self) -> _Text:
-        if len({type(column) for column in (*self.columns, self.label)}) > 1:
+        labelled = [] if self.label is None else [self.label]
+        if len({type(column) for column in (*self.columns, *labelled)}) > 1:
             raise ValueError("columns: give all by name, or all by number where the file has no line of names")
         return self
 
@@ -154,15 +155,22 @@ class Tasks(_Strict):
         return self
 
 
-def load_tasks(path: Path) -> Tasks:
-    """Read a task file. Relative paths in it are relative to the file; UsageError says what is wrong and the cure."""
+def load_tasks(path: Path, labelled: bool = True) -> Tasks:
+    """Read a task file. Relative paths in it are relative to the file; UsageError says what is wrong and the cure.
+
+    Texts without labels are refused if `labelled`: there is nothing to score by.
+    """
     content = read_yaml(path, "tasks", "`tasks:`")
     if isinstance(content.get("tasks"), list):
         content["tasks"] = [_locate(path.parent, task) for task in content["tasks"]]
     try:
-        return Tasks.model_validate(content)
+        tasks = Tasks.model_validate(content)
     except ValidationError as failure:
         raise _explain(failure, path) from None
+    for i, task in enumerate(tasks.tasks):
+        if labelled and isinstance(task, Classification | Regression) and task.label is None:
+            raise UsageError(path, f"the key 'tasks.{i}.{task.kind}.label' is missing", "add it")
+    return tasks
 
 
 def _locate(folder: Path, task: Any) -> Any:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from acemerge.errors import CheckpointError
-from acemerge.evaluation.models import Inputs, Logits, Model, load_whole, open_model
+from acemerge.evaluation.models import Inputs, Model, Scorer, load_whole, open_model
 from acemerge.shapes import Float, Tensor
 
 
-def zero_shot(model: Model, clip: str | None, templates: Sequence[str], names: Sequence[str]) -> tuple[Logits, Model]:
-    """Cosines of images with the classes, (N, K), and the model whose tokenizer and processor were used.
+def zero_shot(model: Model, clip: str | None, templates: Sequence[str], names: Sequence[str]) -> tuple[Scorer, Model]:
+    """Cosines of images with the classes, (N, K), and the model whose tokenizer and processor are used.
 
     `model` is a CLIP, or the vision half of one; `clip` lends the text half and the projections.
     """
@@ -32,7 +32,7 @@ def zero_shot(model: Model, clip: str | None, templates: Sequence[str], names: S
         images = _unit(network.visual_projection(pooled).float())
         return images @ heads.T
 
-    return logits, whole
+    return Scorer(logits, len(names), f"the text half of {whole.path.name}", network), whole
 
 
 def _put_vision(network: Any, model: Model) -> None:
@@ -54,7 +54,7 @@ def _put_vision(network: Any, model: Model) -> None:
 def text_heads(network: Any, tokenizer: Any, templates: Sequence[str], names: Sequence[str]) -> Float[Tensor, "K D"]:
     """For each class the mean direction of its sentences, of length one; `_` in a class's name is read as a blank."""
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for name in names:
             sentences = [template.replace("{}", name.replace("_", " ")) for template in templates]
             tokens = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt").to(network.device)

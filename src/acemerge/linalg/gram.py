@@ -95,6 +95,13 @@ class NormalEquations:
             second_moment.diagonal().add_(pull / weight)
             self._target.addmm_(x, second_moment, alpha=weight)
 
+    def add_moment(self, x: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], weight: float) -> None:
+        """Add one expert by its second moment: target `x`, weight `w_t`. One of no weight adds nothing."""
+        if weight == 0:
+            return
+        self._gram.add_(moment, alpha=weight)
+        self._target.addmm_(x, moment, alpha=weight)
+
     def sums(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
         """A and B. The end: nothing can be added after it."""
         del self._moment

@@ -3,7 +3,8 @@
     M = (sum_t X_t (a_t G_t + l_t I)) (sum_t a_t G_t + e I + 1 c^T)^(-1),   G_t = Z_t^T Z_t
 
 A rule chooses the source Z_t of its estimate of task t's second moment, the target X_t, the weights a_t, and
-the regulariser: a ridge e, its pull l_t towards the targets, and the prior row c.
+the regulariser: a ridge e, its pull l_t towards the targets, and the prior row c. Where second moments were measured,
+the sources are the G_t themselves.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Experts = Callable[[int, torch.dtype], Tensor]
 class Problem:
     """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.
 
+    `measured`: the sources are the second moments G_t (in, in); not with pulls.
+
     The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
     `c = f (1 / in) 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
     """
@@ -39,6 +42,7 @@ class Problem:
     relative_ridge: float = 0.0
     prior: float | None = None
     ones: Tensor | None = None
+    measured: bool = False
 
     def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
         """`X 1 / in`."""
@@ -47,7 +51,7 @@ class Problem:
     @property
     def prefers_dual(self) -> bool:
         """Fewer rows in all experts together than columns: their own space is smaller, and of full rank."""
-        return prefers_dual(len(self.weights), *self.shape)
+        return not self.measured and prefers_dual(len(self.weights), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,10 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     for t, (weight, pull) in enumerate(zip(problem.weights, pulls, strict=True)):
         Z = problem.sources(t, dtype)
         X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
-        equations.add(X, Z, weight, pull)
+        if problem.measured:
+            equations.add_moment(X, Z, weight)
+        else:
+            equations.add(X, Z, weight, pull)
     A, B = equations.sums()
     prior = None if problem.prior is None else problem.mean_of_columns(A.T) * problem.prior  # c, (in,)
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from acemerge.methods.ace import Ace
 from acemerge.methods.actmat import Actmat, Tact
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
+from acemerge.methods.base import Calibration, Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
+from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
@@ -21,6 +22,7 @@ from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
     "METHODS",
+    "Calibration",
     "Layer",
     "LayerResult",
     "LowRankResult",
@@ -60,6 +62,9 @@ for _rule in (
     Tact,
     Wudi,
     SwudiA,
+    RegMean,
+    RegMeanPp,
+    Fisher,
     MergekitLinear,
     MergekitSum,
     MergekitSlerp,

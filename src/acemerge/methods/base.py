@@ -15,6 +15,7 @@ from acemerge.linalg.lowrank import Frame
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
+Calibration = Literal["inputs", "merged inputs", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class Layer:
     `weights` (T,) are float64 on the device of the task vectors. `seeds` start one stream of random numbers per
     expert. `thresholds` (T,) are the magnitudes that a rule with `needs.keep` trims at; None asks for this
     tensor's own. `base` is `W_0` for rules that merge weights, not updates; None stands for zeros. `frame`, for rules
-    with such `needs.factors`, tells of which larger matrices the task vectors are the cores.
+    with such `needs.factors`, tells of which larger matrices the task vectors are the cores. `moments` (T, ...) are
+    what was measured of each expert on data of its own, for rules with `needs.calibration`: see there for their shape.
+    None where nothing of this layer was seen.
     """
 
     weights: Float[Tensor, " T"]
@@ -32,6 +35,7 @@ class Layer:
     thresholds: tuple[float, ...] | None = None
     base: Float[Tensor, "*shape"] | None = None
     frame: Frame | None = None
+    moments: Float[Tensor, "T *moment"] | None = None
 
     def sides(self, deltas: Float[Tensor, "T out in"]) -> tuple[int, int]:
         """(out, in) of the layer, whose task vectors or their cores are `deltas`."""
@@ -40,7 +44,9 @@ class Layer:
     def part(self, i: int) -> Layer:
         """The same for the i-th matrix of a stack."""
         seeds = tuple(_hash(f"{seed}/{i}") for seed in self.seeds)
-        return Layer(self.weights, seeds, self.thresholds, None if self.base is None else self.base[i])
+        base = None if self.base is None else self.base[i]
+        moments = None if self.moments is None else self.moments[:, i]
+        return Layer(self.weights, seeds, self.thresholds, base, moments=moments)
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,10 @@ class Needs:
     depend on them. "frame": from D_t = Q_U C_t Q_V^T, orthonormal on both sides, the cores C_t and `Layer.frame` it
     makes the C of M = Q_U C Q_V^T. "left frame": the same where Q_V = I. "full": it must see the full D_t.
     `input_side`: it estimates an expert's inputs from the rows of D_t, which say nothing where experts share them.
+
+    `calibration` is what it wants measured in `Layer.moments`: "inputs", the second moments `Z_t^T Z_t / N` (T, in, in)
+    of the layer's inputs in the expert's network; "merged inputs", the same behind blocks that are merged already;
+    "gradients", the mean squares (T, *shape) of the gradients of single examples' log-likelihoods.
     """
 
     matrix: bool = False
@@ -103,6 +113,7 @@ class Needs:
     work: Work = Work()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
+    calibration: Calibration | None = None
 
 
 @runtime_checkable

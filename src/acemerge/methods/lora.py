@@ -25,8 +25,10 @@ _ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one p
 def _inner(over: str | Mapping[str, Any]) -> Method:
     """The rule that merges turned updates, which must not look at weights or entries."""
     rule = inner_rule(over)
-    if rule.needs.base or rule.needs.masks:
-        what = f"{rule.name} " + ("merges weights" if rule.needs.base else "makes masks of entries")
+    needs = rule.needs
+    if needs.base or needs.masks or needs.calibration:
+        does = "merges weights" if needs.base else "makes masks of entries" if needs.masks else "merges by measurements"
+        what = f"{rule.name} {does}"
         raise UsageError("over", f"{what}, and updates are turned here", "take a rule that merges updates alone")
     return rule
 

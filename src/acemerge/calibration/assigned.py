@@ -1,0 +1,93 @@
+"""Which tasks calibrate which expert, told from the task file and the plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.hub import hub_id
+from acemerge.errors import UsageError
+from acemerge.evaluation.models import quiet_transformers
+from acemerge.evaluation.tasks import Task, load_tasks
+from acemerge.jobs import Job, Plan
+from acemerge.methods import Calibration
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """An expert by its label and as the recipe names it, and the tasks whose data it is calibrated on."""
+
+    label: str
+    model: str
+    tasks: tuple[Task, ...]
+
+
+def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
+    """The tasks of every expert where a rule of the plan wants them, and what is to be warned of.
+
+    A task is an expert's whose path its `expert:` is; without that, whose label its head has. UsageError where an
+    expert has none, or where the plan and calibration do not go together.
+    """
+    recipe = plan.recipe
+    if recipe.calibration is None:
+        return (), []
+    tasks = load_tasks(Path(recipe.calibration), labelled=False).tasks
+    wanting = calibrated_jobs(plan)
+    if not wanting:
+        return (), ["calibration: no rule of this merge asks for it"]
+    _check(plan, wanting)
+    quiet_transformers()
+    named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
+    owners = [_owner(task, named) for task in tasks]
+    for i, (label, model) in enumerate(named):
+        if i not in owners:
+            cure = f"add one with `expert: {model}`, or with `head: {label}`"
+            raise UsageError(recipe.calibration, f"no task belongs to expert {label}", cure)
+    assigned = tuple(
+        Assigned(label, model, tuple(t for t, owner in zip(tasks, owners, strict=True) if owner == i))
+        for i, (label, model) in enumerate(named)
+    )
+    unused = [task.name for task, owner in zip(tasks, owners, strict=True) if owner is None]
+    return assigned, [f"calibration: task {name} belongs to none of the experts and is not used" for name in unused]
+
+
+def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[Job]:
+    """The jobs whose rule wants measurements, of one kind or of any."""
+    kinds = [(job, job.method.needs.calibration) for job in plan.jobs if job.method]
+    return [job for job, kind in kinds if kind is not None and wanted in (None, kind)]
+
+
+def _check(plan: Plan, wanting: Sequence[Job]) -> None:
+    recipe = plan.recipe
+    for given, what in ((recipe.slices, "slices of layers"), (recipe.vocabulary != "refuse", "vocabulary")):
+        if given:
+            why = f"the models that are run do not have the output's tensors with {what}"
+            raise UsageError("calibration", why, f"leave {what} out, or use a rule without data")
+    for label, adapter in plan.adapters.items():
+        what = f"is an adapter ({adapter}), which is not run by itself"
+        raise UsageError(f"expert {label}", what, "merge it with its base alone first, and name that folder")
+    stored = [job.name for job in wanting if job.role.transposed and not job.transposed and not _is_entrywise(job)]
+    if stored:
+        what = f"tensor {stored[0]!r} is merged as it is stored, its inputs are the rows"
+        raise UsageError("calibration", what, "use orientation input, and policy default")
+
+
+def _is_entrywise(job: Job) -> bool:
+    return job.method is not None and job.method.needs.calibration == "gradients"
+
+
+def _owner(task: Task, named: Sequence[tuple[str, str]]) -> int | None:
+    """The number of the expert that a task belongs to."""
+    for i, (label, model) in enumerate(named):
+        if task.head_label == label if task.expert is None else _same(task.expert, model):
+            return i
+    return None
+
+
+def _same(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    folders = hub_id(one) is None and hub_id(other) is None
+    return folders and files.resolve(Path(one)) == files.resolve(Path(other))

@@ -1,0 +1,143 @@
+"""A task's data through one network: in batches without padding, or example by example with its likelihood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import log_softmax
+
+from acemerge.errors import UsageError
+from acemerge.evaluation.data import read_columns
+from acemerge.evaluation.examples import Examples, open_examples, open_text, source, text_of
+from acemerge.evaluation.heads import find_heads
+from acemerge.evaluation.images import open_images
+from acemerge.evaluation.models import Model
+from acemerge.evaluation.perplexity import token_losses
+from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, ZeroShot
+from acemerge.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Feed:
+    """`lengths` are those of the examples, `forward` runs some of one length, `log_likelihood` scores one.
+
+    What an example answers is the data's label, or where it has none drawn from the network's own answer.
+    """
+
+    network: nn.Module
+    lengths: Sequence[int]
+    batch_size: int
+    forward: Callable[[Sequence[int]], Tensor]
+    log_likelihood: Callable[[int], Float[Tensor, ""]]
+
+    def batches(self) -> Iterator[list[int]]:
+        """The numbers of all examples: together those of one length, so that nothing is padded."""
+        of_length: dict[int, list[int]] = {}
+        for i, length in enumerate(self.lengths):
+            of_length.setdefault(length, []).append(i)
+        for _, rows in sorted(of_length.items(), reverse=True):
+            for start in range(0, len(rows), self.batch_size):
+                yield rows[start : start + self.batch_size]
+
+
+def open_feed(model: Model, task: Task, labelled: bool) -> Feed:
+    """The task's data for the expert that it belongs to; without `labelled` no label is read.
+
+    UsageError, CheckpointError where they do not go together.
+    """
+    feed = _of_text(model, task) if isinstance(task, Perplexity) else _of_examples(model, task, labelled)
+    eager = getattr(feed.network, "set_experts_implementation", None)
+    if eager is not None and getattr(feed.network, "_can_set_experts_implementation", lambda: False)():
+        eager("eager")  # expert by expert, so that each one's inputs are seen
+    return feed
+
+
+def _of_text(model: Model, task: Perplexity) -> Feed:
+    network, tokens = open_text(model, task)
+    windows = [window.to(model.device) for window in tokens.split(task.context) if len(window) > 1]
+    if not windows:
+        raise UsageError(f"task {task.name}", "the text has fewer than two tokens", "name a longer text")
+
+    def forward(rows: Sequence[int]) -> Tensor:
+        logits: Tensor = network(input_ids=torch.stack([windows[i] for i in rows])).logits
+        return logits
+
+    def log_likelihood(i: int) -> Tensor:
+        return -token_losses(forward([i])[0], windows[i], 1).sum()
+
+    lengths = [len(window) for window in windows]
+    return Feed(network, lengths, task.batch_size, forward, log_likelihood)
+
+
+def _of_examples(model: Model, task: Classification | Regression | Images | ZeroShot, labelled: bool) -> Feed:
+    asked = task
+    if not labelled and isinstance(task, Classification | Regression):
+        asked = task.model_copy(update={"label": None})
+    heads = find_heads(task.name, task.head_label, model.checkpoint, None)
+    examples = open_examples(model, asked, heads, model)
+
+    def forward(rows: Sequence[int]) -> Tensor:
+        return examples.scorer.logits({key: value.to(model.device) for key, value in examples.batch(rows).items()})
+
+    def log_likelihood(i: int) -> Tensor:
+        scores = forward([i])[0]
+        return _log_likelihood(scores, i, examples, task)
+
+    return Feed(examples.scorer.network, examples.lengths, task.batch_size, forward, log_likelihood)
+
+
+def _log_likelihood(scores: Float[Tensor, " K"], i: int, examples: Examples, task: Task) -> Float[Tensor, ""]:
+    """`log p(label | example)` up to a constant: of classes by their softmax, of numbers with variance one."""
+    label = None if examples.labels is None else examples.labels[i]
+    # An example's draw depends on the task and its number alone.
+    chance = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
+    if isinstance(task, Regression):
+        answer = scores[0]
+        drawn = answer.item() + torch.randn((), generator=chance).item()
+        return -0.5 * (answer - (drawn if label is None else float(label))) ** 2
+    if isinstance(task, ZeroShot):
+        scores = scores * examples.scorer.network.logit_scale.exp().to(scores)  # type: ignore[operator]
+    logs = log_softmax(scores.float(), 0)
+    if label is None:
+        label = torch.multinomial(logs.detach().exp().cpu(), 1, generator=chance).item()
+    return logs[int(label)]
+
+
+def labels_of(task: Task, labelled: bool) -> str:
+    """Where a task's labels are from, in words."""
+    if not labelled:
+        return "not read"
+    if isinstance(task, Perplexity):
+        return "the text's own tokens"
+    unlabelled = isinstance(task, Classification | Regression) and task.label is None
+    return "drawn from the expert's own answers" if unlabelled else "given"
+
+
+def about_data(task: Task, labelled: bool) -> dict[str, Any]:
+    """The SHA-256 of all that is read of a task's data (texts, pixels and, where `labelled`, labels), and how much it
+    is: examples, or the characters of a text.
+    """
+    digest = hashlib.sha256()
+    if isinstance(task, Images | ZeroShot):
+        images = open_images(source(task), task.image, task.label, task.labels)
+        for i, number in enumerate(images.classes.tolist()):
+            image: Any = images.image(i)
+            digest.update(f"{number} {image.size}".encode())
+            digest.update(image.tobytes())
+        return {"sha256": digest.hexdigest(), "examples": len(images.classes)}
+    if isinstance(task, Perplexity):
+        text = text_of(task)
+        return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "characters": len(text)}
+    columns = read_columns(
+        source(task), [*task.columns, *([task.label] if labelled and task.label is not None else [])]
+    )
+    for values in columns:
+        digest.update(json.dumps([str(value) for value in values]).encode())
+    return {"sha256": digest.hexdigest(), "examples": len(columns[0])}

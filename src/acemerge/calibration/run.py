@@ -1,0 +1,156 @@
+"""Calibrates the experts of a plan: what its rules want measured, kept on disk for the merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acemerge.calibration.assigned import Assigned, calibrated_jobs
+from acemerge.calibration.blocks import block_moments, block_of, block_order
+from acemerge.calibration.feed import about_data, labels_of
+from acemerge.calibration.gradients import squared_gradients
+from acemerge.calibration.moments import OnExamples, second_moments
+from acemerge.calibration.store import Store
+from acemerge.checkpoints import files
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.evaluation.models import Model, open_model
+from acemerge.identity import digest
+from acemerge.jobs import Job, pieces
+from acemerge.methods import Calibration
+from acemerge.opening import Opened
+from acemerge.run import OnProgress, Progress, merging
+from acemerge.shapes import Tensor
+from acemerge.work import Setting, Walk
+
+
+@dataclass(frozen=True)
+class Calibrating:
+    """The calibration of one run: where it keeps what it measures, under names that hash what the run is, and how it
+    goes through tensors that are to be merged.
+    """
+
+    opened: Opened
+    folder: Path
+    identity: Mapping[str, Any]
+    walk: Walk
+    on_progress: OnProgress = lambda _: None
+
+    @property
+    def device(self) -> torch.device:
+        return self.opened.devices[0]
+
+    @property
+    def experts(self) -> Sequence[Assigned]:
+        return self.opened.calibration
+
+    def model(self, expert: Assigned) -> Model:
+        return open_model(expert.model, self.device)
+
+    def key(self, what: str) -> str:
+        return digest({"run": self.identity, "what": what})[:32]
+
+    def told(self, expert: Assigned, what: str) -> OnExamples:
+        def on_examples(done: int, total: int) -> None:
+            self.on_progress(Progress("calibration", f"{expert.label}{what}", done, total, 0, 0, "examples"))
+
+        return on_examples
+
+
+def data_of(opened: Opened) -> dict[str, Any]:
+    """For every expert and task a hash of the data, and how much it is. This reads the data."""
+    labelled = _labelled(opened)
+    return {e.label: {task.name: about_data(task, labelled) for task in e.tasks} for e in opened.calibration}
+
+
+def _labelled(opened: Opened) -> bool:
+    return bool(calibrated_jobs(opened.plan, "gradients"))
+
+
+def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
+    """The setting with everything measured that the plan's rules want."""
+    opened = calibrating.opened
+    if not opened.calibration:
+        return setting
+    files.make_folder(calibrating.folder)
+    store = Store(calibrating.folder)
+    setting = replace(setting, measured=store)
+    for wanted in ("inputs", "gradients"):
+        tensors = _specs(calibrated_jobs(opened.plan, wanted))
+        for i, expert in enumerate(calibrating.experts if tensors else ()):
+            key = calibrating.key(f"{wanted} of {expert.label}")
+            if not store.restore(key, wanted, i):
+                store.write(key, wanted, i, _measured(wanted, expert, tensors, calibrating))
+    if calibrated_jobs(opened.plan, "merged inputs"):
+        _in_order(store, setting, calibrating)
+    return setting
+
+
+def _measured(
+    wanted: Calibration, expert: Assigned, tensors: Mapping[str, TensorSpec], calibrating: Calibrating
+) -> Iterator[tuple[str, Tensor]]:
+    model, told = calibrating.model(expert), calibrating.told(expert, "")
+    if wanted == "gradients":
+        yield from squared_gradients(model, expert.tasks, tensors, told)
+    else:
+        for name, moment in second_moments(model, expert.tasks, tensors, told):
+            yield name, moment.mean
+
+
+def _in_order(store: Store, setting: Setting, calibrating: Calibrating) -> None:
+    """Measure the first block, merge it, measure the next one behind it, and so on.
+
+    What is in no block that the data enters is merged beforehand. The merge itself does all of it once more.
+    """
+    plan, experts = calibrating.opened.plan, calibrating.experts
+    tensors = _specs(calibrated_jobs(plan, "merged inputs"))
+    order = block_order(calibrating.model(experts[0]), experts[0].tasks, tensors)
+    merged = _merged([job for job in plan.jobs if block_of(job.name) not in order], setting, calibrating)
+    for n, block in enumerate(order):
+        for i, expert in enumerate(experts):
+            key = calibrating.key(f"merged inputs of {expert.label} in {block}")
+            if store.restore(key, "merged inputs", i):
+                continue
+            told = calibrating.told(expert, f", {block}")
+            moments = block_moments(
+                calibrating.model(expert), expert.tasks, tensors, block, order[n + 1 :], merged, told
+            )
+            store.write(key, "merged inputs", i, ((name, moment.mean) for name, moment in moments.items()))
+        if n + 1 < len(order):
+            merged |= _merged([job for job in plan.jobs if block_of(job.name) == block], setting, calibrating)
+
+
+def _merged(jobs: Sequence[Job], setting: Setting, calibrating: Calibrating) -> dict[str, Tensor]:
+    """The merged values of these jobs, as the output would store them."""
+    whole = [replace(job, factors=None) for job in jobs]
+    parts: dict[str, list[Tensor]] = {}
+    for results in calibrating.walk((piece for job in whole for piece in pieces(job, job.entrywise)), merging(setting)):
+        for piece, computed in results:
+            parts.setdefault(piece.job.name, []).append(computed.value)
+    return {name: torch.cat(values) if len(values) > 1 else values[0] for name, values in parts.items()}
+
+
+def _specs(jobs: Sequence[Job]) -> dict[str, TensorSpec]:
+    return {job.name: job.spec for job in jobs}
+
+
+def about_calibration(opened: Opened, setting: Setting, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of it: every expert's tasks, their data, and the tensors that were not seen."""
+    store = setting.measured
+    if not isinstance(store, Store):
+        return {}
+    table = {}
+    for i, expert in enumerate(opened.calibration):
+        found = identity["calibration"][expert.label]
+        tasks = {
+            task.name: {"kind": task.kind, "data": task.data, "labels": labels_of(task, _labelled(opened))}
+            | found[task.name]
+            for task in expert.tasks
+        }
+        jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(opened.plan) if job.method]
+        unseen = [job.name for job, wanted in jobs if i not in job.absent and not store.has(wanted, job.name, i)]
+        table[expert.label] = {"tasks": tasks, "not seen": unseen}
+    return {"calibration": table}
