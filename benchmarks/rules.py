@@ -106,8 +106,9 @@ def chosen_pairs(against: str, rules: list[str]) -> Iterator[tuple[str, Pair]]:
 
 def all_rules() -> list[str]:
     import acemerge
+    from acemerge.methods import make
 
-    return list(acemerge.METHODS)
+    return [name for name in acemerge.METHODS if make(name, {}).needs.calibration is None]
 
 
 def measured_rows(rule: str, pair: Pair, models: dict[str, Model], arguments: argparse.Namespace) -> Iterator[Row]:

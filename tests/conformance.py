@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import acemerge
+from acemerge.methods import make
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,32 @@ RULES = {
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
     "wudi": Traits(scales=False),
     "swudi_a": Traits(rotates=True, rank=True),
+    "regmean": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
+    "regmean_pp": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
+    "fisher": Traits(returns=True, drops=False),
     "mergekit_linear": Traits(rotates=True),
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
     "mergekit_slerp": Traits(returns=True, rotates=True, drops=False, experts=2),
     "mergekit_sce": Traits(returns=True),
     "arcee_fusion": Traits(scales=False, drops=False, experts=1),
 }
+
+
+DATA_FREE = [name for name in RULES if make(name, dict(RULES[name].params)).needs.calibration is None]
+
+
+def measurements(deltas: Tensor, name: str) -> dict[str, Tensor]:
+    """What a rule with data is given beside the task vectors: made of each of them alone, turned and permuted as it
+    is, and the same whatever its size.
+    """
+    wanted = make(name, dict(RULES[name].params)).needs.calibration
+    if wanted is None:
+        return {}
+    D = deltas.double()
+    unit = D / D.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, *[1] * (D.ndim - 1))
+    if wanted == "gradients":
+        return {"moments": unit.square() + 1 / D[0].numel()}
+    return {"moments": unit.mT @ unit + torch.eye(D.shape[-1], dtype=torch.float64) / D.shape[-1]}
 
 
 def having(trait: str) -> list[str]:
@@ -73,7 +94,8 @@ def merged(deltas: Tensor, name: str, **params: Any) -> Tensor:
 
 
 def result(deltas: Tensor, name: str, **params: Any) -> acemerge.LayerResult:
-    return acemerge.merge_deltas(accepted(deltas, name), name, **params)
+    deltas = accepted(deltas, name)
+    return acemerge.merge_deltas(deltas, name, **{**measurements(deltas, name), **params})
 
 
 def accepted(deltas: Tensor, name: str) -> Tensor:

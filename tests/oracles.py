@@ -233,6 +233,21 @@ def actmat(
     return sum(d @ g for d, g in zip(D, G, strict=True)) @ torch.linalg.pinv(total + ridge, hermitian=True)
 
 
+def regmean(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, a: float = 0.9) -> Tensor:
+    """M = (sum_t D_t G_t) (sum_t G_t)^(-1), entries of G_t off the diagonal times a."""
+    eye = torch.eye(deltas.shape[2], dtype=torch.float64)
+    G = [
+        w * torch.where(eye == 1, S, a * S)
+        for w, S in zip(factors(len(deltas), weights), moments.double(), strict=True)
+    ]
+    return sum(d @ g for d, g in zip(deltas.double(), G, strict=True)) @ torch.linalg.inv(sum(G))
+
+
+def fisher(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, floor: float = 1e-6) -> Tensor:
+    F = [w * (f + floor) for w, f in zip(factors(len(deltas), weights), moments.double(), strict=True)]
+    return sum(d * f for d, f in zip(deltas.double(), F, strict=True)) / sum(F)
+
+
 def wudi(deltas: Tensor, weights: Sequence[float] | None = None, steps: int = 300, lr: float = 1e-5) -> Tensor:
     D, w = deltas.double(), factors(len(deltas), weights)
     M = weighted(deltas, weights).sum(0).requires_grad_()

@@ -8,14 +8,14 @@ from torch import Tensor
 
 import acemerge
 from builders import PlainModel, load_folder
-from conformance import RULES, accepted
+from conformance import DATA_FREE, RULES, accepted, result
 from oracles import relative_error, task_vectors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 def merged(deltas: Tensor, name: str, device: str) -> Tensor:
-    return acemerge.merge_deltas(accepted(deltas, name).to(device), name).delta
+    return result(accepted(deltas, name).to(device), name).delta
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 40), (540, 530)], ids=str)
@@ -29,7 +29,7 @@ def test_a_rule_gives_the_same_on_cuda(name: str, shape: tuple[int, int]) -> Non
     assert relative_error(merged(deltas.float(), name, "cuda").cpu(), merged(deltas.float(), name, "cpu")) < 1e-4
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", DATA_FREE)
 def test_checkpoints_merge_on_cuda(name: str, plain: PlainModel) -> None:
     plain.tuned = plain.tuned[: RULES[name].experts]
     base, experts = plain.save()

@@ -12,7 +12,7 @@ import torch
 import acemerge
 from acemerge.errors import CheckpointError, NumericalError, UsageError
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
-from conformance import RULES
+from conformance import DATA_FREE, RULES
 
 
 def merge(plain: PlainModel, **options: Any) -> tuple[acemerge.MergeReport, dict[str, torch.Tensor]]:
@@ -83,7 +83,7 @@ def test_embeddings_can_be_chosen(plain: PlainModel, choice: str, rule: str) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", [name for name in RULES if name != "mergekit_linear"])  # a sum of the weights
+@pytest.mark.parametrize("method", [name for name in DATA_FREE if name != "mergekit_linear"])  # a sum of the weights
 def test_when_nothing_was_tuned_the_bases_bytes_come_back(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
     plain = PlainModel(tmp_path, dtype)
     plain.base["layers.0.up.weight"][0, 0] = -0.0

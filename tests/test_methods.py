@@ -11,7 +11,7 @@ from torch import Tensor
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import make
-from conformance import RULES, accepted, having, result
+from conformance import RULES, accepted, having, measurements, result
 from oracles import matrix_with_condition, relative_error
 
 
@@ -83,16 +83,18 @@ def test_compute_dtype_can_be_chosen(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_bad_arguments_are_named(name: str) -> None:
+    deltas = _randn(2, 3, 3)
+    given = measurements(deltas, name)
     with pytest.raises(UsageError, match=r"did you mean `scale`"):
-        acemerge.merge_deltas(_randn(2, 3, 3), name, scal=2)
+        acemerge.merge_deltas(deltas, name, **given, scal=2)
     with pytest.raises(UsageError, match="scale"):
-        acemerge.merge_deltas(_randn(2, 3, 3), name, scale="much")
+        acemerge.merge_deltas(deltas, name, **given, scale="much")
     with pytest.raises(UsageError, match="3 weights for 2 experts"):
-        acemerge.merge_deltas(_randn(2, 3, 3), name, weights=[1, 2, 3])
+        acemerge.merge_deltas(deltas, name, **given, weights=[1, 2, 3])
     with pytest.raises(UsageError, match="shape"):
-        acemerge.merge_deltas(torch.zeros(0, 3, 3), name)
+        acemerge.merge_deltas(torch.zeros(0, 3, 3), name, **given)
     with pytest.raises(CheckpointError, match="not finite"):
-        acemerge.merge_deltas(torch.full((2, 3, 3), float("nan")), name)
+        acemerge.merge_deltas(torch.full((2, 3, 3), float("nan")), name, **given)
 
 
 @pytest.mark.parametrize("name", having("rank"))
@@ -110,10 +112,11 @@ def test_vectors_and_stacks_go_through_rules_that_need_no_matrix(name: str) -> N
         with pytest.raises(UsageError, match="needs matrices"):
             acemerge.merge_deltas(vector, name)
     else:
-        merged = acemerge.merge_deltas(vector, name).delta
+        merged = acemerge.merge_deltas(vector, name, **measurements(vector, name)).delta
         assert merged.shape == (12,)
         if name not in ("arcee_fusion", "dare_linear", "dare_ties", "della", "emr", "ties"):
-            stacked = acemerge.merge_deltas(vector.view(-1, 2, 3, 2), name).delta
+            stack = vector.view(-1, 2, 3, 2)
+            stacked = acemerge.merge_deltas(stack, name, **measurements(stack, name)).delta
             assert relative_error(stacked.flatten(), merged) < 1e-14
 
 

@@ -111,7 +111,7 @@ class _Model:
             for weights in (bases, *(bases + deltas[:, t] for t in range(T)))
         ]
         rule = make(method, dict(RULES[method].params))
-        recipe = make_recipe({"base": "b", "experts": [str(t) for t in range(T)], "method": method}, "test")
+        recipe = make_recipe({"base": "b", "experts": [str(t) for t in range(T)]}, "test")
         thresholds = {} if rule.needs.keep is None else {rule.needs.keep: [0.05] * T}
         self.setting = Setting(recipe, [str(t) for t in range(T)], thresholds)
         self.pieces = [self._piece(name, rule, T, job) for name in names]

@@ -35,7 +35,7 @@ from tasks import QUICK, TASKS, Task, build
 import acemerge
 
 Run = tuple[str, dict[str, Any]]
-_LEFT_OUT = {"slerp"}  # two experts at most
+_LEFT_OUT = {"slerp", "regmean", "regmean_pp", "fisher"}  # two experts at most; with data
 _VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ace": {
         "eps": (1e-6, 1e-4, 1e-3, 1e-2),

@@ -33,10 +33,10 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
     recipe = plan.recipe
     if recipe.calibration is None:
         return (), []
-    tasks = load_tasks(Path(recipe.calibration), labelled=False).tasks
     wanting = calibrated_jobs(plan)
     if not wanting:
         return (), ["calibration: no rule of this merge asks for it"]
+    tasks = load_tasks(Path(recipe.calibration), labelled=False).tasks
     _check(plan, wanting)
     quiet_transformers()
     named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]

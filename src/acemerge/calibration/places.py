@@ -108,7 +108,7 @@ def _watched(module: nn.Module, products: _Products) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.forward
+        module.forward = forward
 
 
 class _Products(TorchFunctionMode):

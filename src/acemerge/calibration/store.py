@@ -46,10 +46,11 @@ class Store:
             return False
         try:
             sums = parse_json(files.read_small(index, _MAX_INDEX), index)
-            paths = [contained(files.resolve(self.folder), name) for name in sums]
-            if any(files.sha256(path) != sums[path.name] for path in paths):
+            root = files.resolve(self.folder)
+            paths = {name: contained(root, name) for name in sums} if isinstance(sums, dict) else None
+            if paths is None or any(files.sha256(path) != sums[name] for name, path in paths.items()):
                 return False
-            self._add(wanted, expert, paths)
+            self._add(wanted, expert, paths.values())
         except CheckpointError:
             return False
         return True

@@ -111,7 +111,7 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
     moments = layer.moments
     if not layer.weights.any():
         return no_update(deltas)
-    if moments is None:
+    if moments is None or not moments.any():
         return _averaged(deltas, layer, scale)
 
     def targets(t: int, dtype: torch.dtype) -> Tensor:
