@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from acemerge.evaluation.tasks import load_tasks
 from acemerge.methods.calibrated import UNSEEN
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import load_recipe
+from acemerge.report.manifest import load_manifest
 from builders import load_folder, make_model, write_adapter
 from commands import failed, run
 from oracles import relative_error
@@ -207,12 +207,15 @@ def test_regmean_merges_by_each_experts_own_inputs(family: Path) -> None:
         elif record["rule"] == "average":
             assert relative_error(merged[name], base + deltas.mean(0)) < 1e-6
     assert sum(record["rule"] == "regmean" for record in report.tensors.values()) == 13
-    about = json.loads((family / "out/acemerge.json").read_text())["calibration"]
+    about = load_manifest(family / "out")["calibration"]
     assert about["topic"]["not seen"] == []
     assert about["topic"]["tasks"]["topic"]["examples"] == 9
     assert about["topic"]["tasks"]["topic"]["labels"] == "not read"
     assert len(about["tone"]["tasks"]["mood"]["sha256"]) == 64
     assert not (family / "out/.acemerge.work").exists()
+    assert (
+        "Made with acemerge, with examples of `topic`, `mood`, from the base" in (family / "out/README.md").read_text()
+    )
 
 
 def test_several_tasks_of_one_expert_are_one_data_set(family: Path) -> None:
@@ -404,6 +407,17 @@ def test_the_plan_says_who_is_calibrated_on_what(family: Path, capsys: pytest.Ca
     assert "expert tone: to be calibrated on mood" in out
     code, out, _ = run(capsys, "plan", *words(family, "--calibration", tasks))
     assert "warning: calibration: no rule of this merge asks for it" in out
+
+
+def test_rules_with_and_without_data_are_compared(family: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (family / "test").mkdir()
+    task = {"kind": "classification", "name": "topic", "data": "../topic.tsv", "text": "s", "label": "y"}
+    tasks = write_tasks(family / "test", task)
+    more = ["--methods", "average,regmean", "--calibration", family / "tasks.yaml", "--tasks", tasks]
+    code, out, err = run(capsys, "compare", *words(family, *more, "-o", family / "out"))
+    assert code == 0, err
+    assert all(name in out for name in ("average", "regmean"))
+    assert load_manifest(family / "out/merged/regmean")["calibration"].keys() == EXPERTS.keys()
 
 
 def test_what_is_missing_is_one_line_with_its_cure(

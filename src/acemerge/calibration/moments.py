@@ -47,15 +47,15 @@ class InputSums:
 
     totals: dict[Layer, Tensor] = field(default_factory=dict)
     rows: dict[Layer, int] = field(default_factory=dict)
-    _last: tuple[Tensor, Tensor] | None = None
+    _last: tuple[Tensor, int, Tensor] | None = None  # an input, its version and its product
 
     def see(self, layer: Layer, inputs: Tensor) -> None:
         """Add inputs (..., in). Layers that are given one and the same tensor in turn share its product."""
-        if self._last is None or self._last[0] is not inputs:
+        if self._last is None or self._last[0] is not inputs or self._last[1] != inputs._version:
             rows = inputs.detach().reshape(-1, inputs.shape[-1])
             wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-            self._last = inputs, symmetric_product(wide)
-        product = self._last[1]
+            self._last = inputs, inputs._version, symmetric_product(wide)
+        product = self._last[2]
         if layer not in self.totals:
             self.totals[layer], self.rows[layer] = torch.zeros_like(product, dtype=torch.float64), 0
         self.totals[layer] += product

@@ -28,7 +28,7 @@ class RegMean:
         M = (sum_t D_t G_t) (sum_t G_t)^(-1),   G_t = Z_t^T Z_t / N, off the diagonal times a
 
     with the N inputs Z_t (N, in) of the layer in expert t's network on its own data; see `--calibration`. It minimises
-    `sum_t ||Z_t (M - D_t)^T||_F^2 / N` where a = 1. Source: Jin et al. 2023 (arXiv 2212.09849, section 3), a = 0.9.
+    `sum_t ||Z_t (M - D_t)^T||_F^2 / N` where a = 1. Source: Jin et al. 2023 (arXiv 2212.09849), a = 0.9.
     Departure: N is each expert's own, so that an expert with more data has no more say. A weight multiplies G_t, and
     may not be negative. Input directions that no data reaches stay at the base. A layer whose inputs were not seen is
     averaged, and the status says so.

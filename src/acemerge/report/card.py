@@ -85,8 +85,10 @@ def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     masked = any(job.method and job.method.needs.masks for job in plan.jobs)
     several = len(plan.experts) > 1 and total > 0
     share = f"Of the updates' energy, {energies[largest] / total:.0%} are `{largest}`'s." if several else ""
+    tasks = ", ".join(f"`{name}`" for names in plan.calibration.values() for name in names)
+    data = f"with examples of {tasks}" if tasks else "without data"
     return [
-        f"Made with acemerge, without data, from the base `{_base(plan)}` and the experts "
+        f"Made with acemerge, {data}, from the base `{_base(plan)}` and the experts "
         + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
