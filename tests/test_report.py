@@ -18,9 +18,10 @@ import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection import Sums
 from acemerge.probe import BEFORE, LookBack, Probe, look_back
-from acemerge.report.facts import branch, figure, page_facts
+from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
 from acemerge.report.manifest import load_manifest
+from acemerge.report.records import branch, figure
 from acemerge.report.shares import layer_of
 from acemerge.reporting import write_report
 from acemerge.verify import verify

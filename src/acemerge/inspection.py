@@ -8,11 +8,11 @@ import torch
 
 from acemerge.linalg.gram import symmetric_product
 from acemerge.linalg.krylov import leading_values, spectral_norms
+from acemerge.linalg.principal import WHOLE_SPECTRUM
 from acemerge.shapes import Float, Tensor
 
 _BLOCK = 1 << 18  # entries of an expert that are widened at once
-_WHOLE_SPECTRUM = 1024  # up to this shorter side all singular values, beyond it
-_LEADING = 32  # so many
+_LEADING = 32  # so many singular values where not all are found
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def spectrum(D: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
 
     All come from the eigenvalues of the smaller Gram matrix: below 1e-8 of the largest they are rounding.
     """
-    if min(D.shape) > _WHOLE_SPECTRUM:
+    if min(D.shape) > WHOLE_SPECTRUM:
         return leading_values(D, _LEADING).cpu()
     X = D.double()
     gram = symmetric_product(X if X.shape[0] >= X.shape[1] else X.T)

@@ -19,12 +19,13 @@ from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods.ace import Ace
 from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe
+from acemerge.report.records import parts_of
 from acemerge.run import OnProgress, walker
 from acemerge.shapes import Float, Tensor
 from acemerge.survey import FULL
 from acemerge.work import Loaded, Place, Values, Work
 
-BEFORE = "before refinement"
+MERGED, BEFORE = "merged", "before refinement"
 _MATRICES = ("linear", "conv1d")
 
 
@@ -109,11 +110,16 @@ def _is_matrix(job: Job) -> bool:
 
 def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Job]:
     """The jobs whose rule refined its result, as they were before that."""
-    found = {}
-    for job in opened.plan.jobs:
-        if isinstance(job.method, Ace) and manifest["tensors"].get(job.name, {}).get("refined"):
-            found[job.name] = replace(job, method=replace(job.method, ablation="E3"))
-    return found
+    records = manifest["tensors"]
+    found = {job.name: before_refinement(job, records.get(job.name, {})) for job in opened.plan.jobs}
+    return {name: job for name, job in found.items() if job is not None}
+
+
+def before_refinement(job: Job, record: Mapping[str, Any]) -> Job | None:
+    """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `record`."""
+    if isinstance(job.method, Ace) and any(part.get("refined") for part in parts_of(record)):
+        return replace(job, method=replace(job.method, ablation="E3"))
+    return None
 
 
 def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Job]) -> Work[list[tuple[str, Probe]]]:
@@ -138,7 +144,7 @@ def _probe(
         own = sums(deltas[:T], W0)
         if not _is_matrix(job):
             return Probe(own, products)
-        spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), deltas, strict=True)}
+        spectra = {label: spectrum(D) for label, D in zip((*labels, MERGED), deltas, strict=True)}
         if job.name in refined:
             result = apply(refined[job.name], deltas[:T], W0, range(T), opened.setting)
             spectra[BEFORE] = spectrum(result.delta)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.output import REPORT
-from acemerge.checkpoints.writer import PARTIAL, FileWriter
+from acemerge.checkpoints.writer import write_file
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.probe import try_to_look_back
 from acemerge.report.facts import page_facts
@@ -32,13 +32,5 @@ def write_report(out: str | Path, target: str | Path | None = None, on_progress:
     seen, why_not = try_to_look_back(out, manifest, on_progress)
     page = html_page(page_facts(manifest, seen, why_not)).encode()
     path = out / REPORT if target is None else Path(target)
-    beside = path.with_name(path.name + PARTIAL)
-    writer = FileWriter(beside)
-    try:
-        writer.write(page)
-    except BaseException:
-        writer.close()
-        raise
-    writer.finish()
-    files.rename(beside, path)
+    write_file(path, page)
     return path

@@ -138,7 +138,7 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
     with opened.pipeline(workers, hashing=False) as (pipeline, _):
         walk = walker(pipeline, "inspect", on_progress)
         whole = (replace(job, method=FULL) for job in jobs.values())
-        parts = (piece for job in whole for piece in pieces(job, split and not _is_matrix(job)))
+        parts = (piece for job in whole for piece in pieces(job, split and not is_matrix(job)))
         for seen in walk(parts, _looking(opened.setting)):
             for view in seen:
                 before = views.get(view.job.name)
@@ -149,7 +149,8 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
     return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
 
 
-def _is_matrix(job: Job) -> bool:
+def is_matrix(job: Job) -> bool:
+    """Whether it is the weight of a linear layer, or a stack of such."""
     return job.role.name in _MATRICES and len(job.spec.shape) > 1
 
 
@@ -167,7 +168,7 @@ def _view(piece: Piece, values: Values, setting: Setting, place: Place) -> View:
         W0 = space[T].copy_(values.take((0, job.name)))
         deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
         seen = sums(deltas, W0)
-        norms = squared_norms(deltas) if _is_matrix(job) and deltas.numel() else None
+        norms = squared_norms(deltas) if is_matrix(job) and deltas.numel() else None
     if len(used) == T:
         return View(job, seen, norms)
     products = torch.zeros(T, T, dtype=torch.float64)

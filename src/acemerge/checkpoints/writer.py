@@ -129,6 +129,19 @@ class FileWriter:
         files.close(self._descriptor)
 
 
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place and give it its name when it is whole."""
+    beside = path.with_name(path.name + PARTIAL)
+    writer = FileWriter(beside)
+    try:
+        writer.write(data)
+    except BaseException:
+        writer.close()
+        raise
+    writer.finish()
+    files.rename(beside, path)
+
+
 class TensorFiles:
     """Several safetensors files, each with its tensors in the order of its specs, whole or in ranges of rows.
 

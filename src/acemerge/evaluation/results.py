@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.writer import PARTIAL, FileWriter
+from acemerge.checkpoints.writer import write_file
 from acemerge.errors import UsageError
 from acemerge.evaluation.tables import Evaluation, picture
 from acemerge.evaluation.tasks import Tasks
@@ -35,12 +35,5 @@ def write_results(evaluation: Evaluation, tasks: Tasks, models: dict[str, str], 
     contents[JSON] = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
     files.make_folder(out)
     for name, data in contents.items():
-        writer = FileWriter(out / (name + PARTIAL))
-        try:
-            writer.write(data)
-        except BaseException:
-            writer.close()
-            raise
-        writer.finish()
-        files.rename(out / (name + PARTIAL), out / name)
+        write_file(out / name, data)
     return missing

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from acemerge.errors import UsageError
 from acemerge.evaluation.metrics import Draws, interval
+from acemerge.report.png import literal, new_figure, png_bytes
 
 FORMAT = "acemerge-evaluation-1"
 EXPERTS = "experts"
@@ -147,24 +146,18 @@ def _cell(value: float, ends: tuple[float, float], plain: bool = False) -> str:
 
 def picture(evaluation: Evaluation) -> bytes:
     """A PNG: for every task a bar for each row, with its interval; perplexities on a scale of their own."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("picture", "matplotlib is not installed", "pip install 'acemerge[eval]'") from None
     known = {score.task: score for row in evaluation.rows for score in row.known()}
     kinds = [[t for t in evaluation.tasks if t in known and known[t].is_perplexity is kind] for kind in (False, True)]
     panels = [(tasks, kind) for tasks, kind in zip(kinds, (False, True), strict=True) if tasks]
     widths = [max(3.0, 0.25 * len(tasks) * (len(evaluation.rows) + 1)) for tasks, _ in panels]
-    figure = Figure(figsize=(sum(widths) + 2, 4), layout="constrained")
+    figure = new_figure(sum(widths) + 2, 4)
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
     for axis, (tasks, is_perplexity) in zip(axes, panels, strict=True):
         _bars(axis, evaluation.rows, tasks, 1 if is_perplexity else 100)
         axis.set_ylabel("perplexity (lower is better)" if is_perplexity else "score, %")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(6, len(names)), frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png_bytes(figure)
 
 
 def _bars(axis: Any, rows: Sequence[Row], tasks: Sequence[str], unit: int) -> None:
@@ -179,6 +172,6 @@ def _bars(axis: Any, rows: Sequence[Row], tasks: Sequence[str], unit: int) -> No
         above = [unit * max(0.0, high - score.score) for (_, score), (_, high) in zip(found, ends, strict=True)]
         places = [place + (i - (len(rows) - 1) / 2) * width for place, _ in found]
         heights = [unit * score.score for _, score in found]
-        axis.bar(places, heights, width, yerr=(below, above), capsize=2, label=row.name.replace("$", "\\$"))
+        axis.bar(places, heights, width, yerr=(below, above), capsize=2, label=literal(row.name))
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axis.spines[["top", "right"]].set_visible(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from acemerge.linalg.spectral import Singular, rounding_floor
 from acemerge.shapes import Float, Tensor
 
 # A shorter side up to this is done exactly: there a few products save nothing.
@@ -28,9 +29,22 @@ def spectral_norms(X: Float[Tensor, "P out in"]) -> Float[Tensor, " P"]:
 
 def leading_values(X: Float[Tensor, "out in"], k: int) -> Float[Tensor, " k"]:
     """The k largest singular values, descending, in float64, from below as `spectral_norms`: k + 8 directions."""
-    Q = _space(X[None], k + 8, 3)[0]
+    Q = _leading_space(X, k)
     found: Tensor = torch.linalg.svdvals((X @ Q.to(X)).double())
     return found[:k]
+
+
+def leading_triplets(X: Float[Tensor, "out in"], k: int) -> Singular:
+    """The same with their singular vectors; what is at the level of rounding is taken for zero."""
+    Q = _leading_space(X, k)
+    U, s, Vh = torch.linalg.svd((X @ Q.to(X)).double(), full_matrices=False)
+    U, s, V = U[:, :k], s[:k], Q @ Vh.mT[:, :k]
+    rank = int((s > rounding_floor(X)).sum())
+    return Singular(U[:, :rank], s, V[:, :rank])
+
+
+def _leading_space(X: Float[Tensor, "out in"], k: int) -> Float[Tensor, "in n"]:
+    return _space(X[None], k + 8, 3)[0]
 
 
 def _space(X: Float[Tensor, "P out in"], width: int, steps: int) -> Float[Tensor, "P in k"]:

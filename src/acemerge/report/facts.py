@@ -12,6 +12,7 @@ import torch
 
 from acemerge.advice import Advice, of_directions, of_energies
 from acemerge.probe import LookBack, Probe
+from acemerge.report.records import branch, figure
 from acemerge.report.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
 from acemerge.shapes import Float, Tensor
 
@@ -39,7 +40,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str)
     records: Records = manifest["tensors"]
     energies = total_energies(labels, records)
     rows = [_row(name, record, labels, seen) for name, record in records.items()]
-    _name_parts(rows)
+    name_parts(rows)
     advice = [Advice(warning, "") for warning in manifest.get("warnings", ())]
     advice += [_of_status(status, count) for status, count in _unusual(records).items()]
     gammas = [figure(record, "gamma") for record in records.values() if "gamma" in record or "slices" in record]
@@ -91,7 +92,7 @@ def _row(name: str, record: Mapping[str, Any], labels: Sequence[str], seen: Look
     }
 
 
-def _name_parts(rows: Sequence[dict[str, Any]]) -> None:
+def name_parts(rows: Sequence[dict[str, Any]]) -> None:
     """A tensor's place within its layer: its name without the number, and without what is before where all share it."""
     found = {row["name"]: LAYER.search(row["name"]) for row in rows}
     before = {name[: match.start()] for name, match in found.items() if match}
@@ -100,25 +101,6 @@ def _name_parts(rows: Sequence[dict[str, Any]]) -> None:
         if match:
             rest = row["name"][match.end() :]
             row["part"] = rest if len(before) == 1 else f"{row['name'][: match.start()]}.{rest}".strip(".")
-
-
-def _parts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a rule says: once, or for every slice or projection."""
-    several = record.get("slices") or record.get("projections")
-    return several if isinstance(several, list) else [record]
-
-
-def figure(record: Mapping[str, Any], key: str) -> float | None:
-    """A number that the rule gave; the largest where it gave one for each slice."""
-    found = [part.get(key) for part in _parts(record)]
-    numbers = [float(x) for x in found if isinstance(x, int | float) and math.isfinite(x)]
-    return max(numbers, default=None)
-
-
-def branch(record: Mapping[str, Any]) -> str | None:
-    """ACE's branch, `mixed` where slices differ."""
-    found = {str(part["branch"]) for part in _parts(record) if "branch" in part}
-    return None if not found else found.pop() if len(found) == 1 else "mixed"
 
 
 def _shares(labels: Sequence[str], records: Records) -> list[dict[str, Any]]:
@@ -175,10 +157,10 @@ def _spectra(seen: LookBack) -> dict[str, dict[str, list[list[float]]]]:
 
 
 def _curves(probe: Probe, points: int) -> dict[str, list[list[float]]]:
-    return {label: _curve(values, points) for label, values in probe.spectra.items()}
+    return {label: curve(values, points) for label, values in probe.spectra.items()}
 
 
-def _curve(values: Float[Tensor, " k"], points: int) -> list[list[float]]:
+def curve(values: Float[Tensor, " k"], points: int) -> list[list[float]]:
     """Evenly spaced on a scale of logarithms, the ends included; what is rounding beside the largest left out."""
     kept = int((values > 1e-7 * values[0]).sum()) if len(values) else 0
     if not kept:

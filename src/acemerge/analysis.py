@@ -1,0 +1,205 @@
+"""What the papers look at, of any merge: one pass over all layers, one in memory at a time, nothing written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from acemerge.applying import apply
+from acemerge.compute import task_vectors
+from acemerge.factored import merge_factors_of
+from acemerge.jobs import Job, Piece
+from acemerge.linalg.gram import energies
+from acemerge.linalg.principal import Principal, first_cosines, overlaps, principal
+from acemerge.methods import Method, make
+from acemerge.methods.ace import Ace, heterogeneity
+from acemerge.opening import Opened
+from acemerge.probe import before_refinement
+from acemerge.report.records import parts_of
+from acemerge.run import OnProgress, walker
+from acemerge.shapes import Float, Tensor
+from acemerge.survey import is_matrix
+from acemerge.thresholds import with_thresholds
+from acemerge.work import Loaded, Place, Setting, Values, Work
+
+# A rule to count memory by: one that takes singular vectors of full task vectors, whatever adapters are given by.
+_SPECTRAL = make("svc", {"over": "breadcrumbs"})
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values, see `Principal`, and the share of the energy in the top 5 % of them, None where all is zero."""
+
+    values: Float[Tensor, " n"]
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Between T experts, of their principal directions on one side of a layer.
+
+    `first` (T, T) are the cosines of the first ones, without their signs; `overlap` (T, T) is that of the spaces of
+    the top 5 %, see `overlaps`. NaN where an expert has no update.
+    """
+
+    first: Float[Tensor, "T T"]
+    overlap: Float[Tensor, "T T"]
+
+
+@dataclass(frozen=True)
+class LayerAnalysis:
+    """One matrix (out, in), as the rule sees it, and what the rule said of it in `record`.
+
+    `energies` (T,) and `own` are the experts'; one that is left out here counts as one without an update. `merged` is
+    the merged update, `before` the same before refinement, where the rule refined it.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    energies: Float[Tensor, " T"]
+    own: tuple[Spectrum, ...]
+    merged: Spectrum
+    before: Spectrum | None
+    inputs: Directions
+    outputs: Directions
+    record: Mapping[str, Any]
+
+    @property
+    def gamma(self) -> float | None:
+        """ACE's heterogeneity over the experts that changed it; None for fewer than two."""
+        return heterogeneity(self.energies[self.energies > 0])
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All matrices that a rule merges, in the model's order; `tau` is where ACE's heterogeneous branch begins."""
+
+    base: str
+    experts: tuple[str, ...]
+    rule: str
+    tau: float
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def gamma(self) -> float | None:
+        """The heterogeneity of the experts' energies over all layers together."""
+        n = sum((layer.energies for layer in self.layers), torch.zeros(len(self.experts), dtype=torch.float64))
+        return heterogeneity(n[n > 0])
+
+
+def analyse(opened: Opened, workers: int, on_progress: OnProgress = lambda _: None) -> Analysis:
+    """Merge every matrix by its rule, and look at what goes in, what comes out and how it was solved.
+
+    Raises what a merge raises: CheckpointError for what is not finite, NumericalError for what cannot be solved.
+    """
+    plan = opened.plan
+    jobs = {job.name: job for job in plan.jobs if job.method and is_matrix(job) and job.spec.count}
+    tau = next((job.method.tau for job in jobs.values() if isinstance(job.method, Ace)), Ace().tau)
+    found: list[LayerAnalysis] = []
+    with opened.pipeline(workers, hashing=False) as (pipeline, _):
+        setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
+        parts = (Piece(replace(job, method=_counted(job, len(plan.experts)))) for job in jobs.values())
+        for layers in walker(pipeline, "analyse", on_progress)(parts, _looking(jobs, setting)):
+            found += layers
+    return Analysis(plan.recipe.base, plan.experts, plan.recipe.method.name, tau, tuple(found))
+
+
+def _counted(job: Job, experts: int) -> Method:
+    """The rule that takes more memory: the layer's own, or one of singular vectors."""
+    if job.factored or job.method is None:
+        return _SPECTRAL
+    _, rows, columns = job.matrices
+    return max(_SPECTRAL, job.method, key=lambda rule: rule.needs.work.entries(experts, rows, columns))
+
+
+def _looking(jobs: Mapping[str, Job], setting: Setting) -> Work[list[LayerAnalysis]]:
+    def work(loaded: Loaded, place: Place) -> list[LayerAnalysis]:
+        return [
+            layer for piece, values in loaded for layer in _layers(piece, jobs[piece.job.name], values, setting, place)
+        ]
+
+    return work
+
+
+def _layers(piece: Piece, job: Job, values: Values, setting: Setting, place: Place) -> list[LayerAnalysis]:
+    """One for a matrix, one for each of a stack."""
+    T = len(setting.labels)
+    with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
+        W0 = space[T].copy_(values.take((0, job.name)))
+        made = _of_factors(job, values, setting, place) if job.factored else None  # before they are let go of
+        deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
+        made = made or _of_updates(job, deltas, W0, used, setting)
+        return [_layer(name, job.role.name, D, m, used, T) for name, D, m in _matrices(job, deltas, made)]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The merged update, the same before refinement where the rule refined it, and what the rule said."""
+
+    merged: Float[Tensor, "*shape"]
+    before: Float[Tensor, "*shape"] | None
+    record: Mapping[str, Any]
+
+
+def _of_updates(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
+    result = apply(job, deltas, W0, used, setting)
+    earlier = before_refinement(job, result.stats)
+    before = None if earlier is None else apply(earlier, deltas, W0, used, setting).delta
+    return _Made(result.delta, before, result.stats)
+
+
+def _of_factors(job: Job, values: Values, setting: Setting, place: Place) -> _Made:
+    """As a merge makes it where all experts give the factors of their updates."""
+    update, record = merge_factors_of(job, values, setting, place.device)
+    if update is None:
+        return _Made(torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device), None, record)
+    earlier = before_refinement(job, record)
+    before = None if earlier is None else merge_factors_of(earlier, values, setting, place.device)[0]
+    return _Made(update.delta(), None if before is None else before.delta(), record)
+
+
+def _matrices(job: Job, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
+    """The matrices of a tensor as the rule saw them: names, task vectors and what was made of them."""
+
+    def stacked(X: Tensor, before: int) -> Tensor:  # one axis for what is between these axes and (out, in)
+        turned = X.mT if job.transposed else X
+        return turned.reshape(*turned.shape[:before], -1, *turned.shape[-2:])
+
+    own, merged = stacked(deltas, 1), stacked(made.merged, 0)
+    before = [None] * len(merged) if made.before is None else stacked(made.before, 0)
+    records = parts_of(made.record) if "slices" in made.record else [made.record] * len(merged)
+    for i, record in enumerate(records):
+        name = job.name if len(job.spec.shape) == 2 else f"{job.name}[{i}]"
+        yield name, own[:, i], _Made(merged[i], before[i], record)
+
+
+def _layer(
+    name: str, role: str, deltas: Float[Tensor, "T out in"], made: _Made, used: Sequence[int], experts: int
+) -> LayerAnalysis:
+    out_features, in_features = deltas.shape[1:]
+    n = torch.zeros(experts, dtype=torch.float64).index_copy(0, torch.tensor(used), energies(deltas).cpu())
+    nothing = torch.zeros(0, dtype=torch.float64)
+    left_out = Principal(nothing, nothing.expand(out_features, 0), nothing.expand(in_features, 0), 0, 0.0)
+    found = dict(zip(used, map(principal, deltas), strict=True))
+    own = [found.get(t, left_out) for t in range(experts)]
+    inputs, outputs = [p.right for p in own], [p.left for p in own]
+    return LayerAnalysis(
+        name,
+        role,
+        (out_features, in_features),
+        n,
+        tuple(map(_spectrum, own)),
+        _spectrum(principal(made.merged)),
+        None if made.before is None else _spectrum(principal(made.before)),
+        Directions(first_cosines(inputs), overlaps(inputs)),
+        Directions(first_cosines(outputs), overlaps(outputs)),
+        made.record,
+    )
+
+
+def _spectrum(found: Principal) -> Spectrum:
+    return Spectrum(found.values, found.share)
