@@ -30,9 +30,7 @@ def pictures(analysis: Analysis) -> dict[str, bytes]:
     return made
 
 
-def _by_depth(
-    parts: Mapping[str, Sequence[tuple[int, float]]], about: str, tau: float | None = None
-) -> bytes:
+def _by_depth(parts: Mapping[str, Sequence[tuple[int, float]]], about: str, tau: float | None = None) -> bytes:
     """A line for every part of a layer, over the layers' numbers."""
     figure = new_figure(8, 4)
     axis = figure.subplots()
