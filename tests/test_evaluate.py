@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
@@ -24,7 +24,7 @@ from acemerge.evaluation.tasks import load_tasks
 from acemerge.recipe import make_recipe
 from builders import make_model, write_adapter
 from commands import failed, run
-from task_builders import ROOM, save_encoder, save_family, save_model, sentences, write_tasks, write_tsv
+from task_builders import ROOM, save_encoder, save_family, save_model, sentences, undecided, write_tasks, write_tsv
 
 CPU = torch.device("cpu")
 TEXTS, OTHERS = sentences(41, seed=1), sentences(41, seed=2)
@@ -168,8 +168,8 @@ def test_what_does_not_go_together_is_refused(family: Path) -> None:
     _refused(family, "topic", CheckpointError, "'classifier.weight' for its head", pooling="mean")
     encoder = save_model(family / "encoder", make_model("bert", **ROOM).bert)
     _refused(family, encoder.name, CheckpointError, "'classifier.weight' for its head .looked in the model itself")
-    write_adapter(family / "lora", {"query": (torch.ones(1, 4), torch.ones(4, 1))})
-    _refused(family, "lora", CheckpointError, "is an adapter")
+    write_adapter(family / "lora", {"query": (torch.ones(1, 4), torch.ones(4, 1))}, base_model_name_or_path="../base")
+    _refused(family, "lora", UsageError, r"names no base on the Hub; name its base with --base \.\./base")
     _refused(family, "nowhere", CheckpointError, "no such folder")
     config = json.loads((family / "topic/config.json").read_text())
     code = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}, "architectures": ["Mine"]}
@@ -210,12 +210,48 @@ def test_evaluate_and_compare_by_command(family: Path, capsys: pytest.CaptureFix
     assert (code, errors) == (0, "")
 
 
-def test_experts_of_the_recipe_lend_their_heads_unless_they_are_adapters(family: Path) -> None:
+def test_experts_of_the_recipe_lend_their_heads(family: Path) -> None:
     lora = write_adapter(family / "tone-lora", {"query": (torch.ones(1, 4), torch.ones(4, 1))})
     tasks = load_tasks(write_tasks(family, _task("topic"), _task("tone", head="tone-lora"), _task("other")))
     experts = [str(family / "topic"), str(lora)]
     recipe = make_recipe({"base": str(family / "base"), "experts": experts}, "test")
-    assert [task.expert for task in with_experts(tasks, recipe).tasks] == [experts[0], None, None]
+    assert [task.expert for task in with_experts(tasks, recipe).tasks] == [*experts, None]
+
+
+@pytest.fixture
+def adapter(family: Path) -> tuple[Path, Any]:
+    """An adapter of one layer and of the head in three classes, and the network that both make of the base."""
+    name, generator = "roberta.encoder.layer.1.intermediate.dense", torch.Generator().manual_seed(5)
+    A, B = torch.randn(2, 16, generator=generator), torch.randn(24, 2, generator=generator)
+    head = {k: v for k, v in load_file(family / "topic/model.safetensors").items() if k.startswith("classifier.")}
+    state = load_file(family / "base/model.safetensors") | head
+    network = make_model("roberta", num_labels=3, **ROOM)
+    network.load_state_dict(state | {f"{name}.weight": state[f"{name}.weight"] + B @ A})
+    head = {k: v for k, v in undecided(network).state_dict().items() if k.startswith("classifier.")}
+    folder = write_adapter(family / "lora", {name: (A, B)}, modules_to_save=["classifier"])
+    tensors = load_file(folder / "adapter_model.safetensors") | {f"base_model.model.{k}": v for k, v in head.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder, lambda **row: network(**row).logits
+
+
+def test_an_adapter_by_itself_is_scored_in_its_base(
+    family: Path, adapter: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, network = adapter
+    labels = [i % 3 for i in range(41)]
+    write_tsv(family / "topic.tsv", {"s": TEXTS, "y": labels})
+    predictions = logits_one_by_one(family / "base", network, TEXTS).argmax(1).numpy()
+    assert len(set(predictions)) > 1
+    tasks = write_tasks(family, _task("topic", expert="lora"), resamples=100)
+    words = ["evaluate", folder, "--base", family / "base", "--tasks", tasks, "-o", family / "out", "--quiet"]
+    assert run(capsys, *words) == (0, "", "")
+    rows = json.loads((family / "out/evaluation.json").read_text())["rows"]
+    for row in ("lora", "experts"):
+        assert rows[row]["tasks"]["topic"]["score"] == np.mean(predictions == labels)
+        assert "heads/lora.safetensors" in rows[row]["tasks"]["topic"]["head"]
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    lent = evaluate({"base": str(family / "base")}, Run(load_tasks(tasks), CPU, base=str(family / "base"))).rows[-1]
+    assert "heads/lora.safetensors" in lent.known()[0].about["head"]
 
 
 def test_without_matplotlib_the_numbers_are_kept(

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 import acemerge
 from acemerge import api
-from acemerge.checkpoints.hub import HubId, hub_id, parse_id
+from acemerge.checkpoints.hub import HubId, hub_id, locate, parse_id
 from acemerge.errors import CheckpointError
 from acemerge.extract import extract_lora
 from acemerge.opening import RunOptions
@@ -50,6 +50,18 @@ def test_the_manifest_names_the_commits(plain: PlainModel, hub: FakeHub, capsys:
     assert all(entry["files"].keys() == {"model.safetensors"} for entry in manifest["inputs"])
     assert manifest["recipe"]["base"] == "org/base"
     assert manifest["experts"] == ["e1", "e2", "e3"]
+
+
+def test_heads_are_fetched_where_a_model_is_evaluated(plain: PlainModel, hub: FakeHub) -> None:
+    put(hub, plain)
+    heads = {"heads/tone.safetensors": b"tone", "heads/deep/er.safetensors": b"", "heads/run.py": b""}
+    commit = hub.repositories["org/base"].commit(hub.repositories["org/base"].head | heads)
+    locate("org/base", allow_pickle=False, quiet=True)
+    assert not any(name.startswith("heads/") for name in hub.fetched)
+    for model in ("org/base", f"org/base@{commit}"):
+        path = locate(model, allow_pickle=False, quiet=True, heads=True).path
+        assert (path / "heads/tone.safetensors").read_bytes() == b"tone"
+    assert {name for name in hub.fetched if name.startswith("heads/")} == {"heads/tone.safetensors"}
 
 
 def test_shards_are_those_of_the_index(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,9 +26,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
     """Add both commands."""
 
-    def run(models: dict[str, str], tasks: Tasks, out: Path | None, device: str, quiet: bool) -> None:
+    def run(models: dict[str, str], tasks: Tasks, out: Path | None, device: str, quiet: bool, base: str | None) -> None:
         with show.progress(err_console, quiet) as on_progress:
-            found = evaluate(models, Run(tasks, find_devices(device)[0], on_progress, quiet))
+            found = evaluate(models, Run(tasks, find_devices(device)[0], on_progress, quiet, base))
         missing = None if out is None else write_results(found, tasks, models, out)
         if not quiet:
             show.evaluation(out_console, found, out, missing)
@@ -37,6 +37,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
     def evaluate_command(
         model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id")],
         tasks: TaskFile,
+        base: Annotated[str | None, typer.Option(help="what adapters come from, if they do not say")] = None,
         out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, table and picture")] = None,
         device: Device = "cpu",
         overwrite: Overwrite = False,
@@ -48,7 +49,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         if out is not None:
             check_output_apart(out, [model])
             check_free(out, overwrite)
-        run(_named([model]), asked, out, device, quiet)
+        run(_named([model]), asked, out, device, quiet, base)
 
     @app.command("compare")
     def compare_command(
@@ -86,7 +87,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             merge_all(recipes, out, options, lambda text: None if quiet else show.say(err_console, text))
         elif not given:
             raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
-        run(given, asked, out, device, quiet)
+        run(given, asked, out, device, quiet, None if recipe is None else recipe.base)
 
 
 def _named(models: list[str]) -> dict[str, str]:

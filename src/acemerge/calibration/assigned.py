@@ -10,7 +10,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.evaluation.models import quiet_transformers
-from acemerge.evaluation.tasks import Task, load_tasks
+from acemerge.evaluation.tasks import AnyTask, LmEval, Task, load_tasks
 from acemerge.jobs import Job, Plan
 from acemerge.methods import Calibration
 
@@ -36,7 +36,7 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
     wanting = calibrated_jobs(plan)
     if not wanting:
         return (), ["calibration: no rule of this merge asks for it"]
-    tasks = load_tasks(Path(recipe.calibration), labelled=False).tasks
+    tasks = [_with_examples(task) for task in load_tasks(Path(recipe.calibration), labelled=False).tasks]
     _check(plan, wanting)
     quiet_transformers()
     named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
@@ -51,6 +51,13 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
     )
     unused = [task.name for task, owner in zip(tasks, owners, strict=True) if owner is None]
     return assigned, [f"calibration: task {name} belongs to none of the experts and is not used" for name in unused]
+
+
+def _with_examples(task: AnyTask) -> Task:
+    if isinstance(task, LmEval):
+        what = "is lm_eval's, and its examples are not read here"
+        raise UsageError(f"task {task.name}", what, "give the data itself, as classification or perplexity")
+    return task
 
 
 def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[Job]:

@@ -21,6 +21,7 @@ _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 300
+_HEAD = re.compile(r"heads/[\w-][\w.-]*\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,18 @@ def hub_id(model: str, beside: Path = Path()) -> HubId | None:
     return None if wanted is None or files.kind(beside / model) != "nothing" else wanted
 
 
-def locate(model: str, allow_pickle: bool, quiet: bool) -> Located:
+def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> Located:
     """The folder of a model given by its path or its Hub id; what of the latter is not cached yet is fetched.
 
-    Without `quiet`, a download shows its progress on a terminal. Raises CheckpointError.
+    With `heads` also the task heads that lie beside a merged model. Without `quiet`, a download shows its progress on
+    a terminal. Raises CheckpointError.
     """
     wanted = hub_id(model)
     if wanted is None:
         return Located(Path(model), str(Path(model)), model)
     hub = library()
     with manners(hub, quiet):
-        root = _fetch(hub, wanted, allow_pickle)
+        root = _fetch(hub, wanted, _Wanted(allow_pickle, heads))
     return Located(root, f"{wanted.repo}@{root.name}", wanted.repo)
 
 
@@ -82,21 +84,34 @@ def library() -> Any:
         raise UsageError("Hub", what, "pip install 'acemerge[hub]', or name a local folder") from None
 
 
-def _fetch(hub: Any, wanted: HubId, allow_pickle: bool) -> Path:
+@dataclass(frozen=True)
+class _Wanted:
+    """Which files of a model are."""
+
+    allow_pickle: bool
+    heads: bool
+
+    def of(self, wanted: HubId, names: Sequence[str]) -> list[str]:
+        """CheckpointError where they are no model."""
+        heads = [name for name in names if self.heads and _HEAD.fullmatch(name)]
+        return [*needed_files(wanted, names, self.allow_pickle), *heads]
+
+
+def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> Path:
     """The cached folder of a model's commit, with all that a merge needs of it."""
     if wanted.revision and _COMMIT.fullmatch(wanted.revision):  # what a commit holds never changes: ask nobody
         with contextlib.suppress(CheckpointError):
-            return _cached(hub, wanted, allow_pickle, "")
+            return _cached(hub, wanted, which, "")
     try:
         info = hub.HfApi().model_info(wanted.repo, revision=wanted.revision)
     except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
         refusal = _refusal(hub, wanted, failure)
         if refusal is not None:
             raise refusal from failure
-        return _cached(hub, wanted, allow_pickle, _why_not(hub, failure))
+        return _cached(hub, wanted, which, _why_not(hub, failure))
     if not _COMMIT.fullmatch(str(info.sha)):
         raise CheckpointError(wanted, "the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
-    needed = needed_files(wanted, sorted(file.rfilename for file in info.siblings or ()), allow_pickle)
+    needed = which.of(wanted, sorted(file.rfilename for file in info.siblings or ()))
     root = _download(hub, wanted, wanted.revision, needed)
     if root.name != info.sha:
         raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
@@ -119,7 +134,7 @@ def _download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str
         raise CheckpointError(wanted, what, "run again: what was fetched is kept") from failure
 
 
-def _cached(hub: Any, wanted: HubId, allow_pickle: bool, why: str) -> Path:
+def _cached(hub: Any, wanted: HubId, which: _Wanted, why: str) -> Path:
     """The folder of what was fetched before; CheckpointError when it is not all there."""
     try:
         found = hub.snapshot_download(
@@ -128,18 +143,18 @@ def _cached(hub: Any, wanted: HubId, allow_pickle: bool, why: str) -> Path:
     except Exception as failure:
         raise _missing(wanted, "is not in the cache", why) from failure
     root = Path(found)
-    needed = _needed_offline(hub, wanted, root, allow_pickle, why)
+    needed = _needed_offline(hub, wanted, root, which, why)
     _complete(wanted, root, needed, why)
     return _complete(wanted, root, [shard for name in needed for shard in listed_files(root, name)], why)
 
 
-def _needed_offline(hub: Any, wanted: HubId, root: Path, allow_pickle: bool, why: str) -> list[str]:
+def _needed_offline(hub: Any, wanted: HubId, root: Path, which: _Wanted, why: str) -> list[str]:
     """The files that a merge needs, of the commit's list where the cache has it, else of those that it holds."""
     with contextlib.suppress(Exception):  # this version of huggingface_hub keeps no such list, or none of this commit
         names = sorted(file.path for file in hub.get_cached_repo_tree(wanted.repo, revision=root.name))
-        return needed_files(wanted, names, allow_pickle)
+        return which.of(wanted, names)
     try:
-        return needed_files(wanted, with_asset_folders(root, files.list_folder(root)), allow_pickle)
+        return which.of(wanted, with_asset_folders(root, files.list_folder(root)))
     except CheckpointError as failure:
         raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
 

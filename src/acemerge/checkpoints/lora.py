@@ -60,6 +60,15 @@ def is_adapter(path: Path) -> bool:
     return files.kind(files.resolve(path)) == "folder" and ADAPTER_CONFIG in files.list_folder(path)
 
 
+def base_of(path: Path) -> str | None:
+    """What an adapter's configuration says that it was trained on: a Hub id, or a path that is not to be trusted."""
+    config = read_config(files.resolve(path) / ADAPTER_CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(base, str) or not base:
+        return None
+    return f"{base}@{revision}" if isinstance(revision, str) and revision else base
+
+
 def open_expert(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open a checkpoint, or an adapter: headers and configuration only.
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from acemerge.api import run_recipe
-from acemerge.checkpoints.hub import locate
-from acemerge.checkpoints.lora import is_adapter
 from acemerge.errors import UsageError
 from acemerge.evaluation.tasks import Tasks
 from acemerge.opening import RunOptions, open_recipe
@@ -52,13 +50,9 @@ def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str,
 
 
 def with_experts(tasks: Tasks, recipe: Recipe) -> Tasks:
-    """Tasks that name no expert get the recipe's expert of their head's name, where there is one.
-
-    An adapter is no model that could be scored alone.
-    """
+    """Tasks that name no expert get the recipe's expert of their head's name, where there is one."""
     models = [expert.model for expert in recipe.experts]
-    labelled = zip(expert_labels(models), models, strict=True)
-    by_label = {label: m for label, m in labelled if not is_adapter(locate(m, allow_pickle=False, quiet=True).path)}
+    by_label = dict(zip(expert_labels(models), models, strict=True))
     found = [
         task.model_copy(update={"expert": by_label[task.head_label]})
         if task.expert is None and task.head_label in by_label

@@ -57,6 +57,8 @@ def find_heads(task: str, label: str, model: Checkpoint, expert: Checkpoint | No
     beside = _beside(model.path, label)
     sources = [] if beside is None else [beside]
     if beside is None and expert is not None:
+        of_expert = _beside(expert.path, label)  # an adapter's, whose base has no such head
+        sources += [] if of_expert is None else [of_expert]
         sources.append(_of_checkpoint(f"expert {expert.path.name}", expert))
     return Heads(task, (*sources, _of_checkpoint("the model itself", model)))
 

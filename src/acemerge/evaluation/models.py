@@ -63,7 +63,7 @@ class Model:
 
 def open_model(name: str, device: torch.device, quiet: bool = True) -> Model:
     """A folder or Hub id, its headers checked. CheckpointError for an adapter or for what is no model."""
-    path = locate(name, allow_pickle=False, quiet=quiet).path
+    path = locate(name, allow_pickle=False, quiet=quiet, heads=True).path
     # transformers would follow an adapter to whatever base its file names.
     if is_adapter(path):
         raise CheckpointError(name, "is an adapter", "merge it with its base first: --base BASE --expert ADAPTER")

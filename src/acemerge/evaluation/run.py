@@ -6,6 +6,9 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,14 +16,16 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import UsageError
+from acemerge.evaluation.adapters import as_model
 from acemerge.evaluation.examples import open_examples, open_text
+from acemerge.evaluation.harness import score_by_harness
 from acemerge.evaluation.heads import find_heads
 from acemerge.evaluation.metrics import METRICS, bootstrap
 from acemerge.evaluation.models import Model, open_model
 from acemerge.evaluation.perplexity import text_losses
 from acemerge.evaluation.predict import OnBatch, score
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
-from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, Tasks, ZeroShot
+from acemerge.evaluation.tasks import AnyTask, Classification, Images, LmEval, Perplexity, Regression, Tasks, ZeroShot
 
 # Told of the row and task, and how much of it is done, of how much.
 OnProgress = Callable[[str, int, int], None]
@@ -28,21 +33,32 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Run:
-    """What all evaluations of one run share."""
+    """What all evaluations of one run share; `base` is what adapters come from, if they do not say."""
 
     tasks: Tasks
     device: torch.device
     on_progress: OnProgress = lambda *_: None
     quiet: bool = True
+    base: str | None = None
     opened: dict[str, Model] = field(default_factory=dict, repr=False)
 
     def model(self, name: str) -> Model:
         """A model by its folder or Hub id, looked up once."""
         if name not in self.opened:
-            self.opened[name] = open_model(name, self.device, self.quiet)
+            whole = as_model(name, self.base, self.scratch, self.quiet)
+            self.opened[name] = open_model(whole, self.device, self.quiet)
         return self.opened[name]
 
-    def seed(self, task: Task) -> list[int]:
+    @cached_property
+    def scratch(self) -> Path:
+        """Where adapters are merged with their base: away with the run."""
+        return Path(self._scratch.name)
+
+    @cached_property
+    def _scratch(self) -> TemporaryDirectory[str]:
+        return TemporaryDirectory(prefix="acemerge-")
+
+    def seed(self, task: AnyTask) -> list[int]:
         """The same rows are drawn for every model on one task, others on another."""
         return [self.tasks.seed, zlib.crc32(task.name.encode())]
 
@@ -63,7 +79,7 @@ def evaluate(models: Mapping[str, str], run: Run) -> Evaluation:
     return Evaluation(tuple(task.name for task in tasks), tuple(rows))
 
 
-def score_task(model: Model, task: Task, run: Run, row: str) -> Score:
+def score_task(model: Model, task: AnyTask, run: Run, row: str) -> Score:
     """One model on one task."""
     started = time.perf_counter()
 
@@ -72,6 +88,9 @@ def score_task(model: Model, task: Task, run: Run, row: str) -> Score:
 
     if isinstance(task, Perplexity):
         found = _perplexity(model, task, run, on_batch)
+    elif isinstance(task, LmEval):
+        found = score_by_harness(model, task, run.tasks.resamples, run.seed(task))
+        on_batch(found.about["examples"], found.about["examples"])
     else:
         found = _labelled(model, task, run, on_batch)
     found.about["seconds"] = round(time.perf_counter() - started, 3)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acemerge.errors import UsageError, nearest
+from acemerge.evaluation.harness_file import is_task_file
 from acemerge.plan import expert_labels
 from acemerge.settings import Place, explain, read_yaml, relative_to
 
@@ -22,17 +23,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Task(_Strict):
-    """`expert` is the model that was fine-tuned for the task: it lends its head, and its own score is the measure.
-
-    `subset`, `split` and `revision` are those of a data set on the Hub.
-    """
+class _Named(_Strict):
+    """`expert` is the model that was fine-tuned for the task: it lends its head, and its own score is the measure."""
 
     name: Name
-    data: str
-    subset: str | None = None
-    split: str | None = None
-    revision: str | None = None
     expert: str | None = None
     head: Name | None = None
 
@@ -40,6 +34,15 @@ class _Task(_Strict):
     def head_label(self) -> str:
         """The file in `heads/` that holds the task's head."""
         return self.head or (expert_labels([self.expert])[0] if self.expert else self.name)
+
+
+class _Task(_Named):
+    """`subset`, `split` and `revision` are those of a data set on the Hub."""
+
+    data: str
+    subset: str | None = None
+    split: str | None = None
+    revision: str | None = None
 
 
 class _Text(_Task):
@@ -129,20 +132,36 @@ class Perplexity(_Task):
         return self
 
 
-Task = Classification | Regression | Images | ZeroShot | Perplexity
+class LmEval(_Named):
+    """A task of lm-evaluation-harness by its name there, or in a YAML file; `metric` and `filter` as it names them."""
+
+    kind: Literal["lm_eval"]
+    task: Annotated[str, Field(min_length=1)]
+    metric: str | None = None
+    filter: str | None = None
+    few_shot: Annotated[int, Field(ge=0)] | None = None
+    limit: Count | None = None
+    max_length: Count | None = None
+    batch_size: Count = 1
+    chat_template: bool = False
+
+
+Task = Classification | Regression | Images | ZeroShot | Perplexity  # whose examples are read here
+AnyTask = Task | LmEval
 KINDS: dict[str, type[BaseModel]] = {
     "classification": Classification,
     "regression": Regression,
     "images": Images,
     "zero_shot": ZeroShot,
     "perplexity": Perplexity,
+    "lm_eval": LmEval,
 }
 
 
 class Tasks(_Strict):
     """All tasks; `resamples` and `seed` are those of the bootstrap."""
 
-    tasks: Annotated[list[Annotated[Task, Field(discriminator="kind")]], Field(min_length=1)]
+    tasks: Annotated[list[Annotated[AnyTask, Field(discriminator="kind")]], Field(min_length=1)]
     resamples: Annotated[int, Field(ge=100, le=1_000_000)] = 1000
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -181,6 +200,8 @@ def _locate(folder: Path, task: Any) -> Any:
         # `dev/a.csv` has the form of a Hub id, and is a file that may be missing.
         is_file = Path(task["data"]).suffix.lower() in FILE_SUFFIXES
         found["data"] = str(folder / task["data"]) if is_file else relative_to(folder, task["data"])
+    if isinstance(task.get("task"), str) and is_task_file(task["task"]):
+        found["task"] = str(folder / task["task"])
     return {**task, **found}
 
 
