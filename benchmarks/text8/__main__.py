@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experts import base_folder, expert, load_encoder
+from experts import base_folder, expert
 from picture import draw
 from safetensors.torch import save_file
-from scoring import accuracy, head_of, normalised
+from scoring import accuracy, normalised
 from tasks import QUICK, TASKS, Task, build
 
 import acemerge
@@ -58,21 +58,15 @@ def main() -> None:
     base = base_folder(cache)
     data = {task.name: build(task, cache) for task in tasks}
 
-    def score(models: dict[str, Path], heads: dict[str, Path]) -> dict[str, float]:
-        found, loaded = {}, dict[Path, Any]()
-        for task in tasks:
-            folder = models[task.name]
-            if folder not in loaded:
-                loaded = {folder: load_encoder(folder)}
-            head = head_of(heads[task.name])
-            found[task.name] = accuracy(loaded[folder], head, task, data[task.name], base, arguments.held_out)
-        return found
+    def score(models: dict[str, Path]) -> dict[str, float]:
+        return {
+            t.name: accuracy(models[t.name], folders[t.name], t, data[t.name], base, arguments.held_out) for t in tasks
+        }
 
-    own = {name: folder / "model.safetensors" for name, folder in folders.items()}
-    best = score(folders, own)
+    best = score(folders)
     print(heading(tasks, arguments), flush=True)
     print(line("each expert, alone", best, best), flush=True)
-    before = score(dict.fromkeys(folders, base), own)
+    before = score(dict.fromkeys(folders, base))
     print(line("base", before, best), flush=True)
     shown = [("base", before)]
     rows = [{"rule": "expert", "scores": best}, {"rule": "base", "scores": before}]
@@ -82,7 +76,7 @@ def main() -> None:
             started = time.perf_counter()
             acemerge.merge(base, list(folders.values()), method=rule, out=out, quiet=True, **changed)
             seconds = time.perf_counter() - started
-            scores = score(*merged_models(out, base, list(folders), Path(temporary)))
+            scores = score(merged_models(out, base, list(folders), Path(temporary)))
         rows.append({"rule": rule, **changed, "scores": scores, "seconds": round(seconds, 2)})
         shown.append((" ".join([rule, *(f"{k}={v}" for k, v in changed.items())]), scores))
         print(line(*shown[-1], best), flush=True)
@@ -128,12 +122,11 @@ def every_rule() -> list[str]:
     return [name for name in acemerge.METHODS if name not in _LEFT_OUT and not name.startswith("mergekit_")]
 
 
-def merged_models(out: Path, base: Path, labels: list[str], temporary: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Which model and which head answer each task: the merged one, but where masks give an expert back."""
-    heads = {label: out / "heads" / f"{label}.safetensors" for label in labels}
+def merged_models(out: Path, base: Path, labels: list[str], temporary: Path) -> dict[str, Path]:
+    """Which model answers each task: the merged one, but where masks give an expert back."""
     if not (out / "masks").is_dir():
-        return dict.fromkeys(labels, out), heads
-    return {label: restored(out, base, label, temporary) for label in labels}, heads
+        return dict.fromkeys(labels, out)
+    return {label: restored(out, base, label, temporary) for label in labels}
 
 
 def restored(out: Path, base: Path, label: str, temporary: Path) -> Path:

@@ -1,44 +1,38 @@
-"""Held-out accuracy of a model with a linear head on its mean-pooled tokens."""
+"""Held-out accuracy of a model with a linear head on its mean-pooled tokens, by the parts of `acemerge evaluate`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from experts import pooled, reader
-from safetensors.torch import load_file
 from tasks import Task, read
-from torch import Tensor, nn
+
+from acemerge.evaluation.data import as_classes
+from acemerge.evaluation.heads import find_heads
+from acemerge.evaluation.metrics import METRICS
+from acemerge.evaluation.models import open_model, pooled
+from acemerge.evaluation.predict import encode, score, text_batches
 
 _BATCH = 64
+_CPU = torch.device("cpu")
 
 
-@torch.no_grad()
-def accuracy(encoder: nn.Module, head: Mapping[str, Tensor], task: Task, data: Path, base: Path, most: int) -> float:
-    """Share of the first `most` held-out examples that are labelled rightly."""
-    labels = json.loads((data / "labels.json").read_text())
-    rows, encode = read(data, "test")[:most], reader(base, task)
-    right = 0
-    for batch in _of_like_length(rows):
-        logits = nn.functional.linear(
-            pooled(encoder, encode(batch)), head["classifier.weight"], head["classifier.bias"]
-        )
-        right += sum(labels[guess] == row["label"] for guess, row in zip(logits.argmax(1), batch, strict=True))
-    return right / len(rows)
+def accuracy(folder: Path, expert: Path, task: Task, data: Path, base: Path, most: int) -> float:
+    """Share of the first `most` held-out examples that are labelled rightly.
 
-
-def _of_like_length(rows: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]:
-    """Batches that need little padding; it changes no answer."""
-    ordered = sorted(rows, key=lambda row: len(row["text"]))
-    yield from (ordered[i : i + _BATCH] for i in range(0, len(ordered), _BATCH))
-
-
-def head_of(file: Path) -> dict[str, Any]:
-    """The head in an expert's own weights, or in what a merge wrote to `heads/`."""
-    return {name: value for name, value in load_file(file).items() if name.startswith("classifier.")}
+    The head is the one that a merge wrote beside the model, else the expert's; the tokenizer is the base's.
+    """
+    rows = read(data, "test")[:most]
+    texts = [[row[column] for row in rows] for column in ("text", "text_pair") if column in rows[0]]
+    classes = as_classes([row["label"] for row in rows], json.loads((data / "labels.json").read_text()), data)
+    model, tokenizer = open_model(str(folder), _CPU), open_model(str(base), _CPU).tokenizer()
+    heads = find_heads(task.name, task.name, model.checkpoint, open_model(str(expert), _CPU).checkpoint)
+    encoded = encode(tokenizer, texts, task.tokens)
+    batch, logits = text_batches(tokenizer, encoded), pooled(model, "mean", heads).logits
+    scores = score(logits, batch, encoded.lengths, _BATCH, _CPU, lambda *_: None)
+    return METRICS["accuracy"](classes, scores.argmax(1))
 
 
 def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> float:
