@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
 import acemerge
 import oracles
-from acemerge.analysis import Analysis, LayerAnalysis, analyse
+from acemerge.analysis import Analysis, LayerAnalysis, analyse, with_data
 from acemerge.analysis_files import write_analysis
 from acemerge.linalg import principal as by_principal
 from acemerge.linalg.principal import first_cosines, matrix_cosine, overlaps, principal
@@ -26,6 +27,7 @@ from acemerge.report.analysis_tables import as_json, layer_rows, summary
 from acemerge.report.manifest import load_manifest
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
 from commands import failed, run
+from task_builders import save_encoder, sentences, write_tasks, write_tsv
 
 REFINED = {"method": {"name": "ace", "k_frac": 0.5}}
 UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
@@ -33,7 +35,8 @@ UP, DOWN = "layers.0.up.weight", "layers.0.down.weight"
 
 def looked(base: Path, experts: list[Path], **keys: Any) -> Analysis:
     recipe = make_recipe({"base": str(base), "experts": [str(path) for path in experts], **keys})
-    return analyse(open_recipe(recipe, None, RunOptions()), workers=1)
+    data = open_recipe(with_data(recipe), None, RunOptions()) if "calibration" in keys else None
+    return analyse(open_recipe(recipe, None, RunOptions()), workers=1, data=data)
 
 
 def layer(found: Analysis, name: str) -> LayerAnalysis:
@@ -95,8 +98,7 @@ def test_cosines_of_directions_are_those_of_the_principal_angles() -> None:
 def test_the_cosine_of_second_moments() -> None:
     X = torch.randn(3, 6, generator=torch.Generator().manual_seed(3))
     G, eye = X.T @ X, torch.eye(6)
-    flat = torch.nn.functional.cosine_similarity(G.double().flatten(), eye.double().flatten(), dim=0)
-    assert matrix_cosine(G, eye) == pytest.approx(float(flat))
+    assert matrix_cosine(G, eye) == pytest.approx(flat_cosine(G.double(), eye.double()))
     assert matrix_cosine(G, eye) <= (3 / 6) ** 0.5
     assert matrix_cosine(G, 5 * G) == pytest.approx(1)
     assert matrix_cosine(G, 0 * G) is None
@@ -218,6 +220,71 @@ def test_an_expert_that_is_left_out_of_a_layer_counts_as_without_update_there(pl
     assert up.inputs.overlap[0, 2] == pytest.approx(
         float(overlaps([torch.linalg.svd(d)[2][:1].T for d in updates(plain, UP)[::2]])[0, 1]), abs=1e-4
     )
+
+
+# --- against data --------------------------------------------------------------------------------------------
+
+
+def test_estimates_beside_the_true_second_moments(tmp_path: Path) -> None:
+    """Every text alone and every input kept, beside what is streamed."""
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = sentences(5, seed=1)
+    save_encoder(tmp_path / "base", 0)
+    folders = [save_encoder(tmp_path / f"e{seed}", seed, rows=2) for seed in (1, 2)]
+    for seed, folder in enumerate(folders):
+        perturb_folder(folder, seed)
+    write_tsv(tmp_path / "t.tsv", {"s": texts})
+    task = {"kind": "classification", "data": "t.tsv", "text": "s", "pooling": "mean"}
+    tasks = write_tasks(tmp_path, *({**task, "name": f"t{i}", "expert": f"e{i}"} for i in (1, 2)))
+    name = "encoder.layer.1.intermediate.dense.weight"
+    W0 = load_folder(tmp_path / "base")[name].double()
+    D = [load_folder(folder)[name].double() - W0 for folder in folders]
+    moments = []
+    for folder in folders:
+        network, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        Z: list[Tensor] = []
+        network.encoder.layer[1].intermediate.dense.register_forward_hook(lambda _, given, __, Z=Z: Z.append(given[0]))
+        with torch.no_grad():
+            for text in texts:
+                network(**tokenizer(text, return_tensors="pt"))
+        moments.append(sum(z[0].double().T @ z[0].double() for z in Z))
+
+    def cosines(estimates: list[Tensor]) -> list[float]:
+        return [flat_cosine(Z.T @ Z, G) for Z, G in zip(estimates, moments, strict=True)]
+
+    own: dict[str, Any] = {
+        "ace": cosines([d - d.mean(0) for d in D]),
+        "tact": cosines([d * oracles.largest(d, 0.5) for d in D]),
+        "average": [None, None],
+    }
+    for method, expected in own.items():
+        found = looked(tmp_path / "base", folders, calibration=str(tasks), method=method)
+        seen = layer(found, name).covariances
+        assert seen is not None
+        assert seen.rule == pytest.approx(expected, abs=1e-5)
+        assert seen.updates == pytest.approx(cosines(D), abs=1e-5)
+        assert seen.nothing == pytest.approx(cosines([torch.eye(16).double()] * 2), abs=1e-5)
+    frozen = load_folder(folders[1]) | load_folder(tmp_path / "base")  # with a head of its own
+    save_file(frozen, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    seen = layer(looked(tmp_path / "base", folders, calibration=str(tasks)), name).covariances
+    assert seen is not None
+    assert (seen.updates[1], seen.rule[1], seen.nothing[1]) == (None, None, None)
+    content = as_json(found)
+    assert content["model"]["measured"] >= 12
+    assert "covariances.png" in write_analysis(found, tmp_path / "seen")[-1]
+
+
+def flat_cosine(A: Tensor, B: Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(A.flatten(), B.flatten(), dim=0))
+
+
+def perturb_folder(folder: Path, seed: int) -> None:
+    """Move all weights, each with a mean of its own that centring takes away."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_folder(folder)
+    moved = {n: W + 0.1 * (torch.randn(W.shape, generator=generator) + 0.5) for n, W in tensors.items()}
+    save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 # --- files ---------------------------------------------------------------------------------------------------

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from acemerge.applying import apply
+from acemerge.calibration.run import Calibrating, calibrated
 from acemerge.compute import task_vectors
 from acemerge.factored import merge_factors_of
 from acemerge.jobs import Job, Piece
-from acemerge.linalg.gram import energies
-from acemerge.linalg.principal import Principal, first_cosines, overlaps, principal
+from acemerge.linalg.gram import energies, symmetric_product
+from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
+from acemerge.methods.fits import source_of
 from acemerge.opening import Opened
 from acemerge.probe import before_refinement
+from acemerge.recipe import Recipe, make_recipe
 from acemerge.report.records import parts_of
 from acemerge.run import OnProgress, walker
 from acemerge.shapes import Float, Tensor
 from acemerge.survey import is_matrix
 from acemerge.thresholds import with_thresholds
-from acemerge.work import Loaded, Place, Setting, Values, Work
+from acemerge.work import Loaded, Measured, Place, Setting, Values, Work
 
-# A rule to count memory by: one that takes singular vectors of full task vectors, whatever adapters are given by.
-_SPECTRAL = make("svc", {"over": "breadcrumbs"})
+# Rules to count memory by: singular vectors of full task vectors, whatever adapters are given by, without and with the
+# experts' second moments.
+_SPECTRAL, _MEASURED = (make("svc", {"over": over}) for over in ("breadcrumbs", "regmean"))
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,25 @@ class Directions:
 
 
 @dataclass(frozen=True)
+class Covariances:
+    """Cosines of each expert's true input second moment `Z_t^T Z_t / N` with what stands in for it; `matrix_cosine`.
+
+    `updates` is `D_t^T D_t`, `rule` the rule's own estimate, `nothing` the identity, which takes no look at the expert.
+    None for an expert without an update, and of `rule` where it makes no such estimate.
+    """
+
+    updates: tuple[float | None, ...]
+    rule: tuple[float | None, ...]
+    nothing: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class LayerAnalysis:
     """One matrix (out, in), as the rule sees it, and what the rule said of it in `record`.
 
     `energies` (T,) and `own` are the experts'; one that is left out here counts as one without an update. `merged` is
-    the merged update, `before` the same before refinement, where the rule refined it.
+    the merged update, `before` the same before refinement, where the rule refined it. `covariances` is there where the
+    layer's inputs were measured.
     """
 
     name: str
@@ -66,6 +86,7 @@ class LayerAnalysis:
     before: Spectrum | None
     inputs: Directions
     outputs: Directions
+    covariances: Covariances | None
     record: Mapping[str, Any]
 
     @property
@@ -91,41 +112,58 @@ class Analysis:
         return heterogeneity(n[n > 0])
 
 
-def analyse(opened: Opened, workers: int, on_progress: OnProgress = lambda _: None) -> Analysis:
+def with_data(recipe: Recipe) -> Recipe:
+    """The recipe by `regmean`, which has every layer's inputs measured on the recipe's calibration data."""
+    return make_recipe({**recipe.model_dump(), "method": {"name": "regmean"}}, "calibration")
+
+
+def analyse(
+    opened: Opened, workers: int, on_progress: OnProgress = lambda _: None, data: Opened | None = None
+) -> Analysis:
     """Merge every matrix by its rule, and look at what goes in, what comes out and how it was solved.
 
-    Raises what a merge raises: CheckpointError for what is not finite, NumericalError for what cannot be solved.
+    `data` is the same opened by the recipe `with_data`, for true input second moments. Raises what a merge raises:
+    CheckpointError for what is not finite, NumericalError for what cannot be solved.
     """
     plan = opened.plan
     jobs = {job.name: job for job in plan.jobs if job.method and is_matrix(job) and job.spec.count}
     tau = next((job.method.tau for job in jobs.values() if isinstance(job.method, Ace)), Ace().tau)
     found: list[LayerAnalysis] = []
-    with opened.pipeline(workers, hashing=False) as (pipeline, _):
+    counted = _SPECTRAL if data is None else _MEASURED
+    with opened.pipeline(workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
+
+        def measured(which: Opened, setting: Setting) -> Setting:
+            walk = walker(pipeline, "calibration", on_progress)
+            return calibrated(setting, Calibrating(which, Path(folder), {}, walk, on_progress))
+
         setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
-        parts = (Piece(replace(job, method=_counted(job, len(plan.experts)))) for job in jobs.values())
-        for layers in walker(pipeline, "analyse", on_progress)(parts, _looking(jobs, setting)):
+        setting = measured(opened, setting)  # what the rules themselves want
+        true = None if data is None else measured(data, data.setting).measured
+        parts = (Piece(replace(job, method=_counted(job, counted, len(plan.experts)))) for job in jobs.values())
+        for layers in walker(pipeline, "analyse", on_progress)(parts, _looking(jobs, setting, true)):
             found += layers
     return Analysis(plan.recipe.base, plan.experts, plan.recipe.method.name, tau, tuple(found))
 
 
-def _counted(job: Job, experts: int) -> Method:
+def _counted(job: Job, spectral: Method, experts: int) -> Method:
     """The rule that takes more memory: the layer's own, or one of singular vectors."""
     if job.factored or job.method is None:
-        return _SPECTRAL
+        return spectral
     _, rows, columns = job.matrices
-    return max(_SPECTRAL, job.method, key=lambda rule: rule.needs.work.entries(experts, rows, columns))
+    return max(spectral, job.method, key=lambda rule: rule.needs.work.entries(experts, rows, columns))
 
 
-def _looking(jobs: Mapping[str, Job], setting: Setting) -> Work[list[LayerAnalysis]]:
+def _looking(jobs: Mapping[str, Job], setting: Setting, true: Measured | None) -> Work[list[LayerAnalysis]]:
     def work(loaded: Loaded, place: Place) -> list[LayerAnalysis]:
-        return [
-            layer for piece, values in loaded for layer in _layers(piece, jobs[piece.job.name], values, setting, place)
-        ]
+        found = (_layers(piece, jobs[piece.job.name], values, setting, true, place) for piece, values in loaded)
+        return [layer for layers in found for layer in layers]
 
     return work
 
 
-def _layers(piece: Piece, job: Job, values: Values, setting: Setting, place: Place) -> list[LayerAnalysis]:
+def _layers(
+    piece: Piece, job: Job, values: Values, setting: Setting, true: Measured | None, place: Place
+) -> list[LayerAnalysis]:
     """One for a matrix, one for each of a stack."""
     T = len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
@@ -133,7 +171,13 @@ def _layers(piece: Piece, job: Job, values: Values, setting: Setting, place: Pla
         made = _of_factors(job, values, setting, place) if job.factored else None  # before they are let go of
         deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
         made = made or _of_updates(job, deltas, W0, used, setting)
-        return [_layer(name, job.role.name, D, m, used, T) for name, D, m in _matrices(job, deltas, made)]
+        inputs = None if true is None else true.of("inputs", job.name, used)
+        moments = None if inputs is None else inputs.to(deltas.device).reshape(len(used), -1, *inputs.shape[-2:])
+        found = []
+        for i, (name, D, m) in enumerate(_matrices(job, deltas, made)):
+            covariances = None if moments is None else _covariances(job.method, D, moments[:, i], used, T)
+            found.append(_layer(name, job.role.name, D, m, used, T, covariances))
+        return found
 
 
 @dataclass(frozen=True)
@@ -177,8 +221,32 @@ def _matrices(job: Job, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Floa
         yield name, own[:, i], _Made(merged[i], before[i], record)
 
 
+def _covariances(
+    method: Method | None,
+    deltas: Float[Tensor, "T out in"],
+    moments: Float[Tensor, "T in in"],
+    used: Sequence[int],
+    experts: int,
+) -> Covariances:
+    columns: list[list[float | None]] = [[None] * experts for _ in range(3)]
+    eye = torch.eye(deltas.shape[2], dtype=torch.float64, device=deltas.device)
+    for t, D, G in zip(used, deltas, moments, strict=True):
+        own = None if method is None else source_of(method, D)
+        columns[0][t] = matrix_cosine(symmetric_product(D), G)
+        columns[1][t] = None if own is None else matrix_cosine(symmetric_product(own), G)
+        columns[2][t] = matrix_cosine(eye, G) if D.any() else None
+    updates, rule, nothing = map(tuple, columns)
+    return Covariances(updates, rule, nothing)
+
+
 def _layer(
-    name: str, role: str, deltas: Float[Tensor, "T out in"], made: _Made, used: Sequence[int], experts: int
+    name: str,
+    role: str,
+    deltas: Float[Tensor, "T out in"],
+    made: _Made,
+    used: Sequence[int],
+    experts: int,
+    covariances: Covariances | None,
 ) -> LayerAnalysis:
     out_features, in_features = deltas.shape[1:]
     n = torch.zeros(experts, dtype=torch.float64).index_copy(0, torch.tensor(used), energies(deltas).cpu())
@@ -197,6 +265,7 @@ def _layer(
         None if made.before is None else _spectrum(principal(made.before)),
         Directions(first_cosines(inputs), overlaps(inputs)),
         Directions(first_cosines(outputs), overlaps(outputs)),
+        covariances,
         made.record,
     )
 

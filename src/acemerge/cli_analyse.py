@@ -11,6 +11,7 @@ from rich.console import Console
 from acemerge.cli_options import (
     AllowPickle,
     Base,
+    Calibration,
     ComputeDtype,
     Debug,
     Dequantize,
@@ -61,11 +62,12 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         vocabulary: VocabularyOption = None,
         seed: Seed = None,
         nonfinite: Nonfinite = None,
+        calibration: Calibration = None,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
         """Merge without writing: gamma, spectra, principal directions and condition numbers of every layer."""
-        from acemerge.analysis import analyse
+        from acemerge.analysis import analyse, with_data
         from acemerge.analysis_files import check_free, write_analysis
         from acemerge.report.analysis_tables import tables
 
@@ -79,6 +81,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             "nonfinite": nonfinite,
             "split_qkv": split_qkv,
             "vocabulary": vocabulary,
+            "calibration": calibration,
         }
         options = RunOptions(
             device,
@@ -93,8 +96,9 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             check_output_apart(out, asked.models)
             check_free(out, overwrite)
         opened = open_recipe(asked, None, options)
+        data = open_recipe(with_data(asked), None, options) if asked.calibration else None
         with progress(err_console, quiet) as on_progress:
-            found = analyse(opened, workers, on_progress)
+            found = analyse(opened, workers, on_progress, data)
         written = [] if out is None else write_analysis(found, out)
         if quiet:
             return

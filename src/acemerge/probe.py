@@ -25,7 +25,7 @@ from acemerge.shapes import Float, Tensor
 from acemerge.survey import FULL
 from acemerge.work import Loaded, Place, Values, Work
 
-MERGED, BEFORE = "merged", "before refinement"
+BEFORE = "before refinement"
 _MATRICES = ("linear", "conv1d")
 
 
@@ -144,7 +144,7 @@ def _probe(
         own = sums(deltas[:T], W0)
         if not _is_matrix(job):
             return Probe(own, products)
-        spectra = {label: spectrum(D) for label, D in zip((*labels, MERGED), deltas, strict=True)}
+        spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), deltas, strict=True)}
         if job.name in refined:
             result = apply(refined[job.name], deltas[:T], W0, range(T), opened.setting)
             spectra[BEFORE] = spectrum(result.delta)

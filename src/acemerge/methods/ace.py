@@ -59,12 +59,12 @@ class Ace:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self._fitting(deltas, layer), deltas)
+        return fitted(self.fitting(deltas, layer), deltas)
 
     def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
 
-    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         weights, n = layer.weights, energies(deltas)
         active = (n > 0) & (weights > 0)
         if not active.any():

@@ -48,12 +48,12 @@ class Actmat:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self._fitting(deltas, layer), deltas)
+        return fitted(self.fitting(deltas, layer), deltas)
 
     def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
 
-    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         def updates(t: int, dtype: torch.dtype) -> Tensor:
             return deltas[t].to(dtype)
 
@@ -83,12 +83,12 @@ class Tact:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self._fitting(deltas, layer), deltas)
+        return fitted(self.fitting(deltas, layer), deltas)
 
     def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self._fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
+        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
 
-    def _fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
         def trimmed(t: int, dtype: torch.dtype) -> Tensor:

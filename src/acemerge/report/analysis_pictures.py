@@ -25,6 +25,8 @@ def pictures(analysis: Analysis) -> dict[str, bytes]:
         made["gamma.png"] = _by_depth(gammas, "gamma", analysis.tau)
     if conditions:
         made["conditions.png"] = _by_depth(conditions, "condition of the solved system")
+    if any(layer.covariances for layer in analysis.layers):
+        made["covariances.png"] = _covariances(rows)
     if len(analysis.experts) > 1:
         made["directions.png"] = _directions(analysis)
     return made
@@ -103,6 +105,29 @@ def _shares(axis: Any, analysis: Analysis) -> None:
     axis.set_xlabel("matrix, in the model's order", fontsize=8)
     axis.set_ylim(bottom=0)
     axis.tick_params(labelsize=7)
+
+
+def _covariances(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """How near each stand-in is to the true second moments of the inputs, over the matrices in the model's order."""
+    figure = new_figure(8, 3.5)
+    axis = figure.subplots()
+    stand_ins = (
+        ("updates", "D^T D", _MERGED),
+        ("rule", "the rule's estimate", _BEFORE),
+        ("nothing", "identity", "0.6"),
+    )
+    for key, name, colour in stand_ins:
+        values = [row[f"covariance_{key}"] for row in rows]
+        found = [float("nan") if value is None else value for value in values]
+        if any(value is not None for value in values):
+            dashed = "--" if key == "rule" else "-"  # it may lie on the first
+            axis.plot(range(1, len(found) + 1), found, color=colour, marker=".", lw=1, ls=dashed, label=name)
+    axis.set_ylim(0, 1)
+    axis.set_xlabel("matrix, in the model's order")
+    axis.set_ylabel("cosine with the true second moment")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return png_bytes(figure)
 
 
 def _directions(analysis: Analysis) -> bytes:

@@ -47,7 +47,15 @@ def _row(layer: LayerAnalysis) -> Row:
         "share_merged": layer.merged.share,
         **_of_side("inputs", layer.inputs, layer.shape, in_features),
         **_of_side("outputs", layer.outputs, layer.shape, out_features),
+        **{f"covariance_{key}": _mean(values) for key, values in covariances(layer).items()},
     }
+
+
+def covariances(layer: LayerAnalysis) -> dict[str, Sequence[float | None]]:
+    """Cosines with the true input second moments, by what stands in for them; empty where nothing was measured."""
+    found = layer.covariances
+    nothing: tuple[float | None, ...] = ()
+    return {key: nothing if found is None else getattr(found, key) for key in ("updates", "rule", "nothing")}
 
 
 def _of_side(side: str, found: Directions, shape: tuple[int, int], size: int) -> Row:
@@ -97,6 +105,8 @@ def summary(analysis: Analysis, rows: Sequence[Row]) -> Row:
             for side in ("inputs", "outputs")
             for what in ("first", "overlap", "chance")
         },
+        "covariances": {key: _mean(row[f"covariance_{key}"] for row in rows) for key in ("updates", "rule", "nothing")},
+        "measured": sum(row["covariance_updates"] is not None for row in rows),
     }
 
 
@@ -125,6 +135,7 @@ def _whole(row: Row, layer: LayerAnalysis, labels: Sequence[str]) -> Row:
         "shares": {label: spectrum.share for label, spectrum in zip(labels, layer.own, strict=True)},
         "first": {side: [numbers(line) for line in found.first] for side, found in sides.items()},
         "overlap": {side: [numbers(line) for line in found.overlap] for side, found in sides.items()},
+        "covariances": {key: list(values) for key, values in covariances(layer).items()},
         "spectra": {
             "experts": {label: _points(spectrum) for label, spectrum in zip(labels, layer.own, strict=True)},
             "before": _points(layer.before),
@@ -178,6 +189,18 @@ def tables(analysis: Analysis) -> Iterator[Table]:
                 [side, *(_text(found["directions"][f"{what}_{side}"]) for what in ("first", "overlap", "chance"))]
                 for side in ("inputs", "outputs")
             ],
+        )
+
+    if found["measured"]:
+        named = (
+            ("updates", "D^T D"),
+            ("rule", f"the estimate of {analysis.rule}"),
+            ("nothing", "the identity, for comparison"),
+        )
+        yield (
+            f"Cosine with the experts' true input second moments, mean over experts and {found['measured']} layers",
+            ["stand-in", "cosine"],
+            [[name, _text(found["covariances"][key])] for key, name in named],
         )
 
 
