@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
 def _delimited(delimiter: str, quoting: Literal[0, 3]) -> Callable[[Path, Sequence[Column]], Iterator[Row]]:
     def read(path: Path, wanted: Sequence[Column]) -> Iterator[Row]:
         text = read_text(path)
-        csv.field_size_limit(len(text) + 1)
+        csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # it is the whole process's
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
         try:
             # Columns by number: a file without a line of names, as GLUE's CoLA.
