@@ -268,7 +268,7 @@ def anchored(deltas: Tensor, weights: Sequence[float] | None = None, lam: float 
 
 
 def kron(deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 0.1) -> Tensor:
-    """The dense system of the vectorised update: vec(A M S) = (A kron S) vec(M), rows first, as A and S are symmetric."""
+    """The dense system of the update as a vector, row after row: A M S is (A kron S) vec(M), as S is symmetric."""
     D, w = deltas.double(), factors(len(deltas), weights)
     ridge = lam * w.sum()
     system = ridge * torch.eye(D[0].numel(), dtype=torch.float64)

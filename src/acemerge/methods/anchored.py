@@ -27,8 +27,8 @@ class Anchored:
 
     Source: this library. Where the experts' energy is well below the average nobody is disturbed and updates add up;
     where they share energetic directions their second moments decide. Scaling all updates scales M. `lam` to infinity
-    gives the sum, to 0 actmat with this p; experts that share no input direction and no output direction are all kept
-    whole. T equal experts U diag(s) V^T give singular values `s_i (s_i^2 + T h) / (s_i^2 + h)`, `h = lam mean(s^2)`
+    gives the sum, to 0 actmat with this p; experts that share no input direction are all kept whole.
+    T equal experts U diag(s) V^T give singular values `s_i (s_i^2 + T h) / (s_i^2 + h)`, `h = lam mean(s^2)`
     over all inputs: the expert in its energetic directions, T of it in faint ones, for the rule takes equal updates
     for T tasks that agree. An expert that is there twice by mistake is to be left out.
     A weight multiplies G_t and the expert in the sum, and may not be negative: a weight of 2 is the expert twice.
