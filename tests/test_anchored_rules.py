@@ -14,6 +14,7 @@ from torch import Tensor
 import acemerge
 import oracles
 from acemerge.linalg.two_sided import conjugate_gradients, preconditioner, root_sides
+from acemerge.methods import make
 from acemerge.methods.base import Work
 from oracles import EXACT, relative_error, svd, task_vectors
 
@@ -194,3 +195,8 @@ def test_memory_is_counted_by_expert_and_longer_side() -> None:
     work = Work(2, 3, "longer", each=4)
     assert work.entries(5, 100, 10) == work.entries(5, 10, 100) == (2 + 4 * 5) * 1000 + 3 * 50**2
     assert work.entries(50, 100, 10) == (2 + 4 * 50) * 1000 + 3 * 100**2
+
+
+def test_kron_counts_the_memory_of_float64_where_it_works_in_it() -> None:
+    usual, finest = (make("kron", {"tol": tol}).needs.work.each for tol in (1e-5, 9e-6))
+    assert finest == 2 * usual
