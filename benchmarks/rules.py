@@ -3,6 +3,7 @@
     .venv/bin/python benchmarks/rules.py --against naive                  # ace and the formula as printed
     .venv/bin/python benchmarks/rules.py --against fusionbench            # tsv_m, iso_c, wudi
     .venv/bin/python benchmarks/rules.py --against mergekit               # average, task_arithmetic, ties
+    .venv/bin/python benchmarks/rules.py --against ace --models vit-l     # anchored, kron: beside our ace
     .venv/bin/python benchmarks/rules.py --against none --models vit-b    # every rule of acemerge by itself
 
 `--against fusionbench` and `--against mergekit` need `.peers`: run benchmarks/setup_peers.sh once.
@@ -11,8 +12,9 @@ Each side of a comparison is a process of its own, both on the same number of th
 noise of the machine hits both. Times are the best of the repeats after a warm-up; memory is the peak that the
 warm-up added to what the inputs take. `floor` is the time that the rule's operations take at the rate of a float32
 product measured in the same process. `difference` is the distance of the two merged updates from each other,
-relative to the other side's. `~` marks a time extrapolated from a few of many equal steps. Where another process
-took more than a twentieth of the processors during a run, `status` says so: such a row is to be measured again.
+relative to the other side's; beside ace, another rule, it is no error. `~` marks a time extrapolated from a few of
+many equal steps. Where another process took more than a twentieth of the processors during a run, `status` says so:
+such a row is to be measured again.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class Pair:
 
 PAIRS = {
     "ace": Pair("naive", {}, branches=(False, True)),
+    "anchored": Pair("ace", {}),
+    "kron": Pair("ace", {}),
     "tsv_m": Pair("fusionbench", {}),
     "iso_c": Pair("fusionbench", {}),
     "wudi": Pair("fusionbench", {}),
@@ -81,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rules", default=[], help="comma-separated; all that have such a rival by default", type=names
     )
-    parser.add_argument("--against", default="naive", choices=["naive", "fusionbench", "mergekit", "none"])
+    parser.add_argument("--against", default="naive", choices=["naive", "fusionbench", "mergekit", "ace", "none"])
     parser.add_argument("--quick", action="store_true", help="leave out the larger layers, repeat less")
     parser.add_argument("--json", type=Path, help="write the measurements there, after every row")
     parser.add_argument("--repeats", type=int, default=3, help="at least so many runs of what takes under 20 s")
@@ -117,10 +121,13 @@ def measured_rows(rule: str, pair: Pair, models: dict[str, Model], arguments: ar
         for hetero in pair.branches:
             params = {**pair.params, "tau": -1.0 if hetero else 1e9} if rule == "ace" else pair.params
             case = Case(rule, experts, rows, columns, hetero, params, pair.weights)
-            sides = [OURS] if pair.against == "none" else [pair.against, OURS]
+            sides = {} if pair.against == "none" else {pair.against: case}
+            if pair.against == "ace":  # the same task vectors by another rule: only the times compare
+                sides["ace"] = replace(case, rule="ace", params={"tau": 1e9})
+            sides[OURS] = case
             started = time.perf_counter()
             limits = Limits(arguments.limit, arguments.repeats, 0.5 if arguments.quick else 2.0)
-            measured, difference = compare(dict.fromkeys(sides, case), arguments.threads, limits)
+            measured, difference = compare(sides, arguments.threads, limits)
             print(f"{rule} {experts} x {rows} x {columns}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
             branch = ("heterogeneous" if hetero else "homogeneous") if rule == "ace" else ""
             yield Row(case, layers, branch, measured.get(pair.against), measured[OURS], difference)

@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 SIDES = {  # implementation: interpreter, script
     "ours": (".venv", "ours.py"),
+    "ace": (".venv", "ours.py"),
     "naive": (".venv", "naive.py"),
     "fusionbench": (".peers", "peers.py"),
     "mergekit": (".peers", "peers.py"),

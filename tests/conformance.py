@@ -10,6 +10,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge.methods import make
+from oracles import EXACT
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ RULES = {
     "knots": Traits(rank=True),
     "core_space": Traits(rotates=True, rank=True),
     "ace": Traits(scales=False, rank=True),
+    "anchored": Traits(rotates=True, rank=True),
+    "kron": Traits(rotates=True, params=tuple(EXACT["kron"].items())),
     "actmat": Traits(returns=True, rotates=True, rank=True),
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
     "wudi": Traits(scales=False),

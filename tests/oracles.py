@@ -14,6 +14,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+# What makes a rule that iterates as exact as its oracle.
+EXACT = {"kron": {"steps": 1000, "tol": 1e-14}}
+
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Frobenius norm of the difference over that of `expected`; the plain norm where that is zero."""
@@ -269,6 +272,29 @@ def swudi_a(deltas: Tensor, weights: Sequence[float] | None = None, anchor: str 
     K = math.ceil(ell.sqrt().sum() ** 2 / ell.sum())
     V, ell = V[:, :K], ell[:K].clamp(min=1e-8 * ell[0])
     return X0 - X0 @ V @ V.T + B @ V @ (1 / ell).diag() @ V.T
+
+
+def anchored(deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 1.0, p: int = 1) -> Tensor:
+    D, w = deltas.double(), factors(len(deltas), weights)
+    G = [f * d.T @ d / d.square().sum() ** (p / 2) for f, d in zip(w, D, strict=True)]
+    ridge = lam * sum(G).diag().mean() * torch.eye(D.shape[2], dtype=torch.float64)
+    pulled = sum(d @ g for d, g in zip(D, G, strict=True)) + weighted(deltas, weights).sum(0) @ ridge
+    return pulled @ torch.linalg.inv(sum(G) + ridge)
+
+
+def kron(deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 0.1) -> Tensor:
+    """The dense system of the update as a vector, row after row: A M S is (A kron S) vec(M), as S is symmetric."""
+    D, w = deltas.double(), factors(len(deltas), weights)
+    ridge = lam * w.sum()
+    system = ridge * torch.eye(D[0].numel(), dtype=torch.float64)
+    right = ridge * weighted(deltas, weights).sum(0)
+    for f, d in zip(w, D, strict=True):
+        U, s, Vh = svd(d)
+        A, S = U @ s.diag() @ U.T, Vh.T @ s.diag() @ Vh
+        A, S = A / A.diag().mean(), S / S.diag().mean()
+        system += f * torch.kron(A, S)
+        right = right + f * A @ d @ S
+    return torch.linalg.solve(system, right.flatten()).view_as(D[0])
 
 
 def ace(

@@ -11,11 +11,13 @@ from torch import Tensor
 
 import acemerge
 import oracles
-from oracles import average, relative_error, task_vectors
+from oracles import EXACT, average, relative_error, task_vectors
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 40), (40, 3)]
 WEIGHTS = [2.0, 0.5, 1.5, 3.0]
 RULES: dict[str, Callable[..., Tensor]] = {
+    "anchored": oracles.anchored,
+    "kron": oracles.kron,
     "actmat": oracles.actmat,
     "tact": partial(oracles.actmat, keep=0.5),
     "swudi_a": oracles.swudi_a,
@@ -26,7 +28,7 @@ QUICK = {"wudi": {"steps": 50}}  # automatic differentiation is slow; one test a
 
 
 def merged(deltas: Tensor, rule: str, **options: object) -> Tensor:
-    return acemerge.merge_deltas(deltas, rule, **options).delta
+    return acemerge.merge_deltas(deltas, rule, **{**EXACT.get(rule, {}), **options}).delta
 
 
 def error(deltas: Tensor, rule: str, **options: object) -> float:
@@ -68,7 +70,7 @@ def test_one_expert_comes_back_at_condition_1e6(rule: str, shape: tuple[int, int
     assert relative_error(merged(deltas, rule, **params), deltas[0]) < 1e-4
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "kron"])  # whose oracle's system is dense
 def test_a_large_layer_is_the_formula(rule: str) -> None:
     params = {"steps": 5} if rule == "wudi" else {}
     assert error(task_vectors(3, (540, 530)), rule, **params) < TOLERANCE.get(rule, 1e-8)
@@ -82,6 +84,10 @@ def test_a_weight_multiplies_the_term_of_its_expert(rule: str, T: int, shape: tu
 
 
 PARAMETERS = [
+    ("anchored", {"lam": 0.2}),
+    ("anchored", {"p": 0}),
+    ("anchored", {"p": 2, "lam": 3.0}),
+    ("kron", {"lam": 1.0}),
     ("actmat", {"lam": 1e-2}),
     ("actmat", {"p": 1}),
     ("actmat", {"p": 2}),

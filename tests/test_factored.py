@@ -21,7 +21,7 @@ from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 from acemerge.work import Place, Setting
 from builders import load_folder, make_model, write_adapter, write_checkpoint
-from oracles import relative_error
+from oracles import EXACT, relative_error
 
 LAYER = "layers.0.up"
 OUT, IN, RANKS = 96, 64, (3, 2, 4)
@@ -30,6 +30,8 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("task_arithmetic", {}),
     ("ace", {"eps": 1e-2}),
     ("ace", {"eps": 1e-2, "tau": -1.0, "k_frac": 0.1}),
+    ("anchored", {}),
+    ("kron", EXACT["kron"]),
     ("actmat", {"lam": 1e-2}),
     ("swudi_a", {}),
     ("tsv_m", {}),

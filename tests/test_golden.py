@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import acemerge
-from oracles import relative_error
+from oracles import EXACT, relative_error
 
 GOLDEN = sorted(Path(__file__).with_name("golden").glob("*.npz"))
 CASES = [
@@ -21,7 +21,7 @@ CASES = [
 def _merge(file: Path, key: str, dtype: torch.dtype) -> tuple[acemerge.LayerResult, torch.Tensor]:
     data = np.load(file)
     name, _, setting = key.partition("__")
-    params = dict([setting.split("=")]) if setting else {}
+    params = dict([setting.split("=")]) if setting else EXACT.get(name, {})
     deltas = torch.from_numpy(data["deltas"]).to(dtype)
     return acemerge.merge_deltas(deltas, name, **params), torch.from_numpy(data[key])
 
@@ -29,6 +29,7 @@ def _merge(file: Path, key: str, dtype: torch.dtype) -> tuple[acemerge.LayerResu
 def test_there_are_golden_files() -> None:
     covered = {case.values[1].split("__")[0] for case in CASES}
     assert covered >= {"ace", "actmat", "tact", "wudi", "swudi_a", "cart", "tsv_m", "iso_c", "iso_cts", "average"}
+    assert covered >= {"anchored", "kron"}
     assert len(GOLDEN) >= 4
 
 

@@ -119,7 +119,7 @@ print(json.dumps((kilobytes("VmHWM") - before) * 1024))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("sides", [(1024, 1024), (384, 1536)], ids=str)
-@pytest.mark.parametrize("name", ["ties", "emr", "ace", "tact", "swudi_a", "tsv_m", "iso_cts", "svc"])
+@pytest.mark.parametrize("name", ["ties", "emr", "ace", "tact", "kron", "swudi_a", "tsv_m", "iso_cts", "svc"])
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
     words = [name, "3", *map(str, sides)]
     done = subprocess.run([sys.executable, "-c", _ONE_LAYER, *words], capture_output=True, text=True, check=True)

@@ -90,9 +90,9 @@ def _low_rank_entries(job: Job, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
     assert job.method is not None
     _, rows, columns = job.matrices
-    (p, q), work = _cores(job), job.method.needs.work
-    system = min(q, experts * p)  # the largest square matrix that comes of cores
-    return 6 * (rows + columns) * (job.rank + 1) + (experts + work.tensors) * p * q + work.squares * system**2
+    p, q = _cores(job)
+    on_cores = experts * p * q + job.method.needs.work.entries(experts, p, q)
+    return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
 def _low_rank_operations(job: Job, experts: int) -> int:

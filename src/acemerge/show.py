@@ -134,6 +134,7 @@ _STATUS = {
     "no update": "no expert changed them, the base's values are kept",
     "float64": "ill-conditioned, computed again in float64",
     "pseudo-inverse": "singular, solved by the pseudo-inverse",
+    "not converged": "stopped before the residual was small, `--set steps=N` takes more",
 }
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from acemerge.methods.ace import Ace
 from acemerge.methods.actmat import Actmat, Tact
+from acemerge.methods.anchored import Anchored
 from acemerge.methods.base import Calibration, Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
+from acemerge.methods.kron import Kron
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
@@ -58,6 +60,8 @@ for _rule in (
     Knots,
     CoreSpace,
     Ace,
+    Anchored,
+    Kron,
     Actmat,
     Tact,
     Wudi,

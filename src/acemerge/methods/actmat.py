@@ -116,8 +116,7 @@ def _fit(
     if max(sides) > _VOCABULARY:
         mean = Average(scale).merge(deltas, layer)
         return LayerResult(mean.delta, {"status": "averaged, a side above 20,000"})
-    n = energies(deltas)
-    weights = torch.where(n > 0, layer.weights * (n.max() / n) ** (p / 2), 0)  # a common factor changes nothing
+    weights = normalised_weights(energies(deltas), layer, p)
     if not weights.any():
         return no_update(deltas)
     shape = (deltas.shape[1], deltas.shape[2])
@@ -126,6 +125,11 @@ def _fit(
     fit, status = yield problem
     stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
     return LayerResult((scale * fit.M).to(deltas.dtype), stats)
+
+
+def normalised_weights(n: Float[Tensor, " T"], layer: Layer, p: int) -> Float[Tensor, " T"]:
+    """`w_t / n_t^(p/2)`, up to a common factor; zero for an expert without an update."""
+    return torch.where(n > 0, layer.weights * (n.max() / n) ** (p / 2), 0)
 
 
 def least_squares_operations(experts: int, rows: int, columns: int, symmetric: bool) -> int:

@@ -65,18 +65,25 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Work:
-    """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size
-    and so many square matrices. Their `side` is the layer's shorter one, its columns, or that of the least-squares
-    system, the smaller of columns and T rows.
+    """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
+    `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
+    that of the least-squares system, the smaller of columns and T rows, or the layer's longer one, at most T shorter.
     """
 
     tensors: int = 4
     squares: int = 0
-    side: Literal["shorter", "columns", "system"] = "system"
+    side: Literal["shorter", "columns", "system", "longer"] = "system"
+    each: int = 0
 
     def entries(self, experts: int, rows: int, columns: int) -> int:
-        sides = {"shorter": min(rows, columns), "columns": columns, "system": min(columns, experts * rows)}
-        return self.tensors * rows * columns + self.squares * sides[self.side] ** 2
+        short, long = sorted((rows, columns))
+        sides = {
+            "shorter": short,
+            "columns": columns,
+            "system": min(columns, experts * rows),
+            "longer": min(long, experts * short),
+        }
+        return (self.tensors + self.each * experts) * rows * columns + self.squares * sides[self.side] ** 2
 
 
 @dataclass(frozen=True)

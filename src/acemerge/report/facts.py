@@ -183,6 +183,7 @@ def _of_status(status: str, count: int) -> Advice:
     known = {
         "float64": (f"{tensors}: ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"),
         "pseudo-inverse": (f"{tensors}: singular, solved by the pseudo-inverse", "a larger eps makes them regular"),
+        "not converged": (f"{tensors}: stopped before the residual was small", "more steps, or a larger tol"),
     }
     return Advice(*known.get(status, (f"{tensors}: {status}", "")))
 
