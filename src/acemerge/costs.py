@@ -90,8 +90,9 @@ def _low_rank_entries(job: Job, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
     assert job.method is not None
     _, rows, columns = job.matrices
-    p, q = _cores(job)
-    on_cores = experts * p * q + job.method.needs.work.entries(experts, p, q)
+    (p, q), work = _cores(job), job.method.needs.work
+    system = min(max(p, q), experts * min(p, q))  # the largest square matrix that comes of cores
+    on_cores = (experts + work.tensors + work.each * experts) * p * q + work.squares * system**2
     return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
