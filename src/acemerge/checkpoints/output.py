@@ -92,11 +92,11 @@ class OutputFolder:
             self._tidy(replaced)
 
     def _tidy(self, replaced: Iterable[str]) -> None:
+        self._remove_work()
         files.remove(self.path / JOURNAL)
         for name in replaced:
             files.remove(self.path / (name + OLD))
         self._remove_side_folders()
-        self._remove_work()
 
     def _sync(self) -> None:
         for folder in side_folders(self.path):
