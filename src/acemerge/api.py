@@ -145,7 +145,7 @@ def _write(
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
             walk = walker(pipeline, "thresholds", on_progress)
             setting = find_thresholds(plan, opened.setting, walk, done, journal)
-            walk = walker(pipeline, "merge", on_progress)
+            walk = walker(pipeline, "merge", on_progress, writes=True)
             records = write_weights(opened.layout, setting, walk, output, done, journal)
             write_heads(plan, readers, output)
             if plan.is_adapter:
