@@ -107,6 +107,18 @@ def test_a_model_ten_times_larger_than_the_bound(tmp_path: Path) -> None:
         shutil.rmtree(out)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None:
+    experts, nbytes = 2, 350_000_000
+    bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
+    base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", nbytes, seed=i or None) for i in range(experts + 1))
+    words = ["inspect", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WHOLE_RUN, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < bound < 0.6 * (experts + 1) * nbytes  # it cannot have held all of them
+
+
 _ONE_LAYER = """
 import ctypes, json, sys
 import torch
