@@ -139,6 +139,22 @@ def test_a_pipe_gets_no_control_codes_and_a_line_a_minute(monkeypatch: pytest.Mo
     ]
 
 
+def test_a_terminal_is_drawn_on_until_the_merge_is_done_and_again_for_its_report() -> None:
+    console = terminal(80)
+    with progress(console, quiet=False) as on_progress:
+        on_progress(at(1.0, done=9, name="the last of the merge"))
+        before_it = said(console)
+        on_progress(at(1.0, done=9, stage="report", name="the last of the report"))
+    assert "the last of the merge" in before_it
+    first, _, rest = said(console).removeprefix(before_it).partition("report: the last of the report")
+    assert rest
+    assert "\x1b[1A" not in first  # what stands above is left alone
+    quiet = terminal(80)
+    with progress(quiet, quiet=True) as on_progress:
+        on_progress(at(1.0))
+    assert said(quiet) == ""
+
+
 def test_progress_tells_of_all_that_is_read_written_and_done(plain: PlainModel) -> None:
     found, told = opened(plain), []
     api.run_opened(found, plain.root / "out", RunOptions(), told.append)

@@ -117,19 +117,19 @@ def run_opened(
         if options.resume:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
-                return _finished(out, verify(out), options)
+                return _finished(out, verify(out), options, on_progress)
             done = read_journal(out, opened.layout.files) or done
             _check_same_run(out, done.identity, about)
         manifest = _write(opened, output, done, options, on_progress)
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
-        return _finished(out, manifest if options.push is None else verify(out), options)
+        return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
 
-def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
+def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
     if options.report:
-        write_report(out)
+        write_report(out, on_progress=on_progress)
     if options.push is None:
         return MergeReport(out, manifest)
     return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))

@@ -19,6 +19,7 @@ from acemerge.show import say, size
 _QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
 _SOON = 2.0  # seconds before which nobody can say how long it takes
 _BAR = 30  # columns at most
+_LAST = ("merge", "report")  # stages after which there may be something else to see
 
 
 def is_live(console: Console) -> bool:
@@ -77,14 +78,26 @@ class _Watch:
 def _live(console: Console) -> Iterator[OnProgress]:
     watch, shown = _Watch(), view(None, console.width)
 
-    def on_progress(done: Progress) -> None:
-        nonlocal shown
-        shown = view(watch(done), console.width)
-        if done.stage == "merge" and done.done == done.total:
-            live.stop()  # an upload shows bars of its own
+    def drawn() -> Live:
+        live = Live(console=console, transient=True, refresh_per_second=8, get_renderable=lambda: shown)
+        live.start()
+        return live
 
-    with Live(console=console, transient=True, refresh_per_second=8, get_renderable=lambda: shown) as live:
+    live: Live | None = drawn()
+
+    def on_progress(done: Progress) -> None:
+        nonlocal shown, live
+        shown = view(watch(done), console.width)
+        live = live or drawn()
+        if done.stage in _LAST and done.done == done.total:
+            live.stop()
+            live = None  # another one: this would wipe out as many lines as it had
+
+    try:
         yield on_progress
+    finally:
+        if live is not None:
+            live.stop()
 
 
 def view(pace: Pace | None, width: int) -> Group:

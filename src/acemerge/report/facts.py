@@ -52,7 +52,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
     if seen is not None:
         layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)
-    data = {
+    data: dict[str, Any] = {
         "experts": labels,
         "layers": [{key: row[key] for key in ("name", "layer", "part", *_HEAT)} for row in rows if row["energy"]],
         "shares": _shares(labels, records),
