@@ -131,9 +131,8 @@ def stays_cached(nbytes: int) -> bool:
 
 def free_bytes(path: Path) -> int:
     """What the disk still takes of a path that need not be there yet."""
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    with reading(there):
-        state = os.statvfs(there)
+    with reading(path):
+        state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return state.f_bavail * state.f_frsize
 
 
