@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,19 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
-    found: dict[str, dict[str, set[Any]]] = defaultdict(lambda: defaultdict(set))
-    for method in {job.method for job in plan.jobs if job.method}:
+    found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for method in {id(job.method): job.method for job in plan.jobs if job.method}.values():
         for key in dataclasses.fields(method):  # type: ignore[arg-type]
-            found[method.name][key.name].add(getattr(method, key.name))
+            value, known = getattr(method, key.name), found[method.name][key.name]
+            if value not in known:  # a list may be one
+                known.append(value)
     return [
         (rule, ", ".join(f"{key} {_values(values)}" for key, values in parameters.items()))
         for rule, parameters in sorted(found.items())
     ]
 
 
-def _values(values: Iterable[Any]) -> str:
-    known = list(values)
+def _values(known: Sequence[Any]) -> str:
     if len(known) == 1:
         return known[0].name if isinstance(known[0], Method) else f"{known[0]}"
     if all(isinstance(value, int | float) for value in known):
