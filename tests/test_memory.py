@@ -14,7 +14,10 @@ import torch
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.writer import header_bytes, tensor_bytes
+from acemerge.costs import peak_memory
 from acemerge.methods import make
+from acemerge.opening import RunOptions, open_recipe
+from acemerge.recipe import make_recipe
 from builders import write_checkpoint
 
 # The import of torch is resident before the merge starts; what counts is what the merge adds.
@@ -25,7 +28,8 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 # A dry run on one small model, to warm the libraries up. The models are not related.
 acemerge.merge(sys.argv[2], sys.argv[2:4], sys.argv[1], force=True)
 before = peak()
-acemerge.merge(sys.argv[4], sys.argv[5:-1], sys.argv[1], out=sys.argv[-1], max_shard_size="64MB", force=True)
+limit, out = sys.argv[-2:]
+acemerge.merge(sys.argv[4], sys.argv[5:-2], sys.argv[1], out, max_shard_size="64MB", force=True, max_memory=limit)
 print(json.dumps(peak() - before))
 """
 SIDE, LAYERS, EXPERTS = 1024, 48, 3
@@ -41,9 +45,12 @@ def _write_model(folder: Path, seed: int, layers: int) -> Path:
 
 @pytest.mark.parametrize("method", ["ace", "average"])
 def test_memory_is_bounded_by_the_largest_tensor(method: str, tmp_path: Path) -> None:
+    """In the least memory that the plan allows: how much is in flight is then no matter of who is slow."""
     small = [_write_model(tmp_path / f"s{i}", i, 1) for i in range(2)]
     models = [_write_model(tmp_path / f"m{i}", i, LAYERS) for i in range(EXPERTS + 1)]
-    words = [method, *map(str, small), *map(str, models), str(tmp_path / "out")]
+    recipe = make_recipe({"base": str(models[0]), "experts": [str(m) for m in models[1:]], "method": method})
+    limit = peak_memory(open_recipe(recipe, None, RunOptions()).plan)
+    words = [method, *map(str, small), *map(str, models), str(limit), str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", _MEASURE, *words], capture_output=True, text=True, check=True)
     added = json.loads(done.stdout)
     tensor = SIDE * SIDE * 4  # in the compute type
@@ -98,6 +105,18 @@ def test_a_model_ten_times_larger_than_the_bound(tmp_path: Path) -> None:
         merged = open_checkpoint(out)
         assert merged.read("layers.7.weight")[:FILLED].count_nonzero() > 0.1 * FILLED * COLUMNS
         shutil.rmtree(out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None:
+    experts, nbytes = 2, 350_000_000
+    bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
+    base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", nbytes, seed=i or None) for i in range(experts + 1))
+    words = ["inspect", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WHOLE_RUN, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < bound < 0.6 * (experts + 1) * nbytes  # it cannot have held all of them
 
 
 _ONE_LAYER = """

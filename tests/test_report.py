@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def many(tensors: int, experts: int) -> tuple[dict[str, Any], LookBack]:
         values = torch.rand(64, generator=generator).double().sort(descending=True).values
         curves = dict.fromkeys([*labels, "merged", BEFORE], values)
         probes[name] = Probe(
-            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors), 4096), torch.ones(experts + 1).double(), curves
+            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors), 4096), torch.ones(experts + 1).double(), curves, (64, 64)
         )
     manifest = {
         "created": "2026-01-01", "versions": {"acemerge": "0"}, "seconds": 1.0, "experts": labels, "tensors": records,
@@ -123,8 +124,11 @@ def test_curves_keep_their_ends_and_leave_rounding_out() -> None:
     manifest, seen = many(4, 2)
     name = next(iter(seen.tensors))
     values = torch.tensor([100.0, 10, 1, 1e-3, 1e-12]).double()
-    probe = Probe(seen.tensors[name].sums, seen.tensors[name].merged, {"expert-0": values, "expert-1": 0 * values})
-    curves = page_facts(manifest, LookBack(seen.experts, {name: probe}), "").data["spectra"][name]
+    curves = {"expert-0": values, "expert-1": 0 * values}
+    probe = replace(seen.tensors[name], spectra=curves, shape=(2000, 3000))
+    drawn = page_facts(manifest, LookBack(seen.experts, {name: probe}), "").data["spectra"][name]
+    curves, about = drawn["curves"], drawn["about"]
+    assert about.startswith("the leading 5 of 2000 singular values; what is under 1e-7 of the largest is rounding")
     assert curves == {"expert-0": [[1, 2.0], [2, 1.0], [3, 0.0], [4, -3.0]], "expert-1": []}
 
 

@@ -11,7 +11,9 @@ import pytest
 
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
+from acemerge.report.scores import scores_of
 from test_report import HOSTILE, many
+from test_report_scores import content
 
 pytest.importorskip("selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -33,7 +35,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     manifest["tensors"][HOSTILE] = manifest["tensors"].pop(first)
     seen.tensors[HOSTILE] = seen.tensors.pop(first)
     page = folder / "report.html"
-    page.write_text(html_page(page_facts(manifest, seen, "")))
+    scores = scores_of(content({"base": "b", "ace": str(folder)}), folder / "evaluation.json", folder)
+    page.write_text(html_page(page_facts(manifest, seen, "", scores)))
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in (*_FLAGS, f"user-data-dir={folder / 'profile'}"):
@@ -80,8 +83,9 @@ def test_it_draws_everything_without_a_complaint_or_a_request(browser: Any) -> N
     charts = browser.execute_script(
         "return [...document.querySelectorAll('.chart')].map(c => c.id + ' ' + !!c.querySelector('svg'))"
     )
-    names = ("cosines", "shares", "heat", "spectrum", "time")
+    names = ("scores", "cosines", "shares", "heat", "spectrum", "time")
     assert charts == [f"chart-{name} true" for name in names]
+    assert browser.execute_script("return document.querySelectorAll('#chart-scores svg').length") == 3  # one a task
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert browser.title == "Merge report: 4 experts by ace"  # what a name would have changed
@@ -131,7 +135,7 @@ def test_it_is_dark_where_the_reader_is_and_fits_a_phone(browser: Any) -> None:
     assert seen == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
     phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    for chart in ("cosines", "shares", "heat", "spectrum", "time"):
+    for chart in ("scores", "cosines", "shares", "heat", "spectrum", "time"):
         wait(browser, f"document.querySelector('#chart-{chart} svg').getBoundingClientRect().width <= 360")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     assert browser.get_log("browser") == []

@@ -24,7 +24,7 @@ WORDS = ["the", "cat", "sat", "on", "mat"]
 SIDE = 8
 
 
-def _save(folder: Path, tokens: list[str], seed: int, rows: int | None = None, tied: bool = False) -> Path:
+def save(folder: Path, tokens: list[str], seed: int, rows: int | None = None, tied: bool = False) -> Path:
     """A tiny Llama with a row per token, and some more as padding. A token's row depends on the token alone."""
     rows = rows or len(tokens)
     config = transformers.LlamaConfig(
@@ -68,7 +68,7 @@ EXPERTS = [[*WORDS, "purr"], ["the", "mat", "hiss", "cat", "on", "purr"]]  # one
 @pytest.mark.parametrize("policy", ["base", "union"])
 def test_rows_are_matched_by_token(tmp_path: Path, policy: str, tied: bool) -> None:
     vocabularies = [WORDS, *EXPERTS]
-    folders = [_save(tmp_path / f"m{i}", v, i, tied=tied) for i, v in enumerate(vocabularies)]
+    folders = [save(tmp_path / f"m{i}", v, i, tied=tied) for i, v in enumerate(vocabularies)]
     report = acemerge.merge(folders[0], folders[1:], out=tmp_path / "out", vocabulary=policy)
     tokens = WORDS if policy == "base" else [*WORDS, "purr", "hiss"]
     merged = load_folder(tmp_path / "out")
@@ -90,7 +90,7 @@ def test_rows_are_matched_by_token(tmp_path: Path, policy: str, tied: bool) -> N
 
 def test_padded_and_trimmed_embeddings(tmp_path: Path) -> None:
     """Rows without a token are matched by number; what one model lacks is the base's own."""
-    folders = [_save(tmp_path / "b", WORDS, 0, rows=8), _save(tmp_path / "e", WORDS, 1, rows=6)]
+    folders = [save(tmp_path / "b", WORDS, 0, rows=8), save(tmp_path / "e", WORDS, 1, rows=6)]
     acemerge.merge(folders[0], folders[1:], out=tmp_path / "out", vocabulary="base")
     base, expert, merged = (load_folder(f)["model.embed_tokens.weight"] for f in (*folders, tmp_path / "out"))
     torch.testing.assert_close(merged[:6], expert)
@@ -98,7 +98,7 @@ def test_padded_and_trimmed_embeddings(tmp_path: Path) -> None:
 
 
 def test_one_vocabulary_needs_no_matching(tmp_path: Path) -> None:
-    folders = [_save(tmp_path / f"m{i}", WORDS, i) for i in range(3)]
+    folders = [save(tmp_path / f"m{i}", WORDS, i) for i in range(3)]
     plain = acemerge.merge(folders[0], folders[1:], out=tmp_path / "plain")
     expected = load_folder(tmp_path / "plain")
     for policy in ("base", "union"):
@@ -109,8 +109,8 @@ def test_one_vocabulary_needs_no_matching(tmp_path: Path) -> None:
 
 
 def test_other_sizes_are_refused_and_other_places_are_warned_of(tmp_path: Path) -> None:
-    base, larger = _save(tmp_path / "base", WORDS, 0), _save(tmp_path / "larger", EXPERTS[0], 1)
-    turned = _save(tmp_path / "turned", WORDS[::-1], 1)
+    base, larger = save(tmp_path / "base", WORDS, 0), save(tmp_path / "larger", EXPERTS[0], 1)
+    turned = save(tmp_path / "turned", WORDS[::-1], 1)
     with pytest.raises(CheckpointError, match="--vocabulary base or union"):
         acemerge.merge(base, [larger])
     report = acemerge.merge(base, [turned], force=True)
@@ -120,7 +120,7 @@ def test_other_sizes_are_refused_and_other_places_are_warned_of(tmp_path: Path) 
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
-    base, larger = _save(tmp_path / "base", WORDS, 0), _save(tmp_path / "larger", EXPERTS[0], 1)
+    base, larger = save(tmp_path / "base", WORDS, 0), save(tmp_path / "larger", EXPERTS[0], 1)
     rule: dict[str, Any] = {"match": "lm_head.weight", "action": "base"}
     with pytest.raises(UsageError, match=r"lm_head\.weight.*another rule than average"):
         acemerge.merge(base, [larger], vocabulary="union", rules=[rule])
@@ -138,7 +138,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
 
 def test_rows_that_are_not_finite_are_refused_or_their_expert_left_out(tmp_path: Path) -> None:
     vocabularies = [WORDS, *EXPERTS]
-    base, *experts = (_save(tmp_path / f"m{i}", v, i) for i, v in enumerate(vocabularies))
+    base, *experts = (save(tmp_path / f"m{i}", v, i) for i, v in enumerate(vocabularies))
     name = "model.embed_tokens.weight"
     alone = acemerge.merge(base, experts[:1], out=tmp_path / "alone", vocabulary="base")
     broken = load_folder(experts[1])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
+from typing import Any
 
 from acemerge.inspection import Sums
 from acemerge.relatedness import Relation
@@ -65,6 +67,34 @@ def of_energies(
         what = f"the experts' energies are heterogeneous (gamma above {tau:g}) in {len(above)} of {len(gammas)} layers"
         found.append(Advice(what, "nothing to do: ace normalises them there, and `--set tau=T` moves the limit"))
     return found
+
+
+def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
+    """Whose update is largest, beside what an equal share were."""
+    total = sum(energies)
+    if not total:
+        return "No expert changed anything."
+    leader = max(range(len(labels)), key=lambda t: energies[t])
+    share = energies[leader] / total
+    return f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
+
+
+def of_statuses(records: Mapping[str, Mapping[str, Any]]) -> list[Advice]:
+    """Tensors that were not merged as usual, by what the manifest says of each."""
+    statuses = Counter(str(record.get("status", "")) for record in records.values())
+    return [_of_status(status, count) for status, count in statuses.items() if status not in ("ok", "kept", "")]
+
+
+def _of_status(status: str, count: int) -> Advice:
+    tensors = f"{count} tensor{'s' if count > 1 else ''}"
+    known = {
+        "no update": ("no expert changed them, the base's values are kept", ""),
+        "float64": ("ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"),
+        "pseudo-inverse": ("singular, solved by the pseudo-inverse", "a larger eps makes them regular"),
+        "not converged": ("stopped before the residual was small", "more steps, or a larger tol"),
+    }
+    what, cure = known.get(status, (status, ""))
+    return Advice(f"{tensors}: {what}", cure)
 
 
 def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:

@@ -121,13 +121,13 @@ def run_opened(
         if options.resume:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
-                return _finished(out, verify(out), options)
+                return _finished(out, verify(out), options, on_progress)
             done = read_journal(out, opened.layout.files) or done
             _check_same_run(out, done.identity, about)
         manifest = _write(opened, output, done, options, on_progress)
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
-        return _finished(out, manifest if options.push is None else verify(out), options)
+        return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
 
 def _dry_run(
@@ -140,10 +140,10 @@ def _dry_run(
         return dry_run(opened.plan, setting, walks("merge")), about_calibration(opened, setting, about)
 
 
-def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions) -> MergeReport:
+def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
     if options.report:
-        write_report(out)
+        write_report(out, on_progress=on_progress)
     if options.push is None:
         return MergeReport(out, manifest)
     return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))
@@ -161,7 +161,7 @@ def _write(
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
             calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
-            records = write_weights(opened.layout, setting, walks("merge"), output, done, journal)
+            records = write_weights(opened.layout, setting, walks("merge", writes=True), output, done, journal)
             write_heads(plan, readers, output)
             if plan.is_adapter:
                 output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))

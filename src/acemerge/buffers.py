@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from threading import Lock
 
 import torch
@@ -32,7 +33,8 @@ class Buffers:
                 best = min(fitting, key=len)
                 self._idle = [b for b in self._idle if b is not best]
                 return best
-        return torch.empty(nbytes, dtype=torch.uint8)
+        # Of its own, and not the C library's: that keeps what one thread frees from the others.
+        return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
     def give(self, buffer: Tensor) -> None:
         """Take a buffer back. Nothing that was made of it may be used any more."""

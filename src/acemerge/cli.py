@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, show
+from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, show, show_merge
 from acemerge.cli_options import (
     AllowPickle,
     AsLora,
@@ -49,6 +49,7 @@ from acemerge.errors import AcemergeError, UsageError
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
+from acemerge.show_progress import is_live, progress
 from acemerge.verify import verify as verify_folder
 
 app = typer.Typer(
@@ -153,10 +154,12 @@ def _merge(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -
     if out is None:
         raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
     opened = open_recipe(recipe, out, options)  # downloads have a bar of their own
-    with show.progress(err_console, quiet) as on_progress:
+    if not quiet:
+        show_merge.before(err_console, opened, out, options.resume)
+    with progress(err_console, quiet) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
     if not quiet:
-        show.merge_summary(out_console, report)
+        show_merge.after(out_console, report, warned=is_live(err_console))
 
 
 def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -> None:
@@ -197,7 +200,7 @@ def convert(
         quiet=quiet,
     )
     opened = open_conversion(source, out, options)
-    with show.progress(err_console, quiet) as on_progress:
+    with progress(err_console, quiet) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
     if not quiet:
         show.converted(out_console, report)

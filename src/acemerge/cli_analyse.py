@@ -32,7 +32,8 @@ from acemerge.cli_options import (
     asked_recipe,
 )
 from acemerge.opening import RunOptions, check_output_apart, open_recipe
-from acemerge.show import progress, say, table
+from acemerge.show import say, table
+from acemerge.show_progress import progress
 
 Folder = Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, tables and pictures")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="replace an earlier analysis")]

@@ -29,7 +29,7 @@ from acemerge.cli_options import (
     asked_recipe,
 )
 from acemerge.opening import RunOptions, open_recipe
-from acemerge.show import progress
+from acemerge.show_progress import progress
 from acemerge.survey import survey
 
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]

@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from acemerge.cli_options import Debug, Quiet
-from acemerge.show import progress, say
+from acemerge.show import say
+from acemerge.show_progress import progress
 
 
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
@@ -19,6 +20,10 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
     def report(
         out: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")],
         target: Annotated[Path | None, typer.Option("-o", "--out", help="the page [default: OUT/report.html]")] = None,
+        scores: Annotated[
+            Path | None,
+            typer.Option(help="evaluation.json of `evaluate` or `compare` [default: OUT/evaluation.json, if there]"),
+        ] = None,
         quiet: Quiet = False,
         debug: Debug = False,
     ) -> None:
@@ -26,6 +31,6 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         from acemerge.reporting import write_report
 
         with progress(err_console, quiet) as on_progress:
-            path = write_report(out, target, on_progress)
+            path = write_report(out, target, on_progress, scores)
         if not quiet:
             say(out_console, f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")

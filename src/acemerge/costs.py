@@ -34,7 +34,7 @@ def cost(piece: Piece, experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, count = piece.job, piece.count
-    waiting, written = piece.bytes_in, _written(piece)
+    waiting, written = piece.bytes_in, bytes_written(piece)
     if job.method is None:
         return Cost(waiting, waiting + written + job.widens * 4 * count, written)
     width = job.compute_dtype.itemsize
@@ -72,7 +72,8 @@ def _measured(job: Job, rows: int, columns: int, count: int) -> int:
     return count // max(1, rows * columns) * columns**2
 
 
-def _written(piece: Piece) -> int:
+def bytes_written(piece: Piece) -> int:
+    """What the output stores of a piece."""
     if piece.job.factors is None:
         return piece.count * piece.job.spec.dtype.itemsize
     return sum(spec.nbytes for spec in piece.job.factors)
@@ -106,14 +107,19 @@ def _low_rank_operations(job: Job, experts: int) -> int:
 
 def operations(plan: Plan) -> int:
     """Floating-point operations of all rules."""
-    total = 0
-    for job in plan.jobs:
-        if job.keeps_low_rank:
-            total += _low_rank_operations(job, len(plan.experts))
-        elif job.method:
-            slices, rows, columns = job.matrices
-            total += slices * job.method.operations(len(plan.experts), rows, columns)
-    return total
+    return sum(piece_operations(Piece(job), len(plan.experts)) for job in plan.jobs)
+
+
+def piece_operations(piece: Piece, experts: int) -> int:
+    """Floating-point operations of a rule on a piece."""
+    job = piece.job
+    if job.method is None:
+        return 0
+    if job.keeps_low_rank:
+        return _low_rank_operations(job, experts)
+    slices, rows, columns = job.matrices
+    whole = slices * job.method.operations(experts, rows, columns)
+    return whole * piece.count // max(1, job.spec.count)
 
 
 def largest(plan: Plan) -> tuple[int, str]:

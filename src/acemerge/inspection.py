@@ -102,11 +102,17 @@ def stable_ranks(energies: Float[Tensor, " T"], squared_norms: Float[Tensor, " T
     return energies / squared_norms
 
 
-def spectrum(D: Float[Tensor, "out in"]) -> Float[Tensor, " k"]:
+def spectrum(D: Float[Tensor, "*slices out in"]) -> Float[Tensor, " k"]:
     """Singular values, descending, in float64: all where the shorter side is at most 1024, else the 32 largest.
+
+    Of a stack of matrices `sqrt(mean_p s_pi^2)`, the root mean square over them: its squares add up to the mean energy.
 
     All come from the eigenvalues of the smaller Gram matrix: below 1e-8 of the largest they are rounding.
     """
+    if D.ndim > 2:
+        stack = D.reshape(-1, *D.shape[-2:])
+        squares: Tensor = sum((spectrum(X).square() for X in stack[1:]), spectrum(stack[0]).square())
+        return (squares / len(stack)).sqrt()
     if min(D.shape) > WHOLE_SPECTRUM:
         return leading_values(D, _LEADING).cpu()
     X = D.double()

@@ -144,6 +144,11 @@ class Pipeline:
             self._lanes = {"tiny": only, "medium": only, "large": only}
         self._reading = [_threads(1, f"acemerge-read-{i}") for i in range(len(readers))]
 
+    @property
+    def experts(self) -> int:
+        """How many models are read beside the base."""
+        return len(self._readers) - 1
+
     def __enter__(self) -> Pipeline:
         return self
 
@@ -167,7 +172,7 @@ class Pipeline:
         No more bytes are in flight than the limit, or than one batch takes.
         """
         pending: deque[tuple[_Batch, Future[Result]]] = deque()
-        waiting = _batches(queue, len(self._readers) - 1)
+        waiting = _batches(queue, self.experts)
         batch = next(waiting, None)
         while batch is not None or pending:
             while batch is not None and self._has_room([b for b, _ in pending], batch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from acemerge.applying import apply
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
+from acemerge.checkpoints.hub import locate_cached
 from acemerge.compute import task_vectors
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection import Sums, nothing, spectrum, sums
@@ -26,18 +28,30 @@ from acemerge.survey import FULL
 from acemerge.work import Loaded, Place, Values, Work
 
 BEFORE = "before refinement"
-_MATRICES = ("linear", "conv1d")
+_MATRICES = ("linear", "conv1d", "experts")
 
 
 @dataclass(frozen=True)
 class Probe:
     """What was seen of one tensor. `sums` are the experts'; `merged` (T + 1,) are `<D_t, M>` and then `<M, M>` for
-    the merged update M; `spectra` are singular values by expert, "merged" and, where the rule refined, before that.
+    the merged update M; `spectra` are singular values by expert, "merged" and, where the rule refined, before that, of
+    a tensor of this `shape`.
     """
 
     sums: Sums
     merged: Float[Tensor, " T_1"]
     spectra: Mapping[str, Float[Tensor, " k"]] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+
+    @property
+    def side(self) -> int:
+        """How many singular values a matrix has."""
+        return min(self.shape[-2:])
+
+    @property
+    def slices(self) -> int:
+        """How many matrices there are."""
+        return math.prod(self.shape[:-2])
 
     @property
     def agreement(self) -> Float[Tensor, " T"]:
@@ -46,15 +60,16 @@ class Probe:
         return (self.merged[:-1] / norms).clamp(-1, 1)
 
     def __add__(self, other: Probe) -> Probe:
-        return Probe(self.sums + other.sums, self.merged + other.merged, {**self.spectra, **other.spectra})
+        return replace(self, sums=self.sums + other.sums, merged=self.merged + other.merged)
 
 
 @dataclass(frozen=True)
 class LookBack:
-    """What was seen of every tensor that a rule merged."""
+    """What was seen of every tensor that a rule merged; `passed_over` are those whose rows are matched by token."""
 
     experts: tuple[str, ...]
     tensors: Mapping[str, Probe]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def total(self) -> Probe:
@@ -71,24 +86,26 @@ def look_back(out: Path, manifest: Mapping[str, Any], on_progress: OnProgress = 
     # The output as one more expert: its update is the merged one.
     experts = [{"model": expert.model} for expert in recipe.experts]
     content = {"base": recipe.base, "experts": [*experts, {"model": str(out)}], "method": FULL.name}
+    content["vocabulary"] = recipe.vocabulary
     beside = open_recipe(make_recipe(content, "report"), None, options)
     refined = _refined(opened, manifest)
     tensors: dict[str, Probe] = {}
-    jobs = [replace(job, method=FULL) for job in beside.plan.jobs if job.method]
+    merged = [job for job in beside.plan.jobs if job.method]
+    jobs = [replace(job, method=FULL) for job in merged if not job.vocabulary]
     with beside.pipeline(1, hashing=False) as (pipeline, _):
         walk = walker(pipeline, "report", on_progress)
         parts = (piece for job in jobs for piece in pieces(job, not _is_matrix(job)))
         for seen in walk(parts, _looking(beside, opened, refined)):
             for name, probe in seen:
                 tensors[name] = tensors[name] + probe if name in tensors else probe
-    return LookBack(tuple(manifest["experts"]), tensors)
+    return LookBack(tuple(manifest["experts"]), tensors, tuple(job.name for job in merged if job.vocabulary))
 
 
 def _recipe(manifest: Mapping[str, Any]) -> Recipe:
     """The recipe with its models where they were found, if they are still there and of the same size."""
     origins = [entry["path"] for entry in manifest["inputs"]]
     for entry in manifest["inputs"]:
-        folder = Path(entry["path"])
+        folder = locate_cached(entry["path"])
         if files.kind(folder) == "nothing":
             cure = "run it where the merge was run, with its models in folders"
             raise UsageError(entry["path"], "is not there", cure)
@@ -98,14 +115,11 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe:
                 raise UsageError(path, "is not what was merged", "put the models back that the manifest names")
     content = dict(manifest["recipe"])
     given = [{**expert, "model": origin} for expert, origin in zip(content["experts"], origins[1:], strict=True)]
-    recipe = make_recipe({**content, "base": origins[0], "experts": given}, "manifest")
-    if recipe.vocabulary != "refuse":
-        raise UsageError("vocabulary", "rows are matched by token", "look at the experts with acemerge inspect")
-    return recipe
+    return make_recipe({**content, "base": origins[0], "experts": given}, "manifest")
 
 
 def _is_matrix(job: Job) -> bool:
-    return job.role.name in _MATRICES and len(job.spec.shape) == 2 and job.spec.count > 0
+    return job.role.name in _MATRICES and len(job.spec.shape) > 1 and job.spec.count > 0
 
 
 def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Job]:
@@ -148,7 +162,7 @@ def _probe(
         if job.name in refined:
             result = apply(refined[job.name], deltas[:T], W0, range(T), opened.setting)
             spectra[BEFORE] = spectrum(result.delta)
-        return Probe(own, products, spectra)
+        return Probe(own, products, spectra, piece.shape)
 
 
 def try_to_look_back(

@@ -12,11 +12,19 @@ from acemerge.probe import try_to_look_back
 from acemerge.report.facts import page_facts
 from acemerge.report.html import check_libraries, html_page
 from acemerge.report.manifest import load_manifest
+from acemerge.report.scores import find_scores
 from acemerge.run import OnProgress
 
 
-def write_report(out: str | Path, target: str | Path | None = None, on_progress: OnProgress = lambda _: None) -> Path:
+def write_report(
+    out: str | Path,
+    target: str | Path | None = None,
+    on_progress: OnProgress = lambda _: None,
+    scores: str | Path | None = None,
+) -> Path:
     """Write the page to `target`, `OUT/report.html` by default, and return its path.
+
+    `scores` is the `evaluation.json` of an evaluation; without it one that lies in OUT is shown, if there is any.
 
     The models that were merged are read once more, where they are still there, for cosines, conflict and spectra;
     where they are not the page says so. Raises UsageError without the extra `report`, CheckpointError for a folder
@@ -29,8 +37,9 @@ def write_report(out: str | Path, target: str | Path | None = None, on_progress:
     manifest = load_manifest(out)
     if not (manifest["experts"] and manifest.get("inputs") and isinstance(manifest["recipe"].get("method"), dict)):
         raise UsageError(out, "is no merge", "name the output folder of a merge")
+    found = find_scores(out, None if scores is None else Path(scores))
     seen, why_not = try_to_look_back(out, manifest, on_progress)
-    page = html_page(page_facts(manifest, seen, why_not)).encode()
+    page = html_page(page_facts(manifest, seen, why_not, found)).encode()
     path = out / REPORT if target is None else Path(target)
     write_file(path, page)
     return path

@@ -20,6 +20,8 @@ from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
 from acemerge.compute import Computed, whole_record
+from acemerge.costs import bytes_written
+from acemerge.estimate import COMMON, piece_seconds
 from acemerge.finite import check_finite
 from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.pipeline import Pipeline
@@ -33,7 +35,11 @@ Records = dict[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is, for whoever shows it; `name` is the last tensor done, `unit` what is counted."""
+    """How far a stage is, for whoever shows it; `name` is the last tensor done, `unit` what is counted.
+
+    `bytes_done` of `bytes_total` are read, `bytes_out` are written where the stage writes. `share` of the work is done:
+    tensors of one size may take very different times.
+    """
 
     stage: str
     name: str
@@ -41,24 +47,34 @@ class Progress:
     total: int
     bytes_done: int
     bytes_total: int
+    bytes_out: int = 0
+    share: float = 0.0
     unit: str = "tensors"
 
 
 OnProgress = Callable[[Progress], None]
 
 
-def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress) -> Walk:
+def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool = False) -> Walk:
     """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
+
+    def work_of(piece: Piece) -> float:
+        return piece_seconds(piece, pipeline.experts, COMMON)
 
     def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
         queue = list(parts)
         total, bytes_total = sum(piece.is_last for piece in queue), sum(piece.bytes_in for piece in queue)
-        done = bytes_done = 0
+        work_total = sum(map(work_of, queue))
+        done = bytes_done = bytes_out = 0
+        work_done = 0.0
         for batch, result in pipeline.stream(queue, work):
             yield result
             done += sum(piece.is_last for piece in batch)
             bytes_done += sum(piece.bytes_in for piece in batch)
-            on_progress(Progress(stage, batch[-1].job.name, done, total, bytes_done, bytes_total))
+            bytes_out += sum(map(bytes_written, batch)) if writes else 0
+            work_done += sum(map(work_of, batch))
+            share = work_done / work_total if work_total else 1.0
+            on_progress(Progress(stage, batch[-1].job.name, done, total, bytes_done, bytes_total, bytes_out, share))
 
     return walk
 

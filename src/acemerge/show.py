@@ -1,19 +1,15 @@
-"""What the command line prints: plan, progress, summary, rules."""
+"""What the command line prints: plans, outputs, rules."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,120 +18,11 @@ from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
 from acemerge.jobs import Plan
 from acemerge.methods import METHODS, Method
-from acemerge.run import OnProgress
-from acemerge.run import Progress as Finished
-
-_QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
-
-
-@contextlib.contextmanager
-def progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
-    """A live bar on a terminal, one line a minute elsewhere, nothing when quiet."""
-    if quiet:
-        yield lambda _: None
-    elif console.is_terminal:
-        with _bar(console) as on_progress:
-            yield on_progress
-    else:
-        yield _lines(console)
-
-
-@contextlib.contextmanager
-def _bar(console: Console) -> Iterator[OnProgress]:
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:>10}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.description}", table_column=None),
-    )
-    rate, bar = _Rate(), Progress(*columns, console=console, transient=True)
-    task = bar.add_task("", total=None, rate="")
-
-    def on_progress(done: Finished) -> None:
-        bar.start()
-        speed = rate(done)
-        if rate.restarted:
-            bar.reset(task)
-        name = done.name if len(done.name) < 40 else "..." + done.name[-37:]
-        about = name if done.stage == "merge" else f"{done.stage}: {name}"
-        bytewise = f"{size(speed)}/s" if done.bytes_total else ""
-        bar.update(task, completed=done.done, total=done.total, description=about, rate=bytewise)
-        if done.stage == "merge" and done.done == done.total:
-            bar.stop()  # an upload shows bars of its own
-
-    try:
-        yield on_progress
-    finally:
-        bar.stop()
-
-
-def _lines(console: Console) -> OnProgress:
-    rate, last = _Rate(), time.monotonic()
-
-    def on_progress(done: Finished) -> None:
-        nonlocal last
-        speed, now = rate(done), time.monotonic()
-        if now - last < _QUIET_INTERVAL:
-            return
-        last = now
-        left = (done.bytes_total - done.bytes_done) / max(speed, 1)
-        stage = "" if done.stage == "merge" else f"{done.stage}: "
-        pace = f"{size(speed)}/s, {left:.0f} s left, " if done.bytes_total else ""
-        say(console, f"{stage}{done.done}/{done.total} {done.unit}, {pace}{done.name}")
-
-    return on_progress
-
-
-class _Rate:
-    """Bytes per second since the beginning of a stage."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.monotonic()
-        self._before, self.restarted = 0, False
-
-    def __call__(self, done: Finished) -> float:
-        now = time.monotonic()
-        self.restarted = done.bytes_done < self._before
-        if self.restarted:  # another stage, and this its first report
-            self._started = self._last
-        self._before, self._last = done.bytes_done, now
-        return done.bytes_done / max(now - self._started, 1e-9)
-
-
-def merge_summary(console: Console, report: MergeReport) -> None:
-    manifest = report.manifest
-    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
-    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
-    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
-    unusual = Counter(r["status"] for r in report.tensors.values() if r["status"] not in ("ok", "kept"))
-    for status, count in unusual.most_common():
-        say(console, f"{count} tensor{'s' if count > 1 else ''}: {_STATUS.get(status, status)}")
-    for label, adapter in manifest.get("adapters", {}).items():
-        say(console, f"expert {label}: {adapter}")
-    for who, about in manifest.get("dequantized", {}).items():
-        say(console, f"{who}: dequantised, {about}")
-    for warning in manifest["warnings"]:
-        say(console, f"warning: {warning}")
-    if "stored" in manifest:
-        _adapter(console, report)
-    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
-    if report.pushed:
-        say(console, f"uploaded to {report.pushed}")
 
 
 def converted(console: Console, report: MergeReport) -> None:
     total = sum(entry["bytes"] for entry in report.manifest["outputs"].values())
     say(console, f"{report.out}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
-
-
-_STATUS = {
-    "no update": "no expert changed them, the base's values are kept",
-    "float64": "ill-conditioned, computed again in float64",
-    "pseudo-inverse": "singular, solved by the pseudo-inverse",
-    "not converged": "stopped before the residual was small, `--set steps=N` takes more",
-}
 
 
 def plan(console: Console, plan: Plan) -> None:
@@ -168,10 +55,10 @@ def extracted(console: Console, report: MergeReport) -> None:
         if record["energy"] or name in report.manifest["stored"]
     ]
     table(console, ("tensor", "energy of its difference", "lost"), rows)
-    _adapter(console, report)
+    adapter(console, report)
 
 
-def _adapter(console: Console, report: MergeReport) -> None:
+def adapter(console: Console, report: MergeReport) -> None:
     """What an output that is an adapter holds and lacks."""
     manifest = report.manifest
     inside = manifest["stored"]

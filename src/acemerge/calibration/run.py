@@ -55,7 +55,8 @@ class Calibrating:
 
     def told(self, expert: Assigned, what: str) -> OnExamples:
         def on_examples(done: int, total: int) -> None:
-            self.on_progress(Progress("calibration", f"{expert.label}{what}", done, total, 0, 0, "examples"))
+            share, name = done / max(1, total), f"{expert.label}{what}"
+            self.on_progress(Progress("calibration", name, done, total, 0, 0, share=share, unit="examples"))
 
         return on_examples
 

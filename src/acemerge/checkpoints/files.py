@@ -129,6 +129,13 @@ def stays_cached(nbytes: int) -> bool:
         return True
 
 
+def free_bytes(path: Path) -> int:
+    """What the disk still takes of a path that need not be there yet."""
+    with reading(path):
+        state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
+    return state.f_bavail * state.f_frsize
+
+
 def fingerprint(path: Path) -> tuple[int, int, int]:
     """Size, and times of modification and change in nanoseconds: what differs when a file was written to.
 

@@ -73,6 +73,19 @@ def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> 
     return Located(root, f"{wanted.repo}@{root.name}", wanted.repo)
 
 
+def locate_cached(model: str) -> Path:
+    """The folder of a model given by its path, or by its Hub id as far as that is cached: nobody is asked.
+
+    Raises CheckpointError.
+    """
+    wanted = hub_id(model)
+    if wanted is None:
+        return Path(model)
+    hub = library()
+    with manners(hub, quiet=True):
+        return _cached(hub, wanted, _Wanted(allow_pickle=False, heads=False), "nothing is fetched to look back")
+
+
 def library() -> Any:
     """huggingface_hub, imported where it is used. UsageError when it is not installed."""
     try:

@@ -10,9 +10,10 @@ from typing import Any
 
 from acemerge.analysis import Analysis, Directions, LayerAnalysis, Spectrum
 from acemerge.linalg.principal import principal_count
-from acemerge.report.facts import curve, name_parts
+from acemerge.report.facts import name_parts
 from acemerge.report.records import branch, figure
 from acemerge.report.shares import layer_of
+from acemerge.report.spectra import curve
 from acemerge.shapes import Float, Tensor
 from acemerge.survey import numbers
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from acemerge.advice import Advice, of_directions, of_energies
-from acemerge.probe import LookBack, Probe
+from acemerge.advice import Advice, largest_update, of_directions, of_energies, of_statuses
+from acemerge.probe import LookBack
 from acemerge.report.records import branch, figure
+from acemerge.report.scores import Scores
 from acemerge.report.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
-from acemerge.shapes import Float, Tensor
+from acemerge.report.spectra import spectra_of
 
-_CURVE_BYTES = 2_000_000  # of all spectra together
-_POINTS = (6, 32)  # of a curve: at least, at most
 _MOST_ROWS = 4000  # of the table: more take a browser too long
 
 
 @dataclass(frozen=True)
 class Facts:
-    """`rows` are the tensors of the table; `data` is what the charts draw; `answers` are questions with answers."""
+    """`rows` are the tensors of the table; `data` is what the charts draw; `answers` are questions with answers;
+    `notes` say what the look back left out.
+    """
 
     manifest: Mapping[str, Any]
     answers: Sequence[tuple[str, str]]
@@ -32,9 +32,11 @@ class Facts:
     left_out: int
     data: Mapping[str, Any]
     why_not: str
+    notes: Sequence[str] = ()
+    scores: Scores | None = None
 
 
-def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str) -> Facts:
+def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str, scores: Scores | None = None) -> Facts:
     """All that the page says."""
     labels: list[str] = manifest["experts"]
     records: Records = manifest["tensors"]
@@ -42,7 +44,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str)
     rows = [_row(name, record, labels, seen) for name, record in records.items()]
     name_parts(rows)
     advice = [Advice(warning, "") for warning in manifest.get("warnings", ())]
-    advice += [_of_status(status, count) for status, count in _unusual(records).items()]
+    advice += of_statuses({name: record for name, record in records.items() if record.get("status") != "no update"})
     gammas = [figure(record, "gamma") for record in records.values() if "gamma" in record or "slices" in record]
     method = manifest["recipe"].get("method", {})
     tau = method.get("tau", 0.3) if method.get("name") == "ace" else None
@@ -50,21 +52,24 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str)
     if seen is not None:
         layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)
-    data = {
+    data: dict[str, Any] = {
         "experts": labels,
         "layers": [{key: row[key] for key in ("name", "layer", "part", *_HEAT)} for row in rows if row["energy"]],
         "shares": _shares(labels, records),
         "cosines": None if seen is None else _cosines(labels, seen),
-        "spectra": {} if seen is None else _spectra(seen),
+        "spectra": {} if seen is None else spectra_of(seen),
         "seconds": _seconds(records),
+        "scores": [] if scores is None else scores.points,
     }
     answers = _answers(manifest, rows, labels, energies, advice, seen)
-    return Facts(manifest, answers, advice, rows[:_MOST_ROWS], max(0, len(rows) - _MOST_ROWS), data, why_not)
+    notes = [] if seen is None else _left_out(seen, data["spectra"])
+    left_out = max(0, len(rows) - _MOST_ROWS)
+    return Facts(manifest, answers, advice, rows[:_MOST_ROWS], left_out, data, why_not, notes, scores)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------
 
-_LAYERS = ("linear", "conv1d", "experts")
+LAYERS = ("linear", "conv1d", "experts")
 _HEAT = ("energy", "gamma", "branch", "condition", "cancelled")
 
 
@@ -143,49 +148,20 @@ def _cosines(labels: Sequence[str], seen: LookBack) -> list[dict[str, Any]]:
     ]
 
 
+def _left_out(seen: LookBack, spectra: Mapping[str, Any]) -> list[str]:
+    """What of the look back the page does not have."""
+    notes = [f"{name} was passed over: its rows are matched by token" for name in seen.passed_over]
+    more = sum(bool(probe.spectra) for probe in seen.tensors.values()) - len(spectra)
+    if more:
+        notes.append(f"the spectra of {more} more layers are left out, for the page would grow too large")
+    return notes
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _spectra(seen: LookBack) -> dict[str, dict[str, list[list[float]]]]:
-    """By tensor and curve, points `[index, log10 of the singular value]`, so many that the page stays small."""
-    found = {name: probe for name, probe in seen.tensors.items() if probe.spectra}
-    curves = sum(len(probe.spectra) for probe in found.values())
-    points = max(_POINTS[0], min(_POINTS[1], _CURVE_BYTES // (11 * max(1, curves))))
-    most = max(1, _CURVE_BYTES // (11 * points * max(1, curves // max(1, len(found)))))
-    return {name: _curves(probe, points) for name, probe in list(found.items())[:most]}
-
-
-def _curves(probe: Probe, points: int) -> dict[str, list[list[float]]]:
-    return {label: curve(values, points) for label, values in probe.spectra.items()}
-
-
-def curve(values: Float[Tensor, " k"], points: int) -> list[list[float]]:
-    """Evenly spaced on a scale of logarithms, the ends included; what is rounding beside the largest left out."""
-    kept = int((values > 1e-7 * values[0]).sum()) if len(values) else 0
-    if not kept:
-        return []
-    places = sorted({round(kept ** (i / (points - 1))) for i in range(points)} if points > 1 else {1})
-    logs = values[torch.tensor(places) - 1].log10().tolist()
-    return [[i, round(power, 3)] for i, power in zip(places, logs, strict=True)]
-
-
 # --- in short ------------------------------------------------------------------------------------------------
-
-
-def _unusual(records: Records) -> Counter[str]:
-    statuses = Counter(str(record.get("status", "")) for record in records.values())
-    return Counter({s: n for s, n in statuses.items() if s not in ("ok", "kept", "no update", "")})
-
-
-def _of_status(status: str, count: int) -> Advice:
-    tensors = f"{count} tensor{'s' if count > 1 else ''}"
-    known = {
-        "float64": (f"{tensors}: ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"),
-        "pseudo-inverse": (f"{tensors}: singular, solved by the pseudo-inverse", "a larger eps makes them regular"),
-        "not converged": (f"{tensors}: stopped before the residual was small", "more steps, or a larger tol"),
-    }
-    return Advice(*known.get(status, (f"{tensors}: {status}", "")))
 
 
 def _answers(
@@ -201,21 +177,15 @@ def _answers(
     worked = (
         f"Yes: {len(rows)} tensors in {files} files, all finite, {merged} of them merged from {len(labels)} experts."
     )
-    conflict = [row for row in rows if row["cancelled"] is not None and row["role"] in _LAYERS]
+    conflict = [row for row in rows if row["cancelled"] is not None and row["role"] in LAYERS]
     worst = sorted(conflict, key=lambda row: -row["cancelled"])[:3]
-    total = sum(energies)
-    leader = max(range(len(labels)), key=lambda t: energies[t], default=None)
     named = [f"{row['name']} ({row['cancelled']:.0%} cancels)" for row in worst]
     unrelated = f"of unrelated updates of one size {1 - len(labels) ** -0.5:.0%} cancels"
     where = f"Most in {', '.join(named)}; {unrelated}." if named else "Not known without the models that were merged."
-    who = "No expert changed anything."
-    if leader is not None and total:
-        share = energies[leader] / total
-        who = f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
     cures = [line.cure for line in advice if line.cure and not line.cure.startswith("nothing to do")]
     return [
         ("Did it work?", worked),
         ("Which layers are in conflict?", where),
-        ("Which expert dominates?", who),
+        ("Which expert dominates?", largest_update(labels, energies)),
         ("What would I change?", f"{cures[0][:1].upper()}{cures[0][1:]}." if cures else "Nothing stands out."),
     ]

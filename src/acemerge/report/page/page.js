@@ -74,7 +74,7 @@
 
   async function spectrum() {
     const name = element("layer").value;
-    const curves = data.spectra[name];
+    const { curves, about } = data.spectra[name];
     const labels = Object.keys(curves);
     const values = labels.flatMap((curve) => curves[curve].map(([index, power]) => ({ curve, index, value: 10 ** power })));
     await draw("chart-spectrum", { data: { values }, height: 300, mark: { type: "line", point: { size: 18 } }, encoding: {
@@ -85,7 +85,7 @@
       strokeWidth: { condition: { test: "datum.curve === 'merged' || datum.curve === 'before refinement'", value: 3 }, value: 1.3 },
       tooltip: [{ field: "curve" }, { field: "index" }, { field: "value", format: ".4~g" }] } });
     const top = labels.filter((c) => curves[c].length).map((c) => `${c} ${(10 ** curves[c][0][1]).toPrecision(3)}`);
-    element("spectrum-text").textContent = `${name}: largest singular value of ${top.join(", ")}.`;
+    element("spectrum-text").textContent = `${name}: ${about}. The largest: ${top.join(", ")}.`;
   }
   function pick(name) {
     element("layer").value = name;
@@ -93,7 +93,30 @@
     element("spectrum").scrollIntoView({ behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
   }
 
+  async function scores() {
+    const facets = [...new Set(data.scores.map((point) => point.task))];
+    const models = [...new Set(data.scores.map((point) => point.model))];
+    element("chart-scores").replaceChildren();
+    for (const task of facets) {
+      const id = `chart-scores-${facets.indexOf(task)}`;
+      const place = document.createElement("div");
+      place.id = id;
+      element("chart-scores").append(place);
+      const values = data.scores.filter((point) => point.task === task);
+      const title = values[0].kind === "perplexity" ? "perplexity, lower is better" : "percent, higher is better";
+      const y = { field: "model", type: "ordinal", sort: models, title: null, scale: { domain: models } };
+      const color = { condition: { test: "datum.merged", value: colour("--warn") }, value: colour("--accent") };
+      const tooltip = [{ field: "model" }, { field: "score", format: ".2f" }, { field: "low", format: ".2f", title: "95 % from" }, { field: "high", format: ".2f", title: "to" }];
+      const x = { type: "quantitative", title, scale: { zero: false, nice: true } };
+      await draw(id, { title: { text: task, anchor: "start", color: colour("--text"), fontWeight: 600 }, data: { values }, height: 20 * models.length,
+        encoding: { y, color, tooltip }, layer: [
+          { mark: { type: "rule", strokeWidth: 2 }, encoding: { x: { ...x, field: "low" }, x2: { field: "high" } } },
+          { mark: { type: "point", filled: true, size: 60, opacity: 1 }, encoding: { x: { ...x, field: "score" } } }] });
+    }
+  }
+
   async function all() {
+    if (data.scores.length) await scores();
     if (data.cosines) await cosines();
     if (data.shares.length) await shares();
     await heat();

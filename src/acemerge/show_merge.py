@@ -1,0 +1,146 @@
+"""What `acemerge merge` says: before, what goes where and what it takes; after, what was done and what to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from acemerge.advice import largest_update, of_energies, of_statuses
+from acemerge.api import MergeReport
+from acemerge.checkpoints import files
+from acemerge.checkpoints.output import REPORT
+from acemerge.costs import RESIDENT, peak_memory
+from acemerge.estimate import measure_rates, plan_seconds
+from acemerge.jobs import Job, Plan
+from acemerge.methods import Method
+from acemerge.opening import Opened
+from acemerge.report.facts import LAYERS
+from acemerge.report.records import figure
+from acemerge.report.shares import total_energies
+from acemerge.show import adapter, say, size, table
+from acemerge.show_progress import duration, is_live
+
+
+def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
+    """What goes where, and what to expect; on a terminal, while one may still stop it."""
+    if not is_live(console):
+        return
+    plan = opened.plan
+    table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
+    free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
+    seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
+    reads = size(plan.bytes_read + plan.bytes_reread)
+    facts = [
+        ("experts", ", ".join(plan.experts)),
+        *_parameters(plan),
+        ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
+    ]
+    facts.append(("memory", f"about {size(peak_memory(plan))}, {size(most)} at most"))
+    facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
+    facts += [("warning", warning) for warning in plan.warnings]
+    say(console, "")
+    pairs(console, facts)
+    say(console, "")
+
+
+def _rows(plan: Plan) -> list[tuple[str, ...]]:
+    """For each rule: how many tensors, their bytes in the output, and what they are."""
+    jobs: dict[str, list[Job]] = defaultdict(list)
+    for job in plan.jobs:
+        jobs[job.rule].append(job)
+    rows: list[tuple[str, ...]] = []
+    for rule, own in sorted(jobs.items(), key=lambda entry: -len(entry[1])):
+        roles = Counter(job.role.name.replace("_", " ") for job in own)
+        what = ", ".join(f"{count} {role}" for role, count in roles.most_common())
+        rows.append((rule, f"{len(own)}", size(sum(spec.nbytes for job in own for spec in job.stored)), what))
+    apart = [head.spec.nbytes for heads in plan.heads for head in heads]
+    if apart:
+        rows.append(("none", f"{len(apart)}", size(sum(apart)), "an expert's own, in heads/"))
+    return rows
+
+
+def _parameters(plan: Plan) -> list[tuple[str, str]]:
+    """Every rule's parameters; of one that has different ones for different tensors, between which values."""
+    found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for method in {id(job.method): job.method for job in plan.jobs if job.method}.values():
+        for key in dataclasses.fields(method):  # type: ignore[arg-type]
+            value, known = getattr(method, key.name), found[method.name][key.name]
+            if value not in known:  # a list may be one
+                known.append(value)
+    return [
+        (rule, ", ".join(f"{key} {_values(values)}" for key, values in parameters.items()))
+        for rule, parameters in sorted(found.items())
+    ]
+
+
+def _values(known: Sequence[Any]) -> str:
+    if len(known) == 1:
+        return known[0].name if isinstance(known[0], Method) else f"{known[0]}"
+    if all(isinstance(value, int | float) for value in known):
+        return f"{min(known)} to {max(known)}"
+    return "several"
+
+
+def after(console: Console, report: MergeReport, warned: bool) -> None:
+    """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
+    before the merge.
+    """
+    manifest = report.manifest
+    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
+    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
+    say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
+    for label, about in manifest.get("adapters", {}).items():
+        say(console, f"expert {label}: {about}")
+    for who, about in manifest.get("dequantized", {}).items():
+        say(console, f"{who}: dequantised, {about}")
+    for warning in () if warned else manifest["warnings"]:
+        say(console, f"warning: {warning}")
+    if "stored" in manifest:
+        adapter(console, report)
+    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
+    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    if report.pushed:
+        say(console, f"uploaded to {report.pushed}")
+    labels = manifest["experts"]
+    energies = total_energies(labels, report.tensors)
+    experts = [str(advice) for advice in of_energies(labels, energies)] or [largest_update(labels, energies)]
+    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(report.tensors))), _next(report)])
+
+
+def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
+    found = [str(advice) for advice in of_statuses(records)]
+    layers = {name: record for name, record in records.items() if record.get("role") in LAYERS}
+    for key, text in (("condition", "worst condition"), ("gamma", "most uneven experts: gamma")):
+        known = {name: value for name, record in layers.items() if (value := figure(record, key)) is not None}
+        if known:
+            name = max(known, key=lambda n: known[n])
+            found.append(f"{text} {known[name]:.3g} in {name}")
+    return found or ["nothing unusual"]
+
+
+def _next(report: MergeReport) -> tuple[str, str]:
+    assert report.out is not None
+    page = report.out / REPORT
+    return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
+
+
+def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
+    """Labels and texts; on a terminal long ones go on below their beginning, elsewhere each is one line."""
+    if not console.is_terminal:
+        for label, text in facts:
+            say(console, f"{label}: {text}")
+        return
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(Text(label), Text(text))
+    console.print(grid)
