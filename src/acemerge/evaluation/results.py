@@ -33,14 +33,20 @@ def write_results(evaluation: Evaluation, tasks: Tasks, models: dict[str, str], 
     content: dict[str, Any] = evaluation.as_table()
     content |= {"models": models, "asked": tasks.model_dump(mode="json"), "versions": versions()}
     contents[JSON] = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
-    files.make_folder(out)
     for name, data in contents.items():
-        writer = FileWriter(out / (name + PARTIAL))
-        try:
-            writer.write(data)
-        except BaseException:
-            writer.close()
-            raise
-        writer.finish()
-        files.rename(out / (name + PARTIAL), out / name)
+        write_file(out / name, data)
     return missing
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and the folder that it is in."""
+    files.make_folder(path.parent)
+    partial = path.with_name(path.name + PARTIAL)
+    writer = FileWriter(partial)
+    try:
+        writer.write(data)
+    except BaseException:
+        writer.close()
+        raise
+    writer.finish()
+    files.rename(partial, path)

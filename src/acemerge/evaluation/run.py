@@ -18,7 +18,7 @@ from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, r
 from acemerge.evaluation.heads import Heads, find_heads
 from acemerge.evaluation.images import open_images, pixels
 from acemerge.evaluation.metrics import METRICS, bootstrap
-from acemerge.evaluation.models import Model, Scorer, classifier, load_whole, open_model, pooled
+from acemerge.evaluation.models import SEQUENCES, Model, Scorer, classifier, load_whole, open_model, pooled
 from acemerge.evaluation.perplexity import text_losses
 from acemerge.evaluation.predict import OnBatch, encode, score, score_texts
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
@@ -50,8 +50,12 @@ class Run:
         return [self.tasks.seed, zlib.crc32(task.name.encode())]
 
 
-def evaluate(models: Mapping[str, str], run: Run) -> Evaluation:
-    """Each named model on every task, after the experts, each on its own task."""
+ScoreTask = Callable[[Model, Task, Run, str], Score]
+
+
+def evaluate(models: Mapping[str, str], run: Run, score: ScoreTask | None = None) -> Evaluation:
+    """Each named model on every task, after the experts, each on its own task. `score` is `score_task` by default."""
+    score = score or score_task
     tasks = run.tasks.tasks
     opened = {name: run.model(path) for name, path in models.items()}  # a wrong name is found before the first score
     experts = {task.name: run.model(task.expert) for task in tasks if task.expert}
@@ -59,10 +63,10 @@ def evaluate(models: Mapping[str, str], run: Run) -> Evaluation:
         raise UsageError(EXPERTS, "is the name of the experts' own row", "rename the model's folder")
     rows = []
     if experts:
-        own = (score_task(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)
+        own = (score(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)
         rows.append(Row(EXPERTS, tuple(own)))
     for name, model in opened.items():
-        rows.append(Row(name, tuple(score_task(model, task, run, name) for task in tasks)))
+        rows.append(Row(name, tuple(score(model, task, run, name) for task in tasks)))
     return Evaluation(tuple(task.name for task in tasks), tuple(rows))
 
 
@@ -131,10 +135,7 @@ def _texts(model: Model, task: Classification | Regression, run: Run, on_batch: 
     tokenizer = model.tokenizer()
     encoded = encode(tokenizer, [as_texts(column, task.data) for column in texts], task.max_length)
     heads = _heads(model, task, run)
-    if task.pooling is None:
-        scorer = classifier(model, "AutoModelForSequenceClassification", heads)
-    else:
-        scorer = pooled(model, task.pooling, heads)
+    scorer = classifier(model, SEQUENCES, heads) if task.pooling is None else pooled(model, task.pooling, heads)
     if isinstance(task, Regression):
         if scorer.rows != 1:
             raise UsageError(
@@ -176,7 +177,7 @@ def check_classes(task: Classification | Images | ZeroShot, labels: npt.NDArray[
 
 
 def source(task: Task) -> Source:
-    return Source(task.data, task.subset, task.split, task.revision)
+    return Source(task.data, task.subset, task.split, task.revision, task.limit)
 
 
 def _heads(model: Model, task: Task, run: Run) -> Heads:

@@ -25,7 +25,8 @@ class _Strict(BaseModel):
 class _Task(_Strict):
     """`expert` is the model that was fine-tuned for the task: it lends its head, and its own score is the measure.
 
-    `subset`, `split` and `revision` are those of a data set on the Hub.
+    `subset`, `split` and `revision` are those of a data set on the Hub. With `limit` no more than so many examples
+    are taken, spread evenly over all.
     """
 
     name: Name
@@ -33,6 +34,7 @@ class _Task(_Strict):
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    limit: Count | None = None
     expert: str | None = None
     head: Name | None = None
 
@@ -123,6 +125,8 @@ class Perplexity(_Task):
 
     @model_validator(mode="after")
     def _windows_touch(self) -> Perplexity:
+        if self.limit is not None and self.text is None:
+            raise ValueError("limit: a file of text has no examples; name the column by `text`")
         if self.stride > self.context:
             raise ValueError("stride: windows would leave tokens out; use at most `context`")
         return self
