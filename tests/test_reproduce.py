@@ -129,6 +129,7 @@ def test_a_run_goes_on_behind_its_last_score(paper: PaperHub, capsys: pytest.Cap
     code, _, errors = run(capsys, *_words("gpt2", "--methods", "average", "--tasks", "cola,rte"))
     assert (code, errors.count("12 done")) == (0, 1)
     assert paper.hub.asked == []
+    assert errors.startswith("merging by average\n")
     again = _table("evaluation.json")["rows"]
     assert {row: again[row]["mean"] for row in again} == {row: first[row]["mean"] for row in first}
 
@@ -151,6 +152,7 @@ def test_roberta_from_folders_of_one_repository(paper: PaperHub, capsys: pytest.
 
 def test_vit_with_a_base_of_pickled_weights(paper: PaperHub, capsys: pytest.CaptureFixture[str]) -> None:
     paper_hub.put_vit(paper, load_pack("vit", "b32"))
+    capsys.readouterr()  # what the libraries said while the models were made
     words = _words("vit", "--size", "b32", "--methods", "ace,task_arithmetic", "--tasks", "eurosat")
     failed(run(capsys, *words), 3, "openai/clip-vit-base-patch32: has only pickled weights.*--allow-pickle")
     code, _, errors = run(capsys, *words, "--allow-pickle")
@@ -214,6 +216,7 @@ def test_nothing_is_fetched_unasked(
 def test_a_data_set_that_has_changed_is_named(paper: PaperHub, capsys: pytest.CaptureFixture[str]) -> None:
     paper_hub.put_gpt2(paper, load_pack("gpt2", None))
     paper.hub.repositories["datasets/nyu-mll/glue"].commit({"README.md": b""})
+    capsys.readouterr()
     failed(run(capsys, *_words("gpt2")), 3, "data set nyu-mll/glue: has no files cola/validation-.*parquet")
     del paper.hub.repositories["datasets/nyu-mll/glue"]
     failed(run(capsys, *_words("gpt2")), 3, "nyu-mll/glue: no such folder here, and no such data set on the Hub")

@@ -34,7 +34,8 @@ def list_files(wanted: HubId, what: What) -> Listing:
     hub = library()
     ask = hub.HfApi().model_info if what == "model" else hub.HfApi().dataset_info
     try:
-        info = ask(wanted.repo, revision=wanted.revision, files_metadata=True)
+        with manners(hub, quiet=True):
+            info = ask(wanted.repo, revision=wanted.revision, files_metadata=True)
     except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
         refusal = refusal_of(hub, wanted, failure, what)
         raise refusal or CheckpointError(wanted, why_not(hub, failure), "try again with the network") from failure

@@ -23,6 +23,7 @@ from acemerge.reproduction.pack import Pack
 INPUTS = "inputs.json"
 _MOST = 16 << 20
 _INDEX = re.compile(r"(?P<stem>\w+)\.(?P<ending>\w+)\.index\.json")
+Key = tuple[What, str, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Input:
         return found
 
     @property
-    def key(self) -> tuple[str, str, str | None, str | None]:
+    def key(self) -> Key:
         return self.what, self.id, self.subset, self.split
 
     @property
@@ -67,7 +68,7 @@ class Input:
 def find_inputs(pack: Pack, tasks: Sequence[str], out: Path | None, allow_pickle: bool) -> list[Input]:
     """All that is needed: of the commits that an earlier run in `out` had, else as the Hub says now."""
     known = {} if out is None else _read(out / INPUTS)
-    models = [("model", model, None, None) for model in dict.fromkeys(pack.models)]
+    models: list[Key] = [("model", model, None, None) for model in dict.fromkeys(pack.models)]
     data = [_data_key(task) for task in pack.tasks if task["name"] in tasks]
     found = []
     for key in (*models, *dict.fromkeys(data)):
@@ -78,7 +79,7 @@ def find_inputs(pack: Pack, tasks: Sequence[str], out: Path | None, allow_pickle
     return found
 
 
-def _data_key(task: Mapping[str, Any]) -> tuple[str, str, str | None, str | None]:
+def _data_key(task: Mapping[str, Any]) -> Key:
     return "data set", task["data"], task.get("subset"), task["split"]
 
 
@@ -92,7 +93,7 @@ def _of_model(model: str, allow_pickle: bool) -> Input:
     return replace(entry, commit=listing.commit, sizes={name: listing.sizes[name] for name in names})
 
 
-def _of_data(key: tuple[str, str, str | None, str | None]) -> Input:
+def _of_data(key: Key) -> Input:
     """The parquet files of a split: `SUBSET/SPLIT-*.parquet`, or `data/SPLIT-*.parquet` without a subset."""
     _, data, subset, split = key
     entry = Input("data set", data, "", {}, subset, split)
@@ -107,13 +108,15 @@ def _of_data(key: tuple[str, str, str | None, str | None]) -> Input:
     return replace(entry, commit=listing.commit, sizes=sizes)
 
 
-def fetch(inputs: Sequence[Input], out: Path, options: RunOptions) -> tuple[dict[str, str], dict[Any, str]]:
+def fetch(inputs: Sequence[Input], out: Path, options: RunOptions) -> tuple[dict[str, str], dict[Key, str]]:
     """Fetch what is not cached: what is read for every model id, and the folder of every data set's split.
 
     Commits are kept in `out` first. A base that has pickled weights only is written as safetensors, as data.
     """
-    write_file(out / INPUTS, json.dumps([asdict(entry) for entry in inputs], indent=1).encode() + b"\n")
-    places, data = {}, {}
+    known = _read(out / INPUTS) | {entry.key: entry for entry in inputs}
+    write_file(out / INPUTS, json.dumps([asdict(entry) for entry in known.values()], indent=1).encode() + b"\n")
+    places: dict[str, str] = {}
+    data: dict[Key, str] = {}
     for entry in inputs:
         root = fetch_files(entry.wanted, entry.what, entry.commit, list(entry.sizes), options.quiet)
         if entry.what == "data set":
@@ -124,19 +127,19 @@ def fetch(inputs: Sequence[Input], out: Path, options: RunOptions) -> tuple[dict
     return places, data
 
 
-def folders_of(pack: Pack, tasks: Sequence[str], data: Mapping[Any, str]) -> dict[str, str]:
+def folders_of(pack: Pack, tasks: Sequence[str], data: Mapping[Key, str]) -> dict[str, str]:
     """The folder of each task's examples."""
     return {task["name"]: data[_data_key(task)] for task in pack.tasks if task["name"] in tasks}
 
 
 def _converted(model: str, out: Path, options: RunOptions) -> str:
-    folder = out / "models" / model.replace("/", "--").replace("@", "-")
+    folder = out / "models" / re.sub(r"[^\w.-]", "-", model, flags=re.ASCII)
     converting = replace(options, resume=True, push=None, report=False)
     run_opened(open_conversion(model, folder, converting), folder, converting)
     return str(folder)
 
 
-def _read(path: Path) -> dict[tuple[str, str, str | None, str | None], Input]:
+def _read(path: Path) -> dict[Key, Input]:
     if files.kind(path) == "nothing":
         return {}
     try:

@@ -62,7 +62,8 @@ def reproduce(
 ) -> Reproduced:
     """Fetch, merge by each rule, score base, experts and merges, and write the tables into `out`."""
     pack = asked.pack
-    tell("fetching")
+    if any(entry.to_fetch() for entry in inputs):
+        tell("fetching")
     places, data = fetch(inputs, out, options)
     recipes = recipes_of(pack, asked.rules, places)
     tasks = tasks_of(pack, asked.tasks, places, folders_of(pack, asked.tasks, data), asked.limit)
