@@ -145,7 +145,8 @@ class _Handler(BaseHTTPRequestHandler):
         found = self._commit(repo, revision or "main")
         if found:
             sha, held = found
-            self._answer(200, {"id": repo, "sha": sha, "siblings": [{"rfilename": name} for name in held]})
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in held.items()]
+            self._answer(200, {"id": repo, "sha": sha, "siblings": siblings})
 
     def tree(self, repo: str, revision: str) -> None:
         found = self._commit(repo, revision)
@@ -223,7 +224,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
+_DATA = r"(?P<repo>datasets/[^/]+/[^/]+)"  # a data set's repository is kept under this name
 _READS = (
+    (rf"/api/{_DATA}", _Handler.info),
+    (rf"/api/{_DATA}/revision/(?P<revision>.+)", _Handler.info),
+    (rf"/api/{_DATA}/tree/(?P<revision>[^/]+)/?", _Handler.tree),
+    (rf"/{_DATA}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", _Handler.resolve),
     (rf"/api/models/{_REPO}", _Handler.info),
     (rf"/api/models/{_REPO}/revision/(?P<revision>.+)", _Handler.info),
     (rf"/api/models/{_REPO}/tree/(?P<revision>[^/]+)/?", _Handler.tree),

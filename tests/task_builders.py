@@ -16,19 +16,24 @@ WORDS = ("the", "a", "cat", "dog", "bird", "fish", "sees", "eats", "red", "blue"
 ROOM = {"max_position_embeddings": 32}
 
 
-def save_tokenizer(folder: Path, max_length: int = 20, **special: str) -> None:
-    """One token a word, as the tiny models number the special ones; pairs with `[SEP]` between."""
+def save_tokenizer(folder: Path, max_length: int = 20, bare: bool = False, **special: str) -> None:
+    """One token a word, as the tiny models number the special ones; pairs with `[SEP]` between.
+
+    A bare one adds nothing to a text and has no token for padding, as GPT-2's.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(["[CLS]", "[SEP]", "[PAD]", "[UNK]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
-    )
+    if not bare:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 0), ("[SEP]", 1)]
+        )
+    special |= {"eos_token": "[SEP]"} if bare else {"pad_token": "[PAD]"}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=max_length, pad_token="[PAD]", unk_token="[UNK]", **special
+        tokenizer_object=tokenizer, model_max_length=max_length, unk_token="[UNK]", **special
     ).save_pretrained(folder)
 
 

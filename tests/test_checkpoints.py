@@ -249,6 +249,15 @@ def test_links_may_lead_inside_or_to_the_hub_cache_only(tmp_path: Path) -> None:
     (blobs / "0123").write_bytes(real.read_bytes())
     (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
     assert set(open_checkpoint(snapshot).tensors) == {"a"}
+    for commit, allowed in (("0" * 40, True), ("abd", False)):
+        nested = snapshot.with_name(commit) / "task"
+        nested.mkdir(parents=True)
+        (nested / "model.safetensors").symlink_to("../../../blobs/0123")
+        if allowed:
+            assert set(open_checkpoint(nested).tensors) == {"a"}
+        else:
+            with pytest.raises(CheckpointError, match="leaves the folder"):
+                open_checkpoint(nested)
 
 
 def test_special_files_do_not_hang(tmp_path: Path) -> None:

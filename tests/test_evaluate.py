@@ -24,7 +24,18 @@ from acemerge.evaluation.tasks import load_tasks
 from acemerge.recipe import make_recipe
 from builders import make_model, write_adapter
 from commands import failed, run
-from task_builders import ROOM, save_encoder, save_family, save_model, sentences, undecided, write_tasks, write_tsv
+from task_builders import (
+    ROOM,
+    save_encoder,
+    save_family,
+    save_model,
+    save_tokenizer,
+    sentences,
+    sharpened,
+    undecided,
+    write_tasks,
+    write_tsv,
+)
 
 CPU = torch.device("cpu")
 TEXTS, OTHERS = sentences(41, seed=1), sentences(41, seed=2)
@@ -48,6 +59,23 @@ def logits_one_by_one(folder: Path, network: Any, *texts: list[str]) -> torch.Te
 def family(tmp_path: Path) -> Path:
     """A base, `topic` in three classes and `tone` in two."""
     return save_family(tmp_path, {"topic": 3, "tone": 2}, base_rows=5)
+
+
+def test_texts_are_padded_where_the_tokenizer_has_nothing_for_it(tmp_path: Path) -> None:
+    """As GPT-2's: every answer is that of the text alone."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = {**make_model("gpt2").config.to_dict(), "num_labels": 3, "pad_token_id": None}
+    network = sharpened(GPT2ForSequenceClassification(GPT2Config(**config)), 1).eval()
+    save_model(tmp_path / "topic", network, pad_token_id=None)
+    save_tokenizer(tmp_path / "topic", bare=True)
+    logits = logits_one_by_one(tmp_path / "topic", lambda **row: network(**row).logits, TEXTS)
+    answers = logits.argmax(1).tolist()
+    assert len(set(answers)) > 1
+    write_tsv(tmp_path / "topic.tsv", {"s": TEXTS, "y": answers})
+    (found,) = scores(tmp_path / "topic", write_tasks(tmp_path, _task("topic", batch_size=41)))
+    assert found.score == 1
 
 
 def _task(name: str, **keys: Any) -> dict[str, Any]:

@@ -100,6 +100,37 @@ def test_an_adapter_is_fetched_whole(plain: PlainModel, hub: FakeHub, capsys: py
     assert hub.fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
+def test_a_model_in_a_folder_of_its_repository(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an index and shards there, by branch or commit, and offline; nothing else of the repository is fetched."""
+    put(hub, plain)
+    items = list(plain.tuned[0].items())
+    sharded = contents(write_sharded(plain.root / "sharded", [dict(items[:3]), dict(items[3:])])) | ASSETS
+    hub.repositories["org/many"] = Repository()
+    held = {f"a/b-1/{name}": data for name, data in sharded.items()}
+    commit = hub.repositories["org/many"].commit(held | {"a/c/model.safetensors": b"another"} | JUNK | ASSETS)
+    hub.repositories["org/base"].commit(contents(plain.root / "base") | ASSETS)
+    words = ["merge", "--base", "org/base", "--expert", "org/many:a/b-1", "--set", "eps=1e-4"]
+    code, _, errors = run(capsys, *words, "-o", "out", "--quiet")
+    assert (code, errors) == (0, "")
+    asked = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.asked if "/org/many/resolve" in line}
+    assert asked == held.keys()
+    assert verify("out")["inputs"][1]["path"] == f"org/many@{commit}:a/b-1"
+    assert verify("out")["experts"] == ["b-1"]
+    acemerge.merge(plain.root / "base", [plain.root / "e1"], out="local", eps=1e-4)
+    assert Path("out/model.safetensors").read_bytes() == Path("local/model.safetensors").read_bytes()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.asked.clear()
+    for revision in ("main", commit):
+        code, _, errors = run(capsys, "plan", "--base", "org/base", "--expert", f"org/many@{revision}:a/b-1")
+        assert (code, errors, hub.asked) == (0, "", [])
+    words = ["plan", "--base", "org/base", "--expert", "org/many:a/d"]
+    failed(run(capsys, *words), 3, r"org/many:a/d: .*\(in the cache\), and HF_HUB_OFFLINE is set")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    failed(run(capsys, *words), 3, r"org/many:a/d: has neither model\.safetensors nor")
+
+
 def test_a_cached_commit_asks_nobody(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     put(hub, plain)
     words = ["--base", f"org/base@{hub.repositories['org/base'].refs['main']}", "--expert", plain.root / "e1"]
@@ -256,6 +287,8 @@ def test_without_the_library(
         ("Org-1/na.me_2", HubId("Org-1/na.me_2")),
         ("org/name@v1.0", HubId("org/name", "v1.0")),
         ("org/name@refs/pr/3", HubId("org/name", "refs/pr/3")),
+        ("org/name:task/lr1e-05", HubId("org/name", None, "task/lr1e-05")),
+        ("org/name@refs/pr/3:task", HubId("org/name", "refs/pr/3", "task")),
     ],
 )
 def test_ids(text: str, expected: HubId) -> None:
@@ -265,6 +298,7 @@ def test_ids(text: str, expected: HubId) -> None:
 
 NOT_IDS = (
     *("name", "/org/name", "./org/name", "../name", "~/name", "org/../name", "org/name/more", "org/name@", "org/na me"),
+    *("org/name:", "org/name:/a", "org/name:a//b", "org/name:../a", "org/name:a/..", "org/name:a@v1", ":a"),
     *("org/name@a..b", "org/name@/a", "org/name\n", "org/name@v\x001", "org/na--me", "org/name.git", "orgé/name"),
     *("org/" + "n" * 300, ""),
 )

@@ -130,6 +130,10 @@ def test_a_vision_model_with_the_other_half_of_its_clip(pictures: Path, clip: Pa
     assert load_file(tmp_path / "vision/model.safetensors")  # still what it was
 
 
+def test_a_part_of_the_images_is_of_every_class(pictures: Path) -> None:
+    assert open_images(Source(str(pictures), limit=3), "image", "label", None).classes.tolist() == [0, 1, 2]
+
+
 def test_heads_have_length_one(clip: Path) -> None:
     from transformers import CLIPModel
 

@@ -33,6 +33,7 @@ WRONG = {
     "a head that is a path": (f"tasks: [{{{GOOD}, head: ../x}}]", "head"),
     "names and numbers": ("tasks: [{kind: classification, name: a, data: d, text: s, label: 1}]", "all by name, or"),
     "three texts": ("tasks: [{kind: regression, name: a, data: d, text: [a, b, c], label: y}]", "text"),
+    "part of a text": ("tasks: [{kind: perplexity, name: a, data: d.txt, limit: 5}]", "name the column by `text`"),
     "windows apart": ("tasks: [{kind: perplexity, name: a, data: d, context: 8, stride: 9}]", "leave tokens out"),
     "no gap": ("tasks: [{kind: zero_shot, name: a, data: d, templates: [a photo]}]", "one {} for the class"),
     "code": ("tasks: !!python/object/apply:os.system ['true']", "not valid YAML"),
@@ -62,6 +63,18 @@ def test_the_documented_tasks_are_valid(tmp_path: Path) -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "t.yaml").write_text(example)
     assert {task.kind for task in load_tasks(tmp_path / "t.yaml").tasks} == set(KINDS)
+
+
+def test_a_part_of_the_examples_is_spread_over_all(tmp_path: Path) -> None:
+    """Test sets may be sorted by class."""
+    (tmp_path / "d.tsv").write_text("s\ty\n" + "".join(f"{i}\t{i // 4}\n" for i in range(11)))
+    for limit, expected in ((3, [0, 3, 7]), (10, list(range(10))), (11, list(range(11))), (99, list(range(11)))):
+        texts, classes = read_columns(Source(str(tmp_path / "d.tsv"), limit=limit), ("s", "y"))
+        assert texts == [str(i) for i in expected]
+        assert classes == [str(i // 4) for i in expected]
+    pytest.importorskip("datasets").Dataset.from_dict({"y": list(range(11))}).to_parquet(tmp_path / "d.parquet")
+    (values,) = read_columns(Source(str(tmp_path / "d.parquet"), limit=3), ("y",))
+    assert list(values) == [0, 3, 7]
 
 
 FILES: dict[str, tuple[str, Sequence[Any]]] = {
@@ -141,6 +154,8 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UsageError, match=r"holds no test-\*\.parquet files"):
+        read_columns(Source(str(folder), split="test"), ("y",))
     with pytest.raises(UsageError, match=r"holds no \.parquet files"):
         read_columns(Source(str(folder)), ["s"])
     assert not (tmp_path / "ran").exists()

@@ -32,7 +32,6 @@ def write_analysis(analysis: Analysis, out: Path) -> list[str]:
         missing = [f"no pictures: {failure.what}; {failure.cure}"]
     content = as_json(analysis) | {"versions": versions()}
     contents[JSON] = json.dumps(content, allow_nan=False).encode() + b"\n"
-    files.make_folder(out)
     for name, data in contents.items():
         write_file(out / name, data)
     return [*missing, f"{out}: {', '.join(sorted(contents))}"]

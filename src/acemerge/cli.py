@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, show, show_merge
+from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, cli_reproduce, show, show_merge
 from acemerge.cli_options import (
     AllowPickle,
     AsLora,
@@ -254,6 +254,7 @@ def demo(
 
 
 cli_evaluation.register(app, out_console, err_console)
+cli_reproduce.register(app, out_console, err_console)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -27,6 +27,7 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
 CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_CONFIG = 16 << 20
 _MAX_DEPTH = 64
 
@@ -246,14 +247,16 @@ def contained(root: Path, name: str) -> Path:
     """`root / name` with links resolved; CheckpointError when it leaves the folder.
 
     A Hub cache keeps files as links `snapshots/REV/name -> ../../blobs/HASH`: those blobs belong to the folder, and
-    so do those that the models of one cache share, in `blobs` beside `models--ORG--NAME`.
+    so do those that the models of one cache share, in `blobs` beside `models--ORG--NAME`. A model may lie in a folder
+    of its snapshot.
     """
     target = files.resolve(root / name)
     homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
-        if root.parent.parent.name.startswith("models--"):
-            homes.append(root.parent.parent.parent / "blobs")
+    snapshot = next((p for p in (root, *root.parents) if p.parent.name == "snapshots"), None)
+    if snapshot is not None and (snapshot == root or _COMMIT.fullmatch(snapshot.name)):
+        homes.append(snapshot.parent.parent / "blobs")
+        if snapshot.parent.parent.name.startswith("models--"):
+            homes.append(snapshot.parent.parent.parent / "blobs")
     if not any(target.is_relative_to(home) for home in homes):
         raise CheckpointError(root / name, "is a link that leaves the folder", "copy the file into the folder")
     return target

@@ -7,10 +7,10 @@ import importlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import with_asset_folders
@@ -18,21 +18,41 @@ from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
 from acemerge.errors import CheckpointError, UsageError
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
-_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?")
+_ID = re.compile(
+    rf"(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[A-Za-z0-9_][A-Za-z0-9_./+-]*))?(?::(?P<folder>{_PART}(?:/{_PART})*))?"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 300
 _HEAD = re.compile(r"heads/[\w-][\w.-]*\.safetensors")
+What = Literal["model", "data set"]
+REPO_TYPE: Mapping[What, str] = {"model": "model", "data set": "dataset"}
+NO_COMMIT = ("the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
 
 
 @dataclass(frozen=True)
 class HubId:
-    """`org/name`, or `org/name@revision`: a branch, a tag or a commit."""
+    """`org/name`, or `org/name@revision`: a branch, a tag or a commit; `:folder` behind it says where the model is."""
 
     repo: str
     revision: str | None = None
+    folder: str | None = None
 
     def __str__(self) -> str:
-        return self.repo if self.revision is None else f"{self.repo}@{self.revision}"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{revision}{'' if self.folder is None else f':{self.folder}'}"
+
+    def path_of(self, name: str) -> str:
+        """Where in the repository a file of the model is."""
+        return name if self.folder is None else f"{self.folder}/{name}"
+
+    def within(self, snapshot: Path) -> Path:
+        """The model's folder in that of the repository's commit."""
+        return snapshot if self.folder is None else snapshot / self.folder
+
+    def files_of(self, names: Iterable[str]) -> list[str]:
+        """Of the files of the repository those in the model's folder, by their names there, sorted."""
+        prefix = self.path_of("")
+        return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
 
 @dataclass(frozen=True)
@@ -49,13 +69,18 @@ def parse_id(text: str) -> HubId | None:
     found = _ID.fullmatch(text) if len(text) <= _LONGEST and ".." not in text else None
     if found is None or "--" in found["repo"] or found["repo"].endswith(".git"):
         return None
-    return HubId(found["repo"], found["revision"])
+    return HubId(found["repo"], found["revision"], found["folder"])
 
 
 def hub_id(model: str, beside: Path = Path()) -> HubId | None:
     """The Hub id that a model is given by; None for a path. What exists in the folder `beside` is a path."""
     wanted = parse_id(model)
     return None if wanted is None or files.kind(beside / model) != "nothing" else wanted
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit, which never changes."""
+    return _COMMIT.fullmatch(revision) is not None
 
 
 def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> Located:
@@ -70,7 +95,8 @@ def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> 
     hub = library()
     with manners(hub, quiet):
         root = _fetch(hub, wanted, _Wanted(allow_pickle, heads))
-    return Located(root, f"{wanted.repo}@{root.name}", wanted.repo)
+    origin = replace(wanted, revision=root.name)
+    return Located(wanted.within(root), str(origin), str(replace(wanted, revision=None)))
 
 
 def locate_cached(model: str) -> Path:
@@ -83,7 +109,8 @@ def locate_cached(model: str) -> Path:
         return Path(model)
     hub = library()
     with manners(hub, quiet=True):
-        return _cached(hub, wanted, _Wanted(allow_pickle=False, heads=False), "nothing is fetched to look back")
+        root = _cached(hub, wanted, _Wanted(allow_pickle=False, heads=False), "nothing is fetched to look back")
+    return wanted.within(root)
 
 
 def library() -> Any:
@@ -105,76 +132,78 @@ class _Wanted:
     heads: bool
 
     def of(self, wanted: HubId, names: Sequence[str]) -> list[str]:
-        """CheckpointError where they are no model."""
+        """Of the files in the model's folder. CheckpointError where they are no model."""
         heads = [name for name in names if self.heads and _HEAD.fullmatch(name)]
         return [*needed_files(wanted, names, self.allow_pickle), *heads]
 
 
 def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> Path:
-    """The cached folder of a model's commit, with all that a merge needs of it."""
-    if wanted.revision and _COMMIT.fullmatch(wanted.revision):  # what a commit holds never changes: ask nobody
+    """The cached folder of a repository's commit, with all that a merge needs of the model in it."""
+    if wanted.revision and is_commit(wanted.revision):  # what a commit holds never changes: ask nobody
         with contextlib.suppress(CheckpointError):
             return _cached(hub, wanted, which, "")
     try:
         info = hub.HfApi().model_info(wanted.repo, revision=wanted.revision)
     except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
-        refusal = _refusal(hub, wanted, failure)
+        refusal = refusal_of(hub, wanted, failure)
         if refusal is not None:
             raise refusal from failure
-        return _cached(hub, wanted, which, _why_not(hub, failure))
-    if not _COMMIT.fullmatch(str(info.sha)):
-        raise CheckpointError(wanted, "the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
-    needed = which.of(wanted, sorted(file.rfilename for file in info.siblings or ()))
-    root = _download(hub, wanted, wanted.revision, needed)
+        return _cached(hub, wanted, which, why_not(hub, failure))
+    if not is_commit(str(info.sha)):
+        raise CheckpointError(wanted, *NO_COMMIT)
+    needed = which.of(wanted, wanted.files_of(file.rfilename for file in info.siblings or ()))
+    root = download(hub, wanted, wanted.revision, needed)
     if root.name != info.sha:
         raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
     _complete(wanted, root, needed, "")
-    shards = [shard for name in needed for shard in listed_files(root, name)]
+    shards = [shard for name in needed for shard in listed_files(wanted.within(root), name)]
     if shards:
-        _download(hub, wanted, info.sha, shards)
+        download(hub, wanted, info.sha, shards)
     return _complete(wanted, root, shards, "")
 
 
-def _download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str]) -> Path:
-    """Fetch these files and no others; their folder."""
+def download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str], what: What = "model") -> Path:
+    """Fetch these files of a model or data set and no others; the folder of the repository's commit."""
+    patterns = [wanted.path_of(name) for name in names]
     try:
-        return Path(hub.snapshot_download(wanted.repo, revision=revision, allow_patterns=list(names)))
+        root = hub.snapshot_download(wanted.repo, revision=revision, allow_patterns=patterns, repo_type=REPO_TYPE[what])
     except Exception as failure:
-        refusal = _refusal(hub, wanted, failure)
-        if refusal is not None:
-            raise refusal from failure
-        what = f"could not be fetched ({in_words(failure)})"
-        raise CheckpointError(wanted, what, "run again: what was fetched is kept") from failure
+        refusal = refusal_of(hub, wanted, failure, what)
+        how = f"could not be fetched ({in_words(failure)})"
+        raise refusal or CheckpointError(wanted, how, "run again: what was fetched is kept") from failure
+    return Path(root)
 
 
 def _cached(hub: Any, wanted: HubId, which: _Wanted, why: str) -> Path:
     """The folder of what was fetched before; CheckpointError when it is not all there."""
     try:
         found = hub.snapshot_download(
-            wanted.repo, revision=wanted.revision, allow_patterns=[CONFIG], local_files_only=True
+            wanted.repo, revision=wanted.revision, allow_patterns=[wanted.path_of(CONFIG)], local_files_only=True
         )
     except Exception as failure:
         raise _missing(wanted, "is not in the cache", why) from failure
     root = Path(found)
     needed = _needed_offline(hub, wanted, root, which, why)
     _complete(wanted, root, needed, why)
-    return _complete(wanted, root, [shard for name in needed for shard in listed_files(root, name)], why)
+    folder = wanted.within(root)
+    return _complete(wanted, root, [shard for name in needed for shard in listed_files(folder, name)], why)
 
 
 def _needed_offline(hub: Any, wanted: HubId, root: Path, which: _Wanted, why: str) -> list[str]:
     """The files that a merge needs, of the commit's list where the cache has it, else of those that it holds."""
     with contextlib.suppress(Exception):  # this version of huggingface_hub keeps no such list, or none of this commit
-        names = sorted(file.path for file in hub.get_cached_repo_tree(wanted.repo, revision=root.name))
-        return which.of(wanted, names)
+        tree = hub.get_cached_repo_tree(wanted.repo, revision=root.name)
+        return which.of(wanted, wanted.files_of(file.path for file in tree))
+    folder = wanted.within(root)
     try:
-        return which.of(wanted, with_asset_folders(root, files.list_folder(root)))
+        return which.of(wanted, with_asset_folders(folder, files.list_folder(folder)))
     except CheckpointError as failure:
         raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
 
 
 def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path:
     for name in names:
-        if files.kind(files.resolve(root / name)) != "file":
+        if files.kind(files.resolve(root / wanted.path_of(name))) != "file":
             raise _missing(wanted, f"is in the cache without {name}", why)
     return root
 
@@ -184,16 +213,16 @@ def _missing(wanted: HubId, what: str, why: str) -> CheckpointError:
     return CheckpointError(wanted, f"{what}, and {why or 'it was not fetched'}", cure)
 
 
-def _refusal(hub: Any, wanted: HubId, failure: Exception) -> CheckpointError | None:
-    """What the Hub's answer means; None when there was no answer, or none that is about the model."""
-    errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{wanted.repo}"
+def refusal_of(hub: Any, wanted: HubId, failure: Exception, what: What = "model") -> CheckpointError | None:
+    """What the Hub's answer means; None when there was no answer, or none that is about the model or data set."""
+    errors, page = hub.errors, f"{hub.constants.ENDPOINT}/{'datasets/' if what == 'data set' else ''}{wanted.repo}"
     if isinstance(failure, errors.LocalEntryNotFoundError) and isinstance(failure.__cause__, Exception):
         failure = failure.__cause__  # the file is not cached either, which is the lesser news
     if isinstance(failure, errors.GatedRepoError):
         return CheckpointError(wanted, "is gated", f"accept its terms at {page} and set HF_TOKEN")
     if isinstance(failure, errors.RepositoryNotFoundError):
-        what = "no such folder here, and no such model on the Hub that you may see"
-        return CheckpointError(wanted, what, "check the name, and set HF_TOKEN for a private or gated model")
+        found = f"no such folder here, and no such {what} on the Hub that you may see"
+        return CheckpointError(wanted, found, f"check the name, and set HF_TOKEN for a private or gated {what}")
     if isinstance(failure, errors.RevisionNotFoundError):
         return CheckpointError(wanted, "has no such revision", f"name a branch, tag or commit of {page}")
     status = failure.response.status_code if isinstance(failure, errors.HfHubHTTPError) else 0
@@ -202,7 +231,7 @@ def _refusal(hub: Any, wanted: HubId, failure: Exception) -> CheckpointError | N
     return None
 
 
-def _why_not(hub: Any, failure: Exception) -> str:
+def why_not(hub: Any, failure: Exception) -> str:
     if isinstance(failure, hub.errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     return f"the Hub cannot be reached ({in_words(failure)})"

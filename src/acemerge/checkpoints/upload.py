@@ -14,7 +14,7 @@ from acemerge.errors import UsageError, WriteError
 def check_push(repo: str) -> None:
     """UsageError when it is plain before the work that nothing could be uploaded to `repo` after it."""
     wanted = parse_id(repo)
-    if wanted is None or wanted.revision is not None:
+    if wanted is None or str(wanted) != wanted.repo:
         raise UsageError(f"--push {repo}", "not of the form org/name", "name a repository, without a revision")
     hub = library()
     if hub.constants.HF_HUB_OFFLINE:

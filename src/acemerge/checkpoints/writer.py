@@ -130,7 +130,8 @@ class FileWriter:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and give it its name when it is whole."""
+    """Write a file beside its place and give it its name when it is whole; its folder is made."""
+    files.make_folder(path.parent)
     beside = path.with_name(path.name + PARTIAL)
     writer = FileWriter(beside)
     try:

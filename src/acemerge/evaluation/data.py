@@ -25,12 +25,22 @@ Row = Mapping[Column, Any]
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or a data set by its Hub id or folder, with what `datasets` needs to know of it."""
+    """A file, or a data set by its Hub id or folder, with what `datasets` needs to know of it.
+
+    With `limit` no more than so many of its examples, spread evenly over all.
+    """
 
     data: str
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    limit: int | None = None
+
+    def chosen(self, count: int) -> Sequence[int]:
+        """The examples that are taken, of so many: test sets may be sorted by class."""
+        if self.limit is None or self.limit >= count:
+            return range(count)
+        return [i * count // self.limit for i in range(self.limit)]
 
 
 def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
@@ -49,7 +59,7 @@ def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]
                 found = [key for key in rows[0] if isinstance(key, type(column))]
                 cure = nearest(str(column), [str(key) for key in found]) if i == 1 else "mend the row"
                 raise UsageError(path, f"example {i} has no column {column!r}", cure)
-        columns.append([row[column] for row in rows])
+        columns.append([rows[i][column] for i in source.chosen(len(rows))])
     return columns
 
 
@@ -108,12 +118,16 @@ def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[An
             raise UsageError(source.data, f"has no column {column!r}", nearest(str(column), list(table.column_names)))
     if not len(table):
         raise UsageError(source.data, "has no examples", "name another split")
+    if source.limit is not None:
+        table = table.select(source.chosen(len(table)))
     return [table[column] for column in wanted]
 
 
 def _load_dataset(source: Source) -> Any:
     path, there = Path(source.data), files.kind(Path(source.data))
     wanted = None if path.suffix.lower() in FILE_SUFFIXES else hub_id(source.data)
+    if wanted is not None and wanted.folder is not None:
+        raise UsageError(source.data, "a data set has no folders to choose from", "name its `subset:`")
     if wanted is None and there == "nothing":
         raise UsageError(path, "no such file or folder", "name the task's data, or a data set on the Hub as org/name")
     if there == "file" and path.suffix.lower() != ".parquet":
@@ -127,21 +141,24 @@ def _load_dataset(source: Source) -> Any:
             return datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
         from pyarrow import parquet
 
-        return datasets.Dataset(parquet.read_table(_parquet_files(path)))  # no copy in a cache
+        return datasets.Dataset(parquet.read_table(_parquet_files(path, source.split)))  # no copy in a cache
     except AcemergeError:
         raise
     except Exception as failure:  # of whichever of its many parts could not read it
         raise UsageError(source.data, f"cannot be read ({in_words(failure)})", "check its name and split") from failure
 
 
-def _parquet_files(path: Path) -> list[str]:
-    """The file, or those of the folder in the order of their names."""
+def _parquet_files(path: Path, split: str | None) -> list[str]:
+    """The file, or those of the folder in the order of their names; with a split `SPLIT-*.parquet`, as on the Hub."""
     root = files.resolve(path)
     if files.kind(root) == "file":
         return [str(root)]
-    names = [name for name in files.list_folder(root) if name.endswith(".parquet")]
+    beginning = "" if split is None else f"{split}-"
+    names = [n for n in files.list_folder(root) if n.endswith(".parquet") and n.startswith(beginning)]
     if not names:
-        raise UsageError(path, "holds no .parquet files", f"use {', '.join(_READERS)} or .parquet")
+        raise UsageError(
+            path, f"holds no {beginning and f'{beginning}*'}.parquet files", f"use {', '.join(_READERS)} or .parquet"
+        )
     return [str(contained(root, name)) for name in names]
 
 

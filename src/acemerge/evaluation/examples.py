@@ -15,7 +15,7 @@ from acemerge.errors import UsageError
 from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, read_columns, read_text
 from acemerge.evaluation.heads import Heads
 from acemerge.evaluation.images import open_images, pixels
-from acemerge.evaluation.models import Model, Scorer, classifier, load_whole, pooled
+from acemerge.evaluation.models import SEQUENCES, Model, Scorer, classifier, load_whole, pooled
 from acemerge.evaluation.predict import Batches, encode, text_batches
 from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, ZeroShot
 from acemerge.evaluation.zero_shot import zero_shot
@@ -69,10 +69,7 @@ def _texts(model: Model, task: Classification | Regression, heads: Heads, owner:
     texts = columns[: len(task.columns)]
     tokenizer = model.tokenizer()
     encoded = encode(tokenizer, [as_texts(column, task.data) for column in texts], task.max_length)
-    if task.pooling is None:
-        scorer = classifier(model, "AutoModelForSequenceClassification", heads)
-    else:
-        scorer = pooled(model, task.pooling, heads)
+    scorer = classifier(model, SEQUENCES, heads) if task.pooling is None else pooled(model, task.pooling, heads)
     if isinstance(task, Regression) and scorer.rows != 1:
         what = f"a head of {scorer.rows} rows is no regression"
         raise UsageError(f"task {task.name}", what, "use classification")
@@ -114,7 +111,7 @@ def check_classes(task: Classification | Images | ZeroShot, labels: npt.NDArray[
 
 
 def source(task: Task) -> Source:
-    return Source(task.data, task.subset, task.split, task.revision)
+    return Source(task.data, task.subset, task.split, task.revision, task.limit)
 
 
 def _names(owner: Model, scorer: Scorer) -> Sequence[str] | None:

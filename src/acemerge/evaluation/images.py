@@ -34,7 +34,7 @@ def open_images(source: Source, image: str, label: str, labels: Sequence[str] | 
     path = Path(source.data)
     folders = files.kind(path) == "folder" and hub_id(source.data) is None and source.split is None
     if folders:
-        return _of_folders(path, labels)
+        return _of_folders(path, labels, source)
     values, classes = read_columns(source, [image, label])
     names = None if labels is None else tuple(labels)
     return ImageSet(
@@ -42,7 +42,7 @@ def open_images(source: Source, image: str, label: str, labels: Sequence[str] | 
     )
 
 
-def _of_folders(path: Path, labels: Sequence[str] | None) -> ImageSet:
+def _of_folders(path: Path, labels: Sequence[str] | None, source: Source) -> ImageSet:
     root = files.resolve(path)
     found = [name for name in files.list_folder(root) if files.kind(root / name) == "folder" and name[0] != "."]
     names = tuple(labels) if labels is not None else tuple(found)
@@ -57,6 +57,7 @@ def _of_folders(path: Path, labels: Sequence[str] | None) -> ImageSet:
     ]
     if not places:
         raise UsageError(path, "holds no folders with images", "give it one folder for each class")
+    places = [places[i] for i in source.chosen(len(places))]
 
     def image(i: int) -> Any:
         file = places[i][0]

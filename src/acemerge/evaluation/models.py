@@ -55,7 +55,11 @@ class Model:
         return load("AutoConfig", self.path)
 
     def tokenizer(self) -> Any:
-        return load("AutoTokenizer", self.path)
+        """With the end of a text for padding where it has none, as GPT-2's: the mask tells them apart."""
+        tokenizer = load("AutoTokenizer", self.path)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     def on_device(self, network: nn.Module) -> Any:
         return network.eval().to(self.device)
@@ -71,6 +75,9 @@ def open_model(name: str, device: torch.device, quiet: bool = True) -> Model:
     if CONFIG not in checkpoint.assets:
         raise CheckpointError(name, f"has no {CONFIG}", "evaluate a folder that from_pretrained loads")
     return Model(name, checkpoint, device)
+
+
+SEQUENCES = "AutoModelForSequenceClassification"
 
 
 def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
@@ -92,6 +99,8 @@ def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
             what = f"tensor {name!r} of {place} is {tuple(value.shape)}, not {tuple(state[name].shape)}"
             raise CheckpointError(f"task {heads.task}", what, "name the `expert:` whose head it is")
     network.load_state_dict({name: value for name, (value, _) in found.items()}, strict=False)
+    if auto_class == SEQUENCES and network.config.pad_token_id is None:
+        network.config.pad_token_id = model.tokenizer().pad_token_id
     network = model.on_device(network)
 
     def logits(inputs: Inputs) -> Tensor:

@@ -33,7 +33,6 @@ def write_results(evaluation: Evaluation, tasks: Tasks, models: dict[str, str], 
     content: dict[str, Any] = evaluation.as_table()
     content |= {"models": models, "asked": tasks.model_dump(mode="json"), "versions": versions()}
     contents[JSON] = json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
-    files.make_folder(out)
     for name, data in contents.items():
         write_file(out / name, data)
     return missing

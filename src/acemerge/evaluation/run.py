@@ -63,8 +63,12 @@ class Run:
         return [self.tasks.seed, zlib.crc32(task.name.encode())]
 
 
-def evaluate(models: Mapping[str, str], run: Run) -> Evaluation:
-    """Each named model on every task, after the experts, each on its own task."""
+ScoreTask = Callable[[Model, AnyTask, Run, str], Score]
+
+
+def evaluate(models: Mapping[str, str], run: Run, score: ScoreTask | None = None) -> Evaluation:
+    """Each named model on every task, after the experts, each on its own task. `score` is `score_task` by default."""
+    score = score or score_task
     tasks = run.tasks.tasks
     opened = {name: run.model(path) for name, path in models.items()}  # a wrong name is found before the first score
     experts = {task.name: run.model(task.expert) for task in tasks if task.expert}
@@ -72,10 +76,10 @@ def evaluate(models: Mapping[str, str], run: Run) -> Evaluation:
         raise UsageError(EXPERTS, "is the name of the experts' own row", "rename the model's folder")
     rows = []
     if experts:
-        own = (score_task(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)
+        own = (score(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)
         rows.append(Row(EXPERTS, tuple(own)))
     for name, model in opened.items():
-        rows.append(Row(name, tuple(score_task(model, task, run, name) for task in tasks)))
+        rows.append(Row(name, tuple(score(model, task, run, name) for task in tasks)))
     return Evaluation(tuple(task.name for task in tasks), tuple(rows))
 
 

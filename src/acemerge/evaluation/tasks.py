@@ -37,12 +37,16 @@ class _Named(_Strict):
 
 
 class _Task(_Named):
-    """`subset`, `split` and `revision` are those of a data set on the Hub."""
+    """`subset`, `split` and `revision` are those of a data set on the Hub.
+
+    With `limit` no more than so many examples are taken, spread evenly over all.
+    """
 
     data: str
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    limit: Count | None = None
 
 
 class _Text(_Task):
@@ -127,6 +131,8 @@ class Perplexity(_Task):
 
     @model_validator(mode="after")
     def _windows_touch(self) -> Perplexity:
+        if self.limit is not None and self.text is None:
+            raise ValueError("limit: a file of text has no examples; name the column by `text`")
         if self.stride > self.context:
             raise ValueError("stride: windows would leave tokens out; use at most `context`")
         return self
