@@ -38,7 +38,8 @@ from acemerge.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-UNRUN = {"demo": "trains for minutes", "ui": "serves until it is stopped"}
+# Commands that no example runs, whatever page it is on, and why.
+UNRUN = {"demo": "trains for minutes", "reproduce": "fetches models from the Hub", "ui": "serves until it is stopped"}
 _MARK = re.compile(r"<!-- not run:(.*)-->", re.DOTALL)
 
 
@@ -52,7 +53,7 @@ class Block:
     reason: str | None = None
 
 
-class BadExample(AssertionError):
+class BadExampleError(AssertionError):
     """An example that does not do what its page says."""
 
 
@@ -63,7 +64,7 @@ def blocks(text: str, page: str = "page") -> list[Block]:
         if token.type == "html_block" and (mark := _MARK.search(token.content)):
             reason = mark[1].strip()
             if not reason:
-                raise BadExample(f"{page}: a mark without a reason")
+                raise BadExampleError(f"{page}: a mark without a reason")
             continue
         if token.type in ("fence", "code_block"):
             line = (token.map or [0])[0] + 1
@@ -84,12 +85,12 @@ def run_page(blocks: list[Block], names: dict[str, Any]) -> None:
     sys.modules["example"] = module  # where a dataclass looks for its annotations
     for block in blocks:
         if block.language not in LANGUAGES:
-            raise BadExample(f"{block.where}: nobody knows how to try a block of {block.language!r}")
+            raise BadExampleError(f"{block.where}: nobody knows how to try a block of {block.language!r}")
         try:
             printed = LANGUAGES[block.language](block, module, printed)
         except (Exception, SystemExit) as failure:
             cure = "mend the example, or say before it why it cannot run: <!-- not run: REASON -->"
-            raise BadExample(f"{block.where}: {type(failure).__name__}: {failure}; {cure}") from failure
+            raise BadExampleError(f"{block.where}: {type(failure).__name__}: {failure}; {cure}") from failure
 
 
 # --- languages: each takes a block, the page's module and what was printed before, and gives what is printed ------
@@ -99,7 +100,7 @@ def _shell(block: Block, module: types.ModuleType, printed: str) -> str:
     for line in block.text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words and words[0] not in PROGRAMS:
-            raise BadExample(f"nobody knows how to try {words[0]!r}")
+            raise BadExampleError(f"nobody knows how to try {words[0]!r}")
         if words:
             PROGRAMS[words[0]](words, block.reason is None)
     return ""
@@ -115,7 +116,7 @@ def _python(block: Block, module: types.ModuleType, printed: str) -> str:
 
 def _text(block: Block, module: types.ModuleType, printed: str) -> str:
     if block.text != printed:
-        raise BadExample(f"the block before it prints {printed!r}")
+        raise BadExampleError(f"the block before it prints {printed!r}")
     return ""
 
 
@@ -156,7 +157,7 @@ def _acemerge(words: list[str], run: bool) -> None:
         with pytest.raises(SystemExit) as stop:
             main(words[1:])
         if stop.value.code:
-            raise BadExample(f"{shlex.join(words)}: exit code {stop.value.code}, see what it printed")
+            raise BadExampleError(f"{shlex.join(words)}: exit code {stop.value.code}, see what it printed")
         return
     group: Any = typer.main.get_command(app)
     context = group.make_context("acemerge", words[1:])
@@ -177,10 +178,10 @@ def _pip(words: list[str], run: bool) -> None:
         extras = re.fullmatch(r"(?:acemerge|\.)\[([\w,-]+)\]", wanted)
         for extra in extras[1].split(",") if extras else ():
             if not re.search(rf"^{extra} = \[", pyproject, re.MULTILINE):
-                raise BadExample(f"there is no extra {extra!r}")
+                raise BadExampleError(f"there is no extra {extra!r}")
 
 
-class _Parsed(Exception):
+class _ParsedError(Exception):
     """The script has understood its arguments."""
 
 
@@ -188,19 +189,21 @@ def _interpreter(words: list[str], run: bool) -> None:
     """Benchmarks and attacks take minutes to hours: started, and stopped when their arguments are parsed."""
     if words[1:3] == ["-m", "acemerge.integrations.mergekit"]:
         return  # it is mergekit's own command, which must be installed; tests/test_mergekit.py runs it there
-    script = ROOT / (words[2].replace(".", "/") if words[1] == "-m" else words[1])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(_Parsed):
-        parse = argparse.ArgumentParser.parse_args
+    arguments = words[2:] if words[1] == "-m" else words[1:]
+    script = ROOT / (arguments[0].replace(".", "/") if words[1] == "-m" else arguments[0])
+    parse = argparse.ArgumentParser.parse_args
 
-        def parse_only(parser: argparse.ArgumentParser, *given: Any) -> None:
-            parse(parser, *given)
-            raise _Parsed
+    def parse_only(parser: argparse.ArgumentParser, *given: Any) -> None:
+        parse(parser, *given)
+        raise _ParsedError
 
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-        patch.setattr(sys, "argv", words[2:] if words[1] == "-m" else words[1:])
+        patch.setattr(sys, "argv", arguments)
         patch.setattr(sys, "path", [str(script if script.is_dir() else script.parent), *sys.path])
         patch.setattr(sys, "modules", sys.modules.copy())  # forget the script's neighbours, which have plain names
-        runpy.run_path(str(script), run_name="__main__")
+        with pytest.raises(_ParsedError):
+            runpy.run_path(str(script), run_name="__main__")
 
 
 def _script(words: list[str], run: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from torch import nn
 
 from acemerge import METHODS
 from builders import write_checkpoint
-from examples import LANGUAGES, PAGES, ROOT, BadExample, blocks, languages, run_page
+from examples import LANGUAGES, PAGES, ROOT, BadExampleError, blocks, languages, run_page
 from hub_server import TOKEN, FakeHub, Repository, contents
 from mergekit_shelf import LLAMA, llama_tensors
 from task_builders import save_family, sentences, write_tasks, write_tsv
 
 RECIPE = "method: ace\nbase: ./base\nexperts: [./math, ./code, ./chat]\n"
-MERGEKIT = "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./math}, {model: ./code}]\nparameters: {weight: 1, density: 0.5}\n"
+MERGEKIT = "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1, density: 0.5}\n"
+MERGEKIT += "models: [{model: ./math}, {model: ./code}]\n"
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_examples_are_found_where_readers_see_them() -> None:
     ],
 )
 def test_a_wrong_example_fails(page: str, complaint: str, desk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(BadExample) as failure:
+    with pytest.raises(BadExampleError) as failure:
         run_page(blocks(page), {})
     assert complaint in str(failure.value)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 import pytest
@@ -14,13 +15,12 @@ import typer
 import yaml
 from command_page import command_page
 from pydantic import Field
-from readme_parts import BrokenLink, homes, sections, with_readme
+from readme_parts import BrokenLinkError, homes, sections, with_readme
 from rule_pages import rule_page, rule_pages
 
 import acemerge
 from acemerge.cli import app
 from acemerge.methods import Needs, make
-from acemerge.methods.about import docstring
 from acemerge.recipe import make_recipe, parse_settings
 from examples import PROGRAMS, ROOT, blocks
 
@@ -38,11 +38,11 @@ def test_a_rule_has_a_page_whose_examples_are_right(name: str) -> None:
     page = rule_page(rule)
     recipe, command = (block.text for block in blocks(page) if block.language in ("yaml", "sh"))
     assert make_recipe(yaml.safe_load(recipe)).build_method() == rule()
-    words = command.split()
+    words = command.replace("\\\n", " ").split()
     PROGRAMS["acemerge"](words, False)
-    settings = [word for before, word in zip(words, words[1:], strict=False) if before == "--set"]
+    settings = [word for before, word in pairwise(words) if before == "--set"]
     assert make(name, parse_settings(settings)) == rule()
-    formulas = [part for part in docstring(rule).split("\n\n") if part.startswith("    ")]
+    formulas = [part for part in (inspect.getdoc(rule) or "").split("\n\n") if part.startswith("    ")]
     assert all(formula in page for formula in formulas)
 
 
@@ -79,7 +79,7 @@ def test_a_new_rule_gets_its_page_by_itself(monkeypatch: pytest.MonkeyPatch) -> 
     assert "| `a` | `0.5` | above 0, 1 at most | how \\*much\\* |" in page
     assert "| `way` | `x` | `x`, `y` | which way |" in page
     assert "- At most 2 experts." in page
-    assert "--method added --set a=0.5 --set way=x -o" in page
+    assert "--method added --set a=0.5 --set way=x \\\n" in page
     assert "added.md" in rule_pages()["rules/index.md"]
 
 
@@ -132,7 +132,7 @@ def test_a_lone_link_becomes_the_section_and_others_lead_to_it() -> None:
     ],
 )
 def test_a_section_that_is_not_there_is_named(text: str, complaint: str) -> None:
-    with pytest.raises(BrokenLink, match=re.escape(f"docs/p.md: {complaint}")):
+    with pytest.raises(BrokenLinkError, match=re.escape(f"docs/p.md: {complaint}")):
         with_readme("p.md", text, README, homes({"p.md": text}))
 
 

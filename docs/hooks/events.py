@@ -12,7 +12,7 @@ from typing import Any
 from command_page import command_page
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
-from readme_parts import README, BrokenLink, homes, with_readme
+from readme_parts import README, BrokenLinkError, homes, with_readme
 from rule_pages import INDEX, rule_pages
 
 OTHERS = "More"  # the section of pages that mkdocs.yml does not name
@@ -50,7 +50,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Put the README's sections into their pages."""
     try:
         return with_readme(page.file.src_uri, markdown, _readme["text"], _readme["homes"])
-    except BrokenLink as failure:
+    except BrokenLinkError as failure:
         raise PluginError(str(failure)) from None
 
 

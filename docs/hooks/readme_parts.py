@@ -17,7 +17,7 @@ _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#+) (.+)$", re.MULTILINE)
 
 
-class BrokenLink(Exception):
+class BrokenLinkError(Exception):
     """A link that leads to nothing on the site."""
 
 
@@ -48,7 +48,7 @@ def with_readme(path: str, text: str, readme: str, home: Mapping[str, str]) -> s
 
     def body(match: re.Match[str]) -> str:
         if match[1] not in bodies:
-            raise BrokenLink(f"docs/{path}: README.md has no section #{match[1]}")
+            raise BrokenLinkError(f"docs/{path}: README.md has no section #{match[1]}")
         return _LINK.sub(lambda link: _from_readme(link[0], path, home), bodies[match[1]])
 
     return _LINK.sub(lambda link: _to_readme(link[0], path, home), _LONE.sub(body, text))
@@ -72,5 +72,5 @@ def _from_readme(target: str, path: str, home: Mapping[str, str]) -> str:
 
 def _section(name: str, path: str, home: Mapping[str, str]) -> str:
     if name not in home:
-        raise BrokenLink(f"docs/{path}: no page of the site shows README.md#{name}; link to a page of docs/")
+        raise BrokenLinkError(f"docs/{path}: no page of the site shows README.md#{name}; link to a page of docs/")
     return posixpath.relpath(home[name], posixpath.dirname(path) or ".")

@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from markdown_text import from_docstring, prose, row
-from pydantic.fields import FieldInfo
 
 from acemerge import METHODS, Method
 from acemerge.methods import make
-from acemerge.methods.about import docstring, first_sentence, parameters
+from acemerge.methods.about import Parameter, parameters, summary
 
 INDEX = "rules/index.md"
+
+_LIST = """# The rules
+
+Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
+`acemerge methods NAME` what the page of a rule says.
+
+| rule | what it does | source |
+|---|---|---|
+"""
+
+_PAGE = """# {name}
+
+{description}
+
+## Parameters
+
+| parameter | default | values | meaning |
+|---|---|---|---|
+{parameters}
+
+## What it asks
+
+{needs}
+
+## How to ask for it
+
+All parameters at their defaults, as a recipe:
+
+```yaml
+{recipe}```
+
+and on the command line:
+
+```sh
+acemerge merge --base ./base --expert ./math --expert ./code \\
+    {method} \\
+    -o ./merged
+```
+"""
+
 _BOUNDS = {"gt": "above {}", "ge": "{} or more", "lt": "below {}", "le": "{} at most"}
 
 
@@ -25,65 +65,28 @@ def rule_pages() -> dict[str, str]:
 def rule_page(rule: type[Method]) -> str:
     """What a rule says of itself, and how to ask for it."""
     ready = make(rule.name, {})
-    params = {name: getattr(ready, name) for name, _, _ in parameters(rule)}
+    params = {p.name: getattr(ready, p.name) for p in parameters(rule)}
     own = {name: value for name, value in params.items() if name != "scale" and value is not None}
-    experts = ["./math"] if ready.needs.most_experts == 1 else ["./math", "./code"]
-    recipe = {"method": {"name": rule.name, **own}, "base": "./base", "experts": experts, "scale": ready.scale}
+    recipe = {"method": {"name": rule.name, **own}, "base": "./base", "experts": ["./math", "./code"]}
     settings = [f"--set {name}={_value(value)}" for name, value in own.items() if isinstance(value, int | float | str)]
-    words = ["acemerge merge --base ./base", *(f"--expert {expert}" for expert in experts)]
-    command = " ".join([*words, f"--method {rule.name}", *settings, "-o ./merged"])
-    return "\n".join(
-        [
-            f"# {rule.name}",
-            "",
-            from_docstring(docstring(rule)),
-            "",
-            "## Parameters",
-            "",
-            "| parameter | default | values | meaning |",
-            "|---|---|---|---|",
-            *(row(f"`{name}`", f"`{_value(default)}`", _values(rule, name), prose(about))
-              for name, default, about in parameters(rule)),
-            "",
-            "## What it asks",
-            "",
-            *(f"- {line}" for line in _needs(ready)),
-            "",
-            "## How to ask for it",
-            "",
-            "All parameters at their defaults, as a recipe:",
-            "",
-            "```yaml",
-            yaml.safe_dump(recipe, sort_keys=False, default_flow_style=None, width=100).strip(),
-            "```",
-            "",
-            "and on the command line:",
-            "",
-            "```sh",
-            command,
-            "```",
-            "",
-        ]
-    )  # fmt: skip
+    return _PAGE.format(
+        name=rule.name,
+        description=from_docstring(inspect.getdoc(rule) or ""),
+        parameters="\n".join(_parameter(rule, p) for p in parameters(rule)),
+        needs="\n".join(f"- {line}" for line in _needs(ready)),
+        recipe=yaml.safe_dump(recipe | {"scale": ready.scale}, sort_keys=False, default_flow_style=None, width=100),
+        method=" ".join([f"--method {rule.name}", *settings]),
+    )
 
 
 def _index(rules: Mapping[str, type[Method]]) -> str:
-    rows = (
-        row(f"[`{name}`]({name}.md)", prose(first_sentence(rule)), prose(rule.source)) for name, rule in rules.items()
-    )
-    return "\n".join(
-        [
-            "# The rules",
-            "",
-            "Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this",
-            "list, `acemerge methods NAME` what the page of a rule says.",
-            "",
-            "| rule | what it does | source |",
-            "|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    rows = (row(f"[`{name}`]({name}.md)", prose(summary(rule)), prose(rule.source)) for name, rule in rules.items())
+    return _LIST + "\n".join(rows) + "\n"
+
+
+def _parameter(rule: type[Method], parameter: Parameter) -> str:
+    default = f"`{_value(parameter.default)}`"
+    return row(f"`{parameter.name}`", default, _values(rule, parameter), prose(parameter.meaning))
 
 
 def _needs(rule: Method) -> list[str]:
@@ -114,18 +117,17 @@ def _value(default: Any) -> str:
     return str(default).lower() if isinstance(default, bool) or default is None else str(default)
 
 
-def _values(rule: type[Method], name: str) -> str:
+def _values(rule: type[Method], parameter: Parameter) -> str:
     """The values that a parameter may have, as far as its type says so."""
-    hint = get_type_hints(rule, include_extras=True)[name]
-    fields = [m for m in getattr(hint, "__metadata__", ()) if isinstance(m, FieldInfo)]
+    if parameter.choices:
+        return ", ".join(f"`{_value(choice)}`" for choice in parameter.choices)
+    hint = get_type_hints(rule, include_extras=True)[parameter.name]
     bounds = [
         text.format(getattr(limit, sign))
-        for field in fields
-        for limit in field.metadata
+        for field in getattr(hint, "__metadata__", ())
+        for limit in getattr(field, "metadata", ())
         for sign, text in _BOUNDS.items()
         if getattr(limit, sign, None) is not None
     ]
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{_value(choice)}`" for choice in get_args(kind))
-    return ", ".join(bounds) or {bool: "`true`, `false`", float: "a number", int: "a whole number"}.get(kind, "")
+    kind = get_type_hints(rule)[parameter.name]
+    return ", ".join(bounds) or {float: "a number", int: "a whole number"}.get(kind, "")

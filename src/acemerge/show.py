@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
 from acemerge.jobs import Plan
 from acemerge.methods import METHODS
-from acemerge.methods.about import docstring, first_sentence, parameters
+from acemerge.methods.about import parameters, summary
 from acemerge.run import OnProgress
 from acemerge.run import Progress as Finished
 
@@ -190,8 +191,8 @@ def methods(console: Console, name: str | None) -> None:
         rows = [
             (
                 rule.name,
-                ", ".join(f"{key}={default}" for key, default, _ in parameters(rule)),
-                first_sentence(rule),
+                ", ".join(f"{p.name}={p.default}" for p in parameters(rule)),
+                summary(rule),
                 rule.source,
             )
             for rule in METHODS.values()
@@ -201,8 +202,8 @@ def methods(console: Console, name: str | None) -> None:
     if name not in METHODS:
         raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
     rule = METHODS[name]
-    say(console, f"{rule.name}\n\n{docstring(rule)}\n")
-    table(console, ("parameter", "default", "meaning"), parameters(rule))
+    say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
+    table(console, ("parameter", "default", "meaning"), [(p.name, p.default, p.meaning) for p in parameters(rule)])
 
 
 def table(
