@@ -14,6 +14,8 @@ import pytest
 import typer
 import yaml
 from command_page import command_page
+from hosts import foreign
+from navigation import complete
 from pydantic import Field
 from readme_parts import BrokenLinkError, homes, sections, with_readme
 from rule_pages import rule_page, rule_pages
@@ -136,13 +138,10 @@ def test_a_section_that_is_not_there_is_named(text: str, complaint: str) -> None
         with_readme("p.md", text, README, homes({"p.md": text}))
 
 
-# --- the whole, where MkDocs is installed ----------------------------------------------------------------------
+# --- the whole -------------------------------------------------------------------------------------------------
 
 
 def test_pages_that_are_not_listed_come_last_and_rules_in_their_place() -> None:
-    pytest.importorskip("mkdocs")
-    from events import complete
-
     nav = [{"Home": "index.md"}, {"Guides": ["a.md", {"B": "b.md"}]}, {"Rules": "rules/index.md"}]
     rules, pages = ["rules/index.md", "rules/ace.md"], ["index.md", "a.md", "b.md"]
     listed = [*nav[:2], {"Rules": rules}]
@@ -151,7 +150,7 @@ def test_pages_that_are_not_listed_come_last_and_rules_in_their_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("html", "foreign"),
+    ("html", "found"),
     [
         ('<script src="https://cdn.example/x.js"></script>', ["https://cdn.example/x.js"]),
         ('<link rel="stylesheet" href="//fonts.example/a.css">', ["//fonts.example/a.css"]),
@@ -159,13 +158,8 @@ def test_pages_that_are_not_listed_come_last_and_rules_in_their_place() -> None:
         ('<a href="https://arxiv.org">a link is followed by people alone</a><script src="x.js"></script>', []),
     ],
 )
-def test_what_comes_from_other_hosts_is_seen(html: str, foreign: list[str]) -> None:
-    pytest.importorskip("mkdocs")
-    from events import Loads
-
-    loads = Loads()
-    loads.feed(html)
-    assert loads.foreign == foreign
+def test_what_comes_from_other_hosts_is_seen(html: str, found: list[str]) -> None:
+    assert foreign(html) == found
 
 
 # --- the house -------------------------------------------------------------------------------------------------
