@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 
-.PHONY: setup test lint torture demo clean
+.PHONY: setup test lint docs torture demo clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,15 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The documentation site, in build/site; warnings are errors. Needs Python 3.11 or newer.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+$(VENV)/.docs: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--editable '.[docs]'
+	touch $@
+
 # Every attack at its full count: about half an hour on two cores.
 torture: setup
 	$(VENV)/bin/python -m attacks
@@ -29,4 +38,4 @@ demo: setup
 	$(VENV)/bin/acemerge demo
 
 clean:
-	rm -rf $(VENV) acemerge-demo
+	rm -rf $(VENV) acemerge-demo build/site

@@ -98,6 +98,22 @@ def test_a_merge_is_the_base_and_what_the_factors_give(
     assert record["energies"] == pytest.approx(trained.deltas().square().sum((1, 2)).tolist(), rel=1e-6)
 
 
+@over_rules
+def test_adapters_of_different_layers_are_merged(rule: str, params: dict[str, Any], tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(8)
+    W0 = {name: torch.randn(OUT, IN, generator=generator) for name in ("first.weight", "second.weight")}
+    base = write_checkpoint(tmp_path / "base", W0)
+    pairs = [(torch.randn(2, IN, generator=generator), torch.randn(OUT, 2, generator=generator)) for _ in range(2)]
+    adapters = [write_adapter(tmp_path / n, {n: pair}) for n, pair in zip(("first", "second"), pairs, strict=True)]
+    acemerge.merge(base, adapters, rule, tmp_path / "out", **params)
+    merged = load_folder(tmp_path / "out")
+    for i, (name, (A, B)) in enumerate(zip(W0, pairs, strict=True)):
+        deltas = torch.zeros(2, OUT, IN, dtype=torch.float64)
+        deltas[i] = B.double() @ A.double()
+        full = acemerge.merge_deltas(deltas, rule, **params)
+        assert relative_error(merged[name] - W0[name].double(), full.delta) < 1e-4
+
+
 @pytest.mark.parametrize("rule", ["tsv_m", "iso_c", "core_space"])
 def test_their_rounding_is_no_update(rule: str, trained: Trained, tmp_path: Path) -> None:
     """Of an update a thousandth of the weights, where full float32 task vectors have a rank that is not theirs."""

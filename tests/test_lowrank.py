@@ -207,6 +207,15 @@ def test_cores_stand_for_the_updates_and_hold_the_ones() -> None:
         assert (Q_V.T.sum(1) - cores.frame.columns).abs().max() < 1e-13
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_an_expert_without_an_update_has_cores_of_zeros(first: int) -> None:
+    (U, V), ranks = factors(30, 20, (3,))[0], (first, 3 - first)
+    updates = LowRank(tuple(U[:, :r] for r in ranks), tuple(V[:r] for r in ranks))
+    for cores in (both_sides(updates), left_side(updates)):
+        assert relative_error(cores.frame.rows, cores.Q_U.sum(0)) < 1e-13
+        assert [bool(core.any()) for core in cores.values] == [r > 0 for r in ranks]
+
+
 def test_dependent_factors_add_no_direction() -> None:
     U, V = randn(30, 3), randn(3, 20, seed=1)
     cores = both_sides(LowRank((U, 1e-9 * U, 0 * U), (V, randn(3, 3) @ V, randn(3, 20, seed=2))))

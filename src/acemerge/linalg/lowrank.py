@@ -93,7 +93,8 @@ def left_side(updates: LowRank) -> Cores:
 
 def _with_ones(blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Q, `Q^T 1` (p, 1) and the `Q^T block_t` of 1 and the blocks."""
-    Q, parts = _basis((torch.ones_like(blocks[0][:, :1]), *blocks))
+    one = blocks[0].new_ones(len(blocks[0]), 1)  # of no block: an expert without an update has no columns
+    Q, parts = _basis((one, *blocks))
     return Q, *parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -23,7 +23,7 @@ _VOCABULARY = 20_000  # a tensor with a longer side is averaged
 Ridge = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="ridge, as a share of the mean diagonal of sum G_t")
 ]
-Power = Annotated[Literal[0, 1, 2], Field(description="second moments are divided by n_t^(p/2)")]
+Power = Annotated[int, Field(ge=0, le=2, description="second moments are divided by n_t^(p/2)")]
 
 
 @dataclass(frozen=True)
