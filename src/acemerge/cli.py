@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_evaluation, cli_inspect, cli_report, show
+from acemerge import api, cli_evaluation, cli_inspect, cli_report, cli_ui, show
 from acemerge.cli_options import (
     AllowPickle,
     AsLora,
@@ -167,6 +167,7 @@ _merging_command(_merge)
 _merging_command(_plan)
 cli_inspect.register(app, out_console, err_console)
 cli_report.register(app, out_console, err_console)
+cli_ui.register(app, out_console, err_console)
 
 
 @app.command()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,7 +19,8 @@ from acemerge.api import MergeReport
 from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
 from acemerge.jobs import Plan
-from acemerge.methods import METHODS, Method
+from acemerge.methods import METHODS
+from acemerge.methods.about import parameters, summary
 from acemerge.run import OnProgress
 from acemerge.run import Progress as Finished
 
@@ -192,8 +191,8 @@ def methods(console: Console, name: str | None) -> None:
         rows = [
             (
                 rule.name,
-                ", ".join(f"{key}={default}" for key, default, _ in _parameters(rule)),
-                _first_sentence(rule),
+                ", ".join(f"{p.name}={p.default}" for p in parameters(rule)),
+                summary(rule),
                 rule.source,
             )
             for rule in METHODS.values()
@@ -204,7 +203,7 @@ def methods(console: Console, name: str | None) -> None:
         raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
     rule = METHODS[name]
     say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
-    table(console, ("parameter", "default", "meaning"), _parameters(rule))
+    table(console, ("parameter", "default", "meaning"), [(p.name, p.default, p.meaning) for p in parameters(rule)])
 
 
 def table(
@@ -222,21 +221,6 @@ def table(
 def say(console: Console, text: str) -> None:
     """Plain text: names from files are never read as markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def _first_sentence(rule: type[Method]) -> str:
-    paragraph = (inspect.getdoc(rule) or "").split("\n\n")[0]
-    return " ".join(paragraph.split())
-
-
-def _parameters(rule: type[Method]) -> list[tuple[str, Any, str]]:
-    """Name, default and meaning of each parameter of a rule."""
-    hints = get_type_hints(rule, include_extras=True)
-    rows = []
-    for parameter in dataclasses.fields(rule):  # type: ignore[arg-type]
-        about = [m for m in getattr(hints[parameter.name], "__metadata__", ()) if isinstance(m, FieldInfo)]
-        rows.append((parameter.name, parameter.default, (about[0].description or "") if about else ""))
-    return rows
 
 
 def size(count: float) -> str:
