@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from acemerge.ui.folders import Folders, Listing
 from acemerge.ui.guard import Guard
 from acemerge.ui.runner import Runner, State, line
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
+from commands import failed, run
 
 HOSTILE = "<img src=x onerror=alert(1)>${alert(2)}{{alert(3)}}"
 
@@ -107,6 +109,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_reason(shelf: Folders) -> No
     listing = shelf.find()
     assert len(listing.found) == 3
     assert listing.passed_over[0].startswith(str(Path("models/e1/config.json").resolve()))
+
+
+def test_the_command_says_what_is_missing(
+    shelf: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed(run(capsys, "ui", "models", "nowhere"), 3, "nowhere: no such folder; name folders")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    failed(run(capsys, "ui", "models"), 2, r"the page needs gradio, .*; pip install 'acemerge\[ui\]'")
 
 
 # --- choices -------------------------------------------------------------------------------------------------

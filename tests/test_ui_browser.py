@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from acemerge.errors import UsageError
 from acemerge.methods import METHODS
 from acemerge.methods.about import summary
 from acemerge.run import OnProgress, Progress
@@ -231,3 +232,14 @@ def test_no_file_is_served_even_to_its_own_page(desk: Desk) -> None:
         request.add_header("Cookie", f"{cookie['name']}={cookie['value']}")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(request)
+
+
+def test_it_listens_at_this_machine_alone_and_where_it_is_told(desk: Desk) -> None:
+    assert desk.server.origin == f"http://127.0.0.1:{desk.server.port}"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", desk.server.port), timeout=5)
+    folders = Folders([desk.folder])
+    with pytest.raises(UsageError, match=f"127.0.0.1:{desk.server.port}: cannot listen there: .*; choose another"):
+        Server(folders, port=desk.server.port)
+    with pytest.raises(UsageError, match="192.0.2.1: cannot listen there"):
+        Server(folders, host="192.0.2.1")
