@@ -241,5 +241,5 @@ def test_it_listens_at_this_machine_alone_and_where_it_is_told(desk: Desk) -> No
     folders = Folders([desk.folder])
     with pytest.raises(UsageError, match=f"127.0.0.1:{desk.server.port}: cannot listen there: .*; choose another"):
         Server(folders, port=desk.server.port)
-    with pytest.raises(UsageError, match="192.0.2.1: cannot listen there"):
+    with pytest.raises(UsageError, match=r"192\.0\.2\.1: cannot listen there"):
         Server(folders, host="192.0.2.1")
