@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,23 +11,16 @@ import pytest
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
 from acemerge.report.scores import scores_of
+from browser import chromium, hold_like_a_phone, needs_browser, prefer, wait
 from test_report import HOSTILE, many
 from test_report_scores import content
 
-pytest.importorskip("selenium")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
-
-_FLAGS = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-_FLAGS += ("disable-component-update", "disable-sync", "window-size=1200,900")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A window on the page of a thousand tensors, one of them with a hostile name."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     folder = tmp_path_factory.mktemp("browser")
     manifest, seen = many(1000, 4)
     first = next(iter(seen.tensors))
@@ -37,29 +29,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     page = folder / "report.html"
     scores = scores_of(content({"base": "b", "ace": str(folder)}), folder / "evaluation.json", folder)
     page.write_text(html_page(page_facts(manifest, seen, "", scores)))
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*_FLAGS, f"user-data-dir={folder / 'profile'}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(20)
-    try:
+    with chromium(folder / "profile") as driver:
         open_page(driver, page)
         yield driver
-    finally:
-        driver.quit()
 
 
 def open_page(driver: Any, page: Path) -> None:
     driver.get(page.as_uri())
     wait(driver, "document.documentElement.dataset.drawn === 'yes'")
-
-
-def wait(driver: Any, condition: str) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    WebDriverWait(driver, 20, 0.02).until(lambda d: d.execute_script(f"return {condition}"))
 
 
 def texts(driver: Any, selector: str) -> list[str]:
@@ -129,12 +106,10 @@ def test_it_is_dark_where_the_reader_is_and_fits_a_phone(browser: Any) -> None:
     ground = "return getComputedStyle(document.body).backgroundColor"
     seen = {}
     for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        prefer(browser, scheme)
         seen[scheme] = browser.execute_script(ground)
     assert seen == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 26)"}
-    phone = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    hold_like_a_phone(browser)
     for chart in ("scores", "cosines", "shares", "heat", "spectrum", "time"):
         wait(browser, f"document.querySelector('#chart-{chart} svg').getBoundingClientRect().width <= 360")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360

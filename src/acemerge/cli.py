@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, cli_reproduce, show, show_merge
+from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, cli_reproduce, cli_ui, show, show_merge
 from acemerge.cli_options import (
     AllowPickle,
     AsLora,
@@ -174,6 +174,7 @@ _merging_command(_plan)
 cli_inspect.register(app, out_console, err_console)
 cli_analyse.register(app, out_console, err_console)
 cli_report.register(app, out_console, err_console)
+cli_ui.register(app, out_console, err_console)
 
 
 @app.command()

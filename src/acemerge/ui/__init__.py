@@ -1,0 +1,1 @@
+"""The page of `acemerge ui`: merging in a browser, on this machine alone."""

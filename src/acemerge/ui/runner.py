@@ -1,0 +1,116 @@
+"""One piece of work at a time, in a thread of its own: how far it is, what came of it, and an end to it on demand."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from acemerge.errors import AcemergeError, UsageError
+from acemerge.run import OnProgress, Progress
+
+Phase = Literal["running", "stopping", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Of the last piece of work. `result` is there when it is done, `error` when it failed.
+
+    `seconds` since its present stage began, a stage being what `progress` counts from its beginning to its end.
+    """
+
+    number: int
+    what: str
+    phase: Phase
+    progress: Progress | None = None
+    seconds: float = 0.0
+    result: Any = None
+    error: str = ""
+
+    @property
+    def is_busy(self) -> bool:
+        return self.phase in ("running", "stopping")
+
+
+class Stopped(Exception):  # noqa: N818
+    """Raised within the work where it tells of its progress, when it is to end."""
+
+
+class Runner:
+    """Runs one piece of work at a time. `state` is None until the first; `results` are those of all that is done."""
+
+    def __init__(self) -> None:
+        self.results: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._state: State | None = None
+        self._stage_began = 0.0
+
+    @property
+    def state(self) -> State | None:
+        with self._lock:
+            return self._state
+
+    def start(self, what: str, work: Callable[[OnProgress], Any]) -> None:
+        """Begin; UsageError while something else runs. `work` tells of its progress, which is where it is stopped."""
+        with self._lock:
+            if self._state is not None and self._state.is_busy:
+                raise UsageError("page", f"{self._state.what} is running", "wait for it, or stop it")
+            self._stop.clear()
+            self._stage_began = time.monotonic()
+            self._state = State((self._state.number if self._state else 0) + 1, what, "running")
+            self._thread = threading.Thread(target=self._run, args=(work,), name=f"acemerge-ui-{what}")
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the work to end at its next tensor. What it has written by then is done away with."""
+        self._stop.set()
+        with self._lock:
+            if self._state is not None and self._state.phase == "running":
+                self._state = replace(self._state, phase="stopping")
+
+    def wait(self) -> None:
+        """Until nothing runs."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, work: Callable[[OnProgress], Any]) -> None:
+        try:
+            self._end("done", result=work(self._on_progress))
+        except Stopped:
+            self._end("stopped")
+        except BaseException as failure:
+            self._end("failed", error=line(failure))
+
+    def _on_progress(self, progress: Progress) -> None:
+        with self._lock:
+            assert self._state is not None
+            before, now = self._state.progress, time.monotonic()
+            if before is None or before.stage != progress.stage:
+                self._stage_began = self._stage_began if before is None else now
+            self._state = replace(self._state, progress=progress, seconds=now - self._stage_began)
+        if self._stop.is_set():
+            raise Stopped
+
+    def _end(self, phase: Phase, **found: Any) -> None:
+        with self._lock:
+            assert self._state is not None
+            self._state = replace(self._state, phase=phase, **found)
+            if phase == "done":
+                self.results[self._state.number] = self._state.result
+
+
+def line(failure: BaseException) -> str:
+    """What a person is told of a failure; of a defect of ours, more goes to standard error."""
+    if isinstance(failure, AcemergeError):
+        return str(failure)
+    if isinstance(failure, MemoryError):
+        return "memory: not enough for the largest tensor; use a larger machine"
+    traceback.print_exception(failure, file=sys.stderr)
+    what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+    return f"internal: {what}; see the terminal, and report it"
