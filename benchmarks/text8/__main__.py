@@ -9,7 +9,8 @@ Debian 12. Experts are trained once and kept in the cache (`--cache`, else $ACEM
 folder), one by one, so that a run that was stopped goes on. Every merge is scored with each expert's own head.
 
 `of experts` is the mean over the tasks of accuracy / the expert's own accuracy. The first row with a rule's name is
-the rule at its documented defaults; the others vary one parameter. `slerp` takes two experts and is left out.
+the rule at its documented defaults; the others vary one parameter. Rules that take fewer experts are left out. Those
+that want data get 256 examples of every expert's training.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import calibration_file
 from experts import base_folder, expert
 from picture import draw
 from safetensors.torch import save_file
@@ -33,9 +35,9 @@ from scoring import accuracy, normalised
 from tasks import QUICK, TASKS, Task, build
 
 import acemerge
+from acemerge.methods import make
 
 Run = tuple[str, dict[str, Any]]
-_LEFT_OUT = {"slerp", "regmean", "regmean_pp", "fisher"}  # two experts at most; with data
 _VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
     "ace": {
         "eps": (1e-6, 1e-4, 1e-3, 1e-2),
@@ -73,8 +75,12 @@ def main() -> None:
     for rule, changed in chosen(arguments):
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             out = Path(temporary) / "out"
+            known: dict[str, Any] = {}
+            if make(rule, changed).needs.calibration:
+                own = {task: folders[task.name] for task in tasks}
+                known["calibration"] = calibration_file(own, base, cache, Path(temporary) / "calibration.yaml")
             started = time.perf_counter()
-            acemerge.merge(base, list(folders.values()), method=rule, out=out, quiet=True, **changed)
+            acemerge.merge(base, list(folders.values()), method=rule, out=out, quiet=True, **known, **changed)
             seconds = time.perf_counter() - started
             scores = score(merged_models(out, base, list(folders), Path(temporary)))
         rows.append({"rule": rule, **changed, "scores": scores, "seconds": round(seconds, 2)})
@@ -110,7 +116,11 @@ def default_cache() -> Path:
 
 def chosen(arguments: argparse.Namespace) -> Iterator[Run]:
     """Rules at their defaults, then with one parameter changed."""
-    rules = arguments.rules.split(",") if arguments.rules else list(_QUICK_RULES if arguments.quick else every_rule())
+    rules = (
+        arguments.rules.split(",")
+        if arguments.rules
+        else list(_QUICK_RULES if arguments.quick else rules_for(len(TASKS)))
+    )
     yield from ((rule, {}) for rule in rules)
     varied = {} if arguments.quick else _VARIED
     for rule in rules:
@@ -118,8 +128,10 @@ def chosen(arguments: argparse.Namespace) -> Iterator[Run]:
             yield from ((rule, {name: value}) for value in values)
 
 
-def every_rule() -> list[str]:
-    return [name for name in acemerge.METHODS if name not in _LEFT_OUT and not name.startswith("mergekit_")]
+def rules_for(experts: int) -> list[str]:
+    """All that take so many; mergekit's own variants of them are left out."""
+    known = {name: make(name, {}).needs for name in acemerge.METHODS if not name.startswith("mergekit_")}
+    return [name for name, needs in known.items() if (needs.most_experts or experts) >= experts]
 
 
 def merged_models(out: Path, base: Path, labels: list[str], temporary: Path) -> dict[str, Path]:
