@@ -125,7 +125,7 @@ def _yaml(block: Block, module: types.ModuleType, printed: str) -> str:
     if "tasks" in content:
         asked = Path("page-tasks.yaml")  # the page's commands have tasks of their own, whose data is there
         asked.write_text(block.text)
-        load_tasks(asked)
+        load_tasks(asked, labelled=False)  # calibration wants no labels
         return ""
     recipe = Path("mergekit.yml" if "merge_method" in content else "recipe.yaml")
     recipe.write_text(block.text)

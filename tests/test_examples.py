@@ -32,7 +32,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"up.weight": torch.ones(2, 3)}, root / "old/pytorch_model.bin")
     for name in ("a", "b"):
         write_checkpoint(root / name, llama_tensors(layers=24), LLAMA | {"num_hidden_layers": 24})
-    for task, classes in (("math", 3), ("code", 2)):
+    for task, classes in (("math", 3), ("code", 2), ("chat", 2)):
         labels = [i % classes for i in range(6)]
         write_tsv(root / f"{task}.tsv", {"s": sentences(6, seed=1), "y": labels})
     tasks = [
@@ -44,9 +44,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "label": "y",
             "expert": f"./{task}",
         }
-        for task in ("math", "code")
+        for task in ("math", "code", "chat")
     ]
     write_tasks(root, *tasks, resamples=100)
+    shutil.copy(root / "tasks.yaml", root / "test.yaml")
     for name, text in {"recipe.yaml": RECIPE, "recipe.yml": MERGEKIT, "mergekit.yml": MERGEKIT}.items():
         (root / name).write_text(text)
     return root

@@ -67,7 +67,8 @@ def rule_page(rule: type[Method]) -> str:
     ready = make(rule.name, {})
     params = {p.name: getattr(ready, p.name) for p in parameters(rule)}
     own = {name: value for name, value in params.items() if name != "scale" and value is not None}
-    recipe = {"method": {"name": rule.name, **own}, "base": "./base", "experts": ["./math", "./code"]}
+    data = {"calibration": "./tasks.yaml"} if ready.needs.calibration else {}
+    recipe = {"method": {"name": rule.name, **own}, "base": "./base", "experts": ["./math", "./code"], **data}
     settings = [f"--set {name}={_value(value)}" for name, value in own.items() if isinstance(value, int | float | str)]
     return _PAGE.format(
         name=rule.name,
@@ -75,7 +76,7 @@ def rule_page(rule: type[Method]) -> str:
         parameters="\n".join(_parameter(rule, p) for p in parameters(rule)),
         needs="\n".join(f"- {line}" for line in _needs(ready)),
         recipe=yaml.safe_dump(recipe | {"scale": ready.scale}, sort_keys=False, default_flow_style=None, width=100),
-        method=" ".join([f"--method {rule.name}", *settings]),
+        method=" ".join([f"--method {rule.name}", *settings, *(f"--{key} {value}" for key, value in data.items())]),
     )
 
 
@@ -96,6 +97,7 @@ def _needs(rule: Method) -> list[str]:
         (needs.matrix, "Weights of linear layers only; the [policy](../concepts/policies.md) averages other tensors."),
         (not needs.matrix, "Tensors of any shape."),
         (needs.base, "The base's weights, not only the task vectors."),
+        (needs.calibration is not None, "[Examples](../calibration.md) of what each expert was trained for."),
         (needs.keep is not None, "Thresholds over the whole model: the checkpoints are read twice before the merge."),
         (needs.most_experts is not None, f"At most {needs.most_experts} experts."),
         (needs.experts is not None, f"Exactly {needs.experts} experts."),
