@@ -19,6 +19,7 @@ from acemerge.methods import make
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 from builders import write_checkpoint
+from memory_probe import added_by
 
 # The import of torch is resident before the merge starts; what counts is what the merge adds.
 _MEASURE = """
@@ -119,28 +120,9 @@ def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None
     assert int(done.stdout) < bound < 0.6 * (experts + 1) * nbytes  # it cannot have held all of them
 
 
-_ONE_LAYER = """
-import ctypes, json, sys
-import torch
-import acemerge
-name, T, *sides = sys.argv[1:]
-torch.set_num_threads(2)
-def kilobytes(key): return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key))
-acemerge.merge_deltas(torch.randn(int(T), 64, 64), name)
-deltas = 0.02 * torch.randn(int(T), *map(int, sides), generator=torch.Generator().manual_seed(0))
-ctypes.CDLL("libc.so.6").malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
-before = kilobytes("VmRSS")
-acemerge.merge_deltas(deltas, name)
-print(json.dumps((kilobytes("VmHWM") - before) * 1024))
-"""
-
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("sides", [(1024, 1024), (384, 1536)], ids=str)
 @pytest.mark.parametrize("name", ["ties", "emr", "ace", "tact", "kron", "swudi_a", "tsv_m", "iso_cts", "svc"])
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
-    words = [name, "3", *map(str, sides)]
-    done = subprocess.run([sys.executable, "-c", _ONE_LAYER, *words], capture_output=True, text=True, check=True)
     counted = make(name, {}).needs.work.entries(3, *sides) * 4
-    assert json.loads(done.stdout) < counted + 30_000_000  # threads and blocks; the plan allows 500 MB
+    assert added_by(name, 3, sides) < counted + 30_000_000  # threads and blocks; the plan allows 500 MB

@@ -1,0 +1,45 @@
+"""How much memory a rule takes for one layer, measured in a process that has done nothing else."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+from multiprocessing.connection import Connection
+
+import torch
+
+import acemerge
+
+# Its server has this module, and so torch, imported already.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["memory_probe"])
+
+
+def added_by(name: str, experts: int, sides: tuple[int, int]) -> int:
+    """Bytes on top of the task vectors at the high-water mark of a merge by the rule's defaults."""
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_measure, args=(name, experts, sides, theirs))
+    process.start()
+    theirs.close()
+    try:
+        found: int = ours.recv()
+    finally:
+        process.join()
+    return found
+
+
+def _measure(name: str, experts: int, sides: tuple[int, int], answer: Connection) -> None:
+    torch.set_num_threads(2)
+    acemerge.merge_deltas(torch.randn(experts, 64, 64), name)
+    deltas = 0.02 * torch.randn(experts, *sides, generator=torch.Generator().manual_seed(0))
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts again from here
+    before = _kilobytes("VmRSS")
+    acemerge.merge_deltas(deltas, name)
+    answer.send((_kilobytes("VmHWM") - before) * 1024)
+
+
+def _kilobytes(key: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
