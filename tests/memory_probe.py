@@ -30,7 +30,7 @@ def added_by(name: str, experts: int, sides: tuple[int, int]) -> int:
 
 def _measure(name: str, experts: int, sides: tuple[int, int], answer: Connection) -> None:
     torch.set_num_threads(2)
-    acemerge.merge_deltas(torch.randn(experts, 64, 64), name)
+    acemerge.merge_deltas(torch.randn(experts, 256, 256), name)  # what libraries keep for every thread is there then
     deltas = 0.02 * torch.randn(experts, *sides, generator=torch.Generator().manual_seed(0))
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
