@@ -30,8 +30,16 @@ def slack(deltas: Tensor, name: str) -> float:
     Never more than 1e-6, so that no draw lets everything pass.
     """
     stats = result(deltas, name, **dict(RULES[name].params)).stats
-    spread = torch.linalg.cond(deltas).max().item() * torch.linalg.cond(deltas.sum(0)).item()
+    spread = torch.linalg.cond(deltas).max().item() * torch.linalg.cond(deltas.sum(0)).item() * crowding(deltas)
     return min(1e-6, 1e-12 * max(1.0, stats.get("condition", 1.0), spread if RULES[name].rank else 1.0))
+
+
+def crowding(deltas: Tensor) -> float:
+    """How near to dependent the experts' leading singular vectors are, which tsv_m and iso_cts make orthogonal."""
+    U, _, Vh = torch.linalg.svd(deltas, full_matrices=False)
+    k = max(1, min(deltas.shape[1:]) // len(deltas))
+    sides = torch.cat([*U[:, :, :k]], 1), torch.cat([*Vh[:, :k]], 0)
+    return max(torch.linalg.cond(side).item() for side in sides)
 
 
 def differs(found: Tensor, expected: Tensor, deltas: Tensor) -> float:

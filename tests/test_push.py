@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,7 @@ def test_push(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str
     words = put(hub, plain)
     code, printed, errors = run(capsys, "merge", *words, "-o", "out", "--push", "org/new")
     assert (code, errors) == (0, "")
-    assert printed.endswith(f"uploaded to {hub.address}/org/new\n")
+    assert f"\nuploaded to {hub.address}/org/new\n" in printed
     assert [(asked["name"], asked["visibility"]) for asked in hub.created] == [("new", "private")]
     assert len(hub.commits) == 1
     assert hub.repositories["org/new"].head == contents(Path("out"))
@@ -124,17 +122,3 @@ def test_a_push_that_cannot_be_is_refused_before_the_work(
     assert not Path("out").exists()
     with pytest.raises(UsageError, match="no output to upload"):
         acemerge.merge("org/base", ["org/e1"], push="org/new")
-
-
-@pytest.mark.usefixtures("token")
-def test_the_commands_of_the_readme(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    put(hub, plain)
-    hub.repositories["org/math"] = hub.repositories["org/e1"]
-    hub.repositories["org/base"].commit(hub.repositories["org/base"].head, "v1.0")
-    (plain.root / "e2").rename("code")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (block,) = (block for block in re.findall(r"```sh\n(.*?)```", readme, re.DOTALL) if "--push" in block)
-    for command in block.splitlines():
-        code, _, errors = run(capsys, *shlex.split(command, comments=True)[1:])
-        assert (code, errors) == (0, "")
-    assert hub.repositories["org/merged"].head == contents(Path("merged"))
