@@ -53,6 +53,7 @@ RULES = {
     "knots": Traits(rank=True),
     "core_space": Traits(rotates=True, rank=True),
     "ace": Traits(scales=False, rank=True),
+    "ace_auto": Traits(returns=True, rotates=True, rank=True),
     "anchored": Traits(rotates=True, rank=True),
     "kron": Traits(rotates=True, params=tuple(EXACT["kron"].items())),
     "actmat": Traits(returns=True, rotates=True, rank=True),

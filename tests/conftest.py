@@ -7,7 +7,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as the command line has it; 
 
 from jaxtyping import install_import_hook
 
-FAMILIES = ("ace", "actmat", "anchored", "calibrated", "election", "elementwise", "factors", "fusion", "kron", "lora")
+FAMILIES = (
+    "ace",
+    "ace_auto",
+    "actmat",
+    "anchored",
+    "calibrated",
+    "election",
+    "elementwise",
+    "factors",
+    "fusion",
+    "kron",
+    "lora",
+)
 FAMILIES += ("masks", "mergekit_sum", "mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")
 install_import_hook(
     ["acemerge.inspection", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype"

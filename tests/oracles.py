@@ -274,6 +274,20 @@ def swudi_a(deltas: Tensor, weights: Sequence[float] | None = None, anchor: str 
     return X0 - X0 @ V @ V.T + B @ V @ (1 / ell).diag() @ V.T
 
 
+def ace_auto(deltas: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Every second moment shrunk by the formula of oracle approximating shrinkage, of its eigenvalues."""
+    D, w = deltas.double(), factors(len(deltas), weights)
+    n, p = D.shape[1:]
+    R = []
+    for f, d in zip(w, D, strict=True):
+        S = d.T @ d / d.square().sum()
+        squares = torch.linalg.svdvals(S).square().sum().item()
+        low = (n + 1 - 2 / p) * (squares - 1 / p)
+        rho = min(0.99, ((1 - 2 / p) * squares + 1) / low) if p > 1 and low > 0 else 0.99
+        R.append(f * ((1 - rho) * S + rho / p * torch.eye(p, dtype=torch.float64)))
+    return sum(d @ r for d, r in zip(D, R, strict=True)) @ torch.linalg.inv(sum(R))
+
+
 def anchored(deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 1.0, p: int = 1) -> Tensor:
     D, w = deltas.double(), factors(len(deltas), weights)
     G = [f * d.T @ d / d.square().sum() ** (p / 2) for f, d in zip(w, D, strict=True)]

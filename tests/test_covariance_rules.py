@@ -16,6 +16,7 @@ from oracles import EXACT, average, relative_error, task_vectors
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 40), (40, 3)]
 WEIGHTS = [2.0, 0.5, 1.5, 3.0]
 RULES: dict[str, Callable[..., Tensor]] = {
+    "ace_auto": oracles.ace_auto,
     "anchored": oracles.anchored,
     "kron": oracles.kron,
     "actmat": oracles.actmat,

@@ -30,6 +30,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("task_arithmetic", {}),
     ("ace", {"eps": 1e-2}),
     ("ace", {"eps": 1e-2, "tau": -1.0, "k_frac": 0.1}),
+    ("ace_auto", {}),
     ("anchored", {}),
     ("kron", EXACT["kron"]),
     ("actmat", {"lam": 1e-2}),

@@ -36,6 +36,7 @@ CORED: list[tuple[str, dict]] = [
     ("ace", {"eps": 1e-2, "tau": 1e9}),
     ("ace", {"eps": 1e-2, "tau": -1.0, "k_frac": 0.1}),
     ("ace", {"eps": 1e-2, "tau": -1.0, "ablation": "E2"}),
+    ("ace_auto", {}),
     ("anchored", {}),
     ("anchored", {"lam": 0.3, "p": 2}),
     ("kron", oracles.EXACT["kron"]),

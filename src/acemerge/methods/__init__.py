@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from acemerge.methods.ace import Ace
+from acemerge.methods.ace_auto import AceAuto
 from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.anchored import Anchored
 from acemerge.methods.base import Calibration, Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
@@ -60,6 +61,7 @@ for _rule in (
     Knots,
     CoreSpace,
     Ace,
+    AceAuto,
     Anchored,
     Kron,
     Actmat,
