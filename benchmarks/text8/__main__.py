@@ -54,7 +54,8 @@ _QUICK_RULES = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat"
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    tasks = [task for task in TASKS if not arguments.quick or task.name in QUICK]
+    names = arguments.tasks.split(",") if arguments.tasks else QUICK if arguments.quick else [t.name for t in TASKS]
+    tasks = [task for task in TASKS if task.name in names]
     cache = arguments.cache
     folders = {task.name: expert(task, cache, arguments.seed, arguments.quick) for task in tasks}
     base = base_folder(cache)
@@ -97,6 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="text8", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="four tasks, a quarter of the steps, eight rules")
     parser.add_argument("--seed", type=int, default=0, help="of the experts' training")
+    parser.add_argument("--tasks", help="comma-separated; all eight when not given, four with --quick")
     parser.add_argument("--rules", help="comma-separated; all at their defaults, and variations, when not given")
     parser.add_argument("--held-out", type=int, help="examples to score on; 1,000, or 250 with --quick")
     parser.add_argument("--cache", type=Path, default=default_cache())

@@ -22,7 +22,7 @@ def draw(rows: Sequence[tuple[str, Mapping[str, float]]], experts: Mapping[str, 
         axes.plot([found[number] for found in shares], places, "o", markersize=4, label=task)
     axes.axvline(100, color="0.4", linewidth=0.8)
     axes.set_yticks(places, names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top, no room beyond the bars
     axes.set_xlim(left=0)
     axes.set_xlabel("accuracy, % of the expert's own (bar: mean over tasks)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
