@@ -102,13 +102,13 @@ def published(folder: Path, earlier: Mapping[str, bytes]) -> dict[str, bytes]:
     return {name: found[name] for name in earlier if name in found}
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["acemerge.api", "acemerge.cli", "attacks.merging"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["acemerge.api", "acemerge.cli", "attacks.merging"])
 
 
 def in_process(target: Any, *arguments: Any) -> BaseProcess:
     """Start `target` in a process of its own, forked from one that has imported everything."""
-    process = _CONTEXT.Process(target=_exiting, args=(target, *arguments))
+    process = CONTEXT.Process(target=_exiting, args=(target, *arguments))
     process.start()
     return process
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 from multiprocessing.connection import Connection
 
 import torch
 
 import acemerge
-
-# Its server has this module, and so torch, imported already.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["memory_probe"])
+from attacks.merging import CONTEXT  # one server for all, which has imported torch already
 
 
 def added_by(name: str, experts: int, sides: tuple[int, int]) -> int:
     """Bytes on top of the task vectors at the high-water mark of a merge by the rule's defaults."""
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_measure, args=(name, experts, sides, theirs))
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_measure, args=(name, experts, sides, theirs))
     process.start()
     theirs.close()
     try:
