@@ -89,7 +89,7 @@ def shrinkage(D: Float[Tensor, "out in"], sides: tuple[int, int]) -> float:
     out, columns = sides
     if columns == 1:
         return _MOST
-    gram = symmetric_product(D if D.shape[0] < D.shape[1] else D.T)
+    gram = symmetric_product(D.T if D.shape[0] < D.shape[1] else D)
     f = float((gram / gram.trace()).square().sum())  # of the smaller Gram matrix: the other one's is the same
     spread = (out + 1 - 2 / columns) * (f - 1 / columns)
     return _MOST if spread <= 0 else min(_MOST, ((1 - 2 / columns) * f + 1) / spread)
