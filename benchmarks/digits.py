@@ -1,6 +1,6 @@
 """Every data-free rule at its defaults on the demo's six vision experts.
 
-    .venv/bin/acemerge demo -o digits                    # trains a base and its experts, in about a minute
+    acemerge demo -o digits                              # trains a base and its experts, in about a minute
     .venv/bin/python benchmarks/digits.py digits
 
 597 held-out images a task, each with its expert's own head. `of experts` is the mean over the tasks of accuracy / the
