@@ -56,6 +56,7 @@ RULES = {
     "ace_auto": Traits(returns=True, rotates=True, rank=True),
     "anchored": Traits(rotates=True, rank=True),
     "kron": Traits(rotates=True, params=tuple(EXACT["kron"].items())),
+    "kron_auto": Traits(rotates=True, params=tuple(EXACT["kron_auto"].items())),
     "actmat": Traits(returns=True, rotates=True, rank=True),
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
     "wudi": Traits(scales=False),

@@ -18,6 +18,7 @@ FAMILIES = (
     "factors",
     "fusion",
     "kron",
+    "kron_auto",
     "lora",
 )
 FAMILIES += ("masks", "mergekit_sum", "mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")

@@ -33,6 +33,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("ace_auto", {}),
     ("anchored", {}),
     ("kron", EXACT["kron"]),
+    ("kron_auto", EXACT["kron_auto"]),
     ("actmat", {"lam": 1e-2}),
     ("swudi_a", {}),
     ("tsv_m", {}),

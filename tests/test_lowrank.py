@@ -40,6 +40,7 @@ CORED: list[tuple[str, dict]] = [
     ("anchored", {}),
     ("anchored", {"lam": 0.3, "p": 2}),
     ("kron", oracles.EXACT["kron"]),
+    ("kron_auto", oracles.EXACT["kron_auto"]),
     ("actmat", {}),
     ("actmat", {"lam": 1e-2, "p": 1}),
     ("swudi_a", {}),

@@ -126,7 +126,9 @@ def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize("sides", [(1024, 1024), (384, 1536)], ids=str)
-@pytest.mark.parametrize("name", ["ties", "emr", "ace", "tact", "kron", "swudi_a", "tsv_m", "iso_cts", "svc"])
+@pytest.mark.parametrize(
+    "name", ["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "iso_cts", "svc"]
+)
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
     counted = make(name, {}).needs.work.entries(3, *sides) * 4
     assert added_by(name, 3, sides) < counted + 30_000_000  # threads and blocks; the plan allows 500 MB

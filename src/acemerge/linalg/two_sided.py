@@ -17,7 +17,22 @@ from acemerge.linalg.gram import add_lower, mirror, symmetric_product
 from acemerge.linalg.solve import invert
 from acemerge.shapes import Float, Tensor
 
+_SMALL = 512  # layers with no longer side are solved in float64, where that costs little
+_FINEST = 1e-5  # and all where a smaller residual is asked for
+_HIDDEN = 3e-3  # of the largest: singular values below it are inexact, from a Gram matrix in float32
+_HIDDEN_SHARE = 1e-3
+
 Map = Callable[[Tensor], Tensor]  # of matrices (out, in) to such, linear
+
+
+def solving_dtype(deltas: Float[Tensor, "T out in"], tol: float) -> torch.dtype:
+    """What layers of this size are solved in, to this residual."""
+    return torch.float64 if max(deltas.shape[1:]) <= _SMALL or refines(tol) else deltas.dtype
+
+
+def refines(tol: float) -> bool:
+    """Whether a residual is too small for float32."""
+    return tol < _FINEST
 
 
 @dataclass(frozen=True)
@@ -42,12 +57,9 @@ def root_sides(D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float
     """`A = sqrt(w) (D D^T)^(1/2)` and `S = sqrt(w) (D^T D)^(1/2)`, each over its mean eigenvalue, the trace over its
     size in `sizes`. D is not zero and has no more columns than rows.
 
-    With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`. V and s come from the smaller Gram
-    matrix in float64; what its rounding hides, below 1e-7 of the largest s or so, is left out.
+    With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`.
     """
-    values, V = torch.linalg.eigh(symmetric_product(D.double()))
-    kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    s, V = values[kept].sqrt(), V[:, kept]
+    s, V = _right_singular(D.double())
     out, columns = (weight**0.5 * size / float(s.sum()) for size in sizes)  # mean eigenvalue one
     P = D.to(dtype) @ (V * (out / s).sqrt()).to(dtype)  # U sqrt(s) = D V / sqrt(s)
     Q = (V * (columns * s).sqrt()).to(dtype)
@@ -55,6 +67,74 @@ def root_sides(D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float
     if not forms_sides(D.shape[0], D.shape[1], len(s)):
         return Sides(P, Q, False, pull)
     return Sides(symmetric_product(P.T), symmetric_product(Q.T), True, pull)
+
+
+def _right_singular(D: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "in r"]]:
+    """Singular values, ascending, and right singular vectors of D, which has no more columns than rows.
+
+    From the smaller Gram matrix, in D's type; in float64 what its rounding hides, below 1e-7 of the largest or so, is
+    left out.
+    """
+    values, V = torch.linalg.eigh(symmetric_product(D))
+    floor = values[-1] * len(values) * torch.finfo(values.dtype).eps if D.dtype == torch.float64 else 0.0
+    kept = values > floor
+    return values[kept].sqrt(), V[:, kept]
+
+
+@dataclass(frozen=True)
+class Spiked:
+    """One expert's `A = P P^T + a I` and `S = Q Q^T + b I`, `floors` (a, b), and `wanted`, its `A D S`."""
+
+    P: Float[Tensor, "out k"]
+    Q: Float[Tensor, "in k"]
+    floors: tuple[float, float]
+    wanted: Float[Tensor, "out in"]
+
+
+def spiked_sides(
+    D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float, k: int, dtype: torch.dtype
+) -> Spiked | None:
+    """As `root_sides`, but with all eigenvalues beyond the k largest at their mean: what rounding and chance make of
+    small directions is not told apart, and A and S are k directions and a multiple of I.
+
+    None in float32 where it would not do: more than a thousandth of the sum of the singular values is of those that the
+    rounding of a Gram matrix reaches.
+    """
+    s, V = _right_singular(D.to(dtype))
+    if dtype == torch.float32 and float(s[s < _HIDDEN * s[-1]].sum()) > _HIDDEN_SHARE * float(s.sum()):
+        return None
+    top, V = s[-k:], V[:, -k:]
+    rest = float(s.sum() - top.sum())
+    floors = [rest / (size - len(top)) if size > len(top) else 0.0 for size in sizes]
+    out, columns = (weight**0.5 * size / float(s.sum()) for size in sizes)  # mean eigenvalue one
+    U = D.to(dtype) @ (V / top).to(dtype)
+    spikes = [(top - floor).clamp_min(0).sqrt() for floor in floors]
+    faint = floors[0] * floors[1]
+    wanted = (U * (top * (top.square() - faint)).to(dtype)) @ V.T.to(dtype)
+    wanted.add_(D.to(dtype), alpha=faint).mul_(out * columns)
+    return Spiked(
+        U.mul_((spikes[0] * out**0.5).to(dtype)),
+        (V * (spikes[1] * columns**0.5)).to(dtype),
+        (floors[0] * out, floors[1] * columns),
+        wanted,
+    )
+
+
+def spiked_sum(sides: Sequence[Spiked]) -> Map:
+    """`X -> sum_t A_t X S_t`, the P_t side by side: two products with all of them, and small ones for each."""
+    P = torch.cat([one.P for one in sides], 1)  # (out, K)
+    shared = P.new_zeros(len(sides[0].Q), len(sides[0].Q))  # sum_t a_t S_t
+    for one in sides:
+        add_lower(shared, one.Q.T, one.floors[0])
+    mirror(shared).diagonal().add_(sum(one.floors[0] * one.floors[1] for one in sides))
+    parts = [(one.Q, one.floors[1]) for one in sides]
+
+    def applied(X: Tensor) -> Tensor:
+        inner = (P.T @ X).split([Q.shape[1] for Q, _ in parts])
+        weighed = [torch.add((Z @ Q) @ Q.T, Z, alpha=b) for Z, (Q, b) in zip(inner, parts, strict=True)]
+        return torch.addmm(X @ shared, P, torch.cat(weighed))
+
+    return applied
 
 
 def forms_sides(rows: int, columns: int, rank: int) -> bool:
@@ -68,70 +148,103 @@ def preconditioner(sides: Sequence[Sides], ridge: float) -> Map:
     The inverse of H if all A_t were alike and all S_t, up to the cross terms of the two dampings (as Martens and Grosse
     2015, arXiv 1503.05671, for the Fisher matrix of a layer): two Cholesky factors, no eigenvectors.
     """
-    of_rows = _damped_inverse([(one.left, one.formed) for one in sides], ridge**0.5)
-    of_columns = _damped_inverse([(one.right, one.formed) for one in sides], ridge**0.5)
+    shares = [len(sides) ** -0.5] * len(sides)
+    of_rows = _damped_inverse([(one.left, one.formed) for one in sides], shares, ridge**0.5)
+    of_columns = _damped_inverse([(one.right, one.formed) for one in sides], shares, ridge**0.5)
     return lambda X: of_columns(of_rows(X.T).T)
 
 
-def _damped_inverse(parts: Sequence[tuple[Tensor, bool]], damping: float) -> Map:
-    """`X -> X (sum_t B_t / sqrt(T) + damping I)^(-1)`, each B_t given itself, if formed, or by its F with `B = F F^T`.
+def pooled_inverse(sides: Sequence[Spiked], shares: Sequence[float], damping: float) -> Map:
+    """`X -> L^(-1) X R^(-1)`, `L = sum_t f_t A_t + damping I` and R of the S_t alike, f the shares."""
+    of_rows, of_columns = (
+        _damped_inverse(
+            [(one.Q if side else one.P, False) for one in sides],
+            shares,
+            damping + sum(f * one.floors[side] for f, one in zip(shares, sides, strict=True)),
+        )
+        for side in (0, 1)
+    )
+    return lambda X: of_columns(of_rows(X.T).T)
+
+
+def _damped_inverse(parts: Sequence[tuple[Tensor, bool]], shares: Sequence[float], damping: float) -> Map:
+    """`X -> X (sum_t f_t B_t + damping I)^(-1)`, f the shares, each B_t given itself, if formed, or by its F with
+    `B = F F^T`.
 
     Where all are given by factors that together have fewer columns than rows, in the space of these columns (Woodbury).
     """
-    T, n = len(parts), len(parts[0][0])
+    n = len(parts[0][0])
     if not any(formed for _, formed in parts) and sum(F.shape[1] for F, _ in parts) < n:
-        F = torch.cat([F for F, _ in parts], 1).mul_(T**-0.25)
+        F = torch.cat([share**0.5 * F for (F, _), share in zip(parts, shares, strict=True)], 1)
         K = symmetric_product(F)
         K.diagonal().add_(damping)
         inner = invert(K)
         return lambda X: (X - inner(X @ F) @ F.T).div_(damping)
     total = parts[0][0].new_zeros(n, n)
-    for part, formed in parts:
+    for (part, formed), share in zip(parts, shares, strict=True):
         if not formed:
-            add_lower(total, part.T, T**-0.5)
+            add_lower(total, part.T, share)
     mirror(total)
-    for part, formed in parts:
+    for (part, formed), share in zip(parts, shares, strict=True):
         if formed:
-            total.add_(part, alpha=T**-0.5)
+            total.add_(part, alpha=share)
     total.diagonal().add_(damping)
     return invert(total)
 
 
 @dataclass(frozen=True)
 class Descent:
-    """Where conjugate gradients ended: X, after so many steps, with this residual relative to that of X = 0."""
+    """Where conjugate gradients ended: X, after so many steps, with this residual relative to that of X = 0.
+
+    `pulled` is `<X, P X>`, 0 where there is no ridge.
+    """
 
     X: Float[Tensor, "out in"]
     steps: int
     residual: float
+    pulled: float = 0.0
 
 
 def conjugate_gradients(
-    apply: Map, precondition: Map, B: Float[Tensor, "out in"], steps: int, tol: float, floor: float = 0.0
+    apply: Map,
+    precondition: Map,
+    B: Float[Tensor, "out in"],
+    steps: int,
+    tol: float,
+    floor: float = 0.0,
+    ridge: float = 0.0,
 ) -> Descent:
-    """Solve `H(X) = B` from X = 0 until `||B - H(X)||_F <= tol ||B||_F`, in `steps` steps at most; `apply` is H.
+    """Solve `H(X) + ridge P(X) = B` from X = 0 until the residual is at most `tol ||B||_F`, in `steps` steps at most.
 
-    A right-hand side of no more than `floor` in norm is rounding and taken for zero. H and the preconditioner are
-    symmetric and positive definite.
+    `apply` is H, `precondition` the inverse of P, which itself is never applied: where P takes the directions is
+    carried along. A right-hand side of no more than `floor` in norm is rounding and taken for zero. H and P are
+    symmetric and positive definite, H semidefinite where there is a ridge.
     """
     X, size = torch.zeros_like(B), float(B.norm())
     if size <= floor:
         return Descent(X, 0, 0.0)
     R = B / size  # squares of very small or large entries would leave the range of float32
-    direction = precondition(R)
-    descent = _dot(R, direction)
-    taken, residual = 0, 1.0
+    direction = torch.zeros_like(B)
+    pull, pulled = (torch.zeros_like(B) for _ in range(2)) if ridge else (None, None)  # P(direction), P(X)
+    taken, residual, before = 0, 1.0, 1.0
     while residual > tol and taken < steps:
-        image = apply(direction)
-        length = descent / _dot(direction, image)
-        X.add_(direction, alpha=length)
-        R.sub_(image, alpha=length)
-        taken, residual = taken + 1, float(R.norm())
         Z = precondition(R)
-        before, descent = descent, _dot(R, Z)
+        descent = dot(R, Z)
         direction = torch.add(Z, direction, alpha=descent / before)  # a preconditioner may return R itself
-    return Descent(X.mul_(size), taken, residual)
+        image = apply(direction)
+        if pull is not None:
+            pull.mul_(descent / before).add_(R)
+            image.add_(pull, alpha=ridge)
+        length = descent / dot(direction, image)
+        X.add_(direction, alpha=length)
+        if pull is not None and pulled is not None:
+            pulled.add_(pull, alpha=length)
+        R.sub_(image, alpha=length)
+        taken, residual, before = taken + 1, float(R.norm()), descent
+    share = dot(X, pulled) * size**2 if pulled is not None else 0.0
+    return Descent(X.mul_(size), taken, residual, share)
 
 
-def _dot(X: Tensor, Y: Tensor) -> float:
+def dot(X: Float[Tensor, "out in"], Y: Float[Tensor, "out in"]) -> float:
+    """`<X, Y>_F`."""
     return float(torch.dot(X.flatten(), Y.flatten()))

@@ -12,6 +12,7 @@ from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
 from acemerge.methods.kron import Kron
+from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
@@ -64,6 +65,7 @@ for _rule in (
     AceAuto,
     Anchored,
     Kron,
+    KronAuto,
     Actmat,
     Tact,
     Wudi,

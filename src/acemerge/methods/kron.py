@@ -9,12 +9,16 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.two_sided import conjugate_gradients, forms_sides, preconditioner, root_sides
+from acemerge.linalg.two_sided import (
+    conjugate_gradients,
+    forms_sides,
+    preconditioner,
+    refines,
+    root_sides,
+    solving_dtype,
+)
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.shapes import Float, Tensor
-
-_SMALL = 512  # layers with no longer side are solved in float64, where that costs little
-_FINEST = 1e-5  # and all where a smaller residual is asked for
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Kron:
     @property
     def needs(self) -> Needs:
         """Both sides of every expert are held; in float64 they take twice the room."""
-        wide = 2 if self.tol < _FINEST else 1
+        wide = 2 if refines(self.tol) else 1
         work = Work(10 + 8 * wide, 4 * wide, "longer", each=3 * wide)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
@@ -61,8 +65,7 @@ class Kron:
         tall = deltas.shape[1] >= deltas.shape[2]
         if not tall:  # the transposes are merged to the transpose
             experts, sizes = [D.T for D in experts], (sizes[1], sizes[0])
-        dtype = torch.float64 if max(deltas.shape[1:]) <= _SMALL or self.tol < _FINEST else deltas.dtype
-        M, stats = self._solved(experts, weights, sizes, dtype)
+        M, stats = self._solved(experts, weights, sizes, solving_dtype(deltas, self.tol))
         return LayerResult((M if tall else M.T).mul_(self.scale).to(deltas.dtype), stats)
 
     def _solved(

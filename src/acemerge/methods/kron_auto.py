@@ -1,0 +1,121 @@
+"""Least squares weighted on both sides, with nothing to tune."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from acemerge.linalg.gram import energies
+from acemerge.linalg.two_sided import (
+    Spiked,
+    conjugate_gradients,
+    dot,
+    pooled_inverse,
+    solving_dtype,
+    spiked_sides,
+    spiked_sum,
+)
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.shapes import Float, Tensor
+
+_FEWEST = 64  # directions that are always kept: in small layers all of them
+_DAMPING = 1e-2  # of the mean eigenvalue of the pooled moments, which would else be singular for updates of low rank
+
+
+@dataclass(frozen=True)
+class KronAuto:
+    """Least squares on both sides, pulled to no update as the pooled moments say, then scaled by how far the experts
+    agree.
+
+        X minimises  sum_t ||A_t^(1/2) (X - D_t) S_t^(1/2)||_F^2 + lam ||L^(1/2) X R^(1/2)||_F^2
+        sum_t A_t X S_t + lam L X R = B = sum_t A_t D_t S_t
+        A_t = (D_t D_t^T)^(1/2),  S_t = (D_t^T D_t)^(1/2),  each over its mean eigenvalue, all eigenvalues beyond the
+              k largest at their mean, k = max(64, int(keep min(out, in)))
+        L = sum_t A_t / T^(1/2) + 0.01 T^(1/2) I,  R = sum_t S_t / T^(1/2) + 0.01 T^(1/2) I
+        M = (b / h) (b^2 / (h n)) X,  b = <X, B>,  h = sum_t <X, A_t X S_t>,  n = sum_t <D_t, A_t D_t S_t>
+
+    Source: this library. The weights are those of `kron`. The pull is that of one more task that wants no update and
+    has the moments of all together: weak where one expert alone has its energy, strong where several meet. b / h is
+    the factor on X that fits best, and `agreement`, b^2 / (h n), the squared cosine between what is merged and what
+    the experts want, under their weights: 1 where nobody is disturbed. By conjugate gradients, until the residual is
+    `tol` of the right-hand side, or for `steps` steps: then `status` is "not converged", and `residual` how far it
+    came; "float64" says that float32 would not do, as for updates of low rank. Scaling all updates scales M. Experts
+    without an update drop out of T; one alone gives itself, and experts that share no input direction or no output
+    direction are kept up to what the pull takes where they are faint. A weight multiplies an expert's terms and its
+    share of L, R and T, and may not be negative: a weight of 2 is the expert twice.
+    """
+
+    name: ClassVar[str] = "kron_auto"
+    source: ClassVar[str] = "acemerge"
+
+    lam: Annotated[float, Field(gt=0, allow_inf_nan=False, description="pull to no update")] = 1.0
+    keep: Annotated[float, Field(ge=0, le=1, description="share of the directions that are told apart")] = 0.25
+    steps: Annotated[int, Field(ge=1, le=100_000, description="steps of conjugate gradients, at most")] = 30
+    tol: Annotated[float, Field(gt=0, lt=1, description="residual to reach, as a share of the right-hand side")] = 1e-2
+    scale: Scale = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        work = Work(24, 8, "longer", each=4)
+        return Needs(matrix=True, weights="not negative", work=work, factors="frame")
+
+    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
+        active = (energies(deltas) > 0) & (layer.weights > 0)
+        if not active.any():
+            return no_update(deltas)
+        experts, weights = [deltas[t] for t in active.nonzero().flatten().tolist()], layer.weights[active].tolist()
+        if len(experts) == 1:
+            stats = {"status": "ok", "steps": 0, "residual": 0.0, "agreement": 1.0}
+            return LayerResult(self.scale * experts[0], stats)
+        sizes = layer.sides(deltas)
+        tall = deltas.shape[1] >= deltas.shape[2]
+        if not tall:  # the transposes are merged to the transpose
+            experts, sizes = [D.T for D in experts], (sizes[1], sizes[0])
+        M, stats = self._solved(experts, weights, sizes, solving_dtype(deltas, self.tol))
+        return LayerResult((M if tall else M.T).mul_(self.scale).to(deltas.dtype), stats)
+
+    def _solved(
+        self, experts: Sequence[Tensor], weights: Sequence[float], sizes: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """M for updates with no more columns than rows."""
+        k = max(_FEWEST, int(self.keep * min(sizes)))
+        sides: list[Spiked] = []
+        for D, w in zip(experts, weights, strict=True):
+            one = spiked_sides(D, sizes, w, k, dtype)
+            if one is None:
+                M, stats = self._solved(experts, weights, sizes, torch.float64)
+                return M, {**stats, "status": "float64" if stats["status"] == "ok" else stats["status"]}
+            sides.append(one)
+        total = sum(weights)
+        shares = [(w / total) ** 0.5 for w in weights]  # A_t and S_t have the root of the weight in them
+        pooled = pooled_inverse(sides, shares, _DAMPING * total**0.5)
+        B = torch.zeros_like(experts[0], dtype=dtype)
+        wanted = 0.0
+        for D, one in zip(experts, sides, strict=True):
+            B.add_(one.wanted)
+            wanted += dot(D.to(dtype), one.wanted)
+        rounding = 16 * torch.finfo(dtype).eps * sum(float(one.wanted.norm()) for one in sides)
+        found = conjugate_gradients(spiked_sum(sides), pooled, B, self.steps, self.tol, rounding, self.lam)
+        b = dot(found.X, B)
+        h = b - self.lam * found.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
+        agreement = min(1.0, b * b / (h * wanted)) if h > 0 else 0.0
+        stats = {
+            "status": "ok" if found.residual <= self.tol else "not converged",
+            "steps": found.steps,
+            "residual": found.residual,
+            "agreement": agreement,
+        }
+        return found.X.mul_(b / h * agreement if agreement else 0.0), stats
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        """With all the steps that it may take."""
+        m, n = max(rows, columns), min(rows, columns)
+        k = min(n, max(_FEWEST, int(self.keep * n)))
+        sides = m * n**2 + 9 * n**3 + 4 * m * n * k
+        inverses = m**2 * min(m, experts * k) + n**2 * min(n, experts * k) + (m**3 + n**3) // 3
+        step = 4 * experts * k * n * (m + k) + 2 * m * n**2 + 2 * m * n * (m + n)
+        return experts * sides + inverses + self.steps * step
