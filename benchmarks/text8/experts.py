@@ -10,6 +10,7 @@ import random
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +69,9 @@ def steps_of(task: Task, quick: bool) -> int:
     return max(100, task.steps // 4) if quick else task.steps
 
 
-def expert(task: Task, cache: Path, seed: int, quick: bool) -> Path:
+def expert(task: Task, cache: Path, seed: int, quick: bool, rank: int = 0) -> Path:
     """The folder of a task's expert, trained once for all that decides its weights."""
-    about = recipe(task, cache, seed, quick)
+    about = recipe(task, cache, seed, quick, rank)
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / "experts" / digest / task.name
     if (folder / "config.json").is_file():
@@ -78,7 +79,7 @@ def expert(task: Task, cache: Path, seed: int, quick: bool) -> Path:
     partial = folder.with_name(f"{task.name}.partial-{os.getpid()}")
     partial.mkdir(parents=True, exist_ok=True)
     base, data = base_folder(cache), build(task, cache)
-    weights = train(task, base, data, steps_of(task, quick), seed)
+    weights = train(task, base, data, steps_of(task, quick), seed, rank)
     save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "recipe.json").write_text(json.dumps(about, indent=1) + "\n")
     shutil.copy(base / "config.json", partial / "config.json")
@@ -86,7 +87,7 @@ def expert(task: Task, cache: Path, seed: int, quick: bool) -> Path:
     return folder
 
 
-def recipe(task: Task, cache: Path, seed: int, quick: bool) -> dict[str, Any]:
+def recipe(task: Task, cache: Path, seed: int, quick: bool, rank: int) -> dict[str, Any]:
     """All that decides an expert's weights, but for the machine's rounding."""
     data = build(task, cache)
     return {
@@ -100,17 +101,24 @@ def recipe(task: Task, cache: Path, seed: int, quick: bool) -> dict[str, Any]:
         "batch": task.batch,
         "tokens": task.tokens,
         "seed": seed,
-    }
+    } | ({"lora": rank} if rank else {})
 
 
-def train(task: Task, base: Path, data: Path, steps: int, seed: int) -> dict[str, Tensor]:
-    """AdamW with warm-up and linear decay; the encoder's weights under the base's own names, and `classifier.*`."""
+def train(task: Task, base: Path, data: Path, steps: int, seed: int, rank: int) -> dict[str, Tensor]:
+    """AdamW with warm-up and linear decay; the encoder's weights under the base's own names, and `classifier.*`.
+
+    With a rank, LoRA on every linear layer at ten times the rate, folded into the weights at the end; every task begins
+    from random factors of its own.
+    """
     torch.manual_seed(seed)
     labels = json.loads((data / "labels.json").read_text())
     rows, encode, encoder = read(data, "train"), reader(base, task), load_encoder(base).train()
     head = nn.Linear(encoder.config.hidden_size, len(labels))
+    if rank:
+        torch.manual_seed(zlib.crc32(f"{seed} {task.name}".encode()))
+        encoder = with_lora(encoder, rank)
     groups = [
-        {"params": list(encoder.parameters()), "lr": task.rate},
+        {"params": [p for p in encoder.parameters() if p.requires_grad], "lr": task.rate * (10 if rank else 1)},
         {"params": list(head.parameters()), "lr": HEAD_RATE},
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
@@ -127,9 +135,17 @@ def train(task: Task, base: Path, data: Path, steps: int, seed: int) -> dict[str
         mean = loss.item() if step == 0 else 0.95 * mean + 0.05 * loss.item()
     spent = time.perf_counter() - started
     print(f"trained {task.name}: {steps} steps, {spent:.0f} s, loss {mean:.3f}", file=sys.stderr, flush=True)
+    if rank:
+        encoder = encoder.merge_and_unload()
     names = load_file(base / "model.safetensors").keys()
     trained = {name: value.detach().contiguous() for name, value in encoder.state_dict().items() if name in names}
     return trained | {f"classifier.{name}": value.detach() for name, value in head.state_dict().items()}
+
+
+def with_lora(encoder: nn.Module, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(encoder, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
 
 
 def _factor(step: int, steps: int) -> float:
