@@ -1,15 +1,17 @@
-"""Every data-free rule at its defaults on the demo's six vision experts.
+"""Every data-free rule at its defaults on the demo's six vision experts, all together or in groups.
 
     acemerge demo -o digits                              # trains a base and its experts, in about a minute
     .venv/bin/python benchmarks/digits.py digits
+    .venv/bin/python benchmarks/digits.py digits --groups 2      # each of the 15 pairs, merged by itself
 
 597 held-out images a task, each with its expert's own head. `of experts` is the mean over the tasks of accuracy / the
-expert's own. `emr`, whose result is a model for each task, is left out.
+expert's own, with `--groups` over all tasks of all groups. `emr`, whose result is a model for each task, is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import torch
 
 import acemerge
-from acemerge.demo import TASKS, accuracy, load_digits, scores_of, with_head
+from acemerge.demo import TASKS, Task, accuracy, load_digits, with_head
 from acemerge.evaluation.models import quiet_transformers
 from acemerge.methods import make
 
@@ -26,25 +28,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="digits", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="of `acemerge demo -o FOLDER`")
     parser.add_argument("--rules", help="comma-separated; every data-free one when not given")
+    parser.add_argument("--groups", type=int, metavar="N", help="merge every group of N tasks; all when not given")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     quiet_transformers()
     folder, data = arguments.folder, load_digits()
-    experts = [folder / "experts" / task.name for task in TASKS]
-    heads = [expert / "model.safetensors" for expert in experts]
-    alone = [
-        accuracy(with_head(expert, head, task), task, data)
-        for expert, head, task in zip(experts, heads, TASKS, strict=True)
-    ]
-    print(f"| | {' | '.join(task.name for task in TASKS)} | mean | of experts |\n|---|{'--:|' * (len(TASKS) + 2)}")
-    print(line("each expert, alone", alone, alone))
-    print(line("base", scores_of(folder / "base", folder, data), alone))
-    for rule in arguments.rules.split(",") if arguments.rules else data_free(len(TASKS)):
+
+    def scores(body: Path, tasks: Sequence[Task]) -> list[float]:
+        heads = [expert_of(folder, task) / "model.safetensors" for task in tasks]
+        return [accuracy(with_head(body, head, task), task, data) for task, head in zip(tasks, heads, strict=True)]
+
+    def merged(rule: str, tasks: Sequence[Task]) -> list[float]:
         with tempfile.TemporaryDirectory() as temporary:
             out = Path(temporary) / "out"
-            acemerge.merge(folder / "base", experts, rule, out, quiet=True)
-            print(line(rule, scores_of(out, folder, data), alone), flush=True)
+            acemerge.merge(folder / "base", [expert_of(folder, task) for task in tasks], rule, out, quiet=True)
+            return scores(out, tasks)
+
+    alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in TASKS}
+    rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(TASKS))
+    if arguments.groups:
+        groups = list(itertools.combinations(TASKS, arguments.groups))
+        print(f"| {len(groups)} groups of {arguments.groups} | of experts | worst group |\n|---|--:|--:|")
+        print(summary("base", [(group, scores(folder / "base", group)) for group in groups], alone))
+        for rule in rules:
+            print(summary(rule, [(group, merged(rule, group)) for group in groups], alone), flush=True)
+        return
+    print(f"| | {' | '.join(task.name for task in TASKS)} | mean | of experts |\n|---|{'--:|' * (len(TASKS) + 2)}")
+    print(line("each expert, alone", list(alone.values()), alone))
+    print(line("base", scores(folder / "base", TASKS), alone))
+    for rule in rules:
+        print(line(rule, merged(rule, TASKS), alone), flush=True)
+
+
+def expert_of(folder: Path, task: Task) -> Path:
+    return folder / "experts" / task.name
 
 
 def data_free(experts: int) -> list[str]:
@@ -57,11 +75,19 @@ def data_free(experts: int) -> list[str]:
     ]
 
 
-def line(name: str, scores: Sequence[float], experts: Sequence[float]) -> str:
+def of_experts(tasks: Sequence[Task], scores: Sequence[float], alone: dict[str, float]) -> float:
+    return sum(score / alone[task.name] for task, score in zip(tasks, scores, strict=True)) / len(tasks)
+
+
+def line(name: str, scores: Sequence[float], alone: dict[str, float]) -> str:
     """A row of percentages."""
-    of_experts = sum(score / best for score, best in zip(scores, experts, strict=True)) / len(scores)
-    cells = [*scores, sum(scores) / len(scores), of_experts]
+    cells = [*scores, sum(scores) / len(scores), of_experts(TASKS, scores, alone)]
     return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |"
+
+
+def summary(name: str, groups: Sequence[tuple[Sequence[Task], Sequence[float]]], alone: dict[str, float]) -> str:
+    found = [of_experts(tasks, scores, alone) for tasks, scores in groups]
+    return f"| {name} | {100 * sum(found) / len(found):.1f} | {100 * min(found):.1f} |"
 
 
 if __name__ == "__main__":

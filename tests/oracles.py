@@ -331,7 +331,7 @@ def kron_auto(
         sides.append((root(U, s), root(Vh.T, s)))
     L, R = (
         sum(f * side for f, side in zip(w, each, strict=True)) / w.sum() ** 0.5
-        + 0.01 * w.sum() ** 0.5 * torch.eye(len(each[0]), dtype=torch.float64)
+        + 0.1 * w.sum() ** 0.5 * torch.eye(len(each[0]), dtype=torch.float64)
         for each in zip(*sides, strict=True)
     )
     H = sum(f * torch.kron(A, S) for f, (A, S) in zip(w, sides, strict=True))

@@ -144,10 +144,10 @@ def test_the_steps_end_where_the_residual_is_small(steps: int) -> None:
     assert found.stats["steps"] <= steps
     assert (found.stats["residual"] <= 1e-2) == (found.stats["status"] == "ok") == (steps == 30)
     if steps == 30:
-        assert relative_error(found.delta, merged(deltas)) < 3e-2
         closer = acemerge.merge_deltas(deltas, "kron_auto", tol=1e-4)
         assert closer.stats["steps"] > found.stats["steps"]
-        assert relative_error(closer.delta, merged(deltas)) < 3e-4
+        far, near = (relative_error(one.delta, merged(deltas)) for one in (found, closer))
+        assert 10 * near < far < 3e-2
 
 
 @pytest.mark.parametrize("shape", [(540, 520), (520, 540)], ids=str)

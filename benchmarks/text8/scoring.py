@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from tasks import Task, read
+from torch import Tensor
 
 from acemerge.evaluation.data import as_classes
 from acemerge.evaluation.heads import find_heads
-from acemerge.evaluation.metrics import METRICS
 from acemerge.evaluation.models import open_model, pooled
 from acemerge.evaluation.predict import encode, score, text_batches
 
@@ -19,8 +18,8 @@ _BATCH = 64
 _CPU = torch.device("cpu")
 
 
-def accuracy(folder: Path, expert: Path, task: Task, data: Path, base: Path, most: int) -> float:
-    """Share of the first `most` held-out examples that are labelled rightly.
+def hits(folder: Path, expert: Path, task: Task, data: Path, base: Path, most: int) -> Tensor:
+    """Whether each of the first `most` held-out examples is labelled rightly, (examples,).
 
     The head is the one that a merge wrote beside the model, else the expert's; the tokenizer is the base's.
     """
@@ -32,9 +31,4 @@ def accuracy(folder: Path, expert: Path, task: Task, data: Path, base: Path, mos
     encoded = encode(tokenizer, texts, task.tokens)
     batch, logits = text_batches(tokenizer, encoded), pooled(model, "mean", heads).logits
     scores = score(logits, batch, encoded.lengths, _BATCH, _CPU, lambda *_: None)
-    return METRICS["accuracy"](classes, scores.argmax(1))
-
-
-def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> float:
-    """Mean over the tasks of accuracy / the expert's own."""
-    return sum(scores[name] / experts[name] for name in scores) / len(scores)
+    return torch.as_tensor(scores.argmax(1)) == torch.as_tensor(classes)

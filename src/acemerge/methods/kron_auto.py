@@ -23,7 +23,7 @@ from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_upd
 from acemerge.shapes import Float, Tensor
 
 _FEWEST = 64  # directions that are always kept: in small layers all of them
-_DAMPING = 1e-2  # of the mean eigenvalue of the pooled moments, which would else be singular for updates of low rank
+_DAMPING = 0.1  # of the mean eigenvalue of the pooled moments: what all have little of is left alone
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class KronAuto:
         sum_t A_t X S_t + lam L X R = B = sum_t A_t D_t S_t
         A_t = (D_t D_t^T)^(1/2),  S_t = (D_t^T D_t)^(1/2),  each over its mean eigenvalue, all eigenvalues beyond the
               k largest at their mean, k = max(64, int(keep min(out, in)))
-        L = sum_t A_t / T^(1/2) + 0.01 T^(1/2) I,  R = sum_t S_t / T^(1/2) + 0.01 T^(1/2) I
+        L = sum_t A_t / T^(1/2) + 0.1 T^(1/2) I,  R = sum_t S_t / T^(1/2) + 0.1 T^(1/2) I
         M = (b / h) (b^2 / (h n)) X,  b = <X, B>,  h = sum_t <X, A_t X S_t>,  n = sum_t <D_t, A_t D_t S_t>
 
     Source: this library. The weights are those of `kron`. The pull is that of one more task that wants no update and
