@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/rules.py --against naive                  # ace and the formula as printed
     .venv/bin/python benchmarks/rules.py --against fusionbench            # tsv_m, iso_c, wudi
     .venv/bin/python benchmarks/rules.py --against mergekit               # average, task_arithmetic, ties
-    .venv/bin/python benchmarks/rules.py --against ace --models vit-l     # ace_auto, anchored, kron: beside our ace
+    .venv/bin/python benchmarks/rules.py --against ace --models vit-l     # our own rules: beside our ace
     .venv/bin/python benchmarks/rules.py --against none --models vit-b    # every rule of acemerge by itself
 
 `--against fusionbench` and `--against mergekit` need `.peers`: run benchmarks/setup_peers.sh once.
@@ -52,6 +52,7 @@ PAIRS = {
     "ace_auto": Pair("ace", {}),
     "anchored": Pair("ace", {}),
     "kron": Pair("ace", {}),
+    "kron_auto": Pair("ace", {}),
     "tsv_m": Pair("fusionbench", {}),
     "iso_c": Pair("fusionbench", {}),
     "wudi": Pair("fusionbench", {}),

@@ -85,6 +85,21 @@ def test_a_recipe_file_and_options_on_top(plain: PlainModel, capsys: pytest.Capt
     assert torch.equal(load_folder(plain.root / "out")[name], load_folder(by_hand.out)[name])
 
 
+def test_auto_is_the_rule_that_it_stands_for(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    plain.save()
+    auto, named = plain.root / "auto", plain.root / "named"
+    assert run(capsys, "merge", *arguments(plain), "--method", "auto", "--set", "lam=2", "-o", auto, "--quiet")[0] == 0
+    options = ("--method", "kron_auto", "--set", "lam=2", "-o", named, "--quiet")
+    assert run(capsys, "merge", *arguments(plain), *options)[0] == 0
+    manifest = verify(auto)
+    assert manifest["recipe"]["method"] == {"name": "kron_auto", "lam": "2"}
+    assert manifest["tensors"]["layers.0.up.weight"]["rule"] == "kron_auto"
+    assert manifest["outputs"] == verify(named)["outputs"]
+    layer = torch.randn(2, 8, 6)
+    assert torch.equal(acemerge.merge_deltas(layer, "auto").delta, acemerge.merge_deltas(layer, "kron_auto").delta)
+    assert run(capsys, "methods", "auto")[1] == run(capsys, "methods", "kron_auto")[1]
+
+
 def test_plan_reads_headers_only(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     plain.tuned[0]["layers.0.up.weight"][:] = float("nan")
     plain.tuned[1]["score.weight"] = torch.ones(3, 6)

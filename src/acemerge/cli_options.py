@@ -14,7 +14,9 @@ from acemerge.recipe import Recipe, load_recipe, make_recipe, parse_settings
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
 Base = Annotated[str | None, typer.Option(help="folder or Hub id (org/name@revision) that all experts come from")]
 Experts = Annotated[list[str] | None, typer.Option("--expert", help="an expert's folder or Hub id; repeat for each")]
-MethodName = Annotated[str | None, typer.Option(help="merge rule, see `acemerge methods` [default: ace]")]
+MethodName = Annotated[
+    str | None, typer.Option(help="merge rule, see `acemerge methods`; auto: the one recommended [default: ace]")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the rule")]
 Scale = Annotated[float | None, typer.Option(help="factor on the merged update [default: the rule's own]")]
 PolicyOption = Annotated[Literal["default", "paper"] | None, typer.Option(help="which tensors get the rule")]

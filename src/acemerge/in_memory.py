@@ -122,8 +122,8 @@ def merge_factors(
     """Merge task vectors of low rank, `D_t = U_t V_t`, given as pairs `(U_t, V_t)` of (out, r_t) and (r_t, in).
 
     For LoRA U_t is `scaling * B` and V_t is `A`. The result is that of `merge_deltas` on the products; average,
-    task_arithmetic, ace, ace_auto, anchored, kron, actmat, swudi_a, knots, core_space and the spectral rules do not
-    form them where the ranks together are fewer than a side of the layer. For the others they are formed, and
+    task_arithmetic, ace, ace_auto, anchored, kron, kron_auto, actmat, swudi_a, knots, core_space and the spectral rules
+    do not form them where the ranks together are fewer than a side of the layer. For the others they are formed, and
     `stats["status"]` says so. Rules that merge weights merge the task vectors.
 
     Where two or more experts share the row space of V_t, as with a frozen A, the input side says nothing of the tasks:

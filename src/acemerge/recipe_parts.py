@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from acemerge.methods import Method, make
+from acemerge.methods import Method, make, rule_name
 
 
 class Strict(BaseModel):
@@ -14,10 +14,10 @@ class Strict(BaseModel):
 
 
 class MethodSpec(Strict):
-    """A rule and its parameters: `ace`, or `{name: ace, eps: 2e-4}`."""
+    """A rule and its parameters: `ace`, or `{name: ace, eps: 2e-4}`. `auto` becomes the rule that it stands for."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
+    name: Annotated[str, AfterValidator(rule_name)]
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from acemerge.api import MergeReport
 from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
 from acemerge.jobs import Plan
-from acemerge.methods import METHODS
+from acemerge.methods import METHODS, rule_name
 from acemerge.methods.about import parameters, summary
 
 
@@ -91,6 +91,7 @@ def methods(console: Console, name: str | None) -> None:
         ]
         table(console, ("rule", "parameters", "what it does", "source"), rows)
         return
+    name = rule_name(name)
     if name not in METHODS:
         raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
     rule = METHODS[name]

@@ -17,7 +17,7 @@ from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
 from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
-from acemerge.methods.registry import METHODS, make, register
+from acemerge.methods.registry import METHODS, make, register, rule_name
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
@@ -39,6 +39,7 @@ __all__ = [
     "make",
     "merge_low_rank",
     "register",
+    "rule_name",
 ]
 
 for _rule in (

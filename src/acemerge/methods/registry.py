@@ -14,12 +14,18 @@ from acemerge.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
+_RECOMMENDED = "kron_auto"  # docs/beyond.md has how it was chosen
 
 
 def register(cls: M) -> M:
     """Add a rule under its `name`; usable as a class decorator."""
     METHODS[cls.name] = cls
     return cls
+
+
+def rule_name(name: str) -> str:
+    """The name itself, or what `auto` stands for in this version."""
+    return _RECOMMENDED if name == "auto" else name
 
 
 @functools.cache
@@ -29,6 +35,7 @@ def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
 
 def make(name: str, params: Mapping[str, Any]) -> Method:
     """The rule `name` with validated parameters; UsageError names a wrong name, key or value."""
+    name = rule_name(name)
     if name not in METHODS:
         raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
     cls = METHODS[name]
