@@ -3,6 +3,7 @@
     acemerge demo -o digits                              # trains a base and its experts, in about a minute
     .venv/bin/python benchmarks/digits.py digits
     .venv/bin/python benchmarks/digits.py digits --groups 2      # each of the 15 pairs, merged by itself
+    .venv/bin/python benchmarks/digits.py digits --fused         # query, key and value joined to one weight before
 
 597 held-out images a task, each with its expert's own head. `of experts` is the mean over the tasks of accuracy / the
 expert's own, with `--groups` over all tasks of all groups. `emr`, whose result is a model for each task, is left out.
@@ -12,16 +13,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import acemerge
 from acemerge.demo import TASKS, Task, accuracy, load_digits, with_head
 from acemerge.evaluation.models import quiet_transformers
 from acemerge.methods import make
+
+_PROJECTIONS = ("query", "key", "value")
 
 
 def main() -> None:
@@ -29,6 +34,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of `acemerge demo -o FOLDER`")
     parser.add_argument("--rules", help="comma-separated; every data-free one when not given")
     parser.add_argument("--groups", type=int, metavar="N", help="merge every group of N tasks; all when not given")
+    parser.add_argument("--fused", action="store_true", help="merge query, key and value as one weight")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -41,9 +47,11 @@ def main() -> None:
 
     def merged(rule: str, tasks: Sequence[Task]) -> list[float]:
         with tempfile.TemporaryDirectory() as temporary:
-            out = Path(temporary) / "out"
-            acemerge.merge(folder / "base", [expert_of(folder, task) for task in tasks], rule, out, quiet=True)
-            return scores(out, tasks)
+            base, experts, out = folder / "base", [expert_of(folder, task) for task in tasks], Path(temporary) / "out"
+            if arguments.fused:
+                base, *experts = (fused(one, Path(temporary)) for one in (base, *experts))
+            acemerge.merge(base, experts, rule, out, quiet=True)
+            return scores(split(out, folder / "base") if arguments.fused else out, tasks)
 
     alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in TASKS}
     rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(TASKS))
@@ -63,6 +71,32 @@ def main() -> None:
 
 def expert_of(folder: Path, task: Task) -> Path:
     return folder / "experts" / task.name
+
+
+def fused(model: Path, root: Path) -> Path:
+    """The model with `qkv` in the place of `query`, `key` and `value`, its head aside."""
+    weights = {
+        name: value for name, value in load_file(model / "model.safetensors").items() if "classifier" not in name
+    }
+    for name in [name for name in weights if "query" in name]:
+        three = [weights.pop(name.replace("query", part)) for part in _PROJECTIONS]
+        weights[name.replace("query", "qkv")] = torch.cat(three)
+    out = root / model.name
+    out.mkdir()
+    save_file(weights, out / "model.safetensors")
+    return out
+
+
+def split(model: Path, base: Path) -> Path:
+    """The inverse, in place, with the base's configuration."""
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    for name in [name for name in weights if "qkv" in name]:
+        for part, value in zip(_PROJECTIONS, weights.pop(name).chunk(3), strict=True):
+            weights[name.replace("qkv", part)] = value.contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    shutil.copy(base / "config.json", model)
+    return model
 
 
 def data_free(experts: int) -> list[str]:

@@ -83,7 +83,7 @@ def main() -> None:
     for rule, changed in chosen(arguments):
         with tempfile.TemporaryDirectory(dir=cache) as temporary:
             out = Path(temporary) / "out"
-            known: dict[str, Any] = {}
+            known: dict[str, Any] = {"embeddings": arguments.embeddings}
             if make(rule, changed).needs.calibration:
                 own = {task: folders[task.name] for task in tasks}
                 known["calibration"] = calibration_file(own, base, cache, Path(temporary) / "calibration.yaml")
@@ -109,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="of experts by LoRA; 0: all weights")
     parser.add_argument("--tasks", help="comma-separated; all eight when not given, four with --quick")
     parser.add_argument("--rules", help="comma-separated; all at their defaults, and variations, when not given")
+    parser.add_argument("--embeddings", choices=("average", "rule", "base"), default="average", help="what they get")
     parser.add_argument("--held-out", type=int, help="examples to score on; 1,000, or 250 with --quick")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--json", type=Path, help="write the scores there, after every row")
