@@ -98,7 +98,8 @@ def main() -> None:
             about = {"arguments": sys.argv[1:], "torch": torch.__version__, "held_out": arguments.held_out}
             arguments.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
         if arguments.picture:
-            draw([(name, means(scores)) for name, scores in shown], means(best), arguments.picture)
+            defaults = [(name, means(scores)) for name, scores in shown if "=" not in name]
+            draw(defaults, means(best), arguments.picture)
     print(f"\n{differences(shown[1:], best)}")
 
 
@@ -113,7 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", type=int, help="examples to score on; 1,000, or 250 with --quick")
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--json", type=Path, help="write the scores there, after every row")
-    parser.add_argument("--picture", type=Path, help="draw the scores there: a .png or .svg; needs matplotlib")
+    parser.add_argument("--picture", type=Path, help="draw the defaults' scores: a .png or .svg; needs matplotlib")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.held_out is None:
