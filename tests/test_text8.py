@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "text8"))
 
+from intervals import interval, shares
 from tasks import Example, _key, _swapped, chosen, split
 
 
@@ -51,3 +53,14 @@ def test_a_swap_exchanges_two_different_words_at_most_three_apart() -> None:
         assert sorted(swapped) == sorted(words)
         assert all(words[i].isalpha() for i in moved)
     assert _swapped(["the", "the", "."], rng) is None
+
+
+def test_the_bootstrap_draws_the_same_examples_for_a_model_and_its_expert() -> None:
+    generator = torch.Generator().manual_seed(0)
+    expert = {"a": torch.rand(400, generator=generator) < 0.8, "b": torch.rand(100, generator=generator) < 0.6}
+    assert shares(expert, expert).eq(1).all()
+    worse = {task: right & (torch.rand(len(right), generator=generator) < 0.9) for task, right in expert.items()}
+    low, high = interval(shares(worse, expert))
+    kept = sum(worse[task].sum() / expert[task].sum() for task in expert) / 2
+    assert low < kept < high
+    assert 0.04 < high - low < 0.16  # two standard errors each way are 0.08: sqrt(0.9 * 0.1 / rights), over both
