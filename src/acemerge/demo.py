@@ -32,6 +32,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("average", ("--method", "average")),
     ("task_arithmetic", ("--method", "task_arithmetic")),
     ("ace", ("--method", "ace")),
+    ("auto", ("--method", "auto")),
     ("ace-eps-1e-2", ("--method", "ace", "--set", "eps=1e-2")),
 )
 _TRAIN = 1200  # images for training; the other 597 are held out
