@@ -83,19 +83,18 @@ def _right_singular(D: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " r"], Fl
 
 @dataclass(frozen=True)
 class Spiked:
-    """One expert's `A = P P^T + a I` and `S = Q Q^T + b I`, `floors` (a, b), and `wanted`, its `A D S`."""
+    """One expert's `A = P P^T + a I` and `S = Q Q^T + b I`; `floors` are (a, b)."""
 
     P: Float[Tensor, "out k"]
     Q: Float[Tensor, "in k"]
     floors: tuple[float, float]
-    wanted: Float[Tensor, "out in"]
 
 
 def spiked_sides(
     D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float, k: int, dtype: torch.dtype
-) -> Spiked | None:
+) -> tuple[Spiked, Float[Tensor, "out in"]] | None:
     """As `root_sides`, but with all eigenvalues beyond the k largest at their mean: what rounding and chance make of
-    small directions is not told apart, and A and S are k directions and a multiple of I.
+    small directions is not told apart, and A and S are k directions and a multiple of I. With them goes `A D S`.
 
     None in float32 where it would not do: more than a thousandth of the sum of the singular values is of those that the
     rounding of a Gram matrix reaches.
@@ -112,12 +111,8 @@ def spiked_sides(
     faint = floors[0] * floors[1]
     wanted = (U * (top * (top.square() - faint)).to(dtype)) @ V.T.to(dtype)
     wanted.add_(D.to(dtype), alpha=faint).mul_(out * columns)
-    return Spiked(
-        U.mul_((spikes[0] * out**0.5).to(dtype)),
-        (V * (spikes[1] * columns**0.5)).to(dtype),
-        (floors[0] * out, floors[1] * columns),
-        wanted,
-    )
+    P, Q = U.mul_((spikes[0] * out**0.5).to(dtype)), (V * (spikes[1] * columns**0.5)).to(dtype)
+    return Spiked(P, Q, (floors[0] * out, floors[1] * columns)), wanted
 
 
 def spiked_sum(sides: Sequence[Spiked]) -> Map:

@@ -22,6 +22,33 @@ from acemerge.shapes import Float, Tensor
 
 
 @dataclass(frozen=True)
+class Upright:
+    """The experts with an update and a weight, transposed where they have more columns than rows.
+
+    Rules with a weight on both sides merge the transposes to the transpose. `sizes` are the layer's, turned alike.
+    """
+
+    experts: list[Tensor]
+    weights: list[float]
+    sizes: tuple[int, int]
+    turned: bool
+
+    def turned_back(self, M: Float[Tensor, "rows columns"]) -> Float[Tensor, "out in"]:
+        return M.T if self.turned else M
+
+
+def upright(deltas: Float[Tensor, "T out in"], layer: Layer) -> Upright | None:
+    """None where no expert has both."""
+    kept: list[int] = ((energies(deltas) > 0) & (layer.weights > 0)).nonzero().flatten().tolist()
+    if not kept:
+        return None
+    rows, columns = layer.sides(deltas)
+    turned = deltas.shape[1] < deltas.shape[2]
+    experts = [deltas[t].T if turned else deltas[t] for t in kept]
+    return Upright(experts, layer.weights[kept].tolist(), (columns, rows) if turned else (rows, columns), turned)
+
+
+@dataclass(frozen=True)
 class Kron:
     """Least squares on both sides: an error counts where an expert's inputs are, and its outputs.
 
@@ -57,28 +84,21 @@ class Kron:
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        active = (energies(deltas) > 0) & (layer.weights > 0)
-        if not active.any():
+        tall = upright(deltas, layer)
+        if tall is None:
             return no_update(deltas)
-        experts, weights = [deltas[t] for t in active.nonzero().flatten().tolist()], layer.weights[active]
-        sizes = layer.sides(deltas)
-        tall = deltas.shape[1] >= deltas.shape[2]
-        if not tall:  # the transposes are merged to the transpose
-            experts, sizes = [D.T for D in experts], (sizes[1], sizes[0])
-        M, stats = self._solved(experts, weights, sizes, solving_dtype(deltas, self.tol))
-        return LayerResult((M if tall else M.T).mul_(self.scale).to(deltas.dtype), stats)
+        M, stats = self._solved(tall, solving_dtype(deltas, self.tol))
+        return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
-    def _solved(
-        self, experts: list[Tensor], weights: Float[Tensor, " T"], sizes: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[Tensor, dict[str, object]]:
-        """M for updates with no more columns than rows, as `sum_t D_t` and what is added to it."""
-        sides = [root_sides(D, sizes, w, dtype) for D, w in zip(experts, weights.tolist(), strict=True)]
-        ridge = self.lam * float(weights.sum())
-        start = torch.zeros_like(experts[0], dtype=dtype)
-        for D, weight in zip(experts, weights.tolist(), strict=True):
+    def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, object]]:
+        """M as `sum_t D_t` and what is added to it."""
+        sides = [root_sides(D, tall.sizes, w, dtype) for D, w in zip(tall.experts, tall.weights, strict=True)]
+        ridge = self.lam * sum(tall.weights)
+        start = torch.zeros_like(tall.experts[0], dtype=dtype)
+        for D, weight in zip(tall.experts, tall.weights, strict=True):
             start.add_(D, alpha=weight)
         B = torch.zeros_like(start)
-        for D, one in zip(experts, sides, strict=True):
+        for D, one in zip(tall.experts, sides, strict=True):
             B += one.around(D - start)
 
         def applied(X: Tensor) -> Tensor:

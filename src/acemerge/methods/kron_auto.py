@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
-from acemerge.linalg.gram import energies
 from acemerge.linalg.two_sided import (
     Spiked,
     conjugate_gradients,
@@ -20,6 +18,7 @@ from acemerge.linalg.two_sided import (
     spiked_sum,
 )
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.kron import Upright, upright
 from acemerge.shapes import Float, Tensor
 
 _FEWEST = 64  # directions that are always kept: in small layers all of them
@@ -65,52 +64,46 @@ class KronAuto:
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        active = (energies(deltas) > 0) & (layer.weights > 0)
-        if not active.any():
+        tall = upright(deltas, layer)
+        if tall is None:
             return no_update(deltas)
-        experts, weights = [deltas[t] for t in active.nonzero().flatten().tolist()], layer.weights[active].tolist()
-        if len(experts) == 1:
-            stats = {"status": "ok", "steps": 0, "residual": 0.0, "agreement": 1.0}
-            return LayerResult(self.scale * experts[0], stats)
-        sizes = layer.sides(deltas)
-        tall = deltas.shape[1] >= deltas.shape[2]
-        if not tall:  # the transposes are merged to the transpose
-            experts, sizes = [D.T for D in experts], (sizes[1], sizes[0])
-        M, stats = self._solved(experts, weights, sizes, solving_dtype(deltas, self.tol))
-        return LayerResult((M if tall else M.T).mul_(self.scale).to(deltas.dtype), stats)
+        if len(tall.experts) == 1:
+            M, stats = tall.experts[0].clone(), {"status": "ok", "steps": 0, "residual": 0.0, "agreement": 1.0}
+        else:
+            M, stats = self._solved(tall, solving_dtype(deltas, self.tol))
+        return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
-    def _solved(
-        self, experts: Sequence[Tensor], weights: Sequence[float], sizes: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """M for updates with no more columns than rows."""
-        k = max(_FEWEST, int(self.keep * min(sizes)))
+    def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+        k = max(_FEWEST, int(self.keep * min(tall.sizes)))
         sides: list[Spiked] = []
-        for D, w in zip(experts, weights, strict=True):
-            one = spiked_sides(D, sizes, w, k, dtype)
-            if one is None:
-                M, stats = self._solved(experts, weights, sizes, torch.float64)
+        B = torch.zeros_like(tall.experts[0], dtype=dtype)
+        wanted = pull = 0.0
+        for D, weight in zip(tall.experts, tall.weights, strict=True):
+            found = spiked_sides(D, tall.sizes, weight, k, dtype)
+            if found is None:
+                M, stats = self._solved(tall, torch.float64)
                 return M, {**stats, "status": "float64" if stats["status"] == "ok" else stats["status"]}
-            sides.append(one)
-        total = sum(weights)
-        shares = [(w / total) ** 0.5 for w in weights]  # A_t and S_t have the root of the weight in them
-        pooled = pooled_inverse(sides, shares, _DAMPING * total**0.5)
-        B = torch.zeros_like(experts[0], dtype=dtype)
-        wanted = 0.0
-        for D, one in zip(experts, sides, strict=True):
-            B.add_(one.wanted)
-            wanted += dot(D.to(dtype), one.wanted)
-        rounding = 16 * torch.finfo(dtype).eps * sum(float(one.wanted.norm()) for one in sides)
-        found = conjugate_gradients(spiked_sum(sides), pooled, B, self.steps, self.tol, rounding, self.lam)
-        b = dot(found.X, B)
-        h = b - self.lam * found.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
+            side, own = found
+            sides.append(side)
+            B.add_(own)
+            wanted += dot(D.to(dtype), own)
+            pull += float(own.norm())
+        total = sum(tall.weights)
+        shares = [(w / total) ** 0.5 for w in tall.weights]  # A_t and S_t have the root of the weight in them
+        applied, pooled = spiked_sum(sides), pooled_inverse(sides, shares, _DAMPING * total**0.5)
+        sides.clear()  # what is needed of them is held by the two
+        rounding = 16 * torch.finfo(dtype).eps * pull
+        solved = conjugate_gradients(applied, pooled, B, self.steps, self.tol, rounding, self.lam)
+        b = dot(solved.X, B)
+        h = b - self.lam * solved.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
         agreement = min(1.0, b * b / (h * wanted)) if h > 0 else 0.0
         stats = {
-            "status": "ok" if found.residual <= self.tol else "not converged",
-            "steps": found.steps,
-            "residual": found.residual,
+            "status": "ok" if solved.residual <= self.tol else "not converged",
+            "steps": solved.steps,
+            "residual": solved.residual,
             "agreement": agreement,
         }
-        return found.X.mul_(b / h * agreement if agreement else 0.0), stats
+        return solved.X.mul_(b / h * agreement if agreement else 0.0), stats
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
