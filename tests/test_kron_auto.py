@@ -167,3 +167,21 @@ def test_what_float32_would_hide_is_found_in_float64() -> None:
     found = acemerge.merge_deltas(deltas.float(), "kron_auto", tol=1e-4)
     assert found.stats["status"] == "float64"
     assert relative_error(found.delta, acemerge.merge_deltas(deltas, "kron_auto", tol=1e-4).delta) < 1e-4
+
+
+@pytest.mark.parametrize("factor", [1e-18, 1e-9, 1e18])
+def test_very_small_and_large_updates_in_float32(factor: float) -> None:
+    """Whose squares float32 does not hold."""
+    deltas = task_vectors(3, (540, 520), condition=100.0).float()
+    found = acemerge.merge_deltas(deltas * factor, "kron_auto")
+    assert found.stats["status"] == "ok"
+    expected = acemerge.merge_deltas(deltas, "kron_auto").delta.double()
+    assert relative_error(found.delta.double() / factor, expected) < 1e-4
+
+
+def test_experts_of_very_different_size_in_float32() -> None:
+    deltas = task_vectors(3, (540, 520), condition=100.0).float()
+    sizes = torch.tensor([1.0, 1e-17, 1e10])[:, None, None]
+    found = acemerge.merge_deltas(deltas * sizes, "kron_auto")
+    exact = acemerge.merge_deltas(deltas.double() * sizes.double(), "kron_auto")
+    assert relative_error(found.delta, exact.delta) < 1e-4

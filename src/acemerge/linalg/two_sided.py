@@ -99,18 +99,20 @@ def spiked_sides(
     None in float32 where it would not do: more than a thousandth of the sum of the singular values is of those that the
     rounding of a Gram matrix reaches.
     """
-    s, V = _right_singular(D.to(dtype))
+    peak = float(D.abs().max())
+    D = D.to(dtype) / peak  # squares of very small or large entries would leave the range of float32
+    s, V = _right_singular(D)
     if dtype == torch.float32 and float(s[s < _HIDDEN * s[-1]].sum()) > _HIDDEN_SHARE * float(s.sum()):
         return None
     top, V = s[-k:], V[:, -k:]
     rest = float(s.sum() - top.sum())
     floors = [rest / (size - len(top)) if size > len(top) else 0.0 for size in sizes]
     out, columns = (weight**0.5 * size / float(s.sum()) for size in sizes)  # mean eigenvalue one
-    U = D.to(dtype) @ (V / top).to(dtype)
+    U = D @ (V / top).to(dtype)
     spikes = [(top - floor).clamp_min(0).sqrt() for floor in floors]
     faint = floors[0] * floors[1]
     wanted = (U * (top * (top.square() - faint)).to(dtype)) @ V.T.to(dtype)
-    wanted.add_(D.to(dtype), alpha=faint).mul_(out * columns)
+    wanted.add_(D, alpha=faint).mul_(out * columns * peak)
     P, Q = U.mul_((spikes[0] * out**0.5).to(dtype)), (V * (spikes[1] * columns**0.5)).to(dtype)
     return Spiked(P, Q, (floors[0] * out, floors[1] * columns)), wanted
 

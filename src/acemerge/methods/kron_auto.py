@@ -74,11 +74,14 @@ class KronAuto:
         return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
     def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+        """M of updates over the largest of their entries, so that float32 holds their squares."""
         k = max(_FEWEST, int(self.keep * min(tall.sizes)))
         sides: list[Spiked] = []
         B = torch.zeros_like(tall.experts[0], dtype=dtype)
         wanted = pull = 0.0
-        for D, weight in zip(tall.experts, tall.weights, strict=True):
+        size = max(float(D.abs().max()) for D in tall.experts)
+        for expert, weight in zip(tall.experts, tall.weights, strict=True):
+            D = expert.to(dtype) / size
             found = spiked_sides(D, tall.sizes, weight, k, dtype)
             if found is None:
                 M, stats = self._solved(tall, torch.float64)
@@ -86,7 +89,7 @@ class KronAuto:
             side, own = found
             sides.append(side)
             B.add_(own)
-            wanted += dot(D.to(dtype), own)
+            wanted += dot(D, own)
             pull += float(own.norm())
         total = sum(tall.weights)
         shares = [(w / total) ** 0.5 for w in tall.weights]  # A_t and S_t have the root of the weight in them
@@ -103,7 +106,7 @@ class KronAuto:
             "residual": solved.residual,
             "agreement": agreement,
         }
-        return solved.X.mul_(b / h * agreement if agreement else 0.0), stats
+        return solved.X.mul_(size * b / h * agreement if agreement else 0.0), stats
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
