@@ -78,7 +78,10 @@ def fused(model: Path, root: Path) -> Path:
     weights = {
         name: value for name, value in load_file(model / "model.safetensors").items() if "classifier" not in name
     }
-    for name in [name for name in weights if "query" in name]:
+    queries = [name for name in weights if "query" in name]
+    if not queries:
+        raise SystemExit(f"{model}: no tensor is called `query`, so that there is nothing to join")
+    for name in queries:
         three = [weights.pop(name.replace("query", part)) for part in _PROJECTIONS]
         weights[name.replace("query", "qkv")] = torch.cat(three)
     out = root / model.name

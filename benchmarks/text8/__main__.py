@@ -119,6 +119,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.held_out is None:
         arguments.held_out = 250 if arguments.quick else 1000
+    unknown = set(arguments.tasks.split(",") if arguments.tasks else ()) - {task.name for task in TASKS}
+    if unknown:
+        parser.error(f"--tasks: no task is called {', '.join(sorted(unknown))}")
     return arguments
 
 

@@ -152,7 +152,11 @@ def preconditioner(sides: Sequence[Sides], ridge: float) -> Map:
 
 
 def pooled_inverse(sides: Sequence[Spiked], shares: Sequence[float], damping: float) -> Map:
-    """`X -> L^(-1) X R^(-1)`, `L = sum_t f_t A_t + damping I` and R of the S_t alike, f the shares."""
+    """`X -> L^(-1) X R^(-1)`, `L = sum_t f_t A_t + damping I` and R of the S_t alike, f the shares.
+
+    With mean eigenvalues of one the damping bounds the condition by `1 + n sum_t f_t / damping`. It must be so large
+    that a Cholesky factor exists in the type of the sides, for here L and R are more than a preconditioner.
+    """
     of_rows, of_columns = (
         _damped_inverse(
             [(one.Q if side else one.P, False) for one in sides],

@@ -22,7 +22,7 @@ from acemerge.methods.kron import Upright, upright
 from acemerge.shapes import Float, Tensor
 
 _FEWEST = 64  # directions that are always kept: in small layers all of them
-_USUAL = 4  # steps to the default tol: two to five on text8's layers
+_USUAL = 4  # steps to the default tol: three or four on text8's layers
 _DAMPING = 0.1  # of the mean eigenvalue of the pooled moments: what all have little of is left alone
 
 
