@@ -169,8 +169,8 @@ def test_least_squares(shape: tuple[int, int], own_targets: bool, prior: float |
     Z, X = randn(3, *shape), randn(3, *shape)
     weights, ridge, relative = [1.0, 0.0, 2.0], 0.3, 0.2
     pulls = [0.5, 0.0, 3.0] if own_targets else None  # an expert of no weight pulls nowhere
-    sources = lambda t, dtype: Z[t].to(dtype)  # noqa: E731
-    targets = sources if own_targets else lambda t, dtype: X[t].to(dtype)
+    sources = lambda t, dtype, room=None: Z[t].to(dtype)  # noqa: E731
+    targets = sources if own_targets else lambda t, dtype, room=None: X[t].to(dtype)
     problem = Problem(targets, sources, weights, shape, pulls, ridge, relative, prior)
     assert problem.prefers_dual == prefers_dual(3, *shape) == (3 * shape[0] < shape[1])
     fit = least_squares(problem, torch.float64, torch.device("cpu"))

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Barrier
 
 import torch
 
@@ -20,6 +19,7 @@ from acemerge.buffers import Buffers
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.costs import Cost, cost, in_flight, together
 from acemerge.jobs import Input, Load, Piece
+from acemerge.linalg.threads import pool_of
 from acemerge.shapes import Tensor
 from acemerge.work import Place, Result, Work
 
@@ -219,19 +219,11 @@ def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -
 
 
 def _threads(count: int, name: str, device: torch.device | None = None, of_torch: int = 1) -> ThreadPoolExecutor:
-    """Threads that are there already, each with `of_torch` threads for torch's own work and its own stream."""
-    all_there = Barrier(count + 1)
+    """Threads that are there already, on the CPU or each with a stream of its own on a device."""
 
     def begin() -> None:
-        torch.get_num_threads()  # a thread's first call takes what all had last: not to happen later
-        torch.set_num_threads(of_torch)
         if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
 
-    pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
-    for _ in range(count):
-        pool.submit(all_there.wait)
-    all_there.wait()
-    torch.set_num_threads(torch.get_num_threads())  # what one thread says is also what later ones begin with
-    return pool
+    return pool_of(count, name, of_torch, begin)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 import torch
 
 from acemerge.shapes import Float, Tensor
 
-# A symmetric product is halved into blocks of a quarter of it, an eighth where it is large: smaller ones lose more
-# speed than the spared half of the triangle is worth. Below the first width one product is fastest.
+# A symmetric product is made in four rows of blocks, where it is large by halves down to an eighth: smaller ones lose
+# more speed than the spared half of the triangle is worth. Below the first width one product is fastest.
 _SPLIT_FROM = 512
-_SPLIT_FINER_FROM = 2048
+_HALVED_FROM = 2048
 
 
 def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
@@ -28,40 +31,35 @@ def symmetric_product(x: Float[Tensor, "m n"], out: Float[Tensor, "n n"] | None 
 
 def add_lower(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: float, beta: float = 1.0) -> None:
     """`total = beta total + weight x^T x` in place, in blocks that cover the lower triangle; see `mirror`."""
-    _add_lower(total, x, weight, beta, _leaf(x.shape[1]))
+    for rows, columns in _blocks(len(total)):
+        total[rows, columns].addmm_(x[:, rows].T, x[:, columns], alpha=weight, beta=beta)
 
 
 def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Complete what `add_lower` left out, in place."""
-    _mirror(total, _leaf(len(total)))
+    for rows, columns in _blocks(len(total)):
+        left = slice(columns.start, min(columns.stop, rows.start))
+        total[left, rows] = total[rows, left].T
     return total
 
 
-def _leaf(n: int) -> int:
+@lru_cache(maxsize=64)
+def _blocks(n: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of blocks that cover the lower triangle of n x n: each ends with its rows, or before them."""
     if n < _SPLIT_FROM:
-        return n
-    return -(-n // (4 if n < _SPLIT_FINER_FROM else 8))
+        return [(slice(0, n), slice(0, n))]
+    if n < _HALVED_FROM:
+        edges = [n * i // 4 for i in range(5)]
+        return [(slice(a, b), slice(0, b)) for a, b in pairwise(edges)]
+    return _halved(0, n, -(-n // 8))
 
 
-def _add_lower(total: Tensor, x: Tensor, weight: float, beta: float, leaf: int) -> None:
-    n = x.shape[1]
-    if n <= leaf:
-        total.addmm_(x.T, x, alpha=weight, beta=beta)
-        return
-    half = n // 2
-    _add_lower(total[:half, :half], x[:, :half], weight, beta, leaf)
-    _add_lower(total[half:, half:], x[:, half:], weight, beta, leaf)
-    total[half:, :half].addmm_(x[:, half:].T, x[:, :half], alpha=weight, beta=beta)
-
-
-def _mirror(total: Tensor, leaf: int) -> None:
-    n = len(total)
-    if n <= leaf:
-        return
-    half = n // 2
-    _mirror(total[:half, :half], leaf)
-    _mirror(total[half:, half:], leaf)
-    total[:half, half:] = total[half:, :half].T
+def _halved(start: int, stop: int, leaf: int) -> list[tuple[slice, slice]]:
+    if stop - start <= leaf:
+        return [(slice(start, stop), slice(start, stop))]
+    half = (start + stop) // 2
+    across = [(slice(half, stop), slice(start, half))]
+    return _halved(start, half, leaf) + _halved(half, stop, leaf) + across
 
 
 class NormalEquations:
@@ -71,18 +69,30 @@ class NormalEquations:
     """
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._difference: Tensor | None = None  # of one target and the origin at a time
         self._gram = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self._target = torch.zeros(out_features, in_features, dtype=dtype, device=device)
         side = min(out_features, in_features)
         self._moment = torch.empty(side, side, dtype=dtype, device=device)  # of one expert at a time
 
-    def add(self, x: Float[Tensor, "out in"], z: Float[Tensor, "out in"], weight: float, pull: float = 0.0) -> None:
+    def add(
+        self,
+        x: Float[Tensor, "out in"],
+        z: Float[Tensor, "out in"],
+        weight: float,
+        pull: float = 0.0,
+        origin: Float[Tensor, "out in"] | None = None,
+    ) -> None:
         """Add one expert: target `x`, source of the second moment `z`, weight `w_t` and pull `l_t`.
 
-        A pull needs `x` and `z` to be the same; an expert of no weight adds nothing.
+        A pull needs `x` and `z` to be the same; an expert of no weight adds nothing. With an origin, which is not for
+        `out < in`, the target is `x - origin`, and where x is the origin itself A alone grows.
         """
         out_features, in_features = x.shape
         if weight == 0:
+            return
+        if x is origin:
+            add_lower(self._gram, z, weight)
             return
         if out_features < in_features:  # x (z^T z) = (x z^T) z: cheaper, and no second moment is formed
             add_lower(self._gram, z, weight)
@@ -93,17 +103,30 @@ class NormalEquations:
             second_moment = symmetric_product(z, self._moment)  # (in, in)
             self._gram.add_(second_moment, alpha=weight)
             second_moment.diagonal().add_(pull / weight)
-            self._target.addmm_(x, second_moment, alpha=weight)
+            self._target.addmm_(self._from(origin, x), second_moment, alpha=weight)
 
-    def add_moment(self, x: Float[Tensor, "out in"], moment: Float[Tensor, "in in"], weight: float) -> None:
-        """Add one expert by its second moment: target `x`, weight `w_t`. One of no weight adds nothing."""
+    def add_moment(
+        self,
+        x: Float[Tensor, "out in"],
+        moment: Float[Tensor, "in in"],
+        weight: float,
+        origin: Float[Tensor, "out in"] | None = None,
+    ) -> None:
+        """Add one expert by its second moment: target `x`, weight `w_t` and origin as in `add`."""
         if weight == 0:
             return
         self._gram.add_(moment, alpha=weight)
-        self._target.addmm_(x, moment, alpha=weight)
+        if x is not origin:
+            self._target.addmm_(self._from(origin, x), moment, alpha=weight)
+
+    def _from(self, origin: Tensor | None, x: Tensor) -> Tensor:
+        if origin is None:
+            return x
+        if self._difference is None:
+            self._difference = torch.empty_like(x)
+        return torch.sub(x, origin, out=self._difference)
 
     def sums(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
         """A and B. The end: nothing can be added after it."""
-        del self._moment
-        out_features, in_features = self._target.shape
-        return mirror(self._gram) if out_features < in_features else self._gram, self._target
+        del self._moment, self._difference
+        return mirror(self._gram), self._target

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -19,8 +20,14 @@ from acemerge.linalg.gram import NormalEquations, symmetric_product
 from acemerge.linalg.solve import Diagnosis, invert, with_rank_one
 from acemerge.shapes import Float, Tensor
 
-# The matrix (out, in) of the t-th expert in a type, made when asked for: no more than two of them exist at once.
-Experts = Callable[[int, torch.dtype], Tensor]
+@runtime_checkable
+class Experts(Protocol):
+    """The matrix (out, in) of the t-th expert in a type, made when asked for: no more than a few exist at once.
+
+    One that is not there already may be made in `room`: new memory takes longer than the arithmetic.
+    """
+
+    def __call__(self, t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,11 @@ class Problem:
     def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
         """`X 1 / in`."""
         return X.mean(1) if self.ones is None else X @ self.ones.to(X.dtype) / X.shape[1]
+
+    @property
+    def heaviest(self) -> int:
+        """The expert of the largest weight, of which M cannot be far."""
+        return max(range(len(self.weights)), key=self.weights.__getitem__)
 
     @property
     def prefers_dual(self) -> bool:
@@ -88,36 +100,60 @@ def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.de
 
 
 def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
-    """In the input space: A (in, in), running sums over the experts."""
-    equations = NormalEquations(*problem.shape, dtype, device)
+    """In the input space: A (in, in), running sums over the experts.
+
+    Where second moments are formed, one expert r is spared its product with its own, for A holds all of them:
+
+        M = X_r + B' A^(-1),   B' = sum_(t != r) (X_t - X_r) (a_t G_t + l_t I) + (sum_t l_t - e) X_r
+    """
+    out, columns = problem.shape
+    equations = NormalEquations(out, columns, dtype, device)
     pulls = problem.pulls or [0.0] * len(problem.weights)
+    origin = problem.targets(problem.heaviest, dtype) if problem.measured or out >= columns else None  # X_r
+    room = torch.empty(problem.shape, dtype=dtype, device=device)
     for t, (weight, pull) in enumerate(zip(problem.weights, pulls, strict=True)):
-        Z = problem.sources(t, dtype)
-        X = Z if problem.targets is problem.sources else problem.targets(t, dtype)
-        if problem.measured:
-            equations.add_moment(X, Z, weight)
+        same = problem.targets is problem.sources
+        if origin is not None and t == problem.heaviest:
+            X, Z = origin, origin if same else problem.sources(t, dtype)
         else:
-            equations.add(X, Z, weight, pull)
+            Z = problem.sources(t, dtype, room if same else None)
+            X = Z if same else problem.targets(t, dtype, room)
+        if problem.measured:
+            equations.add_moment(X, Z, weight, origin)
+        else:
+            equations.add(X, Z, weight, pull, origin)
+    del room
     A, B = equations.sums()
     prior = None if problem.prior is None else problem.mean_of_columns(A.T) * problem.prior  # c, (in,)
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
     A.diagonal().add_(ridge)
+    if origin is not None:
+        B.add_(origin, alpha=sum(l for l, a in zip(pulls, problem.weights, strict=True) if a) - ridge)
     inverse = invert(A)
-    M = inverse(B)
+    if origin is not None and inverse.diagnosis.status == "pseudo-inverse":  # then A^(-1) A is no identity
+        B.addmm_(origin, A)
+        origin = None
+    M = inverse(B) if origin is None else inverse(B).add_(origin)
     trusted = inverse.diagnosis.trusts(A, B, M)
     if prior is not None:
         M = with_rank_one(M, inverse(prior[None])[0], problem.ones)
-    return Fit(M, inverse.diagnosis, trusted, partial(primal_residual, problem, A, B))
+    return Fit(M, inverse.diagnosis, trusted, partial(primal_residual, problem, A, B, origin))
 
 
 def primal_residual(
-    problem: Problem, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], X: Float[Tensor, "out in"]
+    problem: Problem,
+    A: Float[Tensor, "in in"],
+    B: Float[Tensor, "out in"],
+    origin: Float[Tensor, "out in"] | None,
+    X: Float[Tensor, "out in"],
 ) -> Float[Tensor, "out in"]:
-    """`Fit.residual` from the system matrix A and the right-hand side B, which is used up."""
+    """`Fit.residual` from the system matrix A and the right-hand side `B + origin A`, where B is used up."""
+    room = torch.empty_like(B)
     for t, pull in enumerate(problem.pulls or ()):
         if pull:
-            B.sub_(problem.targets(t, B.dtype), alpha=pull)
-    return B.addmm_(X.to(B.dtype), A, alpha=-1 / len(problem.weights))
+            B.sub_(problem.targets(t, B.dtype, room), alpha=pull)
+    share = torch.mul(X.to(B.dtype), -1 / len(problem.weights), out=room)
+    return B.addmm_(share if origin is None else share.add_(origin), A)
 
 
 def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.gram import symmetric_product
+from acemerge.linalg.single import leading_in_float32
 from acemerge.shapes import Float, Tensor
 
 # A Gram matrix squares the spectrum: eigenvectors of singular values below this share of the largest are found
@@ -18,7 +19,7 @@ _GRAM_RANGE = 1e-3
 class Singular:
     """Leading singular triplets of a matrix (out, in): `U` (out, r), `s` (k,) descending, `V` (in, r).
 
-    Null directions have no singular vectors: r <= k counts the others. All in float64.
+    Null directions have no singular vectors: r <= k counts the others.
     """
 
     U: Float[Tensor, "out r"]
@@ -39,16 +40,20 @@ class Singular:
 
 
 def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, longest: int = 0) -> Singular:
-    """The top k singular triplets of X, by eigen-decompositions of the smaller Gram matrix in float64.
+    """The top k singular triplets of X, by an eigen-decomposition of the smaller Gram matrix.
 
+    In float64, but in float32 where X is that, large and the estimated error of U_k V_k^T is small enough.
     Singular values of at most `floor`, or at the level of rounding, are taken for zero; so are
     those beyond the shorter side. A core's rounding is that of its layer, of a `longest` side.
     """
     if X.shape[0] < X.shape[1]:
         flipped = leading_singular(X.T, k, floor, longest)
         return Singular(flipped.V, flipped.s, flipped.U)
+    floor = max(floor, rounding_floor(X.double(), longest))
+    if (found := leading_in_float32(X, k, floor)) is not None:
+        return Singular(*found)
     X = X.double()
-    s, V = _right_singular(X, k, max(floor, rounding_floor(X, longest)))
+    s, V = _right_singular(X, k, floor)
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -70,7 +75,11 @@ def leading_polar(X: Float[Tensor, "out in"], k: int, longest: int = 0) -> Leadi
     if X.shape[0] < X.shape[1]:
         flipped = leading_polar(X.T, k, longest)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    s, V = _right_singular(X.double(), k, rounding_floor(X.double(), longest))
+    floor = rounding_floor(X.double(), longest)
+    if (single := leading_in_float32(X, k, floor)) is not None:
+        U, s, V = single
+        return LeadingPolar(U @ V.T, s)
+    s, V = _right_singular(X.double(), k, floor)
     found = torch.nn.functional.pad(s, (0, k - len(s)))
     if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
         return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)

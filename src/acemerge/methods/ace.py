@@ -18,6 +18,7 @@ from acemerge.methods.fits import Fitting, fitted, fitted_together
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
+_CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
 _ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be from their mean
 
 
@@ -99,8 +100,8 @@ class Ace:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
         frame, columns = layer.frame, deltas.shape[2]
 
-        def centred(t: int, dtype: torch.dtype) -> Tensor:
-            return centre(deltas[t].to(dtype), frame)[0]
+        def centred(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+            return centre(deltas[t].to(dtype), frame, room)
 
         return Problem(
             targets=centred,
@@ -122,28 +123,43 @@ class Ace:
         return experts * per_expert + columns**3 // 3 + 2 * rows * columns**2 + refine
 
 
-def centre(
+def column_means(
     D: Float[Tensor, "out in"], frame: Frame | None
-) -> tuple[Float[Tensor, "out in"], Float[Tensor, " in"], Float[Tensor, " out"] | None]:
-    """`C = D - 1 mu^T`, the column means mu and, where D is a core and 1 not just ones, `1` in its coordinates.
+) -> tuple[Float[Tensor, " in"], Float[Tensor, " out"] | None]:
+    """The column means mu and, where D is a core and 1 not just ones, `1` in its coordinates.
 
     In a frame `mu^T = (1 / out) 1^T D`, with out the layer's.
     """
     if frame is None:
-        mu = D.mean(0)
-        return D - mu, mu, None
+        return D.mean(0), None
     ones = frame.rows.to(D.dtype)
-    mu = (ones @ D) / frame.shape[0]
-    return torch.addr(D, ones, mu, alpha=-1), mu, ones
+    return (ones @ D) / frame.shape[0], ones
+
+
+def centre(
+    D: Float[Tensor, "out in"], frame: Frame | None, room: Float[Tensor, "out in"] | None = None
+) -> Float[Tensor, "out in"]:
+    """`C = D - 1 mu^T`, made in the room where given."""
+    mu, ones = column_means(D, frame)
+    return torch.sub(D, mu, out=room) if ones is None else torch.addr(D, ones, mu, alpha=-1, out=room)
 
 
 def second_moment_scales(
     deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], frame: Frame | None = None
 ) -> Float[Tensor, " T"]:
     """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
-    z = torch.stack([energies(centre(D, frame)[0][None])[0] for D in deltas])
-    rounding = energies(deltas) * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
+    n = energies(deltas)
+    z = torch.stack([_centred_energy(D, energy, frame) for D, energy in zip(deltas, n, strict=True)])
+    rounding = n * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
     return torch.where(z > rounding, weights / z, 0)
+
+
+def _centred_energy(D: Tensor, energy: Tensor, frame: Frame | None) -> Tensor:
+    """`||C||^2 = ||D||^2 - (2 out - 1^T 1) ||mu||^2`, out the layer's, from C itself where little would be left."""
+    mu, ones = column_means(D, frame)
+    count = D.shape[0] if frame is None or ones is None else 2 * frame.shape[0] - ones.double().square().sum()
+    left = energy - count * mu.double().square().sum()
+    return left if left > _CANCELLED * energy else energies(centre(D, frame)[None])[0]
 
 
 def add_mean_rows(
@@ -152,10 +168,13 @@ def add_mean_rows(
     a: Float[Tensor, " T"],
     frame: Frame | None = None,
 ) -> Float[Tensor, "out in"]:
-    """`total + 1 sum_t a_t mu_t^T S_t`, in place: `D_t S_t = C_t S_t + 1 mu_t^T S_t`."""
-    for D, scale in zip(deltas, a.tolist(), strict=True):
-        C, mu, ones = centre(D.to(total.dtype), frame)
-        row = (C @ mu) @ C * scale  # (in,)
+    """`total + 1 sum_t a_t mu_t^T S_t`, in place: `D_t S_t = C_t S_t + 1 mu_t^T S_t`, and `mu^T S = (C mu)^T C`."""
+    for update, scale in zip(deltas, a.tolist(), strict=True):
+        D = update.to(total.dtype)
+        mu, ones = column_means(D, frame)
+        one = torch.ones_like(D[:, 0]) if ones is None else ones
+        along = D @ mu - mu.dot(mu) * one  # C mu, (out,)
+        row = (along @ D - along.dot(one) * mu) * scale  # (in,)
         total += row if ones is None else torch.outer(ones, row)
     return total
 

@@ -58,7 +58,7 @@ class AceAuto:
         rho = [shrinkage(D, sides) if w else 0.0 for D, w in zip(deltas, a.tolist(), strict=True)]
         pulls = [r * e / sides[1] for r, e in zip(rho, (a * n).tolist(), strict=True)]
 
-        def updates(t: int, dtype: torch.dtype) -> Tensor:
+        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return deltas[t].to(dtype)
 
         fit, status = yield Problem(

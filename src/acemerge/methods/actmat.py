@@ -54,7 +54,7 @@ class Actmat:
         return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
 
     def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
-        def updates(t: int, dtype: torch.dtype) -> Tensor:
+        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return deltas[t].to(dtype)
 
         return _fit(deltas, layer, updates, updates, self.lam, self.p, self.scale)
@@ -91,10 +91,10 @@ class Tact:
     def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
-        def trimmed(t: int, dtype: torch.dtype) -> Tensor:
+        def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
 
-        def updates(t: int, dtype: torch.dtype) -> Tensor:
+        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return deltas[t].to(dtype)
 
         return _fit(deltas, layer, updates, trimmed, self.lam, self.p, self.scale)

@@ -59,7 +59,7 @@ class Anchored:
             return no_update(deltas)
         ridge = self.lam * float(a @ n) / layer.sides(deltas)[1]  # l: a Gram matrix's diagonal sums to the energy
 
-        def updates(t: int, dtype: torch.dtype) -> Tensor:
+        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return deltas[t].to(dtype)
 
         fit, status = yield Problem(

@@ -114,10 +114,10 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
     if moments is None or not moments.any():
         return _averaged(deltas, layer, scale)
 
-    def targets(t: int, dtype: torch.dtype) -> Tensor:
+    def targets(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
         return deltas[t].to(dtype)
 
-    def shrunk(t: int, dtype: torch.dtype) -> Tensor:
+    def shrunk(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
         G = moments[t].to(dtype)
         shrunk: Tensor = a * G
         shrunk.diagonal().copy_(G.diagonal())

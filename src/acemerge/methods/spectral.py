@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.spectral import inverse_root, leading_singular, rounding_floor
+from acemerge.linalg.spectral import Singular, inverse_root, leading_singular, rounding_floor
+from acemerge.linalg.threads import side_by_side
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
@@ -41,8 +42,9 @@ class Cart:
         k = max(1, int(self.k_frac * shortest))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
-        for D, weight in zip(deltas, layer.weights.tolist(), strict=True):
-            M += leading_singular(weight * D - mean, k, longest=longest).matrix().mul_(self.lam)
+        beyond = weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest))
+        for part in beyond:
+            M.add_(part.matrix(), alpha=self.lam)
         return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -72,7 +74,7 @@ class TsvM:
             return no_update(deltas)
         shortest, longest = sorted(layer.sides(deltas))
         k = max(1, shortest // len(active))
-        parts = [leading_singular(weight * D, k, longest=longest) for D, weight in zip(active, weights, strict=True)]
+        parts = weighted(active, weights, lambda D: leading_singular(D, k, longest=longest))
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
@@ -134,11 +136,12 @@ class IsoCts:
         (r, longest), T = sorted(layer.sides(deltas)), len(active)
         q = min(round((r - int(self.common * r)) / T), r // T)
         shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T, longest=longest)
-        parts = []
-        for D, weight in zip(active, weights, strict=True) if q else ():
-            X = weight * D.double()
-            parts.append(leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X, longest)))
-        parts.append(shared)
+
+        def own(D: Tensor) -> Singular:
+            X = D.double()
+            return leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X, longest))
+
+        parts = [*(weighted(active, weights, own) if q else ()), shared]
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])
         M = between_polars(U, None, V).mul_(self.scale * s.mean())
@@ -154,13 +157,20 @@ def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[T
     return [deltas[t] for t in kept], layer.weights[kept].tolist()
 
 
+def weighted(
+    experts: Sequence[Tensor] | Tensor, weights: Sequence[float], function: Callable[[Tensor], Singular]
+) -> list[Singular]:
+    """`function(w_t D_t)` of every expert, side by side."""
+    return side_by_side(lambda t: function(weights[t] * experts[t]), range(len(weights)), experts[0].device)
+
+
 def between_polars(
     U: Float[Tensor, "out k"], s: Float[Tensor, " k"] | None, V: Float[Tensor, "in k"]
 ) -> Float[Tensor, "out in"]:
     """`polar(U) diag(s) polar(V)^T` with `polar(X) = X (X^T X)^(-1/2)`; ones for s where it is None."""
-    left, right = inverse_root(symmetric_product(U)), inverse_root(symmetric_product(V))
+    left, right = side_by_side(lambda X: inverse_root(symmetric_product(X.double())), (U, V), U.device)
     core = left @ right if s is None else (left * s) @ right  # (k, k), symmetric factors
-    return U @ core @ V.T
+    return U.double() @ core @ V.double().T
 
 
 def spectral_operations(rows: int, columns: int) -> int:
