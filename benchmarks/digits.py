@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/digits.py digits
     .venv/bin/python benchmarks/digits.py digits --groups 2      # each of the 15 pairs, merged by itself
     .venv/bin/python benchmarks/digits.py digits --fused         # query, key and value joined to one weight before
+    .venv/bin/python benchmarks/digits.py digits --roles         # kron_auto's constants changed in one kind of layer
 
 597 held-out images a task, each with its expert's own head. `of experts` is the mean over the tasks of accuracy / the
 expert's own, with `--groups` over all tasks of all groups. `emr`, whose result is a model for each task, is left out.
@@ -17,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +29,13 @@ from acemerge.evaluation.models import quiet_transformers
 from acemerge.methods import make
 
 _PROJECTIONS = ("query", "key", "value")
+_ROLES = {
+    "attention": "*attention*.weight",
+    "MLP up": "*intermediate*.weight",
+    "MLP down": "*layer.?.output.dense.weight",
+}
+_CONSTANTS = {"lam": (0.3, 3.0), "keep": (0.0, 1.0), "scale": (0.8, 1.2)}
+Run = tuple[str, str, dict[str, Any]]  # what it is called, the rule, and more of the recipe
 
 
 def main() -> None:
@@ -34,6 +43,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of `acemerge demo -o FOLDER`")
     parser.add_argument("--rules", help="comma-separated; every data-free one when not given")
     parser.add_argument("--groups", type=int, metavar="N", help="merge every group of N tasks; all when not given")
+    parser.add_argument("--roles", action="store_true", help="kron_auto, its constants changed for one role at a time")
     parser.add_argument("--fused", action="store_true", help="merge query, key and value as one weight")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -45,28 +55,40 @@ def main() -> None:
         heads = [expert_of(folder, task) / "model.safetensors" for task in tasks]
         return [accuracy(with_head(body, head, task), task, data) for task, head in zip(tasks, heads, strict=True)]
 
-    def merged(rule: str, tasks: Sequence[Task]) -> list[float]:
+    def merged(rule: str, tasks: Sequence[Task], options: dict[str, Any]) -> list[float]:
         with tempfile.TemporaryDirectory() as temporary:
             base, experts, out = folder / "base", [expert_of(folder, task) for task in tasks], Path(temporary) / "out"
             if arguments.fused:
                 base, *experts = (fused(one, Path(temporary)) for one in (base, *experts))
-            acemerge.merge(base, experts, rule, out, quiet=True)
+            acemerge.merge(base, experts, rule, out, quiet=True, **options)
             return scores(split(out, folder / "base") if arguments.fused else out, tasks)
 
     alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in TASKS}
     rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(TASKS))
+    runs: list[Run] = by_role() if arguments.roles else [(rule, rule, {}) for rule in rules]
     if arguments.groups:
         groups = list(itertools.combinations(TASKS, arguments.groups))
         print(f"| {len(groups)} groups of {arguments.groups} | of experts | worst group |\n|---|--:|--:|")
         print(summary("base", [(group, scores(folder / "base", group)) for group in groups], alone))
-        for rule in rules:
-            print(summary(rule, [(group, merged(rule, group)) for group in groups], alone), flush=True)
+        for name, rule, options in runs:
+            print(summary(name, [(group, merged(rule, group, options)) for group in groups], alone), flush=True)
         return
     print(f"| | {' | '.join(task.name for task in TASKS)} | mean | of experts |\n|---|{'--:|' * (len(TASKS) + 2)}")
     print(line("each expert, alone", list(alone.values()), alone))
     print(line("base", scores(folder / "base", TASKS), alone))
-    for rule in rules:
-        print(line(rule, merged(rule, TASKS), alone), flush=True)
+    for name, rule, options in runs:
+        print(line(name, merged(rule, TASKS, options), alone), flush=True)
+
+
+def by_role() -> list[Run]:
+    """kron_auto at its defaults, and with one constant changed for the layers of one role."""
+    runs: list[Run] = [("kron_auto", "kron_auto", {})]
+    for role, pattern in _ROLES.items():
+        for constant, values in _CONSTANTS.items():
+            for value in values:
+                rules = [{"match": pattern, "method": {"name": "kron_auto", constant: value}}]
+                runs.append((f"{constant}={value} in {role}", "kron_auto", {"rules": rules}))
+    return runs
 
 
 def expert_of(folder: Path, task: Task) -> Path:

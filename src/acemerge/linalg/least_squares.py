@@ -20,6 +20,7 @@ from acemerge.linalg.gram import NormalEquations, symmetric_product
 from acemerge.linalg.solve import Diagnosis, invert, with_rank_one
 from acemerge.shapes import Float, Tensor
 
+
 @runtime_checkable
 class Experts(Protocol):
     """The matrix (out, in) of the t-th expert in a type, made when asked for: no more than a few exist at once.
@@ -128,7 +129,7 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     ridge = problem.ridge + problem.relative_ridge * A.diagonal().mean().item()
     A.diagonal().add_(ridge)
     if origin is not None:
-        B.add_(origin, alpha=sum(l for l, a in zip(pulls, problem.weights, strict=True) if a) - ridge)
+        B.add_(origin, alpha=sum(pull for pull, a in zip(pulls, problem.weights, strict=True) if a) - ridge)
     inverse = invert(A)
     if origin is not None and inverse.diagnosis.status == "pseudo-inverse":  # then A^(-1) A is no identity
         B.addmm_(origin, A)

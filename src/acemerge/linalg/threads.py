@@ -1,8 +1,8 @@
-"""Work side by side, each piece by one thread: eigen-decompositions gain little from more than one each."""
+"""Work side by side: eigen-decompositions gain less from a second thread than from one each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
@@ -31,13 +31,11 @@ def pool_of(count: int, name: str, of_torch: int = 1, begin: Callable[[], None] 
     return pool
 
 
-def side_by_side(function: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> list[Made]:
-    """`[function(item) for item in items]`, on a CPU as many at once as torch has threads, each on one of them.
-
-    A result does not depend on how many run at once.
-    """
-    threads = min(torch.get_num_threads(), len(items)) if device.type == "cpu" else 1
-    if threads < 2:
-        return [function(item) for item in items]
-    with pool_of(threads, "side by side") as pool:
-        return list(pool.map(function, items))
+def side_by_side(function: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> Iterator[Made]:
+    """`map(function, items)`, on a CPU two at once, each with half of torch's threads; more would take more memory."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < 2 or len(items) < 2:
+        yield from map(function, items)
+        return
+    with pool_of(2, "side by side", threads // 2) as pool:
+        yield from pool.map(function, items)

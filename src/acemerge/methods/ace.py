@@ -10,9 +10,10 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Problem, prefers_dual
+from acemerge.linalg.least_squares import Problem
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.spectral import leading_polar
+from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.fits import Fitting, fitted, fitted_together
 from acemerge.shapes import Float, Tensor
@@ -115,12 +116,11 @@ class Ace:
         )
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
-        refine = 4 * rows * columns * min(rows, columns) if self.ablation == "E4" else 0
-        if prefers_dual(experts, rows, columns):
-            stacked = experts * rows
-            return stacked**2 * columns + stacked**3 // 3 + 2 * rows * stacked * (stacked + columns) + refine
-        per_expert = rows * columns * (columns + (3 * rows if rows < columns else 2 * columns))
-        return experts * per_expert + columns**3 // 3 + 2 * rows * columns**2 + refine
+        """A refinement is the residual's product, a Gram matrix and two products with k directions."""
+        shorter = min(rows, columns)
+        refine = rows * columns * (2 * columns + shorter + 4 * int(self.k_frac * shorter))
+        fit = least_squares_operations(experts, rows, columns, symmetric=True)
+        return fit + (refine if self.ablation == "E4" else 0)
 
 
 def column_means(

@@ -132,11 +132,14 @@ def normalised_weights(n: Float[Tensor, " T"], layer: Layer, p: int) -> Float[Te
     return torch.where(n > 0, layer.weights * (n.max() / n) ** (p / 2), 0)
 
 
-def least_squares_operations(experts: int, rows: int, columns: int, symmetric: bool) -> int:
-    """The products and the solve of one least-squares fit, `symmetric` where target and source are the same."""
+def least_squares_operations(experts: int, rows: int, columns: int, symmetric: bool, spared: int = 1) -> int:
+    """The products and the solve of one least-squares fit, `symmetric` where target and source are the same.
+
+    Where second moments are formed, so many experts are spared the product with their own.
+    """
     if prefers_dual(experts, rows, columns):
         stacked = experts * rows
         own = 0 if symmetric else 2 * rows * stacked * columns
         return own + stacked**2 * columns + stacked**3 // 3 + 2 * rows * stacked * (stacked + columns)
-    own = rows * (3 if symmetric else 4) if rows < columns else 2 * columns
-    return experts * rows * columns * (columns + own) + columns**3 // 3 + 2 * rows * columns**2
+    targets = experts * rows * (3 if symmetric else 4) if rows < columns else 2 * (experts - spared) * columns
+    return rows * columns * (experts * columns + targets) + columns**3 // 3 + 2 * rows * columns**2

@@ -135,4 +135,4 @@ def _averaged(deltas: Float[Tensor, "T *shape"], layer: Layer, scale: float) -> 
 
 
 def _operations(experts: int, rows: int, columns: int) -> int:
-    return 2 * experts * rows * columns**2 + columns**3 // 3 + 2 * rows * columns**2
+    return 2 * (experts - 1) * rows * columns**2 + columns**3 // 3 + 2 * rows * columns**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -17,7 +17,7 @@ from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
 
 # Singular vectors are float64, and an eigen-decomposition takes several copies of its matrix.
-SPECTRAL_WORK = Work(11, 34, "shorter")
+SPECTRAL_WORK = Work(11, 44, "shorter")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Cart:
         k = max(1, int(self.k_frac * shortest))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
-        beyond = weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest))
-        for part in beyond:
+        for part in weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest)):
             M.add_(part.matrix(), alpha=self.lam)
         return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
 
@@ -74,7 +73,7 @@ class TsvM:
             return no_update(deltas)
         shortest, longest = sorted(layer.sides(deltas))
         k = max(1, shortest // len(active))
-        parts = weighted(active, weights, lambda D: leading_singular(D, k, longest=longest))
+        parts = list(weighted(active, weights, lambda D: leading_singular(D, k, longest=longest)))
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
@@ -141,7 +140,8 @@ class IsoCts:
             X = D.double()
             return leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X, longest))
 
-        parts = [*(weighted(active, weights, own) if q else ()), shared]
+        pairs = zip(active, weights, strict=True) if q else ()
+        parts = [*(own(weight * D) for D, weight in pairs), shared]
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])
         M = between_polars(U, None, V).mul_(self.scale * s.mean())
@@ -159,7 +159,7 @@ def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[T
 
 def weighted(
     experts: Sequence[Tensor] | Tensor, weights: Sequence[float], function: Callable[[Tensor], Singular]
-) -> list[Singular]:
+) -> Iterator[Singular]:
     """`function(w_t D_t)` of every expert, side by side."""
     return side_by_side(lambda t: function(weights[t] * experts[t]), range(len(weights)), experts[0].device)
 
@@ -167,10 +167,18 @@ def weighted(
 def between_polars(
     U: Float[Tensor, "out k"], s: Float[Tensor, " k"] | None, V: Float[Tensor, "in k"]
 ) -> Float[Tensor, "out in"]:
-    """`polar(U) diag(s) polar(V)^T` with `polar(X) = X (X^T X)^(-1/2)`; ones for s where it is None."""
-    left, right = side_by_side(lambda X: inverse_root(symmetric_product(X.double())), (U, V), U.device)
-    core = left @ right if s is None else (left * s) @ right  # (k, k), symmetric factors
-    return U.double() @ core @ V.double().T
+    """`polar(U) diag(s) polar(V)^T` with `polar(X) = X (X^T X)^(-1/2)`; ones for s where it is None.
+
+    The polar factors are made in float64, for roots of small eigenvalues magnify rounding.
+    """
+    left, right = side_by_side(polar, (U, V), U.device)
+    return (left if s is None else left * s) @ right.T
+
+
+def polar(X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """`X (X^T X)^(-1/2)`, in X's type."""
+    wide = X.double()
+    return (wide @ inverse_root(symmetric_product(wide))).to(X.dtype)
 
 
 def spectral_operations(rows: int, columns: int) -> int:

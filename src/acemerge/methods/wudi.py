@@ -54,7 +54,7 @@ class Wudi:
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         step = 2 * rows * columns * columns
-        return least_squares_operations(experts, rows, columns, symmetric=False) + self.steps * step
+        return least_squares_operations(experts, rows, columns, symmetric=False, spared=0) + self.steps * step
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class SwudiA:
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spectral = 9 * columns**3 + 6 * rows * columns**2
-        return least_squares_operations(experts, rows, columns, symmetric=True) + spectral
+        return least_squares_operations(experts, rows, columns, symmetric=True, spared=0) + spectral
 
 
 def normalised_equations(
