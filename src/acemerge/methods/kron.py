@@ -9,9 +9,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.threads import side_by_side
 from acemerge.linalg.two_sided import (
-    Sides,
     conjugate_gradients,
     forms_sides,
     preconditioner,
@@ -80,9 +78,9 @@ class Kron:
 
     @property
     def needs(self) -> Needs:
-        """Both sides of every expert are held, two are made at once; in float64 they take twice the room."""
+        """Both sides of every expert are held; in float64 they take twice the room."""
         wide = 2 if refines(self.tol) else 1
-        work = Work(16 + 8 * wide, 14 + 4 * wide, "longer", each=3 * wide)
+        work = Work(10 + 8 * wide, 4 * wide, "longer", each=3 * wide)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
@@ -94,11 +92,7 @@ class Kron:
 
     def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, object]]:
         """M as `sum_t D_t` and what is added to it."""
-
-        def both(t: int) -> Sides:
-            return root_sides(tall.experts[t], tall.sizes, tall.weights[t], dtype)
-
-        sides = list(side_by_side(both, range(len(tall.experts)), tall.experts[0].device))
+        sides = [root_sides(D, tall.sizes, w, dtype) for D, w in zip(tall.experts, tall.weights, strict=True)]
         ridge = self.lam * sum(tall.weights)
         start = torch.zeros_like(tall.experts[0], dtype=dtype)
         for D, weight in zip(tall.experts, tall.weights, strict=True):

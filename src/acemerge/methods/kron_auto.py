@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.threads import side_by_side
 from acemerge.linalg.two_sided import (
     Spiked,
     conjugate_gradients,
@@ -81,20 +80,16 @@ class KronAuto:
         B = torch.zeros_like(tall.experts[0], dtype=dtype)
         wanted = pull = 0.0
         size = max(float(D.abs().max()) for D in tall.experts)
-
-        def own_terms(t: int) -> tuple[Spiked, Tensor, float] | None:
-            D = tall.experts[t].to(dtype) / size
-            found = spiked_sides(D, tall.sizes, tall.weights[t], k, dtype)
-            return None if found is None else (*found, dot(D, found[1]))
-
-        for found in side_by_side(own_terms, range(len(tall.experts)), B.device):
+        for expert, weight in zip(tall.experts, tall.weights, strict=True):
+            D = expert.to(dtype) / size
+            found = spiked_sides(D, tall.sizes, weight, k, dtype)
             if found is None:
                 M, stats = self._solved(tall, torch.float64)
                 return M, {**stats, "status": "float64" if stats["status"] == "ok" else stats["status"]}
-            side, own, energy = found
+            side, own = found
             sides.append(side)
             B.add_(own)
-            wanted += energy
+            wanted += dot(D, own)
             pull += float(own.norm())
         total = sum(tall.weights)
         shares = [(w / total) ** 0.5 for w in tall.weights]  # A_t and S_t have the root of the weight in them
