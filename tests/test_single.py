@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import acemerge
 from acemerge.linalg.single import leading_in_float32
 from acemerge.linalg.spectral import leading_polar, leading_singular
 from oracles import matrix_with_condition, relative_error
@@ -75,3 +76,17 @@ def test_where_float32_will_not_do_there_is_none() -> None:
         (torch.zeros(600, 550), 50, 0.0),
     ]:
         assert leading_in_float32(matrix, k, floor) is None
+
+
+@pytest.mark.parametrize(("rule", "params"), [("ace", {"tau": -1.0}), ("tsv_m", {}), ("cart", {})], ids=str)
+def test_a_rule_says_how_many_spectra_took_float64(rule: str, params: dict[str, float]) -> None:
+    """None of noise; all of rank-deficient updates of which more directions are asked for than there are."""
+    noise = torch.randn(3, 560, 540, generator=GENERATOR)
+    flat = torch.randn(3, 560, 5, generator=GENERATOR) @ torch.randn(3, 5, 540, generator=GENERATOR)
+    for deltas, expected in ((noise, 0), (flat, 1 if rule == "ace" else 3)):
+        single = acemerge.merge_deltas(deltas, rule, **params)
+        double = acemerge.merge_deltas(deltas, rule, compute_dtype=torch.float64, **params)
+        assert single.stats["float64_spectra"] == expected
+        assert double.stats["float64_spectra"] == (1 if rule == "ace" else 3)
+        if expected == 0:
+            assert relative_error(single.delta.double(), double.delta) < 1e-4

@@ -69,7 +69,6 @@ class NormalEquations:
     """
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._difference: Tensor | None = None  # of one target and the origin at a time
         self._gram = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self._target = torch.zeros(out_features, in_features, dtype=dtype, device=device)
         side = min(out_features, in_features)
@@ -82,11 +81,13 @@ class NormalEquations:
         weight: float,
         pull: float = 0.0,
         origin: Float[Tensor, "out in"] | None = None,
+        room: Float[Tensor, "out in"] | None = None,
     ) -> None:
         """Add one expert: target `x`, source of the second moment `z`, weight `w_t` and pull `l_t`.
 
         A pull needs `x` and `z` to be the same; an expert of no weight adds nothing. With an origin, which is not for
-        `out < in`, the target is `x - origin`, and where x is the origin itself A alone grows.
+        `out < in`, the target is `x - origin`, made in the room, which may be x or z, where given; and where x is the
+        origin itself A alone grows.
         """
         out_features, in_features = x.shape
         if weight == 0:
@@ -103,7 +104,8 @@ class NormalEquations:
             second_moment = symmetric_product(z, self._moment)  # (in, in)
             self._gram.add_(second_moment, alpha=weight)
             second_moment.diagonal().add_(pull / weight)
-            self._target.addmm_(self._from(origin, x), second_moment, alpha=weight)
+            target = x if origin is None else torch.sub(x, origin, out=room)
+            self._target.addmm_(target, second_moment, alpha=weight)
 
     def add_moment(
         self,
@@ -111,22 +113,17 @@ class NormalEquations:
         moment: Float[Tensor, "in in"],
         weight: float,
         origin: Float[Tensor, "out in"] | None = None,
+        room: Float[Tensor, "out in"] | None = None,
     ) -> None:
-        """Add one expert by its second moment: target `x`, weight `w_t` and origin as in `add`."""
+        """Add one expert by its second moment: target `x`, weight `w_t`, origin and room as in `add`."""
         if weight == 0:
             return
         self._gram.add_(moment, alpha=weight)
         if x is not origin:
-            self._target.addmm_(self._from(origin, x), moment, alpha=weight)
-
-    def _from(self, origin: Tensor | None, x: Tensor) -> Tensor:
-        if origin is None:
-            return x
-        if self._difference is None:
-            self._difference = torch.empty_like(x)
-        return torch.sub(x, origin, out=self._difference)
+            target = x if origin is None else torch.sub(x, origin, out=room)
+            self._target.addmm_(target, moment, alpha=weight)
 
     def sums(self) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out in"]]:
         """A and B. The end: nothing can be added after it."""
-        del self._moment, self._difference
+        del self._moment
         return mirror(self._gram), self._target

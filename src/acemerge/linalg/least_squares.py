@@ -120,9 +120,9 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
             Z = problem.sources(t, dtype, room if same else None)
             X = Z if same else problem.targets(t, dtype, room)
         if problem.measured:
-            equations.add_moment(X, Z, weight, origin)
+            equations.add_moment(X, Z, weight, origin, room)
         else:
-            equations.add(X, Z, weight, pull, origin)
+            equations.add(X, Z, weight, pull, origin, room)
     del room
     A, B = equations.sums()
     prior = None if problem.prior is None else problem.mean_of_columns(A.T) * problem.prior  # c, (in,)

@@ -116,7 +116,7 @@ def solve(L: Float[Tensor, "*P n n"], B: Float[Tensor, "*#P m n"]) -> Float[Tens
     `torch.cholesky_solve` would copy L.
     """
     half = torch.linalg.solve_triangular(L, B.mT, upper=False)
-    solved: Tensor = torch.linalg.solve_triangular(L.mT, half, upper=True).mT
+    solved: Tensor = torch.linalg.solve_triangular(L.mT, half, upper=True, out=half).mT
     return solved
 
 

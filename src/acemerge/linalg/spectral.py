@@ -30,6 +30,11 @@ class Singular:
     def rank(self) -> int:
         return self.U.shape[1]
 
+    @property
+    def in_float64(self) -> bool:
+        """Whether float32 was not asked for, or would not do."""
+        return self.s.dtype == torch.float64
+
     def polar(self) -> Float[Tensor, "out in"]:
         """`U V^T`."""
         return self.U @ self.V.T

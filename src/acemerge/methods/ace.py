@@ -42,7 +42,7 @@ class Ace:
     with no update or no weight drop out; one expert is homogeneous; k = 0 leaves `pre` unrefined; null
     directions of the refinement add nothing. `eps` is in units of the squared update: the paper uses
     4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t, and
-    may not be negative.
+    may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "ace"
@@ -80,12 +80,13 @@ class Ace:
         sides = layer.sides(deltas)
         fit, status = yield self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
-        M, diagnosis = fit.M, fit.diagnosis
+        M, diagnosis, wide = fit.M, fit.diagnosis, 0
         if refined:
             direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
             del fit  # and with it the system matrix
             leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
+            wide = int(leading.singular_values.dtype == torch.float64)
         stats: dict[str, Any] = {
             "status": status,
             "gamma": gamma,
@@ -94,6 +95,7 @@ class Ace:
             "condition": diagnosis.condition,
             "rank": diagnosis.rank,
             "refined": refined,
+            "float64_spectra": wide,
         }
         return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
 

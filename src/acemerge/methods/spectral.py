@@ -16,7 +16,7 @@ from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_upd
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
 
-# Singular vectors are float64, and an eigen-decomposition takes several copies of its matrix.
+# An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
 SPECTRAL_WORK = Work(11, 44, "shorter")
 
 
@@ -27,6 +27,7 @@ class Cart:
         M = mean_t D_t + lam sum_t svd_k(D_t - mean_s D_s),   k = max(1, int(k_frac r)), r = min(out, in)
 
     Source: Choi et al. 2024, Revisiting weight averaging (arXiv 2412.12153). A weight multiplies its D_t.
+    `float64_spectra` counts the experts whose spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "cart"
@@ -42,9 +43,12 @@ class Cart:
         k = max(1, int(self.k_frac * shortest))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
+        wide = 0
         for part in weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest)):
             M.add_(part.matrix(), alpha=self.lam)
-        return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": k})
+            wide += part.in_float64
+        stats = {"status": "ok", "rank": k, "float64_spectra": wide}
+        return LayerResult((self.scale * M).to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return experts * spectral_operations(rows, columns)
@@ -58,7 +62,7 @@ class TsvM:
 
     Source: Gargiulo et al. 2025 (arXiv 2412.00081). Departures, where the formula is undefined: experts with no
     update drop out of T, k is at least 1, and null directions have no singular vectors.
-    A weight multiplies its D_t.
+    A weight multiplies its D_t. `float64_spectra` counts the experts whose spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "tsv_m"
@@ -77,7 +81,8 @@ class TsvM:
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
-        return LayerResult(M.to(deltas.dtype), {"status": "ok", "rank": len(s)})
+        stats = {"status": "ok", "rank": len(s), "float64_spectra": sum(p.in_float64 for p in parts)}
+        return LayerResult(M.to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return (experts + 2) * spectral_operations(rows, columns)
