@@ -34,7 +34,7 @@ _ROLES = {
     "MLP up": "*intermediate*.weight",
     "MLP down": "*layer.?.output.dense.weight",
 }
-_CONSTANTS = {"lam": (0.3, 3.0), "keep": (0.0, 1.0), "scale": (0.8, 1.2)}
+_CONSTANTS = {"lam": (0.3, 3.0), "scale": (0.8, 1.2)}  # `keep` is all in layers of this width
 Run = tuple[str, str, dict[str, Any]]  # what it is called, the rule, and more of the recipe
 
 
