@@ -10,7 +10,7 @@ from acemerge.linalg.gram import NormalEquations, energies, symmetric_product
 from acemerge.linalg.least_squares import Problem, least_squares, prefers_dual
 from acemerge.linalg.select import kth_largest_magnitude
 from acemerge.linalg.solve import SMALL_ERROR_TOLERANCE, invert, rounding_error, with_rank_one
-from acemerge.linalg.spectral import inverse_root, leading_polar, leading_singular
+from acemerge.linalg.spectral import inverse_root, leading_polar, leading_singular, polar
 from oracles import matrix_with_condition, relative_error
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -41,6 +41,24 @@ def test_normal_equations(shape: tuple[int, int]) -> None:
         assert torch.equal(A, A.T)
         assert relative_error(A, (weights * (sources.mT @ sources)).sum(0)) < 1e-13
         assert relative_error(B, (weights * (X @ sources.mT @ sources)).sum(0)) < 1e-13
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (600, 540)], ids=str)
+def test_normal_equations_from_an_origin(shape: tuple[int, int]) -> None:
+    """The expert that is the origin itself is in A alone; a room may be the target's own memory."""
+    X = randn(3, *shape)
+    given, room = X.clone(), torch.empty(shape, dtype=torch.float64)
+    equations = NormalEquations(*shape, torch.float64, torch.device("cpu"))
+    equations.add(given[0], given[0], 2.0, origin=given[0])
+    equations.add(given[1], given[1], 0.5, 0.7, given[0], room)
+    assert torch.equal(given, X)
+    equations.add(given[2], given[2], 1.5, 0.0, given[0], given[2])
+    A, B = equations.sums()
+    G = X.mT @ X
+    assert relative_error(A, 2.0 * G[0] + 0.5 * G[1] + 1.5 * G[2]) < 1e-13
+    eye = torch.eye(shape[1], dtype=torch.float64)
+    expected = (X[1] - X[0]) @ (0.5 * G[1] + 0.7 * eye) + (X[2] - X[0]) @ (1.5 * G[2])
+    assert relative_error(B, expected) < 1e-13
 
 
 @pytest.mark.parametrize("shape", [(2, 1000, 1000), (2, 7), (2,), (2, 3, 4, 5), (2, 0)], ids=str)
@@ -137,6 +155,14 @@ def test_leading_singular_leaves_out_null_directions() -> None:
     assert found.s[3:].tolist() == [0.0, 0.0, 0.0]
     assert relative_error(found.matrix(), X) < 1e-12
     assert leading_singular(torch.zeros(4, 5), 2).rank == 0
+
+
+def test_polar() -> None:
+    X = matrix_with_condition(30, 20, 1e3, GENERATOR)
+    U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+    assert relative_error(polar(X), U @ Vh) < 1e-9
+    assert relative_error(polar(X.float()).double(), U @ Vh) < 1e-3  # X's own rounding over its smallest value
+    assert polar(X.float()).dtype == torch.float32
 
 
 def test_inverse_root() -> None:

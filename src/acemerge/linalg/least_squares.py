@@ -31,6 +31,11 @@ class Experts(Protocol):
     def __call__(self, t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor: ...
 
 
+def as_given(deltas: Float[Tensor, "T out in"]) -> Experts:
+    """The task vectors themselves."""
+    return lambda t, dtype, room=None: deltas[t].to(dtype)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.

@@ -118,3 +118,9 @@ def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     V = vectors[:, kept]
     root: Tensor = (V / values[kept].sqrt()) @ V.T
     return root
+
+
+def polar(X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+    """`X (X^T X)^(-1/2)`, in X's type but made in float64: the roots of small eigenvalues magnify rounding."""
+    wide = X.double()
+    return (wide @ inverse_root(symmetric_product(wide))).to(X.dtype)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.least_squares import Problem
+from acemerge.linalg.least_squares import Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.fits import Fitting, fitted, fitted_together
@@ -57,10 +55,7 @@ class AceAuto:
         sides = layer.sides(deltas)
         rho = [shrinkage(D, sides) if w else 0.0 for D, w in zip(deltas, a.tolist(), strict=True)]
         pulls = [r * e / sides[1] for r, e in zip(rho, (a * n).tolist(), strict=True)]
-
-        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return deltas[t].to(dtype)
-
+        updates = as_given(deltas)
         fit, status = yield Problem(
             targets=updates,
             sources=updates,

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Experts, Problem, prefers_dual
+from acemerge.linalg.least_squares import Experts, Problem, as_given, prefers_dual
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import Average
@@ -54,9 +54,7 @@ class Actmat:
         return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
 
     def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
-        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return deltas[t].to(dtype)
-
+        updates = as_given(deltas)
         return _fit(deltas, layer, updates, updates, self.lam, self.p, self.scale)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -94,10 +92,7 @@ class Tact:
         def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
             return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
 
-        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return deltas[t].to(dtype)
-
-        return _fit(deltas, layer, updates, trimmed, self.lam, self.p, self.scale)
+        return _fit(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=False)

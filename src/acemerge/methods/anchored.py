@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Problem
+from acemerge.linalg.least_squares import Problem, as_given
 from acemerge.methods.actmat import Power, least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.fits import Fitting, fitted, fitted_together
@@ -58,10 +57,7 @@ class Anchored:
         if not a.any():
             return no_update(deltas)
         ridge = self.lam * float(a @ n) / layer.sides(deltas)[1]  # l: a Gram matrix's diagonal sums to the energy
-
-        def updates(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return deltas[t].to(dtype)
-
+        updates = as_given(deltas)
         fit, status = yield Problem(
             targets=updates,
             sources=updates,

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.least_squares import Problem, least_squares_trusted
+from acemerge.linalg.least_squares import Problem, as_given, least_squares_trusted
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.shapes import Float, Tensor
@@ -114,9 +114,6 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
     if moments is None or not moments.any():
         return _averaged(deltas, layer, scale)
 
-    def targets(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-        return deltas[t].to(dtype)
-
     def shrunk(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
         G = moments[t].to(dtype)
         shrunk: Tensor = a * G
@@ -124,7 +121,7 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
         return shrunk
 
     shape = (deltas.shape[1], deltas.shape[2])
-    problem = Problem(targets, shrunk, layer.weights.tolist(), shape, measured=True)
+    problem = Problem(as_given(deltas), shrunk, layer.weights.tolist(), shape, measured=True)
     fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
     stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
     return LayerResult((scale * fit.M).to(deltas.dtype), stats)

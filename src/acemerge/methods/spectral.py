@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.spectral import Singular, inverse_root, leading_singular, rounding_floor
+from acemerge.linalg.gram import energies
+from acemerge.linalg.spectral import Singular, leading_singular, polar, rounding_floor
 from acemerge.linalg.threads import side_by_side
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
@@ -172,18 +172,9 @@ def weighted(
 def between_polars(
     U: Float[Tensor, "out k"], s: Float[Tensor, " k"] | None, V: Float[Tensor, "in k"]
 ) -> Float[Tensor, "out in"]:
-    """`polar(U) diag(s) polar(V)^T` with `polar(X) = X (X^T X)^(-1/2)`; ones for s where it is None.
-
-    The polar factors are made in float64, for roots of small eigenvalues magnify rounding.
-    """
+    """`polar(U) diag(s) polar(V)^T`; ones for s where it is None."""
     left, right = side_by_side(polar, (U, V), U.device)
     return (left if s is None else left * s) @ right.T
-
-
-def polar(X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """`X (X^T X)^(-1/2)`, in X's type."""
-    wide = X.double()
-    return (wide @ inverse_root(symmetric_product(wide))).to(X.dtype)
 
 
 def spectral_operations(rows: int, columns: int) -> int:
