@@ -115,11 +115,11 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     out, columns = problem.shape
     equations = NormalEquations(out, columns, dtype, device)
     pulls = problem.pulls or [0.0] * len(problem.weights)
-    origin = problem.targets(problem.heaviest, dtype) if problem.measured or out >= columns else None  # X_r
+    same, heaviest = problem.targets is problem.sources, problem.heaviest
+    origin = problem.targets(heaviest, dtype) if problem.measured or out >= columns else None  # X_r
     room = torch.empty(problem.shape, dtype=dtype, device=device)
     for t, (weight, pull) in enumerate(zip(problem.weights, pulls, strict=True)):
-        same = problem.targets is problem.sources
-        if origin is not None and t == problem.heaviest:
+        if origin is not None and t == heaviest:
             X, Z = origin, origin if same else problem.sources(t, dtype)
         else:
             Z = problem.sources(t, dtype, room if same else None)

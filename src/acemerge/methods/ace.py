@@ -80,13 +80,13 @@ class Ace:
         sides = layer.sides(deltas)
         fit, status = yield self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
-        M, diagnosis, wide = fit.M, fit.diagnosis, 0
+        M, diagnosis, in_float64 = fit.M, fit.diagnosis, 0
         if refined:
             direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
             del fit  # and with it the system matrix
             leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
-            wide = int(leading.singular_values.dtype == torch.float64)
+            in_float64 = int(leading.singular_values.dtype == torch.float64)
         stats: dict[str, Any] = {
             "status": status,
             "gamma": gamma,
@@ -95,7 +95,7 @@ class Ace:
             "condition": diagnosis.condition,
             "rank": diagnosis.rank,
             "refined": refined,
-            "float64_spectra": wide,
+            "float64_spectra": in_float64,
         }
         return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
 
