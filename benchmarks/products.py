@@ -4,8 +4,8 @@
 
 GFLOP/s of a product of the size, the best of several: in float32; in bfloat16, result included; of float32 operands
 cut to bfloat16, summed in float32; and of three such, of the operands' upper and lower halves, which together are
-nearly float32 (`error` is relative, and that of float32 itself beside it). Then milliseconds of a symmetric product, of a
-solve with a Cholesky factor, and of eigen-decompositions, by the names that they have in torch or in linalg.
+nearly float32 (`error` is relative, and that of float32 itself beside it). Then milliseconds of a symmetric product, of
+a solve with a Cholesky factor, and of eigen-decompositions, by the names that they have in torch or in linalg.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     sizes = [int(size) for size in arguments.sizes.split(",")]
-    print(f"torch {torch.__version__}, {arguments.threads} threads, AMX: {torch.cpu.get_capabilities().get('amx_bf16', False)}\n")
+    amx = torch.cpu.get_capabilities().get("amx_bf16", False)  # only there on x86
+    print(f"torch {torch.__version__}, {arguments.threads} threads, AMX: {amx}\n")
     print("| GFLOP/s | float32 | bfloat16 | cut to bfloat16 | three of halves | error | of float32 |")
     print("|---|--:|--:|--:|--:|--:|--:|")
     for n in sizes:
