@@ -4,6 +4,7 @@
     .venv/bin/python benchmarks/rules.py --against fusionbench            # tsv_m, iso_c, wudi
     .venv/bin/python benchmarks/rules.py --against mergekit               # average, task_arithmetic, ties
     .venv/bin/python benchmarks/rules.py --against ace --models vit-l     # our own rules: beside our ace
+    .venv/bin/python benchmarks/rules.py --against ace --models vit-l --rules kron --set products=bfloat16
     .venv/bin/python benchmarks/rules.py --against none --models vit-b    # every rule of acemerge by itself
 
 `--against fusionbench` and `--against mergekit` need `.peers`: run benchmarks/setup_peers.sh once.
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+import yaml
 from shapes import DEFAULT, Case, Model, chosen_models, fits_quick
 from tables import Row
 from turns import Limits, compare
@@ -87,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rules", default=[], help="comma-separated; all that have such a rival by default", type=names
     )
+    parser.add_argument("--set", default=[], action="append", type=setting, help="NAME=VALUE, a parameter of our rules")
     parser.add_argument("--against", default="naive", choices=["naive", "fusionbench", "mergekit", "ace", "none"])
     parser.add_argument("--quick", action="store_true", help="leave out the larger layers, repeat less")
     parser.add_argument("--json", type=Path, help="write the measurements there, after every row")
@@ -98,6 +101,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def names(text: str) -> list[str]:
     return text.split(",")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, yaml.safe_load(value)
 
 
 def chosen_pairs(against: str, rules: list[str]) -> Iterator[tuple[str, Pair]]:
@@ -126,7 +134,7 @@ def measured_rows(rule: str, pair: Pair, models: dict[str, Model], arguments: ar
             sides = {} if pair.against == "none" else {pair.against: case}
             if pair.against == "ace":  # the same task vectors by another rule: only the times compare
                 sides["ace"] = replace(case, rule="ace", params={"tau": 1e9})
-            sides[OURS] = case
+            case = sides[OURS] = replace(case, params={**case.params, **dict(arguments.set)})
             started = time.perf_counter()
             limits = Limits(arguments.limit, arguments.repeats, 0.5 if arguments.quick else 2.0)
             measured, difference = compare(sides, arguments.threads, limits)

@@ -13,8 +13,6 @@ from torch import Tensor
 
 import acemerge
 import oracles
-from acemerge.linalg.two_sided import conjugate_gradients, preconditioner, root_sides
-from acemerge.methods import make
 from acemerge.methods.base import Work
 from oracles import EXACT, relative_error, svd, task_vectors
 
@@ -102,17 +100,11 @@ def test_equal_experts_give_one_where_it_is_energetic_and_all_where_it_is_faint(
     assert relative_error(merged(D.expand(T, -1, -1), rule), U * (s * factors) @ Vh) < 1e-10
 
 
-@over_both
 @over_shapes
-def test_a_weight_of_two_is_the_expert_twice(rule: str, shape: tuple[int, int]) -> None:
+def test_a_weight_of_two_is_the_expert_twice(shape: tuple[int, int]) -> None:
     deltas = task_vectors(3, shape)
     twice = torch.cat([deltas, deltas[1:2]])
-    assert relative_error(merged(deltas, rule, weights=[1.0, 2.0, 1.0]), merged(twice, rule)) < 1e-10
-
-
-def test_kron_of_the_transposes_is_the_transpose() -> None:
-    deltas = task_vectors(3, (24, 16))
-    assert relative_error(merged(deltas.mT, "kron").mT, merged(deltas, "kron")) < 1e-10
+    assert relative_error(merged(deltas, "anchored", weights=[1.0, 2.0, 1.0]), merged(twice, "anchored")) < 1e-10
 
 
 # --- steps, residual, status ---------------------------------------------------------------------------------------
@@ -131,13 +123,11 @@ def residual(deltas: Tensor, M: Tensor, lam: float = 0.1) -> Tensor:
     return left + lam * len(deltas) * (deltas.double().sum(0) - M)
 
 
-@pytest.mark.parametrize(
-    "shape", [(40, 30), (60, 20), (20, 60), (100, 8)], ids=["formed", "factors", "wide", "few columns in all"]
-)
+@pytest.mark.parametrize("shape", [(40, 30), (60, 20), (20, 60), (100, 8)], ids=str)
 @pytest.mark.parametrize("steps", [1, 3, 30])
 def test_the_residual_that_is_told_is_the_residual(shape: tuple[int, int], steps: int) -> None:
     deltas = task_vectors(4, shape)
-    found = acemerge.merge_deltas(deltas, "kron", steps=steps)
+    found = acemerge.merge_deltas(deltas, "kron", steps=steps, tol=1e-3)
     share = residual(deltas, found.delta).norm() / residual(deltas, deltas.sum(0)).norm()
     assert found.stats["residual"] == pytest.approx(float(share), rel=1e-6)
     assert found.stats["steps"] <= steps
@@ -156,47 +146,25 @@ def test_a_large_layer_in_float32(shape: tuple[int, int]) -> None:
     assert torch.equal(finest, acemerge.merge_deltas(deltas.double(), "kron", tol=9e-6).delta.float())
 
 
-def test_experts_of_differing_rank_are_solved_together() -> None:
-    """A and S of one are formed, the others stay factors."""
-    deltas = task_vectors(3, (30, 28)).clone()
-    U, s, Vh = svd(deltas[1:])
-    deltas[1:] = U[..., :2] * s[:, None, :2] @ Vh[:, :2]
-    sides = [root_sides(D, (30, 28), 1.0, torch.float64) for D in deltas]
-    assert [one.formed for one in sides] == [True, False, False]
-    assert relative_error(merged(deltas, "kron"), oracles.kron(deltas)) < 1e-9
+@pytest.mark.parametrize("tol", [1e-2, 1e-4])
+@pytest.mark.parametrize("shape", [(520, 60), (60, 520)], ids=str)
+def test_the_residual_of_products_in_bfloat16_is_that_of_float32(shape: tuple[int, int], tol: float) -> None:
+    deltas = task_vectors(3, shape).float()
+    found = acemerge.merge_deltas(deltas, "kron", products="bfloat16", tol=tol, steps=100)
+    share = residual(deltas, found.delta.double()).norm() / residual(deltas, deltas.double().sum(0)).norm()
+    assert found.stats["residual"] == pytest.approx(float(share), abs=2e-6)  # the rounding of float32
+    assert found.stats["status"] == "ok"
+    assert share <= tol
+    assert not torch.equal(found.delta, acemerge.merge_deltas(deltas, "kron", tol=tol, steps=100).delta)
 
 
-@pytest.mark.parametrize("shape", [(30, 28), (40, 20), (100, 8)], ids=["formed", "factors", "few columns in all"])
-def test_the_preconditioner_is_its_formula(shape: tuple[int, int]) -> None:
-    deltas, X = task_vectors(4, shape), task_vectors(1, shape, seed=1)[0]
-    found = preconditioner([root_sides(D, shape, 1.0, torch.float64) for D in deltas], 0.4)(X)
-    A, S = (
-        sum(sides) / 2 + 0.4**0.5 * torch.eye(len(sides[0])).double() for sides in zip(*map(roots, deltas), strict=True)
-    )
-    assert relative_error(found, torch.linalg.inv(A) @ X @ torch.linalg.inv(S)) < 1e-9
-
-
-@pytest.mark.parametrize("shape", [(60, 50), (120, 40)], ids=["formed", "factors"])
-def test_the_preconditioner_saves_two_fifths_of_the_steps(shape: tuple[int, int]) -> None:
-    deltas = task_vectors(4, shape)
-    sides = [root_sides(D, shape, 1.0, torch.float64) for D in deltas]
-
-    def applied(X: Tensor) -> Tensor:
-        return 0.4 * X + sum(one.around(X) for one in sides)
-
-    B = sum(one.around(D) for D, one in zip(deltas, sides, strict=True))
-    alone = conjugate_gradients(applied, lambda X: X, B, 500, 1e-6)
-    helped = conjugate_gradients(applied, preconditioner(sides, 0.4), B, 500, 1e-6)
-    assert relative_error(helped.X, alone.X) < 1e-4
-    assert helped.steps < 0.6 * alone.steps
+def test_small_layers_have_no_products_in_bfloat16() -> None:
+    deltas = task_vectors(3, (40, 30)).float()
+    found = [acemerge.merge_deltas(deltas, "kron", products=products).delta for products in ("float32", "bfloat16")]
+    assert torch.equal(*found)
 
 
 def test_memory_is_counted_by_expert_and_longer_side() -> None:
     work = Work(2, 3, "longer", each=4)
     assert work.entries(5, 100, 10) == work.entries(5, 10, 100) == (2 + 4 * 5) * 1000 + 3 * 50**2
     assert work.entries(50, 100, 10) == (2 + 4 * 50) * 1000 + 3 * 100**2
-
-
-def test_kron_counts_the_memory_of_float64_where_it_works_in_it() -> None:
-    usual, finest = (make("kron", {"tol": tol}).needs.work.each for tol in (1e-5, 9e-6))
-    assert finest == 2 * usual

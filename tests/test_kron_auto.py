@@ -1,6 +1,7 @@
-"""kron_auto: which directions it tells apart, what becomes of agreement and conflict, and how far its steps come.
+"""kron_auto: what becomes of agreement and conflict, and how far its steps come.
 
-That it is its formula where all directions are told apart: tests/test_covariance_rules.py.
+That it is its formula where all directions are told apart: tests/test_covariance_rules.py; where they are not:
+tests/test_both_sides.py.
 """
 
 from __future__ import annotations
@@ -12,51 +13,12 @@ import torch
 from torch import Tensor
 
 import acemerge
-import oracles
-from acemerge.methods import kron_auto
 from oracles import EXACT, relative_error, svd, task_vectors
-
-SHAPES = [(24, 16), (16, 24), (20, 20), (40, 3)]
-over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 def merged(deltas: Tensor, **options: Any) -> Tensor:
     """As exactly as the rule can."""
     return acemerge.merge_deltas(deltas, "kron_auto", **{**EXACT["kron_auto"], **options}).delta
-
-
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two directions are the fewest, as small layers would be told apart whole."""
-    monkeypatch.setattr(kron_auto, "_FEWEST", 2)
-
-
-# --- the directions that are told apart ----------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("few")
-@over_shapes
-@pytest.mark.parametrize("keep", [0.0, 0.25, 0.8, 1.0])
-def test_beyond_the_leading_directions_all_are_alike(shape: tuple[int, int], keep: float) -> None:
-    deltas, weights = task_vectors(4, shape), [2.0, 0.5, 1.0, 3.0]
-    expected = oracles.kron_auto(deltas, weights, keep=keep, fewest=2)
-    assert relative_error(merged(deltas, weights=weights, keep=keep), expected) < 1e-8
-
-
-def test_a_quarter_of_the_directions_is_told_apart_and_64_at_least() -> None:
-    deltas = task_vectors(2, (300, 280))
-    default = merged(deltas)
-    assert torch.equal(merged(deltas, keep=70 / 280), default)
-    assert relative_error(merged(deltas, keep=69 / 280), default) > 1e-6
-    assert torch.equal(merged(deltas, keep=0.0), merged(deltas, keep=64 / 280))
-    assert relative_error(merged(deltas, keep=65 / 280), merged(deltas, keep=0.0)) > 1e-6
-
-
-@pytest.mark.usefixtures("few")
-def test_equal_singular_values_have_no_spikes() -> None:
-    U, _, Vh = svd(task_vectors(3, (20, 20)))
-    deltas = U @ Vh
-    assert relative_error(merged(deltas), oracles.kron_auto(deltas, fewest=2)) < 1e-8
 
 
 # --- agreement and conflict ----------------------------------------------------------------------------------------
@@ -118,20 +80,6 @@ def test_opposite_experts_leave_the_base() -> None:
     found = acemerge.merge_deltas(torch.cat([D, -D]), "kron_auto")
     assert not found.delta.any()
     assert (found.stats["status"], found.stats["agreement"]) == ("ok", 0.0)
-
-
-@pytest.mark.usefixtures("few")
-@over_shapes
-def test_a_weight_of_two_is_the_expert_twice(shape: tuple[int, int]) -> None:
-    deltas = task_vectors(3, shape)
-    twice = torch.cat([deltas, deltas[1:2]])
-    assert relative_error(merged(deltas, weights=[1.0, 2.0, 1.0]), merged(twice)) < 1e-10
-
-
-@pytest.mark.usefixtures("few")
-def test_the_transposes_give_the_transpose() -> None:
-    deltas = task_vectors(3, (24, 16))
-    assert relative_error(merged(deltas.mT).mT, merged(deltas)) < 1e-10
 
 
 # --- steps, residual, float32 --------------------------------------------------------------------------------------

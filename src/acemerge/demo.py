@@ -161,14 +161,21 @@ def make_experts(folder: Path, data: Digits, say: Callable[[str], None]) -> None
     train(base, DIGIT, data, epochs=100, rate=1e-3, seed=0)
     base.save_pretrained(folder / "base")
     say(f"trained base        {accuracy(base, DIGIT, data):6.1%} of held-out digits")
-    body = {name: value for name, value in base.state_dict().items() if not name.startswith("classifier.")}
     for seed, task in enumerate(TASKS, 1):
-        torch.manual_seed(seed)
-        expert = make_model(task.classes)
-        expert.load_state_dict(base.state_dict() if task.classes == DIGIT.classes else body, strict=False)
-        train(expert, task, data, epochs=25, rate=3e-4, seed=seed)
+        expert = make_expert(base, task, data, seed)
         expert.save_pretrained(folder / "experts" / task.name)
         say(f"trained {task.name:<12}{accuracy(expert, task, data):6.1%}")
+
+
+def make_expert(base: nn.Module, task: Task, data: Digits, seed: int) -> Any:
+    """A task's expert, trained from the base; its head too where both have as many classes."""
+    torch.manual_seed(seed)
+    expert, weights = make_model(task.classes), base.state_dict()
+    if task.classes != DIGIT.classes:
+        weights = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+    expert.load_state_dict(weights, strict=False)
+    train(expert, task, data, epochs=25, rate=3e-4, seed=seed)
+    return expert
 
 
 def with_head(body: Path, head: Path, task: Task) -> Any:

@@ -1,6 +1,6 @@
 """Least squares with a weight on the outputs as well as on the inputs, one pair for each expert:
 
-    H(X) = sum_t A_t X S_t + l X,   A_t (out, out), S_t (in, in), positive semidefinite
+    H(X) = sum_t A_t X S_t,   A_t (out, out), S_t (in, in), positive semidefinite
 
 H has (out in)^2 entries and is only ever applied. What it is solved with are conjugate gradients, preconditioned by the
 nearest thing that comes apart into the two sides.
@@ -27,46 +27,7 @@ Map = Callable[[Tensor], Tensor]  # of matrices (out, in) to such, linear
 
 def solving_dtype(deltas: Float[Tensor, "T out in"], tol: float) -> torch.dtype:
     """What layers of this size are solved in, to this residual."""
-    return torch.float64 if max(deltas.shape[1:]) <= _SMALL or refines(tol) else deltas.dtype
-
-
-def refines(tol: float) -> bool:
-    """Whether a residual is too small for float32."""
-    return tol < _FINEST
-
-
-@dataclass(frozen=True)
-class Sides:
-    """One expert's A and S: `left` and `right` are they themselves where `formed`, else P (out, r) and Q (in, r) with
-    `A = P P^T` and `S = Q Q^T`. `pull` is `||A D S||_F` for the update D that they are made of.
-    """
-
-    left: Float[Tensor, "out r"]
-    right: Float[Tensor, "in r2"]
-    formed: bool
-    pull: float
-
-    def around(self, X: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """`A X S`."""
-        if self.formed:
-            return self.left @ (X @ self.right)
-        return self.left @ ((self.left.T @ X @ self.right) @ self.right.T)
-
-
-def root_sides(D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float, dtype: torch.dtype) -> Sides:
-    """`A = sqrt(w) (D D^T)^(1/2)` and `S = sqrt(w) (D^T D)^(1/2)`, each over its mean eigenvalue, the trace over its
-    size in `sizes`. D is not zero and has no more columns than rows.
-
-    With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`.
-    """
-    s, V = _right_singular(D.double())
-    out, columns = (weight**0.5 * size / float(s.sum()) for size in sizes)  # mean eigenvalue one
-    P = D.to(dtype) @ (V * (out / s).sqrt()).to(dtype)  # U sqrt(s) = D V / sqrt(s)
-    Q = (V * (columns * s).sqrt()).to(dtype)
-    pull = out * columns * float(s.pow(3).norm())
-    if not forms_sides(D.shape[0], D.shape[1], len(s)):
-        return Sides(P, Q, False, pull)
-    return Sides(symmetric_product(P.T), symmetric_product(Q.T), True, pull)
+    return torch.float64 if max(deltas.shape[1:]) <= _SMALL or tol < _FINEST else deltas.dtype
 
 
 def _right_singular(D: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "in r"]]:
@@ -93,11 +54,13 @@ class Spiked:
 def spiked_sides(
     D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float, k: int, dtype: torch.dtype
 ) -> tuple[Spiked, Float[Tensor, "out in"]] | None:
-    """As `root_sides`, but with all eigenvalues beyond the k largest at their mean: what rounding and chance make of
-    small directions is not told apart, and A and S are k directions and a multiple of I. With them goes `A D S`.
+    """`A = sqrt(w) (D D^T)^(1/2)` and `S = sqrt(w) (D^T D)^(1/2)`, each over its mean eigenvalue, the trace over its
+    size in `sizes`, with all eigenvalues beyond the k largest at their mean: what rounding and chance make of small
+    directions is not told apart, and A and S are k directions and a multiple of I. With them goes `A D S`. D is not
+    zero and has no more columns than rows.
 
-    None in float32 where it would not do: more than a thousandth of the sum of the singular values is of those that the
-    rounding of a Gram matrix reaches.
+    With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`. None in float32 where it would not do:
+    more than a thousandth of the sum of the singular values is of those that the rounding of a Gram matrix reaches.
     """
     peak = float(D.abs().max())
     D = D.to(dtype) / peak  # squares of very small or large entries would leave the range of float32
@@ -117,80 +80,72 @@ def spiked_sides(
     return Spiked(P, Q, (floors[0] * out, floors[1] * columns)), wanted
 
 
-def spiked_sum(sides: Sequence[Spiked]) -> Map:
-    """`X -> sum_t A_t X S_t`, the P_t side by side: two products with all of them, and small ones for each."""
-    P = torch.cat([one.P for one in sides], 1)  # (out, K)
-    shared = P.new_zeros(len(sides[0].Q), len(sides[0].Q))  # sum_t a_t S_t
+def spiked_sum(sides: Sequence[Spiked], products: torch.dtype | None = None) -> Map:
+    """`X -> sum_t A_t X S_t`, the P_t side by side: two products with all of them, and small ones for each.
+
+    With `products` all factors of products are rounded to this type; what comes out is in X's.
+    """
+    P = torch.cat([one.P for one in sides], 1).to(products)  # (out, K)
+    shared = P.new_zeros(len(sides[0].Q), len(sides[0].Q), dtype=sides[0].Q.dtype)  # sum_t a_t S_t
     for one in sides:
         add_lower(shared, one.Q.T, one.floors[0])
     mirror(shared).diagonal().add_(sum(one.floors[0] * one.floors[1] for one in sides))
-    parts = [(one.Q, one.floors[1]) for one in sides]
+    shared = shared.to(products)
+    parts = [(one.Q.to(products), one.floors[1]) for one in sides]
 
     def applied(X: Tensor) -> Tensor:
+        given, X = X.dtype, X.to(products)
         inner = (P.T @ X).split([Q.shape[1] for Q, _ in parts])
         weighed = [torch.add((Z @ Q) @ Q.T, Z, alpha=b) for Z, (Q, b) in zip(inner, parts, strict=True)]
-        return torch.addmm(X @ shared, P, torch.cat(weighed))
+        return torch.addmm(X @ shared, P, torch.cat(weighed)).to(given)
 
     return applied
 
 
-def forms_sides(rows: int, columns: int, rank: int) -> bool:
-    """Whether `A X S` takes fewer operations with A and S than with their factors."""
-    return rows * columns * (rows + columns) < 2 * rank * columns * (rows + rank)
-
-
-def preconditioner(sides: Sequence[Sides], ridge: float) -> Map:
-    """`X -> (sum_t A_t / sqrt(T) + sqrt(l) I)^(-1) X (sum_t S_t / sqrt(T) + sqrt(l) I)^(-1)`.
-
-    The inverse of H if all A_t were alike and all S_t, up to the cross terms of the two dampings (as Martens and Grosse
-    2015, arXiv 1503.05671, for the Fisher matrix of a layer): two Cholesky factors, no eigenvectors.
-    """
-    shares = [len(sides) ** -0.5] * len(sides)
-    of_rows = _damped_inverse([(one.left, one.formed) for one in sides], shares, ridge**0.5)
-    of_columns = _damped_inverse([(one.right, one.formed) for one in sides], shares, ridge**0.5)
-    return lambda X: of_columns(of_rows(X.T).T)
-
-
-def pooled_inverse(sides: Sequence[Spiked], shares: Sequence[float], damping: float) -> Map:
+def pooled_inverse(
+    sides: Sequence[Spiked], shares: Sequence[float], damping: float, products: torch.dtype | None = None
+) -> Map:
     """`X -> L^(-1) X R^(-1)`, `L = sum_t f_t A_t + damping I` and R of the S_t alike, f the shares.
 
     With mean eigenvalues of one the damping bounds the condition by `1 + n sum_t f_t / damping`. It must be so large
-    that a Cholesky factor exists in the type of the sides, for here L and R are more than a preconditioner.
+    that a Cholesky factor exists in the type of the sides, for here L and R are more than a preconditioner. With
+    `products` X and the inverses are rounded to this type.
     """
     of_rows, of_columns = (
         _damped_inverse(
-            [(one.Q if side else one.P, False) for one in sides],
+            [one.Q if side else one.P for one in sides],
             shares,
             damping + sum(f * one.floors[side] for f, one in zip(shares, sides, strict=True)),
+            products,
         )
         for side in (0, 1)
     )
     return lambda X: of_columns(of_rows(X.T).T)
 
 
-def _damped_inverse(parts: Sequence[tuple[Tensor, bool]], shares: Sequence[float], damping: float) -> Map:
-    """`X -> X (sum_t f_t B_t + damping I)^(-1)`, f the shares, each B_t given itself, if formed, or by its F with
-    `B = F F^T`.
+def _damped_inverse(
+    factors: Sequence[Tensor], shares: Sequence[float], damping: float, products: torch.dtype | None
+) -> Map:
+    """`X -> X (sum_t f_t F_t F_t^T + damping I)^(-1)`, f the shares.
 
-    Where all are given by factors that together have fewer columns than rows, in the space of these columns (Woodbury).
+    Where the factors together have fewer columns than rows, in the space of these columns (Woodbury). To be rounded,
+    the inverse is formed: then a product takes the place of two solves.
     """
-    n = len(parts[0][0])
-    if not any(formed for _, formed in parts) and sum(F.shape[1] for F, _ in parts) < n:
-        F = torch.cat([share**0.5 * F for (F, _), share in zip(parts, shares, strict=True)], 1)
+    n = len(factors[0])
+    if products is None and sum(F.shape[1] for F in factors) < n:
+        F = torch.cat([share**0.5 * F for F, share in zip(factors, shares, strict=True)], 1)
         K = symmetric_product(F)
         K.diagonal().add_(damping)
         inner = invert(K)
         return lambda X: (X - inner(X @ F) @ F.T).div_(damping)
-    total = parts[0][0].new_zeros(n, n)
-    for (part, formed), share in zip(parts, shares, strict=True):
-        if not formed:
-            add_lower(total, part.T, share)
-    mirror(total)
-    for (part, formed), share in zip(parts, shares, strict=True):
-        if formed:
-            total.add_(part, alpha=share)
-    total.diagonal().add_(damping)
-    return invert(total)
+    total = factors[0].new_zeros(n, n)
+    for F, share in zip(factors, shares, strict=True):
+        add_lower(total, F.T, share)
+    mirror(total).diagonal().add_(damping)
+    if products is None:
+        return invert(total)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(total)).to(products)
+    return lambda X: (X.to(products) @ inverse).to(X.dtype)
 
 
 @dataclass(frozen=True)
@@ -214,12 +169,15 @@ def conjugate_gradients(
     tol: float,
     floor: float = 0.0,
     ridge: float = 0.0,
+    exact: Map | None = None,
 ) -> Descent:
     """Solve `H(X) + ridge P(X) = B` from X = 0 until the residual is at most `tol ||B||_F`, in `steps` steps at most.
 
     `apply` is H, `precondition` the inverse of P, which itself is never applied: where P takes the directions is
     carried along. A right-hand side of no more than `floor` in norm is rounding and taken for zero. H and P are
-    symmetric and positive definite, H semidefinite where there is a ridge.
+    symmetric and positive definite, H semidefinite where there is a ridge. Where `apply` is coarse, `exact` is H as it
+    should be, without a ridge: the residual is measured with it at the end, and where it is too large the descent
+    begins anew from it.
     """
     X, size = torch.zeros_like(B), float(B.norm())
     if size <= floor:
@@ -227,8 +185,9 @@ def conjugate_gradients(
     R = B / size  # squares of very small or large entries would leave the range of float32
     direction = torch.zeros_like(B)
     pull, pulled = (torch.zeros_like(B) for _ in range(2)) if ridge else (None, None)  # P(direction), P(X)
-    taken, residual, before = 0, 1.0, 1.0
-    while residual > tol and taken < steps:
+    goal = tol if exact is None else 0.7 * tol  # what coarse products lead astray
+    taken, residual, before, done = 0, 1.0, 1.0, False
+    while not done and taken < steps:
         Z = precondition(R)
         descent = dot(R, Z)
         direction = torch.add(Z, direction, alpha=descent / before)  # a preconditioner may return R itself
@@ -242,6 +201,12 @@ def conjugate_gradients(
             pulled.add_(pull, alpha=length)
         R.sub_(image, alpha=length)
         taken, residual, before = taken + 1, float(R.norm()), descent
+        done = residual <= goal
+        if exact is not None and (done or taken == steps):
+            R = (B / size).sub_(exact(X))
+            direction.zero_()
+            residual = float(R.norm())
+            done = residual <= tol
     share = dot(X, pulled) * size**2 if pulled is not None else 0.0
     return Descent(X.mul_(size), taken, residual, share)
 

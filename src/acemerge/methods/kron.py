@@ -8,44 +8,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.gram import energies
-from acemerge.linalg.two_sided import (
-    conjugate_gradients,
-    forms_sides,
-    preconditioner,
-    refines,
-    root_sides,
-    solving_dtype,
-)
+from acemerge.linalg.two_sided import Map, conjugate_gradients, solving_dtype
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.both_sides import Products, operations, system, upright
 from acemerge.shapes import Float, Tensor
 
-
-@dataclass(frozen=True)
-class Upright:
-    """The experts with an update and a weight, transposed where they have more columns than rows.
-
-    Rules with a weight on both sides merge the transposes to the transpose. `sizes` are the layer's, turned alike.
-    """
-
-    experts: list[Tensor]
-    weights: list[float]
-    sizes: tuple[int, int]
-    turned: bool
-
-    def turned_back(self, M: Float[Tensor, "rows columns"]) -> Float[Tensor, "out in"]:
-        return M.T if self.turned else M
-
-
-def upright(deltas: Float[Tensor, "T out in"], layer: Layer) -> Upright | None:
-    """None where no expert has both."""
-    kept: list[int] = ((energies(deltas) > 0) & (layer.weights > 0)).nonzero().flatten().tolist()
-    if not kept:
-        return None
-    rows, columns = layer.sides(deltas)
-    turned = deltas.shape[1] < deltas.shape[2]
-    experts = [deltas[t].T if turned else deltas[t] for t in kept]
-    return Upright(experts, layer.weights[kept].tolist(), (columns, rows) if turned else (rows, columns), turned)
+_USUAL = 7  # steps to the default tol: 4 to 13 on text8's layers
 
 
 @dataclass(frozen=True)
@@ -54,16 +22,20 @@ class Kron:
 
         M minimises  sum_t ||A_t^(1/2) (M - D_t) S_t^(1/2)||_F^2 + l ||M - sum_t D_t||_F^2,   l = lam T
         sum_t A_t M S_t + l M = sum_t A_t D_t S_t + l sum_t D_t
-        A_t = (D_t D_t^T)^(1/2),  S_t = (D_t^T D_t)^(1/2),  each over its mean eigenvalue
+        A_t = (D_t D_t^T)^(1/2),  S_t = (D_t^T D_t)^(1/2),  each over its mean eigenvalue, all eigenvalues beyond the
+              k largest at their mean, k = max(64, int(keep min(out, in)))
 
     Source: this library. The root, because gradient descent on a linear layer gives `D = (W* - W_0) Sigma const` for
     inputs of covariance Sigma, so that `D^T D` is about its square. By conjugate gradients from `sum_t D_t`, until the
     residual is `tol` of what it was, or for `steps` steps: then `status` is "not converged", and `residual` how far it
-    came. Experts without an update drop out of T. Scaling all updates scales M. `lam` to infinity gives the sum, and
-    experts that share no input direction or no output direction are all kept whole. T equal experts U diag(s) V^T give
-    singular values `s_i (c s_i^2 + lam T) / (c s_i^2 + lam)`, `c = out in / (sum_j s_j)^2`: the expert in its energetic
-    directions, T of it in faint ones, for the rule takes equal updates for T tasks that agree. An expert that is there
-    twice by mistake is to be left out.
+    came; "float64" says that float32 would not do, as for updates of low rank. With `products` "bfloat16" the steps
+    multiply in it, and the residual is that of a last look in float32: where it is above `tol`, they go on. `keep` 1
+    is the formula without what follows the comma.
+    Experts without an update drop out of T. Scaling all updates scales M. `lam` to infinity gives the sum, and experts
+    that share no input direction or no output direction are all kept whole, up to what the mean eigenvalues take. T
+    equal experts U diag(s) V^T give, with `keep` 1, singular values `s_i (c s_i^2 + lam T) / (c s_i^2 + lam)`,
+    `c = out in / (sum_j s_j)^2`: the expert in its energetic directions, T of it in faint ones, for the rule takes
+    equal updates for T tasks that agree. An expert that is there twice by mistake is to be left out.
     A weight multiplies an expert's term, its share of T and the expert in the sum, and may not be negative: a weight
     of 2 is the expert twice.
     """
@@ -72,52 +44,45 @@ class Kron:
     source: ClassVar[str] = "acemerge"
 
     lam: Annotated[float, Field(gt=0, allow_inf_nan=False, description="pull to the sum, for each expert")] = 0.1
+    keep: Annotated[float, Field(ge=0, le=1, description="share of the directions that are told apart")] = 0.25
     steps: Annotated[int, Field(ge=1, le=100_000, description="steps of conjugate gradients, at most")] = 30
-    tol: Annotated[float, Field(gt=0, lt=1, description="residual to reach, as a share of the sum's")] = 1e-3
+    tol: Annotated[float, Field(gt=0, lt=1, description="residual to reach, as a share of the sum's")] = 1e-2
+    products: Annotated[Products, Field(description="type of the steps' products in layers above 512")] = "float32"
     scale: Scale = 1.0
 
     @property
     def needs(self) -> Needs:
-        """Both sides of every expert are held; in float64 they take twice the room."""
-        wide = 2 if refines(self.tol) else 1
-        work = Work(10 + 8 * wide, 4 * wide, "longer", each=3 * wide)
+        work = Work(26, 8, "longer", each=4)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         tall = upright(deltas, layer)
         if tall is None:
             return no_update(deltas)
-        M, stats = self._solved(tall, solving_dtype(deltas, self.tol))
-        return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
-
-    def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, object]]:
-        """M as `sum_t D_t` and what is added to it."""
-        sides = [root_sides(D, tall.sizes, w, dtype) for D, w in zip(tall.experts, tall.weights, strict=True)]
-        ridge = self.lam * sum(tall.weights)
-        start = torch.zeros_like(tall.experts[0], dtype=dtype)
+        asked = solving_dtype(deltas, self.tol)
+        given = system(tall, self.keep, self.lam**0.5, asked, self.products)
+        dtype, ridge = given.B.dtype, self.lam * sum(tall.weights)
+        start = torch.zeros_like(given.B)
         for D, weight in zip(tall.experts, tall.weights, strict=True):
-            start.add_(D, alpha=weight)
-        B = torch.zeros_like(start)
-        for D, one in zip(tall.experts, sides, strict=True):
-            B += one.around(D - start)
+            start.add_(D.to(dtype), alpha=weight / given.size)
+        B = given.B.sub_((given.exact or given.applied)(start))
 
-        def applied(X: Tensor) -> Tensor:
-            total = ridge * X
-            for one in sides:
-                total += one.around(X)
-            return total
+        def with_ridge(applied: Map) -> Map:
+            return lambda X: applied(X).add_(X, alpha=ridge)
 
-        rounding = 16 * torch.finfo(dtype).eps * sum(one.pull for one in sides)
-        found = conjugate_gradients(applied, preconditioner(sides, ridge), B, self.steps, self.tol, rounding)
-        status = "ok" if found.residual <= self.tol else "not converged"
-        return start.add_(found.X), {"status": status, "steps": found.steps, "residual": found.residual}
+        exact = None if given.exact is None else with_ridge(given.exact)
+        found = conjugate_gradients(
+            with_ridge(given.applied), given.pooled, B, self.steps, self.tol, given.rounding, exact=exact
+        )
+        converged = "ok" if dtype == asked else "float64"
+        stats = {
+            "status": converged if found.residual <= self.tol else "not converged",
+            "steps": found.steps,
+            "residual": found.residual,
+        }
+        M = start.add_(found.X).mul_(self.scale * given.size)
+        return LayerResult(tall.turned_back(M).to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
-        """With all the steps that it may take."""
-        m, n = max(rows, columns), min(rows, columns)
-        formed = forms_sides(m, n, n)
-        roots = m * n**2 + 9 * n**3 + 2 * m * n**2 + (m**2 * n + n**3 if formed else 0)
-        product = 2 * m * n * (m + n) if formed else 4 * m * n**2 + 4 * n**3
-        summed = 0 if formed else m**2 * n + n**3
-        step = experts * product + 2 * m * n * (m + n)
-        return experts * (roots + summed + product) + (m**3 + n**3) // 3 + self.steps * step
+        """With the steps that it usually takes."""
+        return operations(experts, rows, columns, self.keep, min(self.steps, _USUAL))

@@ -8,20 +8,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.two_sided import (
-    Spiked,
-    conjugate_gradients,
-    dot,
-    pooled_inverse,
-    solving_dtype,
-    spiked_sides,
-    spiked_sum,
-)
+from acemerge.linalg.two_sided import conjugate_gradients, dot, solving_dtype
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.kron import Upright, upright
+from acemerge.methods.both_sides import Upright, operations, system, upright
 from acemerge.shapes import Float, Tensor
 
-_FEWEST = 64  # directions that are always kept: in small layers all of them
 _USUAL = 4  # steps to the default tol: three or four on text8's layers
 _DAMPING = 0.1  # of the mean eigenvalue of the pooled moments: what all have little of is left alone
 
@@ -73,46 +64,23 @@ class KronAuto:
             M, stats = self._solved(tall, solving_dtype(deltas, self.tol))
         return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
-    def _solved(self, tall: Upright, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
-        """M of updates over the largest of their entries, so that float32 holds their squares."""
-        k = max(_FEWEST, int(self.keep * min(tall.sizes)))
-        sides: list[Spiked] = []
-        B = torch.zeros_like(tall.experts[0], dtype=dtype)
-        wanted = pull = 0.0
-        size = max(float(D.abs().max()) for D in tall.experts)
-        for expert, weight in zip(tall.experts, tall.weights, strict=True):
-            D = expert.to(dtype) / size
-            found = spiked_sides(D, tall.sizes, weight, k, dtype)
-            if found is None:
-                M, stats = self._solved(tall, torch.float64)
-                return M, {**stats, "status": "float64" if stats["status"] == "ok" else stats["status"]}
-            side, own = found
-            sides.append(side)
-            B.add_(own)
-            wanted += dot(D, own)
-            pull += float(own.norm())
-        total = sum(tall.weights)
-        shares = [(w / total) ** 0.5 for w in tall.weights]  # A_t and S_t have the root of the weight in them
-        applied, pooled = spiked_sum(sides), pooled_inverse(sides, shares, _DAMPING * total**0.5)
-        sides.clear()  # what is needed of them is held by the two
-        rounding = 16 * torch.finfo(dtype).eps * pull
-        solved = conjugate_gradients(applied, pooled, B, self.steps, self.tol, rounding, self.lam)
-        b = dot(solved.X, B)
-        h = b - self.lam * solved.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
-        agreement = min(1.0, b * b / (h * wanted)) if h > 0 else 0.0
+    def _solved(self, tall: Upright, asked: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+        given = system(tall, self.keep, _DAMPING, asked)
+        found = conjugate_gradients(
+            given.applied, given.pooled, given.B, self.steps, self.tol, given.rounding, self.lam
+        )
+        b = dot(found.X, given.B)
+        h = b - self.lam * found.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
+        agreement = min(1.0, b * b / (h * given.wanted)) if h > 0 else 0.0
+        converged = "ok" if given.B.dtype == asked else "float64"
         stats = {
-            "status": "ok" if solved.residual <= self.tol else "not converged",
-            "steps": solved.steps,
-            "residual": solved.residual,
+            "status": converged if found.residual <= self.tol else "not converged",
+            "steps": found.steps,
+            "residual": found.residual,
             "agreement": agreement,
         }
-        return solved.X.mul_(size * b / h * agreement if agreement else 0.0), stats
+        return found.X.mul_(given.size * b / h * agreement if agreement else 0.0), stats
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
-        m, n = max(rows, columns), min(rows, columns)
-        k = min(n, max(_FEWEST, int(self.keep * n)))
-        sides = m * n**2 + 9 * n**3 + 4 * m * n * k
-        inverses = m**2 * min(m, experts * k) + n**2 * min(n, experts * k) + (m**3 + n**3) // 3
-        step = 4 * experts * k * n * (m + k) + 2 * m * n**2 + 2 * m * n * (m + n)
-        return experts * sides + inverses + min(self.steps, _USUAL) * step
+        return operations(experts, rows, columns, self.keep, min(self.steps, _USUAL))

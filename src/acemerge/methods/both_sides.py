@@ -1,0 +1,109 @@
+"""What the rules with a weight on the outputs as well as on the inputs have in common: the system that they solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from acemerge.linalg.gram import energies
+from acemerge.linalg.two_sided import Map, Spiked, dot, pooled_inverse, spiked_sides, spiked_sum
+from acemerge.methods.base import Layer
+from acemerge.shapes import Float, Tensor
+
+_FEWEST = 64  # directions that are always kept: in small layers all of them
+Products = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Upright:
+    """The experts with an update and a weight, transposed where they have more columns than rows.
+
+    Rules with a weight on both sides merge the transposes to the transpose. `sizes` are the layer's, turned alike.
+    """
+
+    experts: list[Tensor]
+    weights: list[float]
+    sizes: tuple[int, int]
+    turned: bool
+
+    def turned_back(self, M: Float[Tensor, "rows columns"]) -> Float[Tensor, "out in"]:
+        return M.T if self.turned else M
+
+
+def upright(deltas: Float[Tensor, "T out in"], layer: Layer) -> Upright | None:
+    """None where no expert has both."""
+    kept: list[int] = ((energies(deltas) > 0) & (layer.weights > 0)).nonzero().flatten().tolist()
+    if not kept:
+        return None
+    rows, columns = layer.sides(deltas)
+    turned = deltas.shape[1] < deltas.shape[2]
+    experts = [deltas[t].T if turned else deltas[t] for t in kept]
+    return Upright(experts, layer.weights[kept].tolist(), (columns, rows) if turned else (rows, columns), turned)
+
+
+@dataclass(frozen=True)
+class System:
+    """`sum_t A_t X S_t = B = sum_t A_t D_t S_t`, for the updates D_t over `size`, the largest of all their entries, so
+    that float32 holds their squares.
+
+        A_t = (D_t D_t^T)^(1/2),  S_t = (D_t^T D_t)^(1/2),  each over its mean eigenvalue, all eigenvalues beyond the
+              k largest at their mean, k = max(64, int(keep min(out, in)))
+        L = sum_t A_t / T^(1/2) + d T^(1/2) I,  R = sum_t S_t / T^(1/2) + d T^(1/2) I
+
+    `applied` is the left-hand side, `pooled` the map `X -> L^(-1) X R^(-1)`, both coarse where `exact` is the left-hand
+    side too; `wanted` is `sum_t <D_t, A_t D_t S_t>` and `rounding` what the norm of B may be by rounding alone. Weights
+    count experts: with a weight w A_t and S_t have its root in them, their share of L and R that of `w / T`, and T is
+    the sum of the weights.
+    """
+
+    applied: Map
+    pooled: Map
+    exact: Map | None
+    B: Float[Tensor, "out in"]
+    wanted: float
+    rounding: float
+    size: float
+
+
+def system(tall: Upright, keep: float, damping: float, dtype: torch.dtype, products: Products = "float32") -> System:
+    """In `dtype`, or in float64 where float32 would not do, as for updates of low rank: `B.dtype` tells. `damping` is
+    the d of L and R. In float32 `products` may be coarser.
+    """
+    k = kept_directions(keep, min(tall.sizes))
+    sides: list[Spiked] = []
+    B = torch.zeros_like(tall.experts[0], dtype=dtype)
+    wanted = pull = 0.0
+    size = max(float(D.abs().max()) for D in tall.experts)
+    for expert, weight in zip(tall.experts, tall.weights, strict=True):
+        D = expert.to(dtype) / size
+        found = spiked_sides(D, tall.sizes, weight, k, dtype)
+        if found is None:
+            return system(tall, keep, damping, torch.float64, products)
+        side, own = found
+        sides.append(side)
+        B.add_(own)
+        wanted += dot(D, own)
+        pull += float(own.norm())
+    total = sum(tall.weights)
+    shares, d = [(w / total) ** 0.5 for w in tall.weights], damping * total**0.5
+    exact, rounding = spiked_sum(sides), 16 * torch.finfo(dtype).eps * pull
+    if products == "float32" or dtype == torch.float64:
+        return System(exact, pooled_inverse(sides, shares, d), None, B, wanted, rounding, size)
+    coarse, pooled = spiked_sum(sides, torch.bfloat16), pooled_inverse(sides, shares, d, torch.bfloat16)
+    return System(coarse, pooled, exact, B, wanted, rounding, size)
+
+
+def kept_directions(keep: float, shorter: int) -> int:
+    return max(_FEWEST, int(keep * shorter))
+
+
+def operations(experts: int, rows: int, columns: int, keep: float, steps: int) -> int:
+    """Of the system, and of so many steps of conjugate gradients with it."""
+    m, n = max(rows, columns), min(rows, columns)
+    k = min(n, kept_directions(keep, n))
+    sides = m * n**2 + 9 * n**3 + 4 * m * n * k
+    inverses = m**2 * min(m, experts * k) + n**2 * min(n, experts * k) + (m**3 + n**3) // 3
+    step = 4 * experts * k * n * (m + k) + 2 * m * n**2 + 2 * m * n * (m + n)
+    return experts * sides + inverses + steps * step
