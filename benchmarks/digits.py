@@ -3,6 +3,7 @@
     acemerge demo -o digits                              # trains a base and its experts, in about a minute
     .venv/bin/python benchmarks/digits.py digits
     .venv/bin/python benchmarks/digits.py digits --groups 2      # each of the 15 pairs, merged by itself
+    .venv/bin/python benchmarks/digits.py digits --eight         # with two more experts, trained if need be
     .venv/bin/python benchmarks/digits.py digits --fused         # query, key and value joined to one weight before
     .venv/bin/python benchmarks/digits.py digits --roles         # kron_auto's constants changed in one kind of layer
 
@@ -24,10 +25,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import acemerge
-from acemerge.demo import TASKS, Task, accuracy, load_digits, with_head
+from acemerge.demo import DIGIT, TASKS, Digits, Task, accuracy, load_digits, make_expert, with_head
 from acemerge.evaluation.models import quiet_transformers
 from acemerge.methods import make
 
+_FURTHER = (
+    Task("transposed", lambda x: x.transpose(1, 2), lambda y: y),
+    Task("third", lambda x: x, lambda y: (y % 3 == 0).long(), 2),  # whether a multiple of three
+)
 _PROJECTIONS = ("query", "key", "value")
 _ROLES = {
     "attention": "*attention*.weight",
@@ -43,6 +48,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of `acemerge demo -o FOLDER`")
     parser.add_argument("--rules", help="comma-separated; every data-free one when not given")
     parser.add_argument("--groups", type=int, metavar="N", help="merge every group of N tasks; all when not given")
+    parser.add_argument("--eight", action="store_true", help="with two further experts")
     parser.add_argument("--roles", action="store_true", help="kron_auto, its constants changed for one role at a time")
     parser.add_argument("--fused", action="store_true", help="merge query, key and value as one weight")
     parser.add_argument("--threads", type=int, default=2)
@@ -50,34 +56,35 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     quiet_transformers()
     folder, data = arguments.folder, load_digits()
+    tasks = (*TASKS, *further(folder, data)) if arguments.eight else TASKS
 
-    def scores(body: Path, tasks: Sequence[Task]) -> list[float]:
-        heads = [expert_of(folder, task) / "model.safetensors" for task in tasks]
-        return [accuracy(with_head(body, head, task), task, data) for task, head in zip(tasks, heads, strict=True)]
+    def scores(body: Path, asked: Sequence[Task]) -> list[float]:
+        heads = [expert_of(folder, task) / "model.safetensors" for task in asked]
+        return [accuracy(with_head(body, head, task), task, data) for task, head in zip(asked, heads, strict=True)]
 
-    def merged(rule: str, tasks: Sequence[Task], options: dict[str, Any]) -> list[float]:
+    def merged(rule: str, asked: Sequence[Task], options: dict[str, Any]) -> list[float]:
         with tempfile.TemporaryDirectory() as temporary:
-            base, experts, out = folder / "base", [expert_of(folder, task) for task in tasks], Path(temporary) / "out"
+            base, experts, out = folder / "base", [expert_of(folder, task) for task in asked], Path(temporary) / "out"
             if arguments.fused:
                 base, *experts = (fused(one, Path(temporary)) for one in (base, *experts))
             acemerge.merge(base, experts, rule, out, quiet=True, **options)
-            return scores(split(out, folder / "base") if arguments.fused else out, tasks)
+            return scores(split(out, folder / "base") if arguments.fused else out, asked)
 
-    alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in TASKS}
-    rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(TASKS))
+    alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in tasks}
+    rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(tasks))
     runs: list[Run] = by_role() if arguments.roles else [(rule, rule, {}) for rule in rules]
     if arguments.groups:
-        groups = list(itertools.combinations(TASKS, arguments.groups))
+        groups = list(itertools.combinations(tasks, arguments.groups))
         print(f"| {len(groups)} groups of {arguments.groups} | of experts | worst group |\n|---|--:|--:|")
         print(summary("base", [(group, scores(folder / "base", group)) for group in groups], alone))
         for name, rule, options in runs:
             print(summary(name, [(group, merged(rule, group, options)) for group in groups], alone), flush=True)
         return
-    print(f"| | {' | '.join(task.name for task in TASKS)} | mean | of experts |\n|---|{'--:|' * (len(TASKS) + 2)}")
+    print(f"| | {' | '.join(task.name for task in tasks)} | mean | of experts |\n|---|{'--:|' * (len(tasks) + 2)}")
     print(line("each expert, alone", list(alone.values()), alone))
-    print(line("base", scores(folder / "base", TASKS), alone))
+    print(line("base", scores(folder / "base", tasks), alone))
     for name, rule, options in runs:
-        print(line(name, merged(rule, TASKS, options), alone), flush=True)
+        print(line(name, merged(rule, tasks, options), alone), flush=True)
 
 
 def by_role() -> list[Run]:
@@ -89,6 +96,15 @@ def by_role() -> list[Run]:
                 rules = [{"match": pattern, "method": {"name": "kron_auto", constant: value}}]
                 runs.append((f"{constant}={value} in {role}", "kron_auto", {"rules": rules}))
     return runs
+
+
+def further(folder: Path, data: Digits) -> tuple[Task, ...]:
+    """Two tasks beyond the demo's, whose experts are trained as the demo's where they are not there yet."""
+    for seed, task in enumerate(_FURTHER, len(TASKS) + 1):
+        if not expert_of(folder, task).exists():
+            base = with_head(folder / "base", folder / "base" / "model.safetensors", DIGIT)
+            make_expert(base, task, data, seed).save_pretrained(expert_of(folder, task))
+    return _FURTHER
 
 
 def expert_of(folder: Path, task: Task) -> Path:
@@ -134,18 +150,18 @@ def data_free(experts: int) -> list[str]:
     ]
 
 
-def of_experts(tasks: Sequence[Task], scores: Sequence[float], alone: dict[str, float]) -> float:
-    return sum(score / alone[task.name] for task, score in zip(tasks, scores, strict=True)) / len(tasks)
+def of_experts(scores: Sequence[float], best: Sequence[float]) -> float:
+    return sum(score / own for score, own in zip(scores, best, strict=True)) / len(scores)
 
 
 def line(name: str, scores: Sequence[float], alone: dict[str, float]) -> str:
-    """A row of percentages."""
-    cells = [*scores, sum(scores) / len(scores), of_experts(TASKS, scores, alone)]
+    """A row of percentages, for all tasks."""
+    cells = [*scores, sum(scores) / len(scores), of_experts(scores, [*alone.values()])]
     return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |"
 
 
 def summary(name: str, groups: Sequence[tuple[Sequence[Task], Sequence[float]]], alone: dict[str, float]) -> str:
-    found = [of_experts(tasks, scores, alone) for tasks, scores in groups]
+    found = [of_experts(scores, [alone[task.name] for task in tasks]) for tasks, scores in groups]
     return f"| {name} | {100 * sum(found) / len(found):.1f} | {100 * min(found):.1f} |"
 
 

