@@ -73,11 +73,11 @@ def system(tall: Upright, keep: float, damping: float, dtype: torch.dtype, produ
     """
     k = kept_directions(keep, min(tall.sizes))
     sides: list[Spiked] = []
-    B = torch.zeros_like(tall.experts[0], dtype=dtype)
+    B = torch.zeros_like(tall.experts[0], dtype=dtype, memory_format=torch.contiguous_format)
     wanted = pull = 0.0
     size = max(float(D.abs().max()) for D in tall.experts)
     for expert, weight in zip(tall.experts, tall.weights, strict=True):
-        D = expert.to(dtype) / size
+        D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
         found = spiked_sides(D, tall.sizes, weight, k, dtype)
         if found is None:
             return system(tall, keep, damping, torch.float64, products)
