@@ -158,6 +158,13 @@ def test_the_residual_of_products_in_bfloat16_is_that_of_float32(shape: tuple[in
     assert not torch.equal(found.delta, acemerge.merge_deltas(deltas, "kron", tol=tol, steps=100).delta)
 
 
+def test_products_in_bfloat16_bear_a_pull_too_weak_for_a_cholesky_factor() -> None:
+    deltas = task_vectors(2, (600, 30)).float()
+    found = acemerge.merge_deltas(deltas, "kron", products="bfloat16", lam=1e-20)
+    assert found.delta.isfinite().all()
+    assert found.stats["residual"] < 1.0
+
+
 def test_small_layers_have_no_products_in_bfloat16() -> None:
     deltas = task_vectors(3, (40, 30)).float()
     found = [acemerge.merge_deltas(deltas, "kron", products=products).delta for products in ("float32", "bfloat16")]

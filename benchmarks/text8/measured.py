@@ -24,7 +24,7 @@ import torch
 from experts import base_folder, expert, load_encoder, pooled, reader
 from packages import default_cache
 from safetensors.torch import load_file
-from tasks import TASKS, build, read
+from tasks import TASKS, Task, build, read
 from torch import Tensor, nn
 
 from acemerge import demo

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.gram import add_lower, mirror, symmetric_product
-from acemerge.linalg.solve import invert
+from acemerge.linalg.solve import cholesky, invert
 from acemerge.shapes import Float, Tensor
 
 _SMALL = 512  # layers with no longer side are solved in float64, where that costs little
@@ -85,16 +85,16 @@ def spiked_sum(sides: Sequence[Spiked], products: torch.dtype | None = None) -> 
 
     With `products` all factors of products are rounded to this type; what comes out is in X's.
     """
-    P = torch.cat([one.P for one in sides], 1).to(products)  # (out, K)
-    shared = P.new_zeros(len(sides[0].Q), len(sides[0].Q), dtype=sides[0].Q.dtype)  # sum_t a_t S_t
+    kind = products or sides[0].P.dtype
+    shared = sides[0].Q.new_zeros(len(sides[0].Q), len(sides[0].Q))  # sum_t a_t S_t
     for one in sides:
         add_lower(shared, one.Q.T, one.floors[0])
     mirror(shared).diagonal().add_(sum(one.floors[0] * one.floors[1] for one in sides))
-    shared = shared.to(products)
-    parts = [(one.Q.to(products), one.floors[1]) for one in sides]
+    shared, P = shared.to(kind), torch.cat([one.P for one in sides], 1).to(kind)  # (in, in), (out, K)
+    parts = [(one.Q.to(kind), one.floors[1]) for one in sides]
 
     def applied(X: Tensor) -> Tensor:
-        given, X = X.dtype, X.to(products)
+        given, X = X.dtype, X.to(kind)
         inner = (P.T @ X).split([Q.shape[1] for Q, _ in parts])
         weighed = [torch.add((Z @ Q) @ Q.T, Z, alpha=b) for Z, (Q, b) in zip(inner, parts, strict=True)]
         return torch.addmm(X @ shared, P, torch.cat(weighed)).to(given)
@@ -142,9 +142,10 @@ def _damped_inverse(
     for F, share in zip(factors, shares, strict=True):
         add_lower(total, F.T, share)
     mirror(total).diagonal().add_(damping)
-    if products is None:
+    L = None if products is None else cholesky(total)
+    if L is None:
         return invert(total)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(total)).to(products)
+    inverse = torch.cholesky_inverse(L).to(products)
     return lambda X: (X.to(products) @ inverse).to(X.dtype)
 
 

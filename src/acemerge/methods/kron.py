@@ -47,7 +47,7 @@ class Kron:
     keep: Annotated[float, Field(ge=0, le=1, description="share of the directions that are told apart")] = 0.25
     steps: Annotated[int, Field(ge=1, le=100_000, description="steps of conjugate gradients, at most")] = 30
     tol: Annotated[float, Field(gt=0, lt=1, description="residual to reach, as a share of the sum's")] = 1e-2
-    products: Annotated[Products, Field(description="type of the steps' products in layers above 512")] = "float32"
+    products: Annotated[Products, Field(description="type of products in a step, for a side above 512")] = "float32"
     scale: Scale = 1.0
 
     @property
