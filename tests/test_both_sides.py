@@ -115,6 +115,28 @@ def test_the_preconditioner_saves_two_fifths_of_the_steps(shape: tuple[int, int]
     assert helped.steps < 0.6 * alone.steps
 
 
-def _spiked(deltas: Tensor, k: int) -> list[Any]:
-    found = [spiked_sides(D, tuple(D.shape), 1.0, k, torch.float64) for D in deltas]
+@pytest.mark.parametrize("sizes", [(30, 28), (300, 100)], ids=str)
+def test_fewer_directions_are_as_if_no_more_had_been_kept(sizes: tuple[int, int]) -> None:
+    deltas = task_vectors(2, (30, 28))
+    for many, few in zip(_spiked(deltas, 20, sizes), _spiked(deltas, 5, sizes), strict=True):
+        found = many.leading(5, sizes)
+        assert found.floors == pytest.approx(few.floors, rel=1e-12)
+        assert relative_error(found.P, few.P) < 1e-12
+        assert relative_error(found.Q, few.Q) < 1e-12
+        assert many.leading(20, sizes) is many
+
+
+@pytest.mark.parametrize("shape", [(30, 28), (100, 40)], ids=["whole", "in the space of the factors"])
+def test_rounded_products_precondition_as_well(shape: tuple[int, int]) -> None:
+    deltas, X = task_vectors(4, shape).float(), task_vectors(1, shape, seed=1)[0].float()
+    sides = _spiked(deltas, 8, dtype=torch.float32)
+    exact, rounded = (pooled_inverse(sides, [0.5] * 4, 0.6, products)(X) for products in (None, torch.bfloat16))
+    assert rounded.dtype == torch.float32
+    assert 0 < relative_error(rounded, exact) < 0.02
+
+
+def _spiked(
+    deltas: Tensor, k: int, sizes: tuple[int, int] | None = None, dtype: torch.dtype = torch.float64
+) -> list[Any]:
+    found = [spiked_sides(D, sizes or tuple(D.shape), 1.0, k, dtype) for D in deltas]
     return [one[0] for one in found if one is not None]

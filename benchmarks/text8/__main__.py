@@ -49,7 +49,7 @@ _VARIED: dict[str, dict[str, tuple[Any, ...]]] = {
         "scale": (0.5, 0.8, 1.2),
         "ablation": ("E1", "E2", "E3", "E4"),
     },
-    "kron": {"keep": (1.0,), "tol": (1e-1, 1e-3)},
+    "kron": {"keep": (1.0,), "tol": (1e-1, 1e-3), "products": ("bfloat16",)},
     "kron_auto": {
         "lam": (0.1, 0.3, 3.0, 10.0),
         "keep": (0.0, 0.5, 1.0),

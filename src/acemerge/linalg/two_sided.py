@@ -38,17 +38,36 @@ def _right_singular(D: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " r"], Fl
     """
     values, V = torch.linalg.eigh(symmetric_product(D))
     floor = values[-1] * len(values) * torch.finfo(values.dtype).eps if D.dtype == torch.float64 else 0.0
-    kept = values > floor
-    return values[kept].sqrt(), V[:, kept]
+    first = int((values <= floor).sum())
+    return values[first:].sqrt(), V[:, first:]
+
+
+def largest_entry(D: Float[Tensor, "out in"]) -> float:
+    low, high = torch.aminmax(D)
+    return max(-float(low), float(high))
 
 
 @dataclass(frozen=True)
 class Spiked:
-    """One expert's `A = P P^T + a I` and `S = Q Q^T + b I`; `floors` are (a, b)."""
+    """One expert's `A = P P^T + a I` and `S = Q Q^T + b I`, largest directions last; `floors` are (a, b)."""
 
     P: Float[Tensor, "out k"]
     Q: Float[Tensor, "in k"]
     floors: tuple[float, float]
+
+    def leading(self, k: int, sizes: tuple[int, int]) -> Spiked:
+        """What `spiked_sides` gives for so few directions: all but the k largest at their mean."""
+        faint = self.P.shape[1] - k
+        if faint <= 0:
+            return self
+        factors, floors = list[Tensor](), list[float]()
+        for F, floor, size in zip((self.P, self.Q), self.floors, sizes, strict=True):
+            spikes = F.square().sum(0)  # (k,) above the floor
+            raised = float(spikes[:faint].sum()) / (size - k)
+            shrunk = (1 - raised / spikes[faint:]).clamp_min(0).sqrt()
+            factors.append(F[:, faint:] * shrunk.nan_to_num(0.0))
+            floors.append(floor + raised)
+        return Spiked(factors[0], factors[1], (floors[0], floors[1]))
 
 
 def spiked_sides(
@@ -62,7 +81,7 @@ def spiked_sides(
     With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`. None in float32 where it would not do:
     more than a thousandth of the sum of the singular values is of those that the rounding of a Gram matrix reaches.
     """
-    peak = float(D.abs().max())
+    peak = largest_entry(D)
     D = D.to(dtype) / peak  # squares of very small or large entries would leave the range of float32
     s, V = _right_singular(D)
     if dtype == torch.float32 and float(s[s < _HIDDEN * s[-1]].sum()) > _HIDDEN_SHARE * float(s.sum()):
@@ -132,19 +151,29 @@ def _damped_inverse(
     the inverse is formed: then a product takes the place of two solves.
     """
     n = len(factors[0])
-    if products is None and sum(F.shape[1] for F in factors) < n:
-        F = torch.cat([share**0.5 * F for F, share in zip(factors, shares, strict=True)], 1)
-        K = symmetric_product(F)
-        K.diagonal().add_(damping)
-        inner = invert(K)
-        return lambda X: (X - inner(X @ F) @ F.T).div_(damping)
-    total = factors[0].new_zeros(n, n)
-    for F, share in zip(factors, shares, strict=True):
-        add_lower(total, F.T, share)
-    mirror(total).diagonal().add_(damping)
-    L = None if products is None else cholesky(total)
+    if sum(F.shape[1] for F in factors) >= n:
+        total = factors[0].new_zeros(n, n)
+        for F, share in zip(factors, shares, strict=True):
+            add_lower(total, F.T, share)
+        return _inverse(mirror(total), damping, products)
+    F = torch.cat([share**0.5 * F for F, share in zip(factors, shares, strict=True)], 1)  # (n, K)
+    inner = _inverse(symmetric_product(F), damping, products)
+    F = F.to(products or F.dtype)
+
+    def applied(X: Tensor) -> Tensor:
+        taken = torch.empty_like(X, dtype=F.dtype)  # laid out as X is, which may be transposed
+        torch.mm(inner(X.to(F.dtype) @ F), F.T, out=taken)
+        return torch.sub(X, taken, out=taken if taken.dtype == X.dtype else None).div_(damping)
+
+    return applied
+
+
+def _inverse(A: Float[Tensor, "n n"], damping: float, products: torch.dtype | None) -> Map:
+    """`X -> X (A + damping I)^(-1)`, formed where it is to be rounded. A is overwritten."""
+    A.diagonal().add_(damping)
+    L = None if products is None else cholesky(A)
     if L is None:
-        return invert(total)
+        return invert(A)
     inverse = torch.cholesky_inverse(L).to(products)
     return lambda X: (X.to(products) @ inverse).to(X.dtype)
 
@@ -191,7 +220,7 @@ def conjugate_gradients(
     while not done and taken < steps:
         Z = precondition(R)
         descent = dot(R, Z)
-        direction = torch.add(Z, direction, alpha=descent / before)  # a preconditioner may return R itself
+        direction.mul_(descent / before).add_(Z)
         image = apply(direction)
         if pull is not None:
             pull.mul_(descent / before).add_(R)

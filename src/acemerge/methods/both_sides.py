@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.two_sided import Map, Spiked, dot, pooled_inverse, spiked_sides, spiked_sum
+from acemerge.linalg.two_sided import Map, Spiked, dot, largest_entry, pooled_inverse, spiked_sides, spiked_sum
 from acemerge.methods.base import Layer
 from acemerge.shapes import Float, Tensor
 
@@ -53,9 +53,9 @@ class System:
         L = sum_t A_t / T^(1/2) + d T^(1/2) I,  R = sum_t S_t / T^(1/2) + d T^(1/2) I
 
     `applied` is the left-hand side, `pooled` the map `X -> L^(-1) X R^(-1)`, both coarse where `exact` is the left-hand
-    side too; `wanted` is `sum_t <D_t, A_t D_t S_t>` and `rounding` what the norm of B may be by rounding alone. Weights
-    count experts: with a weight w A_t and S_t have its root in them, their share of L and R that of `w / T`, and T is
-    the sum of the weights.
+    side too. Where L and R only precondition, fewer than k directions may be told apart in them. `wanted` is
+    `sum_t <D_t, A_t D_t S_t>` and `rounding` what the norm of B may be by rounding alone. Weights count experts: with a
+    weight w A_t and S_t have its root in them, their share of L and R that of `w / T`, and T is the sum of the weights.
     """
 
     applied: Map
@@ -67,20 +67,27 @@ class System:
     size: float
 
 
-def system(tall: Upright, keep: float, damping: float, dtype: torch.dtype, products: Products = "float32") -> System:
+def system(
+    tall: Upright,
+    keep: float,
+    damping: float,
+    dtype: torch.dtype,
+    products: Products = "float32",
+    pooled_keep: float | None = None,
+) -> System:
     """In `dtype`, or in float64 where float32 would not do, as for updates of low rank: `B.dtype` tells. `damping` is
-    the d of L and R. In float32 `products` may be coarser.
+    the d of L and R, `pooled_keep` their `keep` where it is another one. In float32 `products` may be coarser.
     """
     k = kept_directions(keep, min(tall.sizes))
     sides: list[Spiked] = []
     B = torch.zeros_like(tall.experts[0], dtype=dtype, memory_format=torch.contiguous_format)
     wanted = pull = 0.0
-    size = max(float(D.abs().max()) for D in tall.experts)
+    size = max(largest_entry(D) for D in tall.experts)
     for expert, weight in zip(tall.experts, tall.weights, strict=True):
         D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
         found = spiked_sides(D, tall.sizes, weight, k, dtype)
         if found is None:
-            return system(tall, keep, damping, torch.float64, products)
+            return system(tall, keep, damping, torch.float64, products, pooled_keep)
         side, own = found
         sides.append(side)
         B.add_(own)
@@ -89,21 +96,28 @@ def system(tall: Upright, keep: float, damping: float, dtype: torch.dtype, produ
     total = sum(tall.weights)
     shares, d = [(w / total) ** 0.5 for w in tall.weights], damping * total**0.5
     exact, rounding = spiked_sum(sides), 16 * torch.finfo(dtype).eps * pull
+    of_pooled = kept_directions(keep if pooled_keep is None else pooled_keep, min(tall.sizes))
+    pooled = [side.leading(of_pooled, tall.sizes) for side in sides]
     if products == "float32" or dtype == torch.float64:
-        return System(exact, pooled_inverse(sides, shares, d), None, B, wanted, rounding, size)
-    coarse, pooled = spiked_sum(sides, torch.bfloat16), pooled_inverse(sides, shares, d, torch.bfloat16)
-    return System(coarse, pooled, exact, B, wanted, rounding, size)
+        return System(exact, pooled_inverse(pooled, shares, d), None, B, wanted, rounding, size)
+    coarse, inverse = spiked_sum(sides, torch.bfloat16), pooled_inverse(pooled, shares, d, torch.bfloat16)
+    return System(coarse, inverse, exact, B, wanted, rounding, size)
 
 
 def kept_directions(keep: float, shorter: int) -> int:
     return max(_FEWEST, int(keep * shorter))
 
 
-def operations(experts: int, rows: int, columns: int, keep: float, steps: int) -> int:
+def operations(experts: int, rows: int, columns: int, keep: float, steps: int, pooled_keep: float | None = None) -> int:
     """Of the system, and of so many steps of conjugate gradients with it."""
     m, n = max(rows, columns), min(rows, columns)
     k = min(n, kept_directions(keep, n))
+    of_pooled = experts * min(n, kept_directions(keep if pooled_keep is None else pooled_keep, n))
     sides = m * n**2 + 9 * n**3 + 4 * m * n * k
-    inverses = m**2 * min(m, experts * k) + n**2 * min(n, experts * k) + (m**3 + n**3) // 3
-    step = 4 * experts * k * n * (m + k) + 2 * m * n**2 + 2 * m * n * (m + n)
+    inverses = step = 0
+    for size, other in ((m, n), (n, m)):
+        formed, factored = sorted((size, of_pooled), reverse=True)
+        inverses += formed * factored**2 + factored**3 // 3
+        step += 4 * size * of_pooled * other + 2 * of_pooled**2 * other if of_pooled < size else 2 * size**2 * other
+    step += 4 * experts * k * n * (m + k) + 2 * m * n**2
     return experts * sides + inverses + steps * step
