@@ -17,7 +17,7 @@ from acemerge.methods.elementwise import weighted_sum
 from acemerge.shapes import Float, Tensor
 
 # An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
-SPECTRAL_WORK = Work(11, 44, "shorter")
+SPECTRAL_WORK = Work(11, 54, "shorter")
 
 
 @dataclass(frozen=True)
