@@ -68,15 +68,10 @@ class System:
 
 
 def system(
-    tall: Upright,
-    keep: float,
-    damping: float,
-    dtype: torch.dtype,
-    products: Products = "float32",
-    pooled_keep: float | None = None,
+    tall: Upright, keep: float, pooled_keep: float, damping: float, dtype: torch.dtype, products: Products = "float32"
 ) -> System:
     """In `dtype`, or in float64 where float32 would not do, as for updates of low rank: `B.dtype` tells. `damping` is
-    the d of L and R, `pooled_keep` their `keep` where it is another one. In float32 `products` may be coarser.
+    the d of L and R, `pooled_keep` their `keep`. In float32 `products` may be coarser.
     """
     k = kept_directions(keep, min(tall.sizes))
     sides: list[Spiked] = []
@@ -87,7 +82,7 @@ def system(
         D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
         found = spiked_sides(D, tall.sizes, weight, k, dtype)
         if found is None:
-            return system(tall, keep, damping, torch.float64, products, pooled_keep)
+            return system(tall, keep, pooled_keep, damping, torch.float64, products)
         side, own = found
         sides.append(side)
         B.add_(own)
@@ -96,23 +91,23 @@ def system(
     total = sum(tall.weights)
     shares, d = [(w / total) ** 0.5 for w in tall.weights], damping * total**0.5
     exact, rounding = spiked_sum(sides), 16 * torch.finfo(dtype).eps * pull
-    of_pooled = kept_directions(keep if pooled_keep is None else pooled_keep, min(tall.sizes))
-    pooled = [side.leading(of_pooled, tall.sizes) for side in sides]
+    of_pooled = kept_directions(pooled_keep, min(tall.sizes))
+    leading = [side.leading(of_pooled, tall.sizes) for side in sides]
     if products == "float32" or dtype == torch.float64:
-        return System(exact, pooled_inverse(pooled, shares, d), None, B, wanted, rounding, size)
-    coarse, inverse = spiked_sum(sides, torch.bfloat16), pooled_inverse(pooled, shares, d, torch.bfloat16)
-    return System(coarse, inverse, exact, B, wanted, rounding, size)
+        return System(exact, pooled_inverse(leading, shares, d), None, B, wanted, rounding, size)
+    coarse, pooled = spiked_sum(sides, torch.bfloat16), pooled_inverse(leading, shares, d, torch.bfloat16)
+    return System(coarse, pooled, exact, B, wanted, rounding, size)
 
 
 def kept_directions(keep: float, shorter: int) -> int:
     return max(_FEWEST, int(keep * shorter))
 
 
-def operations(experts: int, rows: int, columns: int, keep: float, steps: int, pooled_keep: float | None = None) -> int:
+def operations(experts: int, rows: int, columns: int, keep: float, pooled_keep: float, steps: int) -> int:
     """Of the system, and of so many steps of conjugate gradients with it."""
     m, n = max(rows, columns), min(rows, columns)
     k = min(n, kept_directions(keep, n))
-    of_pooled = experts * min(n, kept_directions(keep if pooled_keep is None else pooled_keep, n))
+    of_pooled = experts * min(n, kept_directions(pooled_keep, n))
     sides = m * n**2 + 9 * n**3 + 4 * m * n * k
     inverses = step = 0
     for size, other in ((m, n), (n, m)):

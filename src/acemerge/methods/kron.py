@@ -61,7 +61,7 @@ class Kron:
         if tall is None:
             return no_update(deltas)
         asked = solving_dtype(deltas, self.tol)
-        given = system(tall, self.keep, self.lam**0.5, asked, self.products, self.keep * _PRECONDITIONED)
+        given = system(tall, self.keep, self.keep * _PRECONDITIONED, self.lam**0.5, asked, self.products)
         dtype, ridge = given.B.dtype, self.lam * sum(tall.weights)
         start = torch.zeros_like(tall.experts[0], dtype=dtype)  # laid out as they are
         for D, weight in zip(tall.experts, tall.weights, strict=True):
@@ -88,4 +88,4 @@ class Kron:
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
         steps = min(self.steps, _USUAL)
-        return operations(experts, rows, columns, self.keep, steps, self.keep * _PRECONDITIONED)
+        return operations(experts, rows, columns, self.keep, self.keep * _PRECONDITIONED, steps)

@@ -65,7 +65,7 @@ class KronAuto:
         return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
     def _solved(self, tall: Upright, asked: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
-        given = system(tall, self.keep, _DAMPING, asked)
+        given = system(tall, self.keep, self.keep, _DAMPING, asked)
         found = conjugate_gradients(
             given.applied, given.pooled, given.B, self.steps, self.tol, given.rounding, self.lam
         )
@@ -83,4 +83,4 @@ class KronAuto:
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
-        return operations(experts, rows, columns, self.keep, min(self.steps, _USUAL))
+        return operations(experts, rows, columns, self.keep, self.keep, min(self.steps, _USUAL))
