@@ -56,7 +56,7 @@ def _interrupt(case: Case, number: signal.Signals, delay: float) -> None:
 
 
 def _command_line(case: Case, out: Path, errors: Path, ready: Path) -> None:
-    from acemerge.cli import main as run
+    from acemerge.cli.app import main as run
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

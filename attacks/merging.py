@@ -103,7 +103,7 @@ def published(folder: Path, earlier: Mapping[str, bytes]) -> dict[str, bytes]:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["acemerge.api", "acemerge.cli", "attacks.merging"])
+CONTEXT.set_forkserver_preload(["acemerge.api", "acemerge.cli.app", "attacks.merging"])
 
 
 def in_process(target: Any, *arguments: Any) -> BaseProcess:

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 
 import acemerge
-from acemerge import show
 from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.cli import text as show
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 from attacks import models

@@ -272,7 +272,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    warm_up = [[sys.executable, "-c", "import acemerge.cli; from transformers import LlamaForCausalLM"]]
+    warm_up = [[sys.executable, "-c", "import acemerge.cli.app; from transformers import LlamaForCausalLM"]]
     for start in warm_up + ([[str(THEIRS), "--help"]] if arguments.against != ["none"] else []):
         if error := run(start, arguments.threads, arguments.timeout).error:
             raise SystemExit(f"{start[0]}: {error}; see benchmarks/setup_peers.sh")

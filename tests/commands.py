@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from acemerge.cli import main
+from acemerge.cli.app import main
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -32,7 +32,7 @@ import typer
 import yaml
 from markdown_it import MarkdownIt
 
-from acemerge.cli import app, main
+from acemerge.cli.app import app, main
 from acemerge.evaluation.tasks import load_tasks
 from acemerge.recipe import load_recipe
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import acemerge
-from acemerge.cli import main
+from acemerge.cli.app import main
 from acemerge.verify import verify
 from builders import PlainModel, load_folder
 

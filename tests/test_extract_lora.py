@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import acemerge
-from acemerge.cli import main
+from acemerge.cli.app import main
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.extract import extract_lora
 from acemerge.linalg.lowrank import best_factors

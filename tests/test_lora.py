@@ -16,7 +16,7 @@ from torch import Tensor
 import acemerge
 import acemerge.jobs
 from acemerge.checkpoints.lora import _matching
-from acemerge.cli import main
+from acemerge.cli.app import main
 from acemerge.errors import CheckpointError, UsageError
 from builders import PlainModel, load_folder, make_model, write_adapter
 

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from acemerge import METHODS, api
-from acemerge.cli import main
+from acemerge.cli.app import main
 from acemerge.errors import UsageError
 from acemerge.methods import Layer
 from acemerge.recipe import load_recipe

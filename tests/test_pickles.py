@@ -186,7 +186,7 @@ def test_nothing_that_a_pickle_names_is_looked_up(tmp_path: Path, monkeypatch: p
 
 
 def test_the_option_of_the_command_line(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
-    from acemerge.cli import main
+    from acemerge.cli.app import main
 
     base, experts = plain.save()
     _as_pickles(experts[0])

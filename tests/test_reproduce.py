@@ -14,7 +14,7 @@ import torch
 
 import acemerge
 import paper_hub
-from acemerge import cli
+from acemerge.cli import app as cli
 from acemerge.errors import UsageError
 from acemerge.evaluation.run import Run
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score

@@ -21,7 +21,7 @@ from readme_parts import BrokenLinkError, homes, sections, with_readme
 from rule_pages import rule_page, rule_pages
 
 import acemerge
-from acemerge.cli import app
+from acemerge.cli.app import app
 from acemerge.methods import Needs, make
 from acemerge.recipe import make_recipe, parse_settings
 from examples import PROGRAMS, ROOT, blocks

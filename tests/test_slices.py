@@ -14,7 +14,7 @@ from torch import Tensor
 import acemerge
 from acemerge import api
 from acemerge.checkpoints import files
-from acemerge.cli import main
+from acemerge.cli.app import main
 from acemerge.depth import stacked_config
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.opening import RunOptions

@@ -140,7 +140,7 @@ def test_from_the_first_look_to_the_report(desk: Desk) -> None:
         "experts": ["./models/e1", {"model": "./models/e3", "weight": 0.5}],
     }
     assert yaml.safe_load("\n".join(lines)) == expected
-    from acemerge.cli import main
+    from acemerge.cli.app import main
 
     with pytest.raises(SystemExit):
         main(["merge", "recipe.yaml", "-o", "same", "--quiet"])

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from markdown_text import prose, row
 
-from acemerge.cli import app
+from acemerge.cli.app import app
 
 PATH = "command-line.md"
 

@@ -22,7 +22,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
-    from acemerge.cli import main as run
+    from acemerge.cli.app import main as run
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -8,7 +8,7 @@ from itertools import combinations
 
 from rich.console import Console
 
-from acemerge.show import say, table
+from acemerge.cli.text import say, table
 from acemerge.survey import Inspection, View, numbers
 
 _MOST_LAYERS = 10

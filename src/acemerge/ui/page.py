@@ -7,10 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from acemerge.cli.text import size
 from acemerge.errors import AcemergeError
 from acemerge.methods import METHODS
 from acemerge.methods.about import Parameter, parameters, summary
-from acemerge.show import size
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders

@@ -8,10 +8,10 @@ from html import escape
 from itertools import combinations
 from pathlib import Path
 
+from acemerge.cli.text import size
 from acemerge.costs import operations, peak_memory
 from acemerge.jobs import Plan
 from acemerge.report.shares import total_energies
-from acemerge.show import size
 from acemerge.survey import Inspection, View
 from acemerge.ui.folders import Listing
 from acemerge.ui.runner import State

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from acemerge import show, show_evaluation
-from acemerge.cli_options import AllowPickle, Debug, Device, Overwrite, Quiet
+from acemerge import show_evaluation
+from acemerge.cli import text as show
+from acemerge.cli.options import AllowPickle, Debug, Device, Overwrite, Quiet
 from acemerge.errors import UsageError
 from acemerge.opening import RunOptions
 from acemerge.reproduction.comparison import cells

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from acemerge import show_inspection
-from acemerge.cli_options import (
+from acemerge.cli.options import (
     AllowPickle,
     Base,
     ComputeDtype,
@@ -28,8 +28,8 @@ from acemerge.cli_options import (
     Workers,
     asked_recipe,
 )
+from acemerge.cli.progress import progress
 from acemerge.opening import RunOptions, open_recipe
-from acemerge.show_progress import progress
 from acemerge.survey import survey
 
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]

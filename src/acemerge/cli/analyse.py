@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from acemerge.cli_options import (
+from acemerge.cli.options import (
     AllowPickle,
     Base,
     Calibration,
@@ -31,9 +31,9 @@ from acemerge.cli_options import (
     Workers,
     asked_recipe,
 )
+from acemerge.cli.progress import progress
+from acemerge.cli.text import say, table
 from acemerge.opening import RunOptions, check_output_apart, open_recipe
-from acemerge.show import say, table
-from acemerge.show_progress import progress
 
 Folder = Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, tables and pictures")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="replace an earlier analysis")]

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from acemerge import show_evaluation as show
-from acemerge.cli_options import Calibration, Debug, Device, Quiet
+from acemerge.cli.options import Calibration, Debug, Device, Quiet
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from acemerge.cli_options import Debug
-from acemerge.show import say
+from acemerge.cli.options import Debug
+from acemerge.cli.text import say
 
 
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:

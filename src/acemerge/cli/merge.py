@@ -16,6 +16,8 @@ from acemerge.advice import largest_update, of_energies, of_statuses
 from acemerge.api import MergeReport
 from acemerge.checkpoints import files
 from acemerge.checkpoints.output import REPORT
+from acemerge.cli.progress import duration, is_live
+from acemerge.cli.text import adapter, say, size, table
 from acemerge.costs import RESIDENT, peak_memory
 from acemerge.estimate import measure_rates, plan_seconds
 from acemerge.jobs import Job, Plan
@@ -24,8 +26,6 @@ from acemerge.opening import Opened
 from acemerge.report.facts import LAYERS
 from acemerge.report.records import figure
 from acemerge.report.shares import total_energies
-from acemerge.show import adapter, say, size, table
-from acemerge.show_progress import duration, is_live
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:

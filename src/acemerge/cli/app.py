@@ -11,8 +11,16 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from acemerge import api, cli_analyse, cli_evaluation, cli_inspect, cli_report, cli_reproduce, cli_ui, show, show_merge
-from acemerge.cli_options import (
+from acemerge import api
+from acemerge.cli import analyse as cli_analyse
+from acemerge.cli import evaluate as cli_evaluation
+from acemerge.cli import inspect as cli_inspect
+from acemerge.cli import merge as show_merge
+from acemerge.cli import report as cli_report
+from acemerge.cli import reproduce as cli_reproduce
+from acemerge.cli import text as show
+from acemerge.cli import ui as cli_ui
+from acemerge.cli.options import (
     AllowPickle,
     AsLora,
     Base,
@@ -44,12 +52,12 @@ from acemerge.cli_options import (
     Workers,
     asked_recipe,
 )
+from acemerge.cli.progress import is_live, progress
 from acemerge.convert import open_conversion
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
-from acemerge.show_progress import is_live, progress
 from acemerge.verify import verify as verify_folder
 
 app = typer.Typer(
