@@ -21,7 +21,7 @@ from rich.console import Console
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.cli import text as show
-from acemerge.opening import RunOptions, open_recipe
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 from attacks import models
 from attacks.harness import Must, Tally, check, clean, main

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from acemerge.api import run_opened
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.estimate import measure_rates, plan_seconds
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 
 

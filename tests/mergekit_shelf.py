@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from acemerge import api
-from acemerge.opening import RunOptions
+from acemerge.engine.opening import RunOptions
 from acemerge.recipe import load_recipe
 from builders import load_folder, write_checkpoint
 

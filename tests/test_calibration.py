@@ -19,11 +19,11 @@ from acemerge.calibration import gradients
 from acemerge.calibration import run as calibration_run
 from acemerge.calibration.blocks import block_of
 from acemerge.calibration.places import watching
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.models import open_model
 from acemerge.evaluation.tasks import load_tasks
 from acemerge.methods.calibrated import UNSEEN
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import load_recipe
 from acemerge.report.manifest import load_manifest
 from builders import load_folder, make_model, write_adapter

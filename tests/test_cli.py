@@ -194,7 +194,7 @@ def test_a_defect_is_one_line_and_debug_shows_the_traceback(
     def broken(*_: object) -> None:
         raise KeyError("a\nb")
 
-    monkeypatch.setattr("acemerge.opening.make_plan", broken)
+    monkeypatch.setattr("acemerge.engine.opening.make_plan", broken)
     failed(run(capsys, "merge", *arguments(plain), "-o", plain.root / "o"), 1, "internal: KeyError")
     with pytest.raises(KeyError):
         main([str(word) for word in ("merge", *arguments(plain), "-o", plain.root / "o", "--debug")])

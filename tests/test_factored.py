@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.lora import open_expert
-from acemerge.compute import compute
 from acemerge.costs import cost, operations
+from acemerge.engine.compute import compute
+from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.work import Place, Setting
 from acemerge.jobs import Piece, Plan
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
-from acemerge.work import Place, Setting
 from builders import load_folder, make_model, write_adapter, write_checkpoint
 from oracles import EXACT, relative_error
 

@@ -17,9 +17,9 @@ from acemerge import jobs
 from acemerge.api import run_opened
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.convert import open_conversion
+from acemerge.engine.convert import open_conversion
+from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
-from acemerge.opening import RunOptions
 from acemerge.verify import verify
 from builders import PlainModel, load_folder, make_model, perturb, write_checkpoint
 

@@ -15,9 +15,9 @@ from huggingface_hub import constants
 import acemerge
 from acemerge import api
 from acemerge.checkpoints.hub import HubId, hub_id, locate, parse_id
+from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.extract import extract_lora
-from acemerge.opening import RunOptions
 from acemerge.recipe import load_recipe, make_recipe
 from acemerge.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity as cosine
 
 from acemerge import jobs
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.inspection import squared_norms, stable_ranks, sums
 from acemerge.linalg.krylov import spectral_norms
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 from acemerge.survey import Inspection, survey
 from builders import PlainModel, write_adapter, write_checkpoint

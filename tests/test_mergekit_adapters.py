@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import load_recipe, make_recipe
 from acemerge.verify import verify
 from builders import load_folder, write_adapter

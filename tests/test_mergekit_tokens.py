@@ -13,8 +13,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import load_recipe, make_recipe
 from acemerge.verify import verify
 from builders import load_folder, write_checkpoint

@@ -14,21 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import acemerge
+import acemerge.engine.pipeline
 import acemerge.jobs
-import acemerge.pipeline
-from acemerge.buffers import Buffers
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span, check_unchanged
 from acemerge.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
+from acemerge.engine.buffers import Buffers
+from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.work import Loaded, Place
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
-from acemerge.opening import RunOptions, open_recipe
-from acemerge.pipeline import Pipeline
 from acemerge.recipe import make_recipe
 from acemerge.roles import Role
-from acemerge.work import Loaded, Place
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE
 
@@ -60,7 +60,7 @@ def _sums(loaded: Loaded, place: Place) -> list[float]:
 def test_results_come_in_order_whatever_the_workers_and_the_limit(tmp_path: Path, workers: int, limit: int) -> None:
     readers, queue = _jobs(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acemerge.pipeline, "_BATCH_PIECES", 2)
+        patch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 2)
         with Pipeline(readers, [CPU], workers, limit) as pipeline:
             found = list(pipeline.stream(queue, _sums))
     assert [piece for batch, _ in found for piece in batch] == queue
@@ -98,7 +98,7 @@ def test_each_load_has_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_no_more_is_in_flight_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readers, queue = _jobs(tmp_path)
-    monkeypatch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
+    monkeypatch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
     submitted: list[str] = []
     with Pipeline(readers, [CPU], 2, cost(queue[0], 1).working) as pipeline:
         submit = pipeline._submit
@@ -124,7 +124,7 @@ def test_a_failure_in_any_stage_ends_the_stream(tmp_path: Path) -> None:
 def test_devices_share_the_bytes_not_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large tensor on one device, the small ones on the other until they weigh as much."""
     readers, queue = _jobs(tmp_path)
-    monkeypatch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
+    monkeypatch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
     large = replace(queue[0], job=replace(queue[0].job, bytes_in=5 * queue[0].job.bytes_in))
     devices = [CPU, torch.device("cpu", 0)]
     with Pipeline(readers, devices, 1, 1 << 30) as pipeline:

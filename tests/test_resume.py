@@ -16,15 +16,15 @@ import pytest
 import torch
 
 import acemerge
-import acemerge.run
-import acemerge.thresholds
+import acemerge.engine.execute
+import acemerge.engine.thresholds
 from acemerge.checkpoints import files
 from acemerge.checkpoints.journal import _check
-from acemerge.compute import Computed
+from acemerge.engine.batched import compute_all
+from acemerge.engine.compute import Computed
+from acemerge.engine.work import Loaded
 from acemerge.errors import CheckpointError, UsageError, WriteError
-from acemerge.stack import compute_all
 from acemerge.verify import verify
-from acemerge.work import Loaded
 from attacks.faulty import failing, faulty, unfaulty
 from attacks.merging import Case, content, snapshot
 from builders import PlainModel
@@ -44,13 +44,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.extend(piece.job.name for piece, _ in loaded)
         return compute_all(loaded, *arguments)
 
-    monkeypatch.setattr(acemerge.run, "compute_all", counting)
+    monkeypatch.setattr(acemerge.engine.execute, "compute_all", counting)
     return names
 
 
 def interrupt(case: Case, out: Path, tensors: int, **options: Any) -> None:
     """Begin a merge that is interrupted when so many tensors are written."""
-    real = acemerge.run.TensorFiles.end_of_tensor
+    real = acemerge.engine.execute.TensorFiles.end_of_tensor
     done = 0
 
     def end_of_tensor(self: Any, names: list[str]) -> Any:
@@ -61,8 +61,8 @@ def interrupt(case: Case, out: Path, tensors: int, **options: Any) -> None:
         return real(self, names)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
-        patch.setattr(acemerge.run.TensorFiles, "end_of_tensor", end_of_tensor)
+        patch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
+        patch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", end_of_tensor)
         with pytest.raises(KeyboardInterrupt):
             case.merge(out, **options)
 
@@ -72,7 +72,7 @@ def test_what_is_done_is_not_done_again(case: Case, computed: list[str], monkeyp
     interrupt(case, out, 3)
     before = list(computed)
     assert len(set(before)) >= 3
-    monkeypatch.setattr(acemerge.thresholds, "_counts", None)  # found already, and noted
+    monkeypatch.setattr(acemerge.engine.thresholds, "_counts", None)  # found already, and noted
     computed.clear()
     case.merge(out, resume=True)
     assert computed == ["norm.weight"]
@@ -201,7 +201,7 @@ def test_a_journal_cannot_lead_out_of_the_folder(case: Case) -> None:
 def test_a_full_disk_loses_nothing(case: Case, computed: list[str]) -> None:
     out = case.folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acemerge.pipeline, "_BATCH_PIECES", 1)
+        patch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
         writes = 0
 
         def full(call: Any, *arguments: Any, **options: Any) -> Any:

@@ -15,11 +15,11 @@ from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
 from acemerge.cli.merge import after, before
 from acemerge.cli.progress import Pace, duration, progress, view
+from acemerge.engine.execute import Progress
+from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.estimate import Rates, measure_rates, plan_seconds
 from acemerge.methods import make
-from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import make_recipe
-from acemerge.run import Progress
 from builders import PlainModel, write_checkpoint
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import acemerge
 from acemerge.api import run_opened
-from acemerge.convert import open_conversion
+from acemerge.engine.convert import open_conversion
+from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
-from acemerge.opening import RunOptions
 from builders import load_folder, make_model, perturb, write_adapter, write_checkpoint
 
 NAMES = {

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from acemerge.engine.execute import OnProgress, Progress
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, CheckpointError, UsageError
 from acemerge.methods import METHODS
 from acemerge.methods.about import parameters, summary
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import load_recipe, make_recipe
-from acemerge.run import OnProgress, Progress
 from acemerge.survey import survey
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules

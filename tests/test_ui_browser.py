@@ -18,10 +18,10 @@ import pytest
 import torch
 import yaml
 
+from acemerge.engine.execute import OnProgress, Progress
 from acemerge.errors import UsageError
 from acemerge.methods import METHODS
 from acemerge.methods.about import summary
-from acemerge.run import OnProgress, Progress
 from acemerge.ui import steps
 from acemerge.ui.folders import Folders
 from acemerge.ui.server import Server

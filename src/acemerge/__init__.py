@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from acemerge.api import MergeReport, merge
     from acemerge.calibration.moments import input_second_moments
+    from acemerge.engine.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
-    from acemerge.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.masks import expert_weights
     from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
 
@@ -40,7 +40,7 @@ _HOMES = {
     "api": ("MergeReport", "merge"),
     "calibration.moments": ("input_second_moments",),
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
-    "in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
+    "engine.in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
     "masks": ("expert_weights",),
     "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
 }

@@ -23,9 +23,11 @@ from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, te
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.checkpoints.upload import upload
 from acemerge.checkpoints.writer import FileSum
+from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
+from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.identity import difference, digest, identity
-from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe, with_params
 from acemerge.relatedness import check_related
 from acemerge.report.card import model_card
@@ -35,8 +37,6 @@ from acemerge.report.origin import origin_of
 from acemerge.report.picture import shares_picture
 from acemerge.report.shares import layer_shares
 from acemerge.reporting import write_report
-from acemerge.run import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
-from acemerge.thresholds import with_thresholds
 from acemerge.verify import verify
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from acemerge.api import MergeReport, run_opened
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import make_recipe
 
 

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from acemerge.applying import apply
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import locate_cached
-from acemerge.compute import task_vectors
+from acemerge.engine.applying import apply
+from acemerge.engine.compute import task_vectors
+from acemerge.engine.execute import OnProgress, walker
+from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.work import Loaded, Place, Values, Work
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection import Sums, nothing, spectrum, sums
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods.ace import Ace
-from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.report.records import parts_of
-from acemerge.run import OnProgress, walker
 from acemerge.shapes import Float, Tensor
 from acemerge.survey import FULL
-from acemerge.work import Loaded, Place, Values, Work
 
 BEFORE = "before refinement"
 _MATRICES = ("linear", "conv1d", "experts")

@@ -7,13 +7,13 @@ from pathlib import Path
 from acemerge.checkpoints import files
 from acemerge.checkpoints.output import REPORT
 from acemerge.checkpoints.writer import write_file
+from acemerge.engine.execute import OnProgress
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.probe import try_to_look_back
 from acemerge.report.facts import page_facts
 from acemerge.report.html import check_libraries, html_page
 from acemerge.report.manifest import load_manifest
 from acemerge.report.scores import find_scores
-from acemerge.run import OnProgress
 
 
 def write_report(

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from acemerge.advice import Advice, of_directions, of_energies, of_origin
-from acemerge.compute import task_vectors
+from acemerge.engine.compute import task_vectors
+from acemerge.engine.execute import OnProgress, walker
+from acemerge.engine.opening import Opened
+from acemerge.engine.work import Loaded, Place, Setting, Values, Work
 from acemerge.inspection import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.opening import Opened
 from acemerge.relatedness import relations
-from acemerge.run import OnProgress, walker
 from acemerge.shapes import Float, Tensor
-from acemerge.work import Loaded, Place, Setting, Values, Work
 
 _MATRICES = ("linear", "conv1d", "experts")
 # A rule to count memory by: one that looks at full task vectors, entry by entry, whatever adapters are given by.

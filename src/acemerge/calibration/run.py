@@ -17,14 +17,14 @@ from acemerge.calibration.moments import OnExamples, second_moments
 from acemerge.calibration.store import Store
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.engine.execute import OnProgress, Progress, merging
+from acemerge.engine.opening import Opened
+from acemerge.engine.work import Setting, Walk
 from acemerge.evaluation.models import Model, open_model
 from acemerge.identity import digest
 from acemerge.jobs import Job, pieces
 from acemerge.methods import Calibration
-from acemerge.opening import Opened
-from acemerge.run import OnProgress, Progress, merging
 from acemerge.shapes import Tensor
-from acemerge.work import Setting, Walk
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from acemerge.cli.options import (
 )
 from acemerge.cli.progress import progress
 from acemerge.cli.text import say, table
-from acemerge.opening import RunOptions, check_output_apart, open_recipe
+from acemerge.engine.opening import RunOptions, check_output_apart, open_recipe
 
 Folder = Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, tables and pictures")]
 Replace = Annotated[bool, typer.Option("--overwrite", help="replace an earlier analysis")]

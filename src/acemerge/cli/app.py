@@ -53,9 +53,9 @@ from acemerge.cli.options import (
     asked_recipe,
 )
 from acemerge.cli.progress import is_live, progress
-from acemerge.convert import open_conversion
+from acemerge.engine.convert import open_conversion
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, UsageError
-from acemerge.opening import RunOptions, open_recipe
 from acemerge.recipe import Recipe
 from acemerge.report.manifest import versions
 from acemerge.verify import verify as verify_folder

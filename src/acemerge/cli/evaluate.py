@@ -10,12 +10,12 @@ from rich.console import Console
 
 from acemerge import show_evaluation as show
 from acemerge.cli.options import Calibration, Debug, Device, Quiet
+from acemerge.engine.opening import RunOptions, check_output_apart, find_devices
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tasks import Tasks, load_tasks
-from acemerge.opening import RunOptions, check_output_apart, find_devices
 from acemerge.plan import expert_labels
 from acemerge.recipe import Recipe, load_recipe, make_recipe
 

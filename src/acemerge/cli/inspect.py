@@ -29,7 +29,7 @@ from acemerge.cli.options import (
     asked_recipe,
 )
 from acemerge.cli.progress import progress
-from acemerge.opening import RunOptions, open_recipe
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.survey import survey
 
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]

@@ -19,10 +19,10 @@ from acemerge.checkpoints.output import REPORT
 from acemerge.cli.progress import duration, is_live
 from acemerge.cli.text import adapter, say, size, table
 from acemerge.costs import RESIDENT, peak_memory
+from acemerge.engine.opening import Opened
 from acemerge.estimate import measure_rates, plan_seconds
 from acemerge.jobs import Job, Plan
 from acemerge.methods import Method
-from acemerge.opening import Opened
 from acemerge.report.facts import LAYERS
 from acemerge.report.records import figure
 from acemerge.report.shares import total_energies

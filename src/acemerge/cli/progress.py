@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acemerge.cli.text import say, size
-from acemerge.run import OnProgress, Progress
+from acemerge.engine.execute import OnProgress, Progress
 
 _QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
 _SOON = 2.0  # seconds before which nobody can say how long it takes

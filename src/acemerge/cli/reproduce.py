@@ -11,8 +11,8 @@ from rich.console import Console
 from acemerge import show_evaluation
 from acemerge.cli import text as show
 from acemerge.cli.options import AllowPickle, Debug, Device, Overwrite, Quiet
+from acemerge.engine.opening import RunOptions
 from acemerge.errors import UsageError
-from acemerge.opening import RunOptions
 from acemerge.reproduction.comparison import cells
 from acemerge.reproduction.inputs import Input, find_inputs
 from acemerge.reproduction.pack import PACKS, chosen_of, load_pack

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from acemerge.engine.in_memory import merge_deltas
 from acemerge.errors import UsageError
-from acemerge.in_memory import merge_deltas
 from acemerge.methods import METHODS
 from acemerge.shapes import Tensor
 

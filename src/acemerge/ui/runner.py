@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from acemerge.engine.execute import OnProgress, Progress
 from acemerge.errors import AcemergeError, UsageError
-from acemerge.run import OnProgress, Progress
 
 Phase = Literal["running", "stopping", "done", "failed", "stopped"]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acemerge.api import MergeReport, run_opened
+from acemerge.engine.execute import OnProgress
+from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.jobs import Plan
-from acemerge.opening import Opened, RunOptions, open_recipe
 from acemerge.reporting import write_report
-from acemerge.run import OnProgress
 from acemerge.survey import Inspection, survey
 from acemerge.ui.choice import Choice
 from acemerge.ui.folders import Folders

@@ -14,6 +14,9 @@ from torch import nn
 
 from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.engine.batched import compute_all
+from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.work import Place, Result, Setting, Work
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.finite import is_finite
 from acemerge.jobs import Input, Piece, pieces
@@ -32,9 +35,6 @@ from acemerge.plan import make_plan
 from acemerge.recipe import make_recipe
 from acemerge.roles import Roles, roles_by_name, roles_from_model
 from acemerge.shapes import Float, Tensor
-from acemerge.stack import compute_all
-from acemerge.thresholds import with_thresholds
-from acemerge.work import Place, Result, Setting, Work
 
 
 @dataclass(frozen=True)

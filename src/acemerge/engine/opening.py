@@ -21,19 +21,19 @@ from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.upload import check_push
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.costs import budget
+from acemerge.engine.execute import Layout
+from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
 from acemerge.parts import as_part
-from acemerge.pipeline import Pipeline
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.roles import Roles, find_roles
-from acemerge.run import Layout
 from acemerge.shared_factors import shared_input_factors
 from acemerge.slices import stacked
 from acemerge.tying import heads_apart
 from acemerge.vocabulary import Tokens
-from acemerge.work import Setting
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.costs import budget
+from acemerge.engine.opening import Opened, RunOptions, check_output_apart
 from acemerge.jobs import Job, Plan
-from acemerge.opening import Opened, RunOptions, check_output_apart
 from acemerge.recipe import Recipe, parse_size
 from acemerge.recipe_parts import TensorRule
 from acemerge.roles import Roles, find_roles

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from acemerge.compute import task_vectors
+from acemerge.engine.batched import stacked, stacks, stacks_well
+from acemerge.engine.compute import task_vectors
+from acemerge.engine.work import Loaded, Place, Setting, Values, Walk
 from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
 from acemerge.shapes import Int, Tensor
-from acemerge.stack import stacked, stacks, stacks_well
-from acemerge.work import Loaded, Place, Setting, Values, Walk
 
 # Counts for task vectors of the t-th expert.
 _Count = Callable[[int, Tensor], Tensor]

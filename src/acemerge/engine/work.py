@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from acemerge.buffers import Buffers
+from acemerge.engine.buffers import Buffers
 from acemerge.jobs import Input, Job, Piece
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
 from acemerge.recipe import Recipe

@@ -19,16 +19,16 @@ from acemerge.checkpoints.masks import mask_spec
 from acemerge.checkpoints.output import HEADS, MASKS, OutputFolder
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.checkpoints.writer import TensorFiles, index_bytes, split_shards
-from acemerge.compute import Computed, whole_record
 from acemerge.costs import bytes_written
+from acemerge.engine.batched import compute_all
+from acemerge.engine.compute import Computed, whole_record
+from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.estimate import COMMON, piece_seconds
 from acemerge.finite import check_finite
 from acemerge.jobs import Job, Piece, Plan, pieces
-from acemerge.pipeline import Pipeline
 from acemerge.shapes import Tensor
-from acemerge.stack import compute_all
-from acemerge.thresholds import with_thresholds
-from acemerge.work import Loaded, Place, Result, Setting, Walk, Work
 
 Records = dict[str, Mapping[str, Any]]
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from acemerge.adapters import factors_of
+from acemerge.engine.updates import factors_of
+from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
 from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
 from acemerge.jobs import Job
@@ -15,7 +16,6 @@ from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.projections import Fused
 from acemerge.shapes import Tensor
-from acemerge.work import Setting, Values
 
 
 def merge_factors_of(

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import torch
 
+from acemerge.engine.work import Setting
 from acemerge.jobs import Job
 from acemerge.methods import Layer, LayerResult, Method
 from acemerge.projections import Fused
 from acemerge.shapes import Float, Tensor
-from acemerge.work import Setting
 
 
 def apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:

@@ -1,0 +1,1 @@
+"""Opening, streaming and computing a merge, from files or in memory."""
