@@ -23,7 +23,8 @@ FAMILIES = (
 )
 FAMILIES += ("masks", "mergekit_sum", "mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")
 install_import_hook(
-    ["acemerge.inspection", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)], "beartype.beartype"
+    ["acemerge.inspection.statistics", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)],
+    "beartype.beartype",
 )
 
 from pathlib import Path  # noqa: E402

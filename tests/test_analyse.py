@@ -17,13 +17,13 @@ from torch import Tensor
 
 import acemerge
 import oracles
-from acemerge.analysis import Analysis, LayerAnalysis, analyse, with_data
-from acemerge.analysis_files import write_analysis
 from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.inspection.analysis import Analysis, LayerAnalysis, analyse, with_data
+from acemerge.inspection.analysis_files import write_analysis
+from acemerge.inspection.analysis_tables import as_json, layer_rows, summary
 from acemerge.linalg import principal as by_principal
 from acemerge.linalg.principal import first_cosines, matrix_cosine, overlaps, principal
 from acemerge.recipe import make_recipe
-from acemerge.report.analysis_tables import as_json, layer_rows, summary
 from acemerge.report.manifest import load_manifest
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
 from commands import failed, run

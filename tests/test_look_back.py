@@ -12,7 +12,7 @@ from huggingface_hub import constants
 import acemerge
 from acemerge.checkpoints.hub import locate_cached
 from acemerge.errors import CheckpointError
-from acemerge.probe import BEFORE, look_back, try_to_look_back
+from acemerge.inspection.look_back import BEFORE, look_back, try_to_look_back
 from acemerge.report.facts import page_facts
 from acemerge.report.manifest import load_manifest
 from builders import PlainModel, load_folder, write_checkpoint

@@ -17,8 +17,8 @@ from torch.nn.functional import cosine_similarity as cosine
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.inspection import Sums
-from acemerge.probe import BEFORE, LookBack, Probe, look_back
+from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
+from acemerge.inspection.statistics import Sums
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
 from acemerge.report.manifest import load_manifest

@@ -16,10 +16,10 @@ import torch
 from acemerge.engine.execute import OnProgress, Progress
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, CheckpointError, UsageError
+from acemerge.inspection.survey import survey
 from acemerge.methods import METHODS
 from acemerge.methods.about import parameters, summary
 from acemerge.recipe import load_recipe, make_recipe
-from acemerge.survey import survey
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders, Listing

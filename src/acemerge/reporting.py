@@ -9,7 +9,7 @@ from acemerge.checkpoints.output import REPORT
 from acemerge.checkpoints.writer import write_file
 from acemerge.engine.execute import OnProgress
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.probe import try_to_look_back
+from acemerge.inspection.look_back import try_to_look_back
 from acemerge.report.facts import page_facts
 from acemerge.report.html import check_libraries, html_page
 from acemerge.report.manifest import load_manifest

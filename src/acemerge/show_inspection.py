@@ -9,7 +9,7 @@ from itertools import combinations
 from rich.console import Console
 
 from acemerge.cli.text import say, table
-from acemerge.survey import Inspection, View, numbers
+from acemerge.inspection.survey import Inspection, View, numbers
 
 _MOST_LAYERS = 10
 

@@ -68,9 +68,9 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         debug: Debug = False,
     ) -> None:
         """Merge without writing: gamma, spectra, principal directions and condition numbers of every layer."""
-        from acemerge.analysis import analyse, with_data
-        from acemerge.analysis_files import check_free, write_analysis
-        from acemerge.report.analysis_tables import tables
+        from acemerge.inspection.analysis import analyse, with_data
+        from acemerge.inspection.analysis_files import check_free, write_analysis
+        from acemerge.inspection.analysis_tables import tables
 
         keys = {
             "base": base,

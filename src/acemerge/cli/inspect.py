@@ -30,7 +30,7 @@ from acemerge.cli.options import (
 )
 from acemerge.cli.progress import progress
 from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.survey import survey
+from acemerge.inspection.survey import survey
 
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]
 

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from acemerge.advice import largest_update, of_energies, of_statuses
 from acemerge.api import MergeReport
 from acemerge.checkpoints import files
 from acemerge.checkpoints.output import REPORT
@@ -21,6 +20,7 @@ from acemerge.cli.text import adapter, say, size, table
 from acemerge.costs import RESIDENT, peak_memory
 from acemerge.engine.opening import Opened
 from acemerge.estimate import measure_rates, plan_seconds
+from acemerge.inspection.advice import largest_update, of_energies, of_statuses
 from acemerge.jobs import Job, Plan
 from acemerge.methods import Method
 from acemerge.report.facts import LAYERS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from acemerge.evaluation.metrics import Draws, interval
-from acemerge.report.png import literal, new_figure, png_bytes
+from acemerge.inspection.png import literal, new_figure, png_bytes
 
 FORMAT = "acemerge-evaluation-1"
 EXPERTS = "experts"

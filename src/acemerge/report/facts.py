@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from acemerge.advice import Advice, largest_update, of_directions, of_energies, of_statuses
-from acemerge.probe import LookBack
+from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
+from acemerge.inspection.look_back import LookBack
+from acemerge.inspection.spectra import spectra_of
 from acemerge.report.records import branch, figure
 from acemerge.report.scores import Scores
 from acemerge.report.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
-from acemerge.report.spectra import spectra_of
 
 _MOST_ROWS = 4000  # of the table: more take a browser too long
 

@@ -9,7 +9,7 @@ from itertools import combinations
 from math import sqrt
 from typing import Any
 
-from acemerge.inspection import Sums
+from acemerge.inspection.statistics import Sums
 from acemerge.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.

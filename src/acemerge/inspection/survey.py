@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from acemerge.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Loaded, Place, Setting, Values, Work
-from acemerge.inspection import Sums, nothing, squared_norms, stable_ranks, sums
+from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
+from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity

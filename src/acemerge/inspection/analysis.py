@@ -18,17 +18,17 @@ from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.opening import Opened
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Measured, Place, Setting, Values, Work
+from acemerge.inspection.look_back import before_refinement
+from acemerge.inspection.survey import is_matrix
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.methods.fits import source_of
-from acemerge.probe import before_refinement
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.report.records import parts_of
 from acemerge.shapes import Float, Tensor
-from acemerge.survey import is_matrix
 
 # Rules to count memory by: singular vectors of full task vectors, whatever adapters are given by, without and with the
 # experts' second moments.

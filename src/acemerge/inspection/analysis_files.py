@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from acemerge.analysis import Analysis
 from acemerge.checkpoints import files
 from acemerge.checkpoints.writer import write_file
 from acemerge.errors import UsageError
-from acemerge.report.analysis_pictures import pictures
-from acemerge.report.analysis_tables import as_csv, as_json, markdown
+from acemerge.inspection.analysis import Analysis
+from acemerge.inspection.analysis_pictures import pictures
+from acemerge.inspection.analysis_tables import as_csv, as_json, markdown
 from acemerge.report.manifest import versions
 
 JSON, ROWS, PAGE = "analysis.json", "layers.csv", "analysis.md"

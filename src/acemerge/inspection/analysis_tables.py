@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from acemerge.analysis import Analysis, Directions, LayerAnalysis, Spectrum
+from acemerge.inspection.analysis import Analysis, Directions, LayerAnalysis, Spectrum
+from acemerge.inspection.spectra import curve
+from acemerge.inspection.survey import numbers
 from acemerge.linalg.principal import principal_count
 from acemerge.report.facts import name_parts
 from acemerge.report.records import branch, figure
 from acemerge.report.shares import layer_of
-from acemerge.report.spectra import curve
 from acemerge.shapes import Float, Tensor
-from acemerge.survey import numbers
 
 FORMAT = "acemerge-analysis-1"
 _POINTS = 48  # of a spectrum

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from acemerge.probe import LookBack, Probe
+from acemerge.inspection.look_back import LookBack, Probe
 from acemerge.shapes import Float, Tensor
 
 _CURVE_BYTES = 2_000_000  # of all spectra together

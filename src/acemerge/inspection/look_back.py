@@ -19,13 +19,13 @@ from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.engine.work import Loaded, Place, Values, Work
 from acemerge.errors import AcemergeError, UsageError
-from acemerge.inspection import Sums, nothing, spectrum, sums
+from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
+from acemerge.inspection.survey import FULL
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods.ace import Ace
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.report.records import parts_of
 from acemerge.shapes import Float, Tensor
-from acemerge.survey import FULL
 
 BEFORE = "before refinement"
 _MATRICES = ("linear", "conv1d", "experts")

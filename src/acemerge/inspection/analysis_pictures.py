@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from acemerge.analysis import Analysis, LayerAnalysis
-from acemerge.report.analysis_tables import by_part, layer_rows
-from acemerge.report.png import literal, new_figure, png_bytes
+from acemerge.inspection.analysis import Analysis, LayerAnalysis
+from acemerge.inspection.analysis_tables import by_part, layer_rows
+from acemerge.inspection.png import literal, new_figure, png_bytes
 
 _PANELS = 4  # spectra that are shown, of layers from everywhere in the model
 _ROUNDING = 1e-5  # of the largest singular value: less may be what float32 leaves of zero

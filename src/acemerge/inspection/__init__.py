@@ -1,0 +1,1 @@
+"""Looking at experts and at finished merges, and the papers' figures."""
