@@ -21,7 +21,7 @@ import torch
 
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.roles import find_roles
+from acemerge.models.roles import find_roles
 from attacks import models
 from attacks.harness import Meter, Must, Tally, check, clean, in_child, main
 from attacks.headers import LLAMA

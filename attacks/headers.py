@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints.folder import open_checkpoint, open_file
-from acemerge.roles import find_roles
+from acemerge.models.roles import find_roles
 from attacks import models
 from attacks.harness import Tally, check, clean, in_child, main
 from attacks.mutate import damage_bytes, mutate, parsed, written

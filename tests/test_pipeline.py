@@ -27,8 +27,8 @@ from acemerge.engine.work import Loaded, Place
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
+from acemerge.models.roles import Role
 from acemerge.recipe import make_recipe
-from acemerge.roles import Role
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE
 

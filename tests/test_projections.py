@@ -12,7 +12,7 @@ import transformers
 import acemerge
 import oracles
 from acemerge.errors import UsageError
-from acemerge.projections import Fused, fused_projections
+from acemerge.models.projections import Fused, fused_projections
 from builders import load_folder, make_model, perturb
 from oracles import relative_error
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.roles import find_roles, role_by_name, roles_by_name, roles_from_model
+from acemerge.models.roles import find_roles, role_by_name, roles_by_name, roles_from_model
 from builders import FAMILIES, make_model
 
 

@@ -15,9 +15,9 @@ import acemerge
 from acemerge import api
 from acemerge.checkpoints import files
 from acemerge.cli.app import main
-from acemerge.depth import stacked_config
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.models.depth import stacked_config
 from acemerge.recipe import load_recipe
 from acemerge.verify import verify
 from builders import load_folder, write_adapter, write_checkpoint

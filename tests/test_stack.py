@@ -18,8 +18,8 @@ from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.jobs import Input, Job, Piece
 from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, make
 from acemerge.methods.ace import Ace
+from acemerge.models.roles import Role
 from acemerge.recipe import make_recipe
-from acemerge.roles import Role
 from conformance import RULES
 from oracles import relative_error, task_vectors
 

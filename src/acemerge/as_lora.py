@@ -18,7 +18,7 @@ from acemerge.finite import rounded
 from acemerge.jobs import OUTPUT_DTYPES, Job, Plan
 from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult
-from acemerge.roles import Roles, role_by_name
+from acemerge.models.roles import Roles, role_by_name
 from acemerge.shapes import Tensor
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.

@@ -13,10 +13,10 @@ import torch
 from acemerge.checkpoints.adapter import Adapter, Update
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method, keeps_low_rank
-from acemerge.projections import Fused
+from acemerge.models.projections import Fused
+from acemerge.models.roles import Role
+from acemerge.models.vocabulary import Vocabulary
 from acemerge.recipe import Recipe
-from acemerge.roles import Role
-from acemerge.vocabulary import Vocabulary
 
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

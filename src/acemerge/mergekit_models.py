@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from acemerge.depth import Stack
 from acemerge.errors import UsageError, nearest
 from acemerge.mergekit_rules import Kind
 from acemerge.mergekit_settings import Setting
+from acemerge.models.depth import Stack
 
 NOT_YET = "is not supported yet"
 

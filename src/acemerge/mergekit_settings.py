@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from acemerge.depth import Stack, layer_of
 from acemerge.errors import UsageError, nearest
+from acemerge.models.depth import Stack, layer_of
 
 
 @dataclass(frozen=True)

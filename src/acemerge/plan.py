@@ -15,12 +15,12 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.fitting import fit
 from acemerge.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
 from acemerge.methods import check_experts
+from acemerge.models.projections import fused_projections
+from acemerge.models.roles import Role, Roles
+from acemerge.models.vocabulary import Tokens
 from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.policy import Decision, Policy
-from acemerge.projections import fused_projections
 from acemerge.recipe import Recipe
-from acemerge.roles import Role, Roles
-from acemerge.vocabulary import Tokens
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
 _ROUNDED = (

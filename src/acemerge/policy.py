@@ -11,9 +11,9 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
 from acemerge.methods import Method
 from acemerge.methods.elementwise import Average
+from acemerge.models.roles import Role
 from acemerge.recipe import Recipe
 from acemerge.recipe_parts import TensorRule
-from acemerge.roles import Role
 
 Action = Literal["merge", "base", "heads"]
 

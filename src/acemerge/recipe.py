@@ -12,10 +12,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
-from acemerge.depth import Stack
 from acemerge.errors import UsageError
 from acemerge.mergekit import from_mergekit, is_mergekit
 from acemerge.methods import Method
+from acemerge.models.depth import Stack
 from acemerge.recipe_parts import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 from acemerge.settings import Place, explain, read_yaml, relative_to
 

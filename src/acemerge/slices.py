@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.depth import Layers, Stack, depth_of, stacked_config
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import is_whole
+from acemerge.models.depth import Layers, Stack, depth_of, stacked_config
 from acemerge.recipe_parts import SliceSpec
 
 

@@ -10,7 +10,7 @@ import torch
 from acemerge.engine.work import Setting
 from acemerge.jobs import Job
 from acemerge.methods import Layer, LayerResult, Method
-from acemerge.projections import Fused
+from acemerge.models.projections import Fused
 from acemerge.shapes import Float, Tensor
 
 

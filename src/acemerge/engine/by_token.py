@@ -10,8 +10,8 @@ from acemerge.engine.work import Place, Setting, Values
 from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
+from acemerge.models.vocabulary import in_order, lent_rows, rows_of
 from acemerge.shapes import Float, Tensor
-from acemerge.vocabulary import in_order, lent_rows, rows_of
 
 # What is stored, its record, and masks where the rule makes them.
 Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]

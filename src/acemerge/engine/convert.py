@@ -12,10 +12,10 @@ from acemerge.checkpoints.hub import locate
 from acemerge.costs import budget
 from acemerge.engine.opening import Opened, RunOptions, check_output_apart
 from acemerge.jobs import Job, Plan
+from acemerge.models.roles import Roles, find_roles
+from acemerge.models.tied_heads import heads_apart
 from acemerge.recipe import Recipe, parse_size
 from acemerge.recipe_parts import TensorRule
-from acemerge.roles import Roles, find_roles
-from acemerge.tying import heads_apart
 
 
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:

@@ -14,7 +14,7 @@ from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
 from acemerge.jobs import Job
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
-from acemerge.projections import Fused
+from acemerge.models.projections import Fused
 from acemerge.shapes import Tensor
 
 

@@ -31,9 +31,9 @@ from acemerge.methods import (
     make,
     merge_low_rank,
 )
+from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.plan import make_plan
 from acemerge.recipe import make_recipe
-from acemerge.roles import Roles, roles_by_name, roles_from_model
 from acemerge.shapes import Float, Tensor
 
 

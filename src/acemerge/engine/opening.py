@@ -26,14 +26,14 @@ from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.jobs import Plan
-from acemerge.parts import as_part
+from acemerge.models.roles import Roles, find_roles
+from acemerge.models.submodels import as_part
+from acemerge.models.tied_heads import heads_apart
+from acemerge.models.vocabulary import Tokens
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
-from acemerge.roles import Roles, find_roles
 from acemerge.shared_factors import shared_input_factors
 from acemerge.slices import stacked
-from acemerge.tying import heads_apart
-from acemerge.vocabulary import Tokens
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from acemerge.architecture import meta_model, parts_of
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.models.architecture import meta_model, parts_of
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.errors import CheckpointError
-from acemerge.roles import Roles, find_roles
+from acemerge.models.roles import Roles, find_roles
 
 _KEY = "tie_word_embeddings"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.roles import Roles
+from acemerge.models.roles import Roles
 
 
 def as_part(expert: Checkpoint, label: str, base: Checkpoint, roles: Roles) -> tuple[Checkpoint, str]:

@@ -1,0 +1,1 @@
+"""What a model is: architecture, roles, projections, tied heads, vocabulary."""
