@@ -6,7 +6,7 @@ import random
 from functools import partial
 from pathlib import Path
 
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from attacks.harness import Tally, clean, main
 from attacks.merging import Case
 

@@ -8,7 +8,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from attacks.faulty import faulty, killing, unfaulty
 from attacks.harness import Tally, check, clean, main
 from attacks.merging import METHODS, Case, in_process, published

@@ -11,7 +11,7 @@ import torch
 
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from attacks import models
 from attacks.harness import Must, Tally, check, clean, main
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from attacks.harness import Tally, check, clean, main
 from attacks.merging import Case, in_process
 

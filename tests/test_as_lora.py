@@ -14,8 +14,8 @@ from torch import Tensor
 import acemerge
 import acemerge.engine.execute
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.report.manifest import stored_names
-from acemerge.verify import verify
+from acemerge.output.manifest import stored_names
+from acemerge.output.verify import verify
 from attacks.merging import content
 from builders import PlainModel, load_folder, make_model, perturb, write_adapter
 from commands import failed, run

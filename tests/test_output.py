@@ -13,8 +13,8 @@ import torch
 import acemerge
 from acemerge.checkpoints import files
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.report.manifest import to_bytes
-from acemerge.verify import verify
+from acemerge.output.manifest import to_bytes
+from acemerge.output.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint
 
 

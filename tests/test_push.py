@@ -10,7 +10,7 @@ from huggingface_hub import constants
 import acemerge
 from acemerge import api
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import PlainModel
 from commands import failed, run
 from hub_server import TOKEN, FakeHub, Repository, contents, put

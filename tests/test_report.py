@@ -19,13 +19,13 @@ import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
 from acemerge.inspection.statistics import Sums
+from acemerge.output.manifest import load_manifest
+from acemerge.output.records import branch, figure
+from acemerge.output.shares import layer_of
+from acemerge.output.verify import verify
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
-from acemerge.report.manifest import load_manifest
-from acemerge.report.records import branch, figure
-from acemerge.report.shares import layer_of
 from acemerge.reporting import write_report
-from acemerge.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint
 from commands import failed, run
 

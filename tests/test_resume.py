@@ -19,12 +19,12 @@ import acemerge
 import acemerge.engine.execute
 import acemerge.engine.thresholds
 from acemerge.checkpoints import files
-from acemerge.checkpoints.journal import _check
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
 from acemerge.engine.work import Loaded
 from acemerge.errors import CheckpointError, UsageError, WriteError
-from acemerge.verify import verify
+from acemerge.output.journal import _check
+from acemerge.output.verify import verify
 from attacks.faulty import failing, faulty, unfaulty
 from attacks.merging import Case, content, snapshot
 from builders import PlainModel

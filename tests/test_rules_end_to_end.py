@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import acemerge
-from acemerge.checkpoints.masks import pack, unpack
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.output.masks import pack, unpack
+from acemerge.output.verify import verify
 from acemerge.recipe import make_recipe
-from acemerge.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint
 from conformance import DATA_FREE, RULES
 

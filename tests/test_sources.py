@@ -9,7 +9,7 @@ import torch
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import PlainModel, load_folder, write_checkpoint
 
 

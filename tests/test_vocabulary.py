@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.models.vocabulary import match
-from acemerge.verify import verify
+from acemerge.output.verify import verify
 from builders import load_folder
 
 WORDS = ["the", "cat", "sat", "on", "mat"]

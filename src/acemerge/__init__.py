@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from acemerge.calibration.moments import input_second_moments
     from acemerge.engine.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
-    from acemerge.masks import expert_weights
     from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
+    from acemerge.output.expert_weights import expert_weights
 
 __all__ = [
     "METHODS",
@@ -41,7 +41,7 @@ _HOMES = {
     "calibration.moments": ("input_second_moments",),
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
     "engine.in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
-    "masks": ("expert_weights",),
+    "output.expert_weights": ("expert_weights",),
     "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,29 +15,29 @@ from acemerge.as_lora import adapter_config
 from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
-from acemerge.checkpoints.journal import JOURNAL, Done, read_journal
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
-from acemerge.checkpoints.output import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
-from acemerge.checkpoints.upload import upload
-from acemerge.checkpoints.writer import FileSum
 from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.identity import difference, digest, identity
+from acemerge.output.card import model_card
+from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
+from acemerge.output.identity import difference, digest, identity
+from acemerge.output.journal import JOURNAL, Done, read_journal
+from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
+from acemerge.output.origin import origin_of
+from acemerge.output.picture import shares_picture
+from acemerge.output.shares import layer_shares
+from acemerge.output.upload import upload
+from acemerge.output.verify import verify
+from acemerge.output.writer import FileSum
 from acemerge.recipe import Recipe, make_recipe, with_params
 from acemerge.relatedness import check_related
-from acemerge.report.card import model_card
 from acemerge.report.html import check_libraries
-from acemerge.report.manifest import build_manifest, load_manifest, to_bytes
-from acemerge.report.origin import origin_of
-from acemerge.report.picture import shares_picture
-from acemerge.report.shares import layer_shares
 from acemerge.reporting import write_report
-from acemerge.verify import verify
 
 
 @dataclass(frozen=True)

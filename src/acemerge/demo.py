@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from acemerge.checkpoints.folder import SINGLE
-from acemerge.checkpoints.output import HEADS
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.evaluation.models import quiet_transformers
+from acemerge.output.folder import HEADS
 from acemerge.shapes import Float, Tensor
 
 # ACE's ridge is in units of the squared update, and these updates are far larger than a language model's:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.output import REPORT
-from acemerge.checkpoints.writer import write_file
 from acemerge.engine.execute import OnProgress
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import try_to_look_back
+from acemerge.output.folder import REPORT
+from acemerge.output.manifest import load_manifest
+from acemerge.output.writer import write_file
 from acemerge.report.facts import page_facts
 from acemerge.report.html import check_libraries, html_page
-from acemerge.report.manifest import load_manifest
 from acemerge.report.scores import find_scores
 
 

@@ -21,9 +21,9 @@ from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
 from acemerge.evaluation.models import Model, open_model
-from acemerge.identity import digest
 from acemerge.jobs import Job, pieces
 from acemerge.methods import Calibration
+from acemerge.output.identity import digest
 from acemerge.shapes import Tensor
 
 

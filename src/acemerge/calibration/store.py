@@ -14,9 +14,9 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint, contained, open_file
 from acemerge.checkpoints.header import TensorSpec, parse_json
-from acemerge.checkpoints.writer import PARTIAL, FileWriter, header_bytes, tensor_bytes
 from acemerge.errors import CheckpointError
 from acemerge.methods import Calibration
+from acemerge.output.writer import PARTIAL, FileWriter, header_bytes, tensor_bytes
 from acemerge.shapes import Tensor
 
 _PART = 1 << 30

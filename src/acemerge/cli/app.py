@@ -56,9 +56,9 @@ from acemerge.cli.progress import is_live, progress
 from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, UsageError
+from acemerge.output.manifest import versions
+from acemerge.output.verify import verify as verify_folder
 from acemerge.recipe import Recipe
-from acemerge.report.manifest import versions
-from acemerge.verify import verify as verify_folder
 
 app = typer.Typer(
     name="acemerge",

@@ -14,7 +14,6 @@ from rich.text import Text
 
 from acemerge.api import MergeReport
 from acemerge.checkpoints import files
-from acemerge.checkpoints.output import REPORT
 from acemerge.cli.progress import duration, is_live
 from acemerge.cli.text import adapter, say, size, table
 from acemerge.costs import RESIDENT, peak_memory
@@ -23,9 +22,10 @@ from acemerge.estimate import measure_rates, plan_seconds
 from acemerge.inspection.advice import largest_update, of_energies, of_statuses
 from acemerge.jobs import Job, Plan
 from acemerge.methods import Method
+from acemerge.output.folder import REPORT
+from acemerge.output.records import figure
+from acemerge.output.shares import total_energies
 from acemerge.report.facts import LAYERS
-from acemerge.report.records import figure
-from acemerge.report.shares import total_energies
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:

@@ -18,7 +18,6 @@ from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
-from acemerge.checkpoints.upload import check_push
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.costs import budget
 from acemerge.engine.execute import Layout
@@ -30,6 +29,7 @@ from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
+from acemerge.output.upload import check_push
 from acemerge.plan import expert_labels, make_plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.shared_factors import shared_input_factors

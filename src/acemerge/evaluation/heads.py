@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint, contained
 from acemerge.checkpoints.header import read_header
-from acemerge.checkpoints.output import HEADS
 from acemerge.errors import CheckpointError
+from acemerge.output.folder import HEADS
 from acemerge.shapes import Tensor
 
 

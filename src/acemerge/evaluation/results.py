@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.writer import write_file
 from acemerge.errors import UsageError
 from acemerge.evaluation.tables import Evaluation, picture
 from acemerge.evaluation.tasks import Tasks
-from acemerge.report.manifest import versions
+from acemerge.output.manifest import versions
+from acemerge.output.writer import write_file
 
 JSON, TABLE, PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
 

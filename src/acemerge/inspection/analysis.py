@@ -26,8 +26,8 @@ from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, o
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.methods.fits import source_of
+from acemerge.output.records import parts_of
 from acemerge.recipe import Recipe, make_recipe
-from acemerge.report.records import parts_of
 from acemerge.shapes import Float, Tensor
 
 # Rules to count memory by: singular vectors of full task vectors, whatever adapters are given by, without and with the

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.writer import write_file
 from acemerge.errors import UsageError
 from acemerge.inspection.analysis import Analysis
 from acemerge.inspection.analysis_pictures import pictures
 from acemerge.inspection.analysis_tables import as_csv, as_json, markdown
-from acemerge.report.manifest import versions
+from acemerge.output.manifest import versions
+from acemerge.output.writer import write_file
 
 JSON, ROWS, PAGE = "analysis.json", "layers.csv", "analysis.md"
 

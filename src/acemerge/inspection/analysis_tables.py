@@ -12,9 +12,9 @@ from acemerge.inspection.analysis import Analysis, Directions, LayerAnalysis, Sp
 from acemerge.inspection.spectra import curve
 from acemerge.inspection.survey import numbers
 from acemerge.linalg.principal import principal_count
+from acemerge.output.records import branch, figure
+from acemerge.output.shares import layer_of
 from acemerge.report.facts import name_parts
-from acemerge.report.records import branch, figure
-from acemerge.report.shares import layer_of
 from acemerge.shapes import Float, Tensor
 
 FORMAT = "acemerge-analysis-1"

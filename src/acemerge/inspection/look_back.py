@@ -23,8 +23,8 @@ from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
 from acemerge.inspection.survey import FULL
 from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods.ace import Ace
+from acemerge.output.records import parts_of
 from acemerge.recipe import Recipe, make_recipe
-from acemerge.report.records import parts_of
 from acemerge.shapes import Float, Tensor
 
 BEFORE = "before refinement"

@@ -12,9 +12,9 @@ import torch
 from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
 from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
-from acemerge.report.records import branch, figure
+from acemerge.output.records import branch, figure
+from acemerge.output.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
-from acemerge.report.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
 
 _MOST_ROWS = 4000  # of the table: more take a browser too long
 

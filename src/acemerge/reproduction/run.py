@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from acemerge.checkpoints.writer import write_file
 from acemerge.engine.opening import RunOptions, find_devices
 from acemerge.evaluation.compare import folders_of as merged_folders
 from acemerge.evaluation.compare import merge_all, rows
 from acemerge.evaluation.results import write_results
 from acemerge.evaluation.run import OnProgress, Run, evaluate
 from acemerge.evaluation.tables import Evaluation
-from acemerge.report.manifest import versions
+from acemerge.output.manifest import versions
+from acemerge.output.writer import write_file
 from acemerge.reproduction.comparison import Line, compare, markdown
 from acemerge.reproduction.inputs import Input, fetch, folders_of
 from acemerge.reproduction.pack import Pack, recipes_of, tasks_of

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.output import MANIFEST
-from acemerge.checkpoints.writer import write_file
 from acemerge.errors import AcemergeError
 from acemerge.evaluation.models import Model
 from acemerge.evaluation.run import Run, ScoreTask, score_task
 from acemerge.evaluation.tables import Score
 from acemerge.evaluation.tasks import AnyTask
-from acemerge.report.manifest import versions
+from acemerge.output.folder import MANIFEST
+from acemerge.output.manifest import versions
+from acemerge.output.writer import write_file
 
 _MOST = 64 << 20
 

@@ -12,7 +12,7 @@ from acemerge.cli.text import size
 from acemerge.costs import operations, peak_memory
 from acemerge.inspection.survey import Inspection, View
 from acemerge.jobs import Plan
-from acemerge.report.shares import total_energies
+from acemerge.output.shares import total_energies
 from acemerge.ui.folders import Listing
 from acemerge.ui.runner import State
 from acemerge.ui.steps import Merged

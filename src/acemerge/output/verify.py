@@ -9,11 +9,11 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
-from acemerge.checkpoints.output import HEADS, OLD, side_folders
-from acemerge.checkpoints.writer import PARTIAL
 from acemerge.errors import CheckpointError
 from acemerge.finite import check_finite
-from acemerge.report.manifest import load_manifest, stored_names
+from acemerge.output.folder import HEADS, OLD, side_folders
+from acemerge.output.manifest import load_manifest, stored_names
+from acemerge.output.writer import PARTIAL
 
 _CURE = "merge again, or restore the file"
 

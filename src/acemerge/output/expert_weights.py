@@ -8,10 +8,10 @@ from typing import Any
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
-from acemerge.checkpoints.masks import unpack
-from acemerge.checkpoints.output import MASKS
 from acemerge.errors import UsageError, nearest
-from acemerge.report.manifest import load_manifest
+from acemerge.output.folder import MASKS
+from acemerge.output.manifest import load_manifest
+from acemerge.output.masks import unpack
 from acemerge.shapes import Tensor
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.writer import PARTIAL, Begun, FileSum
 from acemerge.errors import CheckpointError
+from acemerge.output.writer import PARTIAL, Begun, FileSum
 
 JOURNAL = ".acemerge.journal"
 _MAX_JOURNAL = 1 << 30

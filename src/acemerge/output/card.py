@@ -11,11 +11,11 @@ import yaml
 
 from acemerge.as_lora import share_lost
 from acemerge.checkpoints.hub import parse_id
-from acemerge.checkpoints.output import PICTURE
 from acemerge.jobs import Plan
 from acemerge.methods import METHODS
-from acemerge.report.origin import Origin, common_license
-from acemerge.report.shares import total_energies
+from acemerge.output.folder import PICTURE
+from acemerge.output.origin import Origin, common_license
+from acemerge.output.shares import total_energies
 
 _LOAD = (
     "## Load",

@@ -10,8 +10,8 @@ import yaml
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
-from acemerge.checkpoints.output import CARD
 from acemerge.errors import AcemergeError
+from acemerge.output.folder import CARD
 
 _MOST = 1 << 20  # bytes of a card that is looked at
 

@@ -17,10 +17,10 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
-from acemerge.checkpoints.journal import JOURNAL, Done, Journal
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
-from acemerge.checkpoints.writer import PARTIAL, FileSum, FileWriter
 from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.output.journal import JOURNAL, Done, Journal
+from acemerge.output.writer import PARTIAL, FileSum, FileWriter
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"

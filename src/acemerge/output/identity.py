@@ -11,8 +11,8 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
+from acemerge.output.manifest import versions
 from acemerge.recipe import Recipe
-from acemerge.report.manifest import versions
 
 
 def identity(

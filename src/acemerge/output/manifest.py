@@ -19,10 +19,10 @@ from typing_extensions import NotRequired, TypedDict
 from acemerge.as_lora import share_lost
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
-from acemerge.checkpoints.output import MANIFEST, MAX_MANIFEST
-from acemerge.checkpoints.writer import FileSum
 from acemerge.errors import CheckpointError
 from acemerge.jobs import Plan
+from acemerge.output.folder import MANIFEST, MAX_MANIFEST
+from acemerge.output.writer import FileSum
 
 FORMAT = "acemerge-manifest-1"
 

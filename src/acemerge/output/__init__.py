@@ -1,0 +1,1 @@
+"""The folder that a merge leaves: writing, journal, manifest, card, verification, identity."""
