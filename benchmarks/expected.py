@@ -18,7 +18,7 @@ import torch
 
 from acemerge.api import run_opened
 from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.estimate import measure_rates, plan_seconds
+from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.recipe import make_recipe
 
 

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.lora import open_expert
-from acemerge.costs import cost, operations
 from acemerge.engine.compute import compute
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.engine.work import Place, Setting
-from acemerge.jobs import Piece, Plan
+from acemerge.planning.costs import cost, operations
+from acemerge.planning.jobs import Piece, Plan
 from acemerge.recipe import make_recipe
 from builders import load_folder, make_model, write_adapter, write_checkpoint
 from oracles import EXACT, relative_error

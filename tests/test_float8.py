@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import acemerge
-from acemerge import jobs
 from acemerge.api import run_opened
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import open_checkpoint
@@ -21,6 +20,7 @@ from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.output.verify import verify
+from acemerge.planning import jobs
 from builders import PlainModel, load_folder, make_model, perturb, write_checkpoint
 
 BLOCK = (4, 3)  # no side of the plain model's layers is a multiple of both

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity as cosine
 
-from acemerge import jobs
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.inspection.statistics import squared_norms, stable_ranks, sums
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.linalg.krylov import spectral_norms
+from acemerge.planning import jobs
 from acemerge.recipe import make_recipe
 from builders import PlainModel, write_adapter, write_checkpoint
 from commands import failed, run

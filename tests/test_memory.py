@@ -13,10 +13,10 @@ import torch
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.costs import peak_memory
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.methods import make
 from acemerge.output.writer import header_bytes, tensor_bytes
+from acemerge.planning.costs import peak_memory
 from acemerge.recipe import make_recipe
 from builders import write_checkpoint
 from memory_probe import added_by

@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 
 import acemerge
 import acemerge.engine.pipeline
-import acemerge.jobs
+import acemerge.planning.jobs
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span, check_unchanged
-from acemerge.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Loaded, Place
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
 from acemerge.models.roles import Role
+from acemerge.planning.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
+from acemerge.planning.jobs import Job, Piece, pieces
 from acemerge.recipe import make_recipe
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE
@@ -219,7 +219,7 @@ def test_a_tensor_in_pieces_is_the_same_tensor(tmp_path: Path, method: str, monk
     plain.tuned[0]["layers.0.up.weight"] = plain.base["layers.0.up.weight"]  # one expert's zero among them
     base, experts = plain.save()
     whole = acemerge.merge(base, experts, out=tmp_path / "whole", method=method)
-    monkeypatch.setattr(acemerge.jobs, "_PIECE", 30)
+    monkeypatch.setattr(acemerge.planning.jobs, "_PIECE", 30)
     split = acemerge.merge(base, experts, out=tmp_path / "split", method=method)
     for name, value in load_folder(tmp_path / "whole").items():
         torch.testing.assert_close(load_folder(tmp_path / "split")[name], value, rtol=1e-6, atol=1e-7)
@@ -234,7 +234,7 @@ def test_the_place_of_a_value_is_told_in_the_whole_tensor(tmp_path: Path, monkey
     plain = PlainModel(tmp_path)
     plain.tuned[1]["embed_tokens.weight"][9, 2] = float("nan")
     base, experts = plain.save()
-    monkeypatch.setattr(acemerge.jobs, "_PIECE", 30)
+    monkeypatch.setattr(acemerge.planning.jobs, "_PIECE", 30)
     with pytest.raises(CheckpointError, match=r"is nan at \[9, 2\]"):
         acemerge.merge(base, experts)
 
@@ -243,7 +243,7 @@ def test_the_place_of_a_value_is_told_in_the_whole_tensor(tmp_path: Path, monkey
 def test_pieces_cover_a_tensor_once(shape: list[int], size: int) -> None:
     job = Job(TensorSpec("t", torch.float32, tuple(shape)), Role("linear"), "")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acemerge.jobs, "_PIECE", size)
+        patch.setattr(acemerge.planning.jobs, "_PIECE", size)
         parts = list(pieces(job, split=True))
     assert sum(part.count for part in parts) == job.spec.count
     assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]

@@ -15,10 +15,10 @@ from acemerge.engine.batched import compute_all, stacks
 from acemerge.engine.compute import Computed, compute
 from acemerge.engine.work import Place, Setting
 from acemerge.errors import AcemergeError, CheckpointError
-from acemerge.jobs import Input, Job, Piece
 from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, make
 from acemerge.methods.ace import Ace
 from acemerge.models.roles import Role
+from acemerge.planning.jobs import Input, Job, Piece
 from acemerge.recipe import make_recipe
 from conformance import RULES
 from oracles import relative_error, task_vectors

@@ -10,15 +10,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from acemerge import api, estimate
+from acemerge import api
 from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
 from acemerge.cli.merge import after, before
 from acemerge.cli.progress import Pace, duration, progress, view
 from acemerge.engine.execute import Progress
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
-from acemerge.estimate import Rates, measure_rates, plan_seconds
 from acemerge.methods import make
+from acemerge.planning import estimate
+from acemerge.planning.estimate import Rates, measure_rates, plan_seconds
 from acemerge.recipe import make_recipe
 from builders import PlainModel, write_checkpoint
 

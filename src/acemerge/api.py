@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from acemerge.as_lora import adapter_config
 from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
@@ -34,8 +33,9 @@ from acemerge.output.shares import layer_shares
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
+from acemerge.planning.as_lora import adapter_config
+from acemerge.planning.relatedness import check_related
 from acemerge.recipe import Recipe, make_recipe, with_params
-from acemerge.relatedness import check_related
 from acemerge.report.html import check_libraries
 from acemerge.reporting import write_report
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from acemerge.calibration.assigned import Assigned, calibrated_jobs
 from acemerge.calibration.blocks import block_moments, block_of, block_order
 from acemerge.calibration.feed import about_data, labels_of
 from acemerge.calibration.gradients import squared_gradients
@@ -21,9 +20,10 @@ from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
 from acemerge.evaluation.models import Model, open_model
-from acemerge.jobs import Job, pieces
 from acemerge.methods import Calibration
 from acemerge.output.identity import digest
+from acemerge.planning.calibration import Assigned, calibrated_jobs
+from acemerge.planning.jobs import Job, pieces
 from acemerge.shapes import Tensor
 
 

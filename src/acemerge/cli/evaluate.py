@@ -16,7 +16,7 @@ from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows,
 from acemerge.evaluation.results import check_free, write_results
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tasks import Tasks, load_tasks
-from acemerge.plan import expert_labels
+from acemerge.planning.planner import expert_labels
 from acemerge.recipe import Recipe, load_recipe, make_recipe
 
 TaskFile = Annotated[Path, typer.Option("--tasks", metavar="TASKS.yaml", help="the tasks, see docs/evaluate.md")]

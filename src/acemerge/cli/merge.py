@@ -16,15 +16,15 @@ from acemerge.api import MergeReport
 from acemerge.checkpoints import files
 from acemerge.cli.progress import duration, is_live
 from acemerge.cli.text import adapter, say, size, table
-from acemerge.costs import RESIDENT, peak_memory
 from acemerge.engine.opening import Opened
-from acemerge.estimate import measure_rates, plan_seconds
 from acemerge.inspection.advice import largest_update, of_energies, of_statuses
-from acemerge.jobs import Job, Plan
 from acemerge.methods import Method
 from acemerge.output.folder import REPORT
 from acemerge.output.records import figure
 from acemerge.output.shares import total_energies
+from acemerge.planning.costs import RESIDENT, peak_memory
+from acemerge.planning.estimate import measure_rates, plan_seconds
+from acemerge.planning.jobs import Job, Plan
 from acemerge.report.facts import LAYERS
 
 

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from acemerge.api import MergeReport
-from acemerge.costs import operations, peak_memory
 from acemerge.errors import UsageError, nearest
-from acemerge.jobs import Plan
 from acemerge.methods import METHODS, rule_name
 from acemerge.methods.about import parameters, summary
+from acemerge.planning.costs import operations, peak_memory
+from acemerge.planning.jobs import Plan
 
 
 def converted(console: Console, report: MergeReport) -> None:

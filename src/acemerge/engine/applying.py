@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from acemerge.engine.work import Setting
-from acemerge.jobs import Job
 from acemerge.methods import Layer, LayerResult, Method
 from acemerge.models.projections import Fused
+from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
 

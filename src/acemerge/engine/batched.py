@@ -13,10 +13,10 @@ import torch
 from acemerge.engine.applying import apply_rule, layer_of
 from acemerge.engine.compute import Computed, about, compute
 from acemerge.engine.work import Loaded, Place, Setting
-from acemerge.finite import all_rounded
-from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.methods import Method, Together, expert_seeds
+from acemerge.planning.finite import all_rounded
+from acemerge.planning.jobs import Job, Piece
 from acemerge.shapes import Float, Int, Tensor
 
 Stats = Mapping[str, Any]  # what a rule says of a layer

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from acemerge.engine.work import Place, Setting, Values
-from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.models.vocabulary import in_order, lent_rows, rows_of
+from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.jobs import Job, Piece
 from acemerge.shapes import Float, Tensor
 
 # What is stored, its record, and masks where the rule makes them.

@@ -10,18 +10,18 @@ from typing import Any
 
 import torch
 
-from acemerge.as_lora import truncated
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError
-from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies
 from acemerge.output.masks import pack
-from acemerge.plan import keep_base
+from acemerge.planning.as_lora import truncated
+from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.jobs import Job, Piece
+from acemerge.planning.planner import keep_base
 from acemerge.shapes import Float, Tensor
 
 

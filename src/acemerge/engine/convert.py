@@ -9,11 +9,11 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import locate
-from acemerge.costs import budget
 from acemerge.engine.opening import Opened, RunOptions, check_output_apart
-from acemerge.jobs import Job, Plan
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
+from acemerge.planning.costs import budget
+from acemerge.planning.jobs import Job, Plan
 from acemerge.recipe import Recipe, parse_size
 from acemerge.recipe_parts import TensorRule
 

@@ -15,19 +15,19 @@ from acemerge.checkpoints.folder import INDEX
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
-from acemerge.costs import bytes_written
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
-from acemerge.estimate import COMMON, piece_seconds
-from acemerge.finite import check_finite
-from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.output.folder import HEADS, MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.masks import mask_spec
 from acemerge.output.writer import TensorFiles, index_bytes, split_shards
+from acemerge.planning.costs import bytes_written
+from acemerge.planning.estimate import COMMON, piece_seconds
+from acemerge.planning.finite import check_finite
+from acemerge.planning.jobs import Job, Piece, Plan, pieces
 from acemerge.shapes import Tensor
 
 Records = dict[str, Mapping[str, Any]]

@@ -10,11 +10,11 @@ from torch.nn.functional import pad
 from acemerge.engine.updates import factors_of
 from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
-from acemerge.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
-from acemerge.jobs import Job
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.models.projections import Fused
+from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
+from acemerge.planning.jobs import Job
 from acemerge.shapes import Tensor
 
 

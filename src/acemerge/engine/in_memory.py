@@ -18,8 +18,6 @@ from acemerge.engine.batched import compute_all
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.finite import is_finite
-from acemerge.jobs import Input, Piece, pieces
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import (
     Layer,
@@ -32,7 +30,9 @@ from acemerge.methods import (
     merge_low_rank,
 )
 from acemerge.models.roles import Roles, roles_by_name, roles_from_model
-from acemerge.plan import make_plan
+from acemerge.planning.finite import is_finite
+from acemerge.planning.jobs import Input, Piece, pieces
+from acemerge.planning.planner import make_plan
 from acemerge.recipe import make_recipe
 from acemerge.shapes import Float, Tensor
 

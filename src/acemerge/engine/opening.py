@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from acemerge.as_lora import as_adapter
-from acemerge.calibration.assigned import Assigned, assign
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
@@ -19,21 +17,23 @@ from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
-from acemerge.costs import budget
 from acemerge.engine.execute import Layout
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.jobs import Plan
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
 from acemerge.output.upload import check_push
-from acemerge.plan import expert_labels, make_plan
+from acemerge.planning.as_lora import as_adapter
+from acemerge.planning.calibration import Assigned, assign
+from acemerge.planning.costs import budget
+from acemerge.planning.jobs import Plan
+from acemerge.planning.planner import expert_labels, make_plan
+from acemerge.planning.shared_factors import shared_input_factors
+from acemerge.planning.slices import stacked
 from acemerge.recipe import Recipe, parse_size
-from acemerge.shared_factors import shared_input_factors
-from acemerge.slices import stacked
 
 
 @dataclass(frozen=True)

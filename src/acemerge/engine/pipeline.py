@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.checkpoints.reader import Reader, Span, Stored
-from acemerge.costs import Cost, cost, in_flight, together
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
-from acemerge.jobs import Input, Load, Piece
 from acemerge.linalg.threads import pool_of
+from acemerge.planning.costs import Cost, cost, in_flight, together
+from acemerge.planning.jobs import Input, Load, Piece
 from acemerge.shapes import Tensor
 
 # Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.

@@ -11,8 +11,8 @@ import torch
 from acemerge.engine.batched import stacked, stacks, stacks_well
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk
-from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
+from acemerge.planning.jobs import Job, Piece, Plan, pieces
 from acemerge.shapes import Int, Tensor
 
 # Counts for task vectors of the t-th expert.

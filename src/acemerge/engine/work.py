@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 
 from acemerge.engine.buffers import Buffers
-from acemerge.jobs import Input, Job, Piece
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
+from acemerge.planning.jobs import Input, Job, Piece
 from acemerge.recipe import Recipe
 from acemerge.shapes import Tensor
 

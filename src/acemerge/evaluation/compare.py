@@ -10,7 +10,7 @@ from acemerge.api import run_recipe
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.evaluation.tasks import Tasks
-from acemerge.plan import expert_labels
+from acemerge.planning.planner import expert_labels
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.recipe_parts import MethodSpec
 

@@ -10,7 +10,7 @@ from math import sqrt
 from typing import Any
 
 from acemerge.inspection.statistics import Sums
-from acemerge.relatedness import Relation
+from acemerge.planning.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
 _DOMINATES = 4.0

@@ -20,13 +20,13 @@ from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Measured, Place, Setting, Values, Work
 from acemerge.inspection.look_back import before_refinement
 from acemerge.inspection.survey import is_matrix
-from acemerge.jobs import Job, Piece
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.methods.fits import source_of
 from acemerge.output.records import parts_of
+from acemerge.planning.jobs import Job, Piece
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 

@@ -21,9 +21,9 @@ from acemerge.engine.work import Loaded, Place, Values, Work
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
 from acemerge.inspection.survey import FULL
-from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods.ace import Ace
 from acemerge.output.records import parts_of
+from acemerge.planning.jobs import Job, Piece, pieces
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 

@@ -16,10 +16,10 @@ from acemerge.engine.opening import Opened
 from acemerge.engine.work import Loaded, Place, Setting, Values, Work
 from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
-from acemerge.jobs import Job, Piece, pieces
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.relatedness import relations
+from acemerge.planning.jobs import Job, Piece, pieces
+from acemerge.planning.relatedness import relations
 from acemerge.shapes import Float, Tensor
 
 _MATRICES = ("linear", "conv1d", "experts")

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from acemerge.as_lora import share_lost
 from acemerge.checkpoints.hub import parse_id
-from acemerge.jobs import Plan
 from acemerge.methods import METHODS
 from acemerge.output.folder import PICTURE
 from acemerge.output.origin import Origin, common_license
 from acemerge.output.shares import total_energies
+from acemerge.planning.as_lora import share_lost
+from acemerge.planning.jobs import Plan
 
 _LOAD = (
     "## Load",

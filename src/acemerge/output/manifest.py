@@ -16,13 +16,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from acemerge.as_lora import share_lost
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
 from acemerge.errors import CheckpointError
-from acemerge.jobs import Plan
 from acemerge.output.folder import MANIFEST, MAX_MANIFEST
 from acemerge.output.writer import FileSum
+from acemerge.planning.as_lora import share_lost
+from acemerge.planning.jobs import Plan
 
 FORMAT = "acemerge-manifest-1"
 

@@ -10,10 +10,10 @@ from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
 from acemerge.errors import CheckpointError
-from acemerge.finite import check_finite
 from acemerge.output.folder import HEADS, OLD, side_folders
 from acemerge.output.manifest import load_manifest, stored_names
 from acemerge.output.writer import PARTIAL
+from acemerge.planning.finite import check_finite
 
 _CURE = "merge again, or restore the file"
 

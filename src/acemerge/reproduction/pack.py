@@ -11,7 +11,7 @@ from pydantic import model_validator
 from acemerge.errors import UsageError, nearest
 from acemerge.evaluation.tables import EXPERTS
 from acemerge.evaluation.tasks import Tasks
-from acemerge.plan import expert_labels
+from acemerge.planning.planner import expert_labels
 from acemerge.recipe import Recipe, make_recipe
 from acemerge.recipe_parts import Strict
 from acemerge.settings import read_yaml

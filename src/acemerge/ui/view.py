@@ -9,10 +9,10 @@ from itertools import combinations
 from pathlib import Path
 
 from acemerge.cli.text import size
-from acemerge.costs import operations, peak_memory
 from acemerge.inspection.survey import Inspection, View
-from acemerge.jobs import Plan
 from acemerge.output.shares import total_energies
+from acemerge.planning.costs import operations, peak_memory
+from acemerge.planning.jobs import Plan
 from acemerge.ui.folders import Listing
 from acemerge.ui.runner import State
 from acemerge.ui.steps import Merged

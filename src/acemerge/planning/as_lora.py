@@ -14,11 +14,11 @@ from torch.nn.functional import pad
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.finite import rounded
-from acemerge.jobs import OUTPUT_DTYPES, Job, Plan
 from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult
 from acemerge.models.roles import Roles, role_by_name
+from acemerge.planning.finite import rounded
+from acemerge.planning.jobs import OUTPUT_DTYPES, Job, Plan
 from acemerge.shapes import Tensor
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.

@@ -11,8 +11,8 @@ from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.evaluation.models import quiet_transformers
 from acemerge.evaluation.tasks import AnyTask, LmEval, Task, load_tasks
-from acemerge.jobs import Job, Plan
 from acemerge.methods import Calibration
+from acemerge.planning.jobs import Job, Plan
 
 
 @dataclass(frozen=True)

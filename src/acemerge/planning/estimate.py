@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-from acemerge.costs import piece_operations
-from acemerge.jobs import Piece, Plan
+from acemerge.planning.costs import piece_operations
+from acemerge.planning.jobs import Piece, Plan
 
 # So many times as long as products of the same number of operations take what a rule does beside products,
 # factorings and solves, in small matrices: see `benchmarks/expected.py`.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.jobs import is_whole
 from acemerge.models.depth import Layers, Stack, depth_of, stacked_config
+from acemerge.planning.jobs import is_whole
 from acemerge.recipe_parts import SliceSpec
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from acemerge.errors import CheckpointError, NumericalError
-from acemerge.jobs import Job
+from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
 LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.finite import is_finite
-from acemerge.jobs import Job, Plan
 from acemerge.linalg.lowrank import share_row_space
+from acemerge.planning.finite import is_finite
+from acemerge.planning.jobs import Job, Plan
 from acemerge.shapes import Tensor
 
 

@@ -12,14 +12,14 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.fitting import fit
-from acemerge.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
 from acemerge.methods import check_experts
 from acemerge.models.projections import fused_projections
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens
-from acemerge.plan_vocabulary import VocabularyOf, VocabularyPlanner, by_token
-from acemerge.policy import Decision, Policy
+from acemerge.planning.adapter_fit import fit
+from acemerge.planning.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
+from acemerge.planning.policy import Decision, Policy
+from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipe import Recipe
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from acemerge.checkpoints.adapter import Update
 from acemerge.errors import CheckpointError
-from acemerge.jobs import Source
 from acemerge.models.roles import Roles
+from acemerge.planning.jobs import Source
 
 _OTHER_BASE = "name the base that the adapter was trained on"
 _BOTH = "set tie_word_embeddings to false in the base's config.json and store both tensors, or merge the adapter first"

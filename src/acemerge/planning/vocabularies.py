@@ -9,11 +9,11 @@ import torch
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.jobs import Job, Source
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
-from acemerge.policy import Decision
+from acemerge.planning.jobs import Job, Source
+from acemerge.planning.policy import Decision
 from acemerge.recipe import Recipe
 
 _HEAD_BIASES = ("lm_head.bias", "decoder.bias", "predictions.bias", "final_logits_bias")

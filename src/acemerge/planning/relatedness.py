@@ -10,7 +10,7 @@ import torch
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.errors import CheckpointError
-from acemerge.jobs import Job, Plan, is_whole
+from acemerge.planning.jobs import Job, Plan, is_whole
 from acemerge.shapes import Float, Tensor
 
 # Layers and entries of each that are looked at: 1,000 entries of two unrelated models have a cosine of 0 +- 0.03.

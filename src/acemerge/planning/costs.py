@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.errors import UsageError
-from acemerge.jobs import Job, Piece, Plan, pieces
 from acemerge.methods.spectral import SPECTRAL_WORK
+from acemerge.planning.jobs import Job, Piece, Plan, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
 RESIDENT = 300_000_000
