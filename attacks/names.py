@@ -22,7 +22,7 @@ import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.cli import text as show
 from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from attacks import models
 from attacks.harness import Must, Tally, check, clean, main
 from attacks.trap import watching

@@ -19,7 +19,7 @@ import torch
 from acemerge.api import run_opened
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.planning.estimate import measure_rates, plan_seconds
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ from markdown_it import MarkdownIt
 
 from acemerge.cli.app import app, main
 from acemerge.evaluation.tasks import load_tasks
-from acemerge.recipe import load_recipe
+from acemerge.recipes.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

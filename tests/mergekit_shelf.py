@@ -15,7 +15,7 @@ from torch import Tensor
 
 from acemerge import api
 from acemerge.engine.opening import RunOptions
-from acemerge.recipe import load_recipe
+from acemerge.recipes.recipe import load_recipe
 from builders import load_folder, write_checkpoint
 
 Tensors = dict[str, Tensor]

@@ -24,7 +24,7 @@ from acemerge.inspection.analysis_tables import as_json, layer_rows, summary
 from acemerge.linalg import principal as by_principal
 from acemerge.linalg.principal import first_cosines, matrix_cosine, overlaps, principal
 from acemerge.output.manifest import load_manifest
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
 from commands import failed, run
 from task_builders import save_encoder, sentences, write_tasks, write_tsv

@@ -25,7 +25,7 @@ from acemerge.evaluation.models import open_model
 from acemerge.evaluation.tasks import load_tasks
 from acemerge.methods.calibrated import UNSEEN
 from acemerge.output.manifest import load_manifest
-from acemerge.recipe import load_recipe
+from acemerge.recipes.recipe import load_recipe
 from builders import load_folder, make_model, write_adapter
 from commands import failed, run
 from oracles import relative_error

@@ -21,7 +21,7 @@ from acemerge.evaluation.predict import encode, score, text_batches
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score
 from acemerge.evaluation.tasks import load_tasks
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import make_model, write_adapter
 from commands import failed, run
 from task_builders import (

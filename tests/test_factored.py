@@ -19,7 +19,7 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.engine.work import Place, Setting
 from acemerge.planning.costs import cost, operations
 from acemerge.planning.jobs import Piece, Plan
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import load_folder, make_model, write_adapter, write_checkpoint
 from oracles import EXACT, relative_error
 

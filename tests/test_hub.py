@@ -19,7 +19,7 @@ from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.extract import extract_lora
 from acemerge.output.verify import verify
-from acemerge.recipe import load_recipe, make_recipe
+from acemerge.recipes.recipe import load_recipe, make_recipe
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from commands import failed, run
 from hub_server import ASSETS, JUNK, TOKEN, FakeHub, Repository, contents, put

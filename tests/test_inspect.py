@@ -16,7 +16,7 @@ from acemerge.inspection.statistics import squared_norms, stable_ranks, sums
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.linalg.krylov import spectral_norms
 from acemerge.planning import jobs
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import PlainModel, write_adapter, write_checkpoint
 from commands import failed, run
 

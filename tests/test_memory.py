@@ -17,7 +17,7 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.methods import make
 from acemerge.output.writer import header_bytes, tensor_bytes
 from acemerge.planning.costs import peak_memory
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import write_checkpoint
 from memory_probe import added_by
 

@@ -17,7 +17,7 @@ from acemerge import METHODS, api
 from acemerge.cli.app import main
 from acemerge.errors import UsageError
 from acemerge.methods import Layer
-from acemerge.recipe import load_recipe
+from acemerge.recipes.recipe import load_recipe
 from builders import load_folder
 from mergekit_shelf import beside_mergekit, by_mergekit, layers_of, make_shelf, merged, model, on, read, stack
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.verify import verify
-from acemerge.recipe import load_recipe, make_recipe
+from acemerge.recipes.recipe import load_recipe, make_recipe
 from builders import load_folder, write_checkpoint
 from mergekit_shelf import LLAMA, beside_mergekit, by_mergekit, layers_of, llama_tensors, merged, model, stack
 

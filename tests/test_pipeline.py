@@ -28,7 +28,7 @@ from acemerge.methods import make
 from acemerge.models.roles import Role
 from acemerge.planning.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
 from acemerge.planning.jobs import Job, Piece, pieces
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE
 

@@ -12,7 +12,7 @@ import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.masks import pack, unpack
 from acemerge.output.verify import verify
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import PlainModel, load_folder, write_checkpoint
 from conformance import DATA_FREE, RULES
 

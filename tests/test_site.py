@@ -23,7 +23,7 @@ from rule_pages import rule_page, rule_pages
 import acemerge
 from acemerge.cli.app import app
 from acemerge.methods import Needs, make
-from acemerge.recipe import make_recipe, parse_settings
+from acemerge.recipes.recipe import make_recipe, parse_settings
 from examples import PROGRAMS, ROOT, blocks
 
 SOURCE = ROOT / "src/acemerge"

@@ -19,7 +19,7 @@ from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.models.depth import stacked_config
 from acemerge.output.verify import verify
-from acemerge.recipe import load_recipe
+from acemerge.recipes.recipe import load_recipe
 from builders import load_folder, write_adapter, write_checkpoint
 from mergekit_shelf import layers_of, make_shelf, merged, read, stack
 

@@ -19,7 +19,7 @@ from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, mak
 from acemerge.methods.ace import Ace
 from acemerge.models.roles import Role
 from acemerge.planning.jobs import Input, Job, Piece
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from conformance import RULES
 from oracles import relative_error, task_vectors
 

@@ -20,7 +20,7 @@ from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.methods import make
 from acemerge.planning import estimate
 from acemerge.planning.estimate import Rates, measure_rates, plan_seconds
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from builders import PlainModel, write_checkpoint
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

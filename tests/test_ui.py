@@ -19,7 +19,7 @@ from acemerge.errors import AcemergeError, CheckpointError, UsageError
 from acemerge.inspection.survey import survey
 from acemerge.methods import METHODS
 from acemerge.methods.about import parameters, summary
-from acemerge.recipe import load_recipe, make_recipe
+from acemerge.recipes.recipe import load_recipe, make_recipe
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders, Listing

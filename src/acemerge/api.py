@@ -35,7 +35,7 @@ from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
 from acemerge.planning.as_lora import adapter_config
 from acemerge.planning.relatedness import check_related
-from acemerge.recipe import Recipe, make_recipe, with_params
+from acemerge.recipes.recipe import Recipe, make_recipe, with_params
 from acemerge.report.html import check_libraries
 from acemerge.reporting import write_report
 

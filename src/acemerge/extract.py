@@ -7,7 +7,7 @@ from pathlib import Path
 from acemerge.api import MergeReport, run_opened
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 
 
 def extract_lora(

@@ -58,7 +58,7 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.output.manifest import versions
 from acemerge.output.verify import verify as verify_folder
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 
 app = typer.Typer(
     name="acemerge",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from acemerge.errors import UsageError
-from acemerge.recipe import Recipe, load_recipe, make_recipe, parse_settings
+from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe, parse_settings
 
 RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
 Base = Annotated[str | None, typer.Option(help="folder or Hub id (org/name@revision) that all experts come from")]

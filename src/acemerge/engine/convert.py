@@ -14,8 +14,8 @@ from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
 from acemerge.planning.costs import budget
 from acemerge.planning.jobs import Job, Plan
-from acemerge.recipe import Recipe, parse_size
-from acemerge.recipe_parts import TensorRule
+from acemerge.recipes.recipe import Recipe, parse_size
+from acemerge.recipes.tables import TensorRule
 
 
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:

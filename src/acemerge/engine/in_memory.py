@@ -33,7 +33,7 @@ from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.planning.finite import is_finite
 from acemerge.planning.jobs import Input, Piece, pieces
 from acemerge.planning.planner import make_plan
-from acemerge.recipe import make_recipe
+from acemerge.recipes.recipe import make_recipe
 from acemerge.shapes import Float, Tensor
 
 

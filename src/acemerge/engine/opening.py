@@ -33,7 +33,7 @@ from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import expert_labels, make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
-from acemerge.recipe import Recipe, parse_size
+from acemerge.recipes.recipe import Recipe, parse_size
 
 
 @dataclass(frozen=True)

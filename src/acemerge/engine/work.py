@@ -12,7 +12,7 @@ import torch
 from acemerge.engine.buffers import Buffers
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
 from acemerge.planning.jobs import Input, Job, Piece
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 from acemerge.shapes import Tensor
 
 

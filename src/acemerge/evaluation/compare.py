@@ -11,8 +11,8 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.evaluation.tasks import Tasks
 from acemerge.planning.planner import expert_labels
-from acemerge.recipe import Recipe, make_recipe
-from acemerge.recipe_parts import MethodSpec
+from acemerge.recipes.recipe import Recipe, make_recipe
+from acemerge.recipes.tables import MethodSpec
 
 MERGED = "merged"
 

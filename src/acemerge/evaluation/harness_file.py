@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.settings import read_yaml
+from acemerge.recipes.yaml_file import read_yaml
 
 # What the harness runs is none of these: functions, classes, other files, metrics that are fetched.
 _KEYS = (

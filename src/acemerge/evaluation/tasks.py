@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from acemerge.errors import UsageError, nearest
 from acemerge.evaluation.harness_file import is_task_file
 from acemerge.planning.planner import expert_labels
-from acemerge.settings import Place, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
 
 # A column by its name, or by its number in a file that has no line of names.
 Column = str | Annotated[int, Field(ge=0)]

@@ -27,7 +27,7 @@ from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.methods.fits import source_of
 from acemerge.output.records import parts_of
 from acemerge.planning.jobs import Job, Piece
-from acemerge.recipe import Recipe, make_recipe
+from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 
 # Rules to count memory by: singular vectors of full task vectors, whatever adapters are given by, without and with the

@@ -24,7 +24,7 @@ from acemerge.inspection.survey import FULL
 from acemerge.methods.ace import Ace
 from acemerge.output.records import parts_of
 from acemerge.planning.jobs import Job, Piece, pieces
-from acemerge.recipe import Recipe, make_recipe
+from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 
 BEFORE = "before refinement"

@@ -12,7 +12,7 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.output.manifest import versions
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 
 
 def identity(

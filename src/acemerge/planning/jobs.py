@@ -16,7 +16,7 @@ from acemerge.methods import Method, keeps_low_rank
 from acemerge.models.projections import Fused
 from acemerge.models.roles import Role
 from acemerge.models.vocabulary import Vocabulary
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -20,7 +20,7 @@ from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
 from acemerge.planning.policy import Decision, Policy
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
 _ROUNDED = (

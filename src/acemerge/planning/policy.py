@@ -12,8 +12,8 @@ from acemerge.errors import UsageError
 from acemerge.methods import Method
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role
-from acemerge.recipe import Recipe
-from acemerge.recipe_parts import TensorRule
+from acemerge.recipes.recipe import Recipe
+from acemerge.recipes.tables import TensorRule
 
 Action = Literal["merge", "base", "heads"]
 

@@ -9,7 +9,7 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.models.depth import Layers, Stack, depth_of, stacked_config
 from acemerge.planning.jobs import is_whole
-from acemerge.recipe_parts import SliceSpec
+from acemerge.recipes.tables import SliceSpec
 
 
 def stacked(

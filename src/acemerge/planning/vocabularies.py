@@ -14,7 +14,7 @@ from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
 from acemerge.planning.jobs import Job, Source
 from acemerge.planning.policy import Decision
-from acemerge.recipe import Recipe
+from acemerge.recipes.recipe import Recipe
 
 _HEAD_BIASES = ("lm_head.bias", "decoder.bias", "predictions.bias", "final_logits_bias")
 

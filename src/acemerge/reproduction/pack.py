@@ -12,9 +12,9 @@ from acemerge.errors import UsageError, nearest
 from acemerge.evaluation.tables import EXPERTS
 from acemerge.evaluation.tasks import Tasks
 from acemerge.planning.planner import expert_labels
-from acemerge.recipe import Recipe, make_recipe
-from acemerge.recipe_parts import Strict
-from acemerge.settings import read_yaml
+from acemerge.recipes.recipe import Recipe, make_recipe
+from acemerge.recipes.tables import Strict
+from acemerge.recipes.yaml_file import read_yaml
 
 PACKS = ("vit", "roberta", "gpt2", "llama")
 BASE, MEAN, OF_EXPERTS = "base", "mean", "of experts"

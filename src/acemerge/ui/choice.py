@@ -11,7 +11,7 @@ import yaml
 from acemerge.errors import UsageError
 from acemerge.methods import METHODS, make
 from acemerge.methods.about import parameters
-from acemerge.recipe import Recipe, make_recipe
+from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.ui.folders import Folders
 
 

@@ -16,8 +16,8 @@ from acemerge.errors import UsageError
 from acemerge.mergekit import from_mergekit, is_mergekit
 from acemerge.methods import Method
 from acemerge.models.depth import Stack
-from acemerge.recipe_parts import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-from acemerge.settings import Place, explain, read_yaml, relative_to
+from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
+from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
