@@ -13,9 +13,9 @@ from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
-from acemerge.mergekit import from_mergekit, is_mergekit
 from acemerge.methods import Method
 from acemerge.models.depth import Stack
+from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
 

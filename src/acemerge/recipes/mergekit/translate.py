@@ -13,11 +13,11 @@ from typing import Any
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError, nearest
-from acemerge.mergekit_models import NOT_YET, Merged, check_keys, parts_of, read_models, read_settings
-from acemerge.mergekit_rules import RULES, Kind, Values
-from acemerge.mergekit_settings import Place, Setting, varies
-from acemerge.mergekit_tokenizer import TOKENIZER_KEYS, read_tokenizer
 from acemerge.models.depth import Layers
+from acemerge.recipes.mergekit.models import NOT_YET, Merged, check_keys, parts_of, read_models, read_settings
+from acemerge.recipes.mergekit.rules import RULES, Kind, Values
+from acemerge.recipes.mergekit.tokenizer import TOKENIZER_KEYS, read_tokenizer
+from acemerge.recipes.mergekit.values import Place, Setting, varies
 
 _KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
 _LATER = ("modules",)

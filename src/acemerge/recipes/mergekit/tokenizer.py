@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from acemerge.errors import UsageError
-from acemerge.mergekit_models import Merged, check_keys, parts_of
+from acemerge.recipes.mergekit.models import Merged, check_keys, parts_of
 
 TOKENIZER_KEYS = ("tokenizer", "tokenizer_source", "chat_template")
 _SHORTEST = 20  # characters of what can be a template

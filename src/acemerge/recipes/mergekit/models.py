@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.mergekit_rules import Kind
-from acemerge.mergekit_settings import Setting
 from acemerge.models.depth import Stack
+from acemerge.recipes.mergekit.rules import Kind
+from acemerge.recipes.mergekit.values import Setting
 
 NOT_YET = "is not supported yet"
 

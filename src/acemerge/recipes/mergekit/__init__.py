@@ -1,0 +1,1 @@
+"""Translating mergekit's files into recipes."""
