@@ -25,7 +25,7 @@ from acemerge.output.shares import layer_of
 from acemerge.output.verify import verify
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
-from acemerge.reporting import write_report
+from acemerge.report.write import write_report
 from builders import PlainModel, load_folder, write_checkpoint
 from commands import failed, run
 

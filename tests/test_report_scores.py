@@ -14,7 +14,7 @@ import acemerge
 from acemerge.errors import CheckpointError
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
 from acemerge.report.scores import find_scores, scores_of
-from acemerge.reporting import write_report
+from acemerge.report.write import write_report
 from builders import PlainModel
 from commands import failed, run
 from test_report import Page

@@ -37,7 +37,7 @@ from acemerge.planning.as_lora import adapter_config
 from acemerge.planning.relatedness import check_related
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params
 from acemerge.report.html import check_libraries
-from acemerge.reporting import write_report
+from acemerge.report.write import write_report
 
 
 @dataclass(frozen=True)

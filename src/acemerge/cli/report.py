@@ -28,7 +28,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
         debug: Debug = False,
     ) -> None:
         """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
-        from acemerge.reporting import write_report
+        from acemerge.report.write import write_report
 
         with progress(err_console, quiet) as on_progress:
             path = write_report(out, target, on_progress, scores)

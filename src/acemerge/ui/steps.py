@@ -12,7 +12,7 @@ from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.planning.jobs import Plan
-from acemerge.reporting import write_report
+from acemerge.report.write import write_report
 from acemerge.ui.choice import Choice
 from acemerge.ui.folders import Folders
 from acemerge.ui.runner import Stopped
