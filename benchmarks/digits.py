@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import acemerge
 from acemerge.demo import DIGIT, TASKS, Digits, Task, accuracy, load_digits, make_expert, with_head
-from acemerge.evaluation.models import quiet_transformers
 from acemerge.methods import make
+from acemerge.tasks.networks import quiet_transformers
 
 _FURTHER = (
     Task("transposed", lambda x: x.transpose(1, 2), lambda y: y),

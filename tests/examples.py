@@ -33,8 +33,8 @@ import yaml
 from markdown_it import MarkdownIt
 
 from acemerge.cli.app import app, main
-from acemerge.evaluation.tasks import load_tasks
 from acemerge.recipes.recipe import load_recipe
+from acemerge.tasks.task_file import load_tasks
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

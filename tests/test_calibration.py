@@ -21,11 +21,11 @@ from acemerge.calibration.blocks import block_of
 from acemerge.calibration.places import watching
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.models import open_model
-from acemerge.evaluation.tasks import load_tasks
 from acemerge.methods.calibrated import UNSEEN
 from acemerge.output.manifest import load_manifest
 from acemerge.recipes.recipe import load_recipe
+from acemerge.tasks.networks import open_model
+from acemerge.tasks.task_file import load_tasks
 from builders import load_folder, make_model, write_adapter
 from commands import failed, run
 from oracles import relative_error

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.compare import with_experts
-from acemerge.evaluation.heads import find_heads
-from acemerge.evaluation.models import open_model, pooled
-from acemerge.evaluation.predict import encode, score, text_batches
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score
-from acemerge.evaluation.tasks import load_tasks
 from acemerge.recipes.recipe import make_recipe
+from acemerge.tasks.heads import find_heads
+from acemerge.tasks.networks import open_model, pooled
+from acemerge.tasks.predict import encode, score, text_batches
+from acemerge.tasks.task_file import load_tasks
 from builders import make_model, write_adapter
 from commands import failed, run
 from task_builders import (

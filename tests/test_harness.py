@@ -19,11 +19,11 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.evaluation import harness
-from acemerge.evaluation.harness_file import read_task
 from acemerge.evaluation.metrics import bootstrap
 from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score, mean
-from acemerge.evaluation.tasks import load_tasks
+from acemerge.tasks.harness_file import read_task
+from acemerge.tasks.task_file import load_tasks
 from builders import make_model
 from task_builders import ROOM, WORDS, save_model, save_tokenizer, sentences, sharpened, write_tasks
 

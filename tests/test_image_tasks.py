@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.data import Source
-from acemerge.evaluation.images import open_images
-from acemerge.evaluation.models import open_model
 from acemerge.evaluation.run import Run, evaluate
-from acemerge.evaluation.tasks import load_tasks
-from acemerge.evaluation.zero_shot import text_heads, zero_shot
+from acemerge.tasks.data import Source
+from acemerge.tasks.images import open_images
+from acemerge.tasks.networks import open_model
+from acemerge.tasks.task_file import load_tasks
+from acemerge.tasks.zero_shot import text_heads, zero_shot
 from builders import make_model
 from task_builders import save_model, sharpened, write_tasks
 

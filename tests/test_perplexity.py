@@ -12,9 +12,9 @@ from torch import Tensor
 
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.metrics import bootstrap, interval
-from acemerge.evaluation.perplexity import Losses, text_losses, token_losses, windows
 from acemerge.evaluation.run import Run, evaluate
-from acemerge.evaluation.tasks import load_tasks
+from acemerge.tasks.perplexity import Losses, text_losses, token_losses, windows
+from acemerge.tasks.task_file import load_tasks
 from builders import make_model
 from task_builders import save_model, sentences, sharpened, write_tasks
 

@@ -18,12 +18,12 @@ from acemerge.cli import app as cli
 from acemerge.errors import UsageError
 from acemerge.evaluation.run import Run
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
-from acemerge.evaluation.tasks import Tasks
 from acemerge.output.verify import verify
 from acemerge.reproduction.comparison import compare, markdown
 from acemerge.reproduction.inputs import find_inputs
 from acemerge.reproduction.pack import MEAN, OF_EXPERTS, PACKS, Pack, load_pack, recipes_of, tasks_of
 from acemerge.reproduction.scores import kept_in
+from acemerge.tasks.task_file import Tasks
 from commands import failed, run
 from hub_server import FakeHub
 from paper_hub import PaperHub

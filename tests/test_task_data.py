@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from acemerge.errors import UsageError
-from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, read_columns
-from acemerge.evaluation.tasks import KINDS, load_tasks
+from acemerge.tasks.data import Source, as_classes, as_numbers, as_texts, read_columns
+from acemerge.tasks.task_file import KINDS, load_tasks
 
 GOOD = "kind: classification, name: a, data: d.tsv, text: s, label: y"
 

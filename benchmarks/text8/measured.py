@@ -28,10 +28,10 @@ from tasks import TASKS, Task, build, read
 from torch import Tensor, nn
 
 from acemerge import demo
-from acemerge.evaluation.models import quiet_transformers
 from acemerge.linalg.two_sided import conjugate_gradients, dot
 from acemerge.methods import make
 from acemerge.methods.base import Layer
+from acemerge.tasks.networks import quiet_transformers
 
 _EXAMPLES = 512
 _HELD_OUT = 1000

@@ -9,10 +9,10 @@ import torch
 from tasks import Task, read
 from torch import Tensor
 
-from acemerge.evaluation.data import as_classes
-from acemerge.evaluation.heads import find_heads
-from acemerge.evaluation.models import open_model, pooled
-from acemerge.evaluation.predict import encode, score, text_batches
+from acemerge.tasks.data import as_classes
+from acemerge.tasks.heads import find_heads
+from acemerge.tasks.networks import open_model, pooled
+from acemerge.tasks.predict import encode, score, text_batches
 
 _BATCH = 64
 _CPU = torch.device("cpu")

@@ -22,9 +22,9 @@ from torch import nn
 
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.errors import AcemergeError, UsageError
-from acemerge.evaluation.models import quiet_transformers
 from acemerge.output.folder import HEADS
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.networks import quiet_transformers
 
 # ACE's ridge is in units of the squared update, and these updates are far larger than a language model's:
 # the last row shows what choosing it does.

@@ -13,9 +13,9 @@ from acemerge.calibration.moments import InputSums, Moment, OnExamples, SeenEnou
 from acemerge.calibration.places import Layer, Place, places, watching
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
-from acemerge.evaluation.models import Model
-from acemerge.evaluation.tasks import Task
 from acemerge.shapes import Tensor
+from acemerge.tasks.networks import Model
+from acemerge.tasks.task_file import Task
 
 _BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
 

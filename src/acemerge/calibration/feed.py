@@ -14,14 +14,14 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from acemerge.errors import UsageError
-from acemerge.evaluation.data import read_columns
-from acemerge.evaluation.examples import Examples, open_examples, open_text, source, text_of
-from acemerge.evaluation.heads import find_heads
-from acemerge.evaluation.images import open_images
-from acemerge.evaluation.models import Model
-from acemerge.evaluation.perplexity import token_losses
-from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, ZeroShot
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.data import read_columns
+from acemerge.tasks.examples import Examples, open_examples, open_text, source, text_of
+from acemerge.tasks.heads import find_heads
+from acemerge.tasks.images import open_images
+from acemerge.tasks.networks import Model
+from acemerge.tasks.perplexity import token_losses
+from acemerge.tasks.task_file import Classification, Images, Perplexity, Regression, Task, ZeroShot
 
 
 @dataclass(frozen=True)

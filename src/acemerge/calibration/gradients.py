@@ -12,9 +12,9 @@ from acemerge.calibration.moments import OnExamples, first_that_fit, reported
 from acemerge.calibration.places import places
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
-from acemerge.evaluation.models import Model
-from acemerge.evaluation.tasks import Task
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.networks import Model
+from acemerge.tasks.task_file import Task
 
 
 def squared_gradients(

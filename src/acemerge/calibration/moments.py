@@ -16,10 +16,10 @@ from acemerge.calibration.places import Layer, Place, input_entries, places, wat
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import CheckpointError, NumericalError, UsageError
-from acemerge.evaluation.models import Model, open_model
-from acemerge.evaluation.tasks import Task
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.networks import Model, open_model
+from acemerge.tasks.task_file import Task
 
 _LIMIT = 4 << 30  # bytes of sums that are kept at once: the data is run again for those that find no room
 OnExamples = Callable[[int, int], None]  # told how many examples are done, of how many
@@ -157,7 +157,7 @@ def input_second_moments(
 
     Args:
         model: a folder that `from_pretrained` loads, or a Hub id.
-        task: one of those that `acemerge.evaluation.tasks.load_tasks(path, labelled=False)` reads, or several.
+        task: one of those that `acemerge.tasks.task_file.load_tasks(path, labelled=False)` reads, or several.
         device: where the network runs.
         layers: names of weights in the model's files; all matrices where absent.
 

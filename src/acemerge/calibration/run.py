@@ -19,12 +19,12 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
-from acemerge.evaluation.models import Model, open_model
 from acemerge.methods import Calibration
 from acemerge.output.identity import digest
 from acemerge.planning.calibration import Assigned, calibrated_jobs
 from acemerge.planning.jobs import Job, pieces
 from acemerge.shapes import Tensor
+from acemerge.tasks.networks import Model, open_model
 
 
 @dataclass(frozen=True)

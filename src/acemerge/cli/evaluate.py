@@ -15,9 +15,9 @@ from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
 from acemerge.evaluation.run import Run, evaluate
-from acemerge.evaluation.tasks import Tasks, load_tasks
 from acemerge.planning.planner import expert_labels
 from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe
+from acemerge.tasks.task_file import Tasks, load_tasks
 
 TaskFile = Annotated[Path, typer.Option("--tasks", metavar="TASKS.yaml", help="the tasks, see docs/evaluate.md")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier evaluation and unlike merges")]

@@ -17,11 +17,11 @@ import numpy as np
 
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, nearest
-from acemerge.evaluation.harness_file import is_task_file, read_task
 from acemerge.evaluation.metrics import Values, bootstrap
-from acemerge.evaluation.models import Model, load_whole
 from acemerge.evaluation.tables import Score
-from acemerge.evaluation.tasks import LmEval
+from acemerge.tasks.harness_file import is_task_file, read_task
+from acemerge.tasks.networks import Model, load_whole
+from acemerge.tasks.task_file import LmEval
 
 _INSTALL = "pip install 'acemerge[lm]'"
 

@@ -9,9 +9,9 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.errors import UsageError
 from acemerge.evaluation.tables import Evaluation, picture
-from acemerge.evaluation.tasks import Tasks
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
+from acemerge.tasks.task_file import Tasks
 
 JSON, TABLE, PICTURE = "evaluation.json", "evaluation.md", "evaluation.png"
 

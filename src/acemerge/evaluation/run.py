@@ -17,15 +17,15 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.evaluation.adapters import as_model
-from acemerge.evaluation.examples import open_examples, open_text
 from acemerge.evaluation.harness import score_by_harness
-from acemerge.evaluation.heads import find_heads
 from acemerge.evaluation.metrics import METRICS, bootstrap
-from acemerge.evaluation.models import Model, open_model
-from acemerge.evaluation.perplexity import text_losses
-from acemerge.evaluation.predict import OnBatch, score
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
-from acemerge.evaluation.tasks import AnyTask, Classification, Images, LmEval, Perplexity, Regression, Tasks, ZeroShot
+from acemerge.tasks.examples import open_examples, open_text
+from acemerge.tasks.heads import find_heads
+from acemerge.tasks.networks import Model, open_model
+from acemerge.tasks.perplexity import text_losses
+from acemerge.tasks.predict import OnBatch, score
+from acemerge.tasks.task_file import AnyTask, Classification, Images, LmEval, Perplexity, Regression, Tasks, ZeroShot
 
 # Told of the row and task, and how much of it is done, of how much.
 OnProgress = Callable[[str, int, int], None]

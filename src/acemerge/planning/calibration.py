@@ -9,10 +9,10 @@ from pathlib import Path
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
-from acemerge.evaluation.models import quiet_transformers
-from acemerge.evaluation.tasks import AnyTask, LmEval, Task, load_tasks
 from acemerge.methods import Calibration
 from acemerge.planning.jobs import Job, Plan
+from acemerge.tasks.networks import quiet_transformers
+from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
 
 @dataclass(frozen=True)

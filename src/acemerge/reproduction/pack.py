@@ -10,11 +10,11 @@ from pydantic import model_validator
 
 from acemerge.errors import UsageError, nearest
 from acemerge.evaluation.tables import EXPERTS
-from acemerge.evaluation.tasks import Tasks
 from acemerge.planning.planner import expert_labels
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.recipes.tables import Strict
 from acemerge.recipes.yaml_file import read_yaml
+from acemerge.tasks.task_file import Tasks
 
 PACKS = ("vit", "roberta", "gpt2", "llama")
 BASE, MEAN, OF_EXPERTS = "base", "mean", "of experts"

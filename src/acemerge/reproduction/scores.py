@@ -11,13 +11,13 @@ import numpy as np
 
 from acemerge.checkpoints import files
 from acemerge.errors import AcemergeError
-from acemerge.evaluation.models import Model
 from acemerge.evaluation.run import Run, ScoreTask, score_task
 from acemerge.evaluation.tables import Score
-from acemerge.evaluation.tasks import AnyTask
 from acemerge.output.folder import MANIFEST
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
+from acemerge.tasks.networks import Model
+from acemerge.tasks.task_file import AnyTask
 
 _MOST = 64 << 20
 

@@ -17,7 +17,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
-from acemerge.evaluation.tasks import FILE_SUFFIXES, Column
+from acemerge.tasks.task_file import FILE_SUFFIXES, Column
 
 _MAX_FILE = 2 << 30
 Row = Mapping[Column, Any]

@@ -14,8 +14,8 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import CheckpointError, UsageError, nearest
-from acemerge.evaluation.data import Source, as_classes, read_columns
-from acemerge.evaluation.models import Inputs, Model, load
+from acemerge.tasks.data import Source, as_classes, read_columns
+from acemerge.tasks.networks import Inputs, Model, load
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 

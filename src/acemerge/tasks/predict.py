@@ -12,8 +12,8 @@ import torch
 
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import CheckpointError, NumericalError, UsageError
-from acemerge.evaluation.models import Inputs, Logits
 from acemerge.shapes import Tensor
+from acemerge.tasks.networks import Inputs, Logits
 
 # Told after every batch: how many examples are done, of how many.
 OnBatch = Callable[[int, int], None]

@@ -16,8 +16,8 @@ from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import in_words, locate
 from acemerge.checkpoints.lora import is_adapter
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.heads import Heads
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.heads import Heads
 
 Inputs = Mapping[str, Tensor]
 Logits = Callable[[Inputs], Tensor]

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acemerge.errors import UsageError, nearest
-from acemerge.evaluation.harness_file import is_task_file
 from acemerge.planning.planner import expert_labels
 from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
+from acemerge.tasks.harness_file import is_task_file
 
 # A column by its name, or by its number in a file that has no line of names.
 Column = str | Annotated[int, Field(ge=0)]

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import NumericalError, UsageError
-from acemerge.evaluation.predict import OnBatch
 from acemerge.shapes import Float, Int, Tensor
+from acemerge.tasks.predict import OnBatch
 
 _LARGEST = 307 * np.log(10)  # a broken merge is still a row of the table
 

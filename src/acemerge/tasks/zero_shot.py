@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from acemerge.errors import CheckpointError
-from acemerge.evaluation.models import Inputs, Model, Scorer, load_whole, open_model
 from acemerge.shapes import Float, Tensor
+from acemerge.tasks.networks import Inputs, Model, Scorer, load_whole, open_model
 
 
 def zero_shot(model: Model, clip: str | None, templates: Sequence[str], names: Sequence[str]) -> tuple[Scorer, Model]:

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import UsageError
-from acemerge.evaluation.data import Source, as_classes, as_numbers, as_texts, read_columns, read_text
-from acemerge.evaluation.heads import Heads
-from acemerge.evaluation.images import open_images, pixels
-from acemerge.evaluation.models import SEQUENCES, Model, Scorer, classifier, load_whole, pooled
-from acemerge.evaluation.predict import Batches, encode, text_batches
-from acemerge.evaluation.tasks import Classification, Images, Perplexity, Regression, Task, ZeroShot
-from acemerge.evaluation.zero_shot import zero_shot
 from acemerge.shapes import Int, Tensor
+from acemerge.tasks.data import Source, as_classes, as_numbers, as_texts, read_columns, read_text
+from acemerge.tasks.heads import Heads
+from acemerge.tasks.images import open_images, pixels
+from acemerge.tasks.networks import SEQUENCES, Model, Scorer, classifier, load_whole, pooled
+from acemerge.tasks.predict import Batches, encode, text_batches
+from acemerge.tasks.task_file import Classification, Images, Perplexity, Regression, Task, ZeroShot
+from acemerge.tasks.zero_shot import zero_shot
 
 
 @dataclass(frozen=True)

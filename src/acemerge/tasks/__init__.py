@@ -1,0 +1,1 @@
+"""What a model is asked: task files, data, heads, networks."""
