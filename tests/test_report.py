@@ -19,9 +19,9 @@ import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
 from acemerge.inspection.statistics import Sums
+from acemerge.models.depth import layer_number
 from acemerge.output.manifest import load_manifest
 from acemerge.output.records import branch, figure
-from acemerge.output.shares import layer_of
 from acemerge.output.verify import verify
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
@@ -137,7 +137,7 @@ def test_what_a_rule_says_of_slices_is_summed_up() -> None:
     assert figure(record, "gamma") == 0.4
     assert branch(record) == "mixed"
     assert figure({"gamma": None}, "gamma") is None
-    assert [layer_of(name) for name in ("h.3.attn.weight", "a.b.12.c", "7.x", "embed.weight")] == [3, 12, 7, None]
+    assert [layer_number(name) for name in ("h.3.attn.weight", "a.b.12.c", "7.x", "embed.weight")] == [3, 12, 7, None]
 
 
 def test_shares_and_answers_follow_the_energies() -> None:

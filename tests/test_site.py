@@ -1,9 +1,7 @@
-"""The documentation site: the pages that are made of the code, the README's sections in theirs, the house's picture."""
+"""The documentation site: the pages that are made of the code, the README's sections in theirs."""
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
 import re
 from dataclasses import dataclass
@@ -26,7 +24,6 @@ from acemerge.methods import Needs, make
 from acemerge.recipes.recipe import make_recipe, parse_settings
 from examples import PROGRAMS, ROOT, blocks
 
-SOURCE = ROOT / "src/acemerge"
 README = "# Name\n\nintro\n\n## Big part\n\nbig, see [small](#small-part)\n\n```sh\n# no heading\n```\n"
 README += "\n### Small part\n\n[a page](docs/a.md)\n\n## Last\n\nend\n"
 
@@ -160,47 +157,3 @@ def test_pages_that_are_not_listed_come_last_and_rules_in_their_place() -> None:
 )
 def test_what_comes_from_other_hosts_is_seen(html: str, found: list[str]) -> None:
     assert foreign(html) == found
-
-
-# --- the house -------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def rooms() -> dict[str, int]:
-    """Every room in the picture and its floor, counted from the top."""
-    floors = re.findall(r'data-rooms="([^"]*)"', (ROOT / "docs/house.svg").read_text())
-    return {room: floor for floor, names in enumerate(floors) for room in names.split()}
-
-
-@functools.cache
-def imports() -> set[tuple[str, str]]:
-    """Pairs of rooms of which the first imports from the second. `cli_x` belongs to the room `cli`."""
-
-    def room(name: str) -> str:
-        return name if name in rooms() else name.split("_")[0]
-
-    found = set()
-    for file in SOURCE.rglob("*.py"):
-        owner = room(file.relative_to(SOURCE).parts[0].removesuffix(".py"))
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "acemerge":
-                within = (node.module or "").split(".")[1:]
-                for name in within[:1] or [alias.name for alias in node.names]:
-                    found.add((owner, room(name)))
-    return found
-
-
-def test_the_house_stands_as_it_is_drawn() -> None:
-    floors = rooms()
-    for room in floors:
-        assert (SOURCE / room).is_dir() or (SOURCE / f"{room}.py").is_file(), room
-    upward = {(a, b) for a, b in imports() if a in floors and b in floors and floors[a] > floors[b]}
-    assert not upward
-    used = {room for pair in imports() for room in pair}
-    assert floors.keys() <= used
-
-
-def test_the_picture_says_what_it_draws() -> None:
-    picture = (ROOT / "docs/house.svg").read_text()
-    for names in re.findall(r'data-rooms="([^"]*)"', picture):
-        assert f">{'  '.join(names.split())}<" in picture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from typing import Any
 
 from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
-from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
 from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
 from acemerge.output.identity import difference, digest, identity
@@ -166,7 +164,7 @@ def _write(
             if plan.is_adapter:
                 output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
             else:
-                _write_assets(opened, output)
+                write_assets(plan, opened.base, opened.assets_from, opened.models, output)
             _write_card(opened, records, output)
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
@@ -222,51 +220,3 @@ def _check_same_run(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]
 
 def _since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
-
-
-def _write_assets(opened: Opened, output: OutputFolder) -> None:
-    """The base's configuration, which follows a forced output type; tokenizer, template and processor files of the
-    model that the recipe names. Both know of tokens that were added.
-    """
-    base, owner, vocabulary = opened.base, opened.assets_from, opened.plan.vocabulary
-    for folder in sorted({name.split("/")[0] for name in owner.assets if "/" in name}):
-        files.make_folder(output.path / folder)
-    template = _template(opened)
-    for name in owner.assets:
-        if name == TOKENIZER and vocabulary and vocabulary.added:
-            output.write_bytes(name, with_added(owner, vocabulary.added, opened.models[1:]))
-        elif name != CONFIG and name not in template:
-            output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
-    for name, text in template.items():
-        if text is not None:
-            output.write_bytes(name, text)
-    if CONFIG in base.assets:
-        config, stored = _configuration(opened), files.resolve(base.path) / CONFIG
-        same = config == read_config(stored)
-        source = files.read_chunks(contained(stored.parent, CONFIG))
-        output.write_chunks(CONFIG, source if same else [json.dumps(config, indent=2).encode() + b"\n"])
-
-
-def _template(opened: Opened) -> Mapping[str, bytes | None]:
-    """Files that the recipe's chat template takes the place of, and what it writes there, if it has one."""
-    asked = opened.plan.recipe.chat_template
-    template = commonest_template(opened.models) if asked == "auto" else asked
-    if not template:
-        return {}
-    name, text = template_file(opened.assets_from, template)
-    return {**dict.fromkeys(TEMPLATE_FILES), name: text}
-
-
-def _configuration(opened: Opened) -> Mapping[str, Any]:
-    """The base's, with the output's type where one is forced and the output's vocabulary."""
-    config, dtype, vocabulary = dict(opened.base.config), opened.plan.recipe.dtype, opened.plan.vocabulary
-    if dtype != "auto":
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {key: dtype}
-    if vocabulary is not None:
-        text = config.get("text_config")
-        if "vocab_size" not in config and isinstance(text, dict):
-            config["text_config"] = text | {"vocab_size": vocabulary.rows}
-        else:
-            config["vocab_size"] = vocabulary.rows
-    return config

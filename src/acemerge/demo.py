@@ -20,9 +20,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
 
+from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.errors import AcemergeError, UsageError
-from acemerge.output.folder import HEADS
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import quiet_transformers
 

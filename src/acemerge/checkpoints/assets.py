@@ -10,6 +10,7 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 
+HEADS = "heads"  # experts' task heads, beside a merged model
 # Templates beside the one that a tokenizer uses when it is not told which.
 _TEMPLATES = "additional_chat_templates"
 # What `modules.json` puts behind a transformer: 1_Pooling, 2_Dense, ...

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-from acemerge import show_evaluation as show
 from acemerge.cli.options import Calibration, Debug, Device, Quiet
+from acemerge.cli.text import say
 from acemerge.engine.opening import RunOptions, check_output_apart, find_devices
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
 from acemerge.evaluation.results import check_free, write_results
-from acemerge.evaluation.run import Run, evaluate
-from acemerge.planning.planner import expert_labels
+from acemerge.evaluation.run import OnProgress, Run, evaluate
+from acemerge.evaluation.tables import LEGEND, Evaluation
+from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe
 from acemerge.tasks.task_file import Tasks, load_tasks
 
@@ -27,11 +33,11 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
     """Add both commands."""
 
     def run(models: dict[str, str], tasks: Tasks, out: Path | None, device: str, quiet: bool, base: str | None) -> None:
-        with show.progress(err_console, quiet) as on_progress:
+        with examples_progress(err_console, quiet) as on_progress:
             found = evaluate(models, Run(tasks, find_devices(device)[0], on_progress, quiet, base))
         missing = None if out is None else write_results(found, tasks, models, out)
         if not quiet:
-            show.evaluation(out_console, found, out, missing)
+            show(out_console, found, out, missing)
 
     @app.command("evaluate")
     def evaluate_command(
@@ -84,7 +90,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             options = RunOptions(device, overwrite=overwrite, quiet=quiet)
             recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
             asked, given = with_experts(asked, recipe), rows(recipe.base, given, folders_of(recipes, out))
-            merge_all(recipes, out, options, lambda text: None if quiet else show.say(err_console, text))
+            merge_all(recipes, out, options, lambda text: None if quiet else say(err_console, text))
         elif not given:
             raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
         run(given, asked, out, device, quiet, None if recipe is None else recipe.base)
@@ -105,3 +111,41 @@ def _recipe(files: list[str], asked: dict[str, Any]) -> Recipe | None:
     if files:
         return load_recipe(Path(files[0]), keys)
     return make_recipe(keys, "command line") if keys else None
+
+
+@contextlib.contextmanager
+def examples_progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
+    """A live bar on a terminal, a line for each model and task elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda *_: None
+        return
+    if not console.is_terminal:
+        yield lambda name, done, total: say(console, f"{name}: {total} done") if done == total else None
+        return
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True) as bar:
+        task, shown = bar.add_task("", total=None), ""
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            nonlocal shown
+            if name != shown:
+                bar.reset(task)
+                shown = name
+            bar.update(task, completed=done, total=total, description=name)
+
+        yield on_progress
+
+
+def show(console: Console, found: Evaluation, out: Path | None, missing: str | None) -> None:
+    header, rows = found.cells()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(header):
+        table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+    say(console, LEGEND)
+    if missing is not None:
+        say(console, missing)
+    if out is not None:
+        say(console, f"{out}: evaluation.json and evaluation.md{'' if missing else ', evaluation.png'}")

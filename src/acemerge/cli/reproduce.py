@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from acemerge import show_evaluation
+from acemerge.cli import evaluate
 from acemerge.cli import text as show
 from acemerge.cli.options import AllowPickle, Debug, Device, Overwrite, Quiet
 from acemerge.engine.opening import RunOptions
@@ -54,7 +54,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             show.say(err_console, "nothing was fetched")
             return
         options = RunOptions(device, overwrite=overwrite, allow_pickle=allow_pickle, quiet=quiet)
-        with show_evaluation.progress(err_console, quiet) as on_progress:
+        with evaluate.examples_progress(err_console, quiet) as on_progress:
             result = reproduce(
                 asked, inputs, out, options, lambda text: None if quiet else show.say(err_console, text), on_progress
             )
@@ -64,7 +64,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             header, lines = cells(result.lines)
             if lines:
                 show.table(out_console, header, lines, numeric=("published", "ours", "difference"))
-            show_evaluation.evaluation(out_console, result.evaluation, out, result.missing)
+            evaluate.show(out_console, result.evaluation, out, result.missing)
             show.say(out_console, f"{out / TABLE}: published beside ours, with all sources and inputs")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import INDEX
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
@@ -20,7 +21,7 @@ from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
-from acemerge.output.folder import HEADS, MASKS, OutputFolder
+from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.masks import mask_spec
 from acemerge.output.writer import TensorFiles, index_bytes, split_shards

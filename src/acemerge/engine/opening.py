@@ -30,9 +30,10 @@ from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import budget
 from acemerge.planning.jobs import Plan
-from acemerge.planning.planner import expert_labels, make_plan
+from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
+from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, parse_size
 
 

@@ -9,7 +9,7 @@ from acemerge.api import merge
 from acemerge.checkpoints.hub import locate, parse_id
 from acemerge.checkpoints.lora import base_of, is_adapter
 from acemerge.errors import UsageError
-from acemerge.planning.planner import expert_labels
+from acemerge.recipes.labels import expert_labels
 
 
 def as_model(name: str, base: str | None, scratch: Path, quiet: bool) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from acemerge.api import run_recipe
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import UsageError
-from acemerge.planning.planner import expert_labels
+from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.recipes.tables import MethodSpec
 from acemerge.tasks.task_file import Tasks

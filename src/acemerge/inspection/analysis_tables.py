@@ -12,9 +12,8 @@ from acemerge.inspection.analysis import Analysis, Directions, LayerAnalysis, Sp
 from acemerge.inspection.spectra import curve
 from acemerge.inspection.survey import numbers
 from acemerge.linalg.principal import principal_count
+from acemerge.models.depth import layer_number, places_in_layers
 from acemerge.output.records import branch, figure
-from acemerge.output.shares import layer_of
-from acemerge.report.facts import name_parts
 from acemerge.shapes import Float, Tensor
 
 FORMAT = "acemerge-analysis-1"
@@ -24,17 +23,16 @@ Row = dict[str, Any]
 
 def layer_rows(analysis: Analysis) -> list[Row]:
     """Of every layer its figures, without matrices and spectra; None where there is no such figure."""
-    rows = [_row(layer) for layer in analysis.layers]
-    name_parts(rows)
-    return rows
+    parts = places_in_layers([layer.name for layer in analysis.layers])
+    return [_row(layer, parts[layer.name]) for layer in analysis.layers]
 
 
-def _row(layer: LayerAnalysis) -> Row:
+def _row(layer: LayerAnalysis, part: str) -> Row:
     record, (out_features, in_features) = layer.record, layer.shape
     return {
         "name": layer.name,
-        "layer": layer_of(layer.name),
-        "part": layer.name,
+        "layer": layer_number(layer.name),
+        "part": part,
         "role": layer.role,
         "out": out_features,
         "in": in_features,

@@ -9,7 +9,8 @@ from typing import Any
 
 from acemerge.errors import CheckpointError
 
-_LAYER = re.compile(r"^(.*?(?:^|\.)(?:layers?|h|blocks?)\.)(\d+)\.")
+_LAYER = re.compile(r"^((?:[^.]*\.)*?)(\d+)\.")
+_TOWER = re.compile(r"(^|\.)(layers?|h|blocks?)\.$")  # what holds the layers of a tower
 # Of what belongs to no layer: these come before the first one, all else behind the last.
 _BEFORE = re.compile(r"embed|(^|\.)w[tp]e\.")
 _DEPTHS = {"num_hidden_layers", "n_layer", "num_layers", "n_layers"}
@@ -18,9 +19,39 @@ _NUMBERS = re.compile(r"(layers|layer_ids|layer_idx|layer_indices)$")
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """What is before the layer's number in a tensor's name, and the number; None for what belongs to no layer."""
+    """What is before the layer's number in a tensor's name, and the number: the first part of the name that is one.
+    None for what belongs to no layer.
+    """
     found = _LAYER.match(name)
     return (found[1], int(found[2])) if found else None
+
+
+def layer_number(name: str) -> int | None:
+    found = layer_of(name)
+    return None if found is None else found[1]
+
+
+def places_in_layers(names: Collection[str]) -> dict[str, str]:
+    """Each tensor's place within its layer: its name without the number, and without what is before that where all
+    share it. What belongs to no layer keeps its name.
+    """
+    found = {name: layer_of(name) for name in names}
+    before = {layer[0] for layer in found.values() if layer}
+    places = {}
+    for name, layer in found.items():
+        if layer is None:
+            places[name] = name
+            continue
+        prefix, number = layer
+        rest = name[len(f"{prefix}{number}.") :]
+        places[name] = rest if len(before) == 1 else f"{prefix}{rest}"
+    return places
+
+
+def tower_layer(name: str) -> tuple[str, int] | None:
+    """`layer_of` what belongs to a tower of layers; None for other parts that are numbered, as a head's."""
+    found = layer_of(name)
+    return found if found and _TOWER.search(found[0]) else None
 
 
 @dataclass(frozen=True)
@@ -46,7 +77,7 @@ class Stack:
 
     def slice_of(self, name: str) -> tuple[int, int | None]:
         """The slice that a tensor of the output is in, and its layer's number there if it belongs to one."""
-        found = layer_of(name)
+        found = tower_layer(name)
         if found is None:
             return (0 if _BEFORE.search(name) else len(self.lengths) - 1), None
         left = found[1]
@@ -61,7 +92,7 @@ class Stack:
         first = 0
         for i, (part, length) in enumerate(zip(parts, self.lengths, strict=True)):
             for name in part.names if part else ():
-                found = layer_of(name)
+                found = tower_layer(name)
                 if found is None:
                     if self.slice_of(name)[0] == i:
                         yield name, i, name
@@ -74,7 +105,7 @@ class Stack:
 
 def depth_of(names: Iterable[str], where: object) -> int:
     """How many layers a model has. CheckpointError where it has none, or more than one tower of them."""
-    found = [layer for name in names if (layer := layer_of(name))]
+    found = [layer for name in names if (layer := tower_layer(name))]
     towers = sorted({prefix for prefix, _ in found})
     if len(towers) != 1:
         what = f"has layers under {' and '.join(towers)}" if towers else "has no numbered layers"

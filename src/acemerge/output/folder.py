@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import is_asset_folder
+from acemerge.checkpoints.assets import HEADS, is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
@@ -26,7 +26,6 @@ MANIFEST = "acemerge.json"
 CARD = "README.md"
 PICTURE = "merge.svg"  # of the card
 REPORT = "report.html"  # made of a finished output, no part of it
-HEADS = "heads"
 MASKS = "masks"
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+from acemerge.models.depth import layer_number
 
 Records = Mapping[str, Mapping[str, Any]]
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer in a tensor's name: its first part that is one."""
-    found = LAYER.search(name)
-    return int(found[1]) if found else None
 
 
 def energies_of(record: Mapping[str, Any], labels: Sequence[str]) -> list[float] | None:
@@ -37,8 +30,8 @@ def layer_shares(labels: Sequence[str], records: Records) -> dict[str, list[floa
     for name, record in records.items():
         energies = energies_of(record, labels)
         if energies:
-            before = sums.setdefault(layer_of(name), [0.0] * len(labels))
-            sums[layer_of(name)] = [a + b for a, b in zip(before, energies, strict=True)]
+            before = sums.setdefault(layer_number(name), [0.0] * len(labels))
+            sums[layer_number(name)] = [a + b for a, b in zip(before, energies, strict=True)]
     ordered = sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
     shares = {layer: [energy / sum(row) for energy in row] for layer, row in ordered if sum(row) > 0}
     return {"rest" if layer is None else str(layer): row for layer, row in shares.items()}

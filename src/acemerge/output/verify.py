@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
 from acemerge.errors import CheckpointError
-from acemerge.output.folder import HEADS, OLD, side_folders
+from acemerge.output.folder import OLD, side_folders
 from acemerge.output.manifest import load_manifest, stored_names
 from acemerge.output.writer import PARTIAL
 from acemerge.planning.finite import check_finite

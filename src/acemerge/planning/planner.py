@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -269,12 +268,3 @@ def _own_tensors(source: Source) -> list[str]:
 def _group(name: str) -> str:
     """The first part of a tensor name: `bert` of `bert.encoder.layer.0...`, `classifier` of a head."""
     return name.split(".", 1)[0]
-
-
-def expert_labels(paths: Sequence[str]) -> list[str]:
-    """A short name for each expert, used for its heads' file: the folder's name, numbered where two agree."""
-    folders = [path.rstrip("/").split("/")[-1] for path in paths]
-    names = [re.sub(r"[^\w.-]", "-", folder, flags=re.ASCII).strip(".")[-100:] or "expert" for folder in folders]
-    if len(set(names)) == len(names):
-        return names
-    return [f"{i}-{name}" for i, name in enumerate(names, 1)]

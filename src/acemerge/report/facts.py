@@ -12,8 +12,9 @@ import torch
 from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
 from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
+from acemerge.models.depth import layer_number, places_in_layers
 from acemerge.output.records import branch, figure
-from acemerge.output.shares import LAYER, Records, energies_of, layer_of, layer_shares, total_energies
+from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
 
 _MOST_ROWS = 4000  # of the table: more take a browser too long
@@ -41,8 +42,8 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
     labels: list[str] = manifest["experts"]
     records: Records = manifest["tensors"]
     energies = total_energies(labels, records)
-    rows = [_row(name, record, labels, seen) for name, record in records.items()]
-    name_parts(rows)
+    parts = places_in_layers(records.keys())
+    rows = [_row(name, parts[name], record, labels, seen) for name, record in records.items()]
     advice = [Advice(warning, "") for warning in manifest.get("warnings", ())]
     advice += of_statuses({name: record for name, record in records.items() if record.get("status") != "no update"})
     gammas = [figure(record, "gamma") for record in records.values() if "gamma" in record or "slices" in record]
@@ -73,15 +74,17 @@ LAYERS = ("linear", "conv1d", "experts")
 _HEAT = ("energy", "gamma", "branch", "condition", "cancelled")
 
 
-def _row(name: str, record: Mapping[str, Any], labels: Sequence[str], seen: LookBack | None) -> dict[str, Any]:
+def _row(
+    name: str, part: str, record: Mapping[str, Any], labels: Sequence[str], seen: LookBack | None
+) -> dict[str, Any]:
     energies = energies_of(record, labels)
     total = sum(energies) if energies else None
     largest = max(range(len(labels)), key=lambda t: energies[t]) if energies and total else None
     probe = seen.tensors.get(name) if seen is not None else None
     return {
         "name": name,
-        "layer": layer_of(name),
-        "part": name,
+        "layer": layer_number(name),
+        "part": part,
         "role": str(record.get("role", "")),
         "rule": str(record.get("rule", "")),
         "reason": str(record.get("reason", "")),
@@ -95,17 +98,6 @@ def _row(name: str, record: Mapping[str, Any], labels: Sequence[str], seen: Look
         "share": None if largest is None or not energies or not total else energies[largest] / total,
         "seconds": _seconds_of(record),
     }
-
-
-def name_parts(rows: Sequence[dict[str, Any]]) -> None:
-    """A tensor's place within its layer: its name without the number, and without what is before where all share it."""
-    found = {row["name"]: LAYER.search(row["name"]) for row in rows}
-    before = {name[: match.start()] for name, match in found.items() if match}
-    for row in rows:
-        match = found[row["name"]]
-        if match:
-            rest = row["name"][match.end() :]
-            row["part"] = rest if len(before) == 1 else f"{row['name'][: match.start()]}.{rest}".strip(".")
 
 
 def _shares(labels: Sequence[str], records: Records) -> list[dict[str, Any]]:
@@ -125,7 +117,7 @@ def _seconds_of(record: Mapping[str, Any]) -> float:
 def _seconds(records: Records) -> list[dict[str, Any]]:
     sums: dict[int | None, float] = {}
     for name, record in records.items():
-        sums[layer_of(name)] = sums.get(layer_of(name), 0.0) + _seconds_of(record)
+        sums[layer_number(name)] = sums.get(layer_number(name), 0.0) + _seconds_of(record)
     ordered = sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
     return [{"layer": "rest" if layer is None else str(layer), "seconds": seconds} for layer, seconds in ordered]
 

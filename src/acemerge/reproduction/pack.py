@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from acemerge.errors import UsageError, nearest
 from acemerge.evaluation.tables import EXPERTS
-from acemerge.planning.planner import expert_labels
+from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.recipes.tables import Strict
 from acemerge.recipes.yaml_file import read_yaml

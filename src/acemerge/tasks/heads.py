@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import Checkpoint, contained
 from acemerge.checkpoints.header import read_header
 from acemerge.errors import CheckpointError
-from acemerge.output.folder import HEADS
 from acemerge.shapes import Tensor
 
 

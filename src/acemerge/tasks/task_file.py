@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acemerge.errors import UsageError, nearest
-from acemerge.planning.planner import expert_labels
+from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
 from acemerge.tasks.harness_file import is_task_file
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.models.depth import Stack, layer_of
+from acemerge.models.depth import Stack, tower_layer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Place:
         """The places of all tensors of a model; with a stack the layers of each slice are counted by themselves."""
         if stack is not None:
             return {name: Place(name, _share_of_slice(*stack.slice_of(name), stack)) for name in names}
-        found = {name: layer_of(name) for name in names}
+        found = {name: tower_layer(name) for name in names}
         last: dict[str, int] = {}
         for tower, number in filter(None, found.values()):
             last[tower] = max(last.get(tower, 0), number)
