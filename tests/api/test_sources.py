@@ -1,0 +1,168 @@
+"""Experts as their users saved them: with a wrapper's prefix, with their own tokenizer, of another base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from builders import PlainModel, load_folder, write_checkpoint
+
+import acemerge
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.output.verify import verify
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model.", "model."])
+def test_a_wrappers_prefix_is_taken_off_and_reported(tmp_path: Path, prefix: str) -> None:
+    plain = PlainModel(tmp_path)
+    base, experts = plain.save()
+    wrapped = write_checkpoint(tmp_path / "wrapped", {prefix + name: value for name, value in plain.tuned[0].items()})
+    report = acemerge.merge(base, [wrapped, *experts[1:]], out=tmp_path / "out")
+    acemerge.merge(base, experts, out=tmp_path / "plain")
+    expected = load_folder(tmp_path / "plain")
+    assert all(torch.equal(value, expected[name]) for name, value in load_folder(tmp_path / "out").items())
+    assert report.manifest["warnings"] == [f"expert wrapped: read without the prefix {prefix!r} of its names"]
+
+
+def test_a_prefix_that_is_the_bases_own_stays(tmp_path: Path) -> None:
+    plain = PlainModel(tmp_path)
+    folders = [
+        write_checkpoint(tmp_path / f"m{i}", {f"model.{name}": value for name, value in model.items()})
+        for i, model in enumerate([plain.base, *plain.tuned])
+    ]
+    report = acemerge.merge(folders[0], folders[1:], out=tmp_path / "out")
+    assert not report.manifest["warnings"]
+    assert load_folder(tmp_path / "out").keys() == {f"model.{name}" for name in plain.base}
+
+
+def _with_files(folder: Path, **contents: str) -> Path:
+    for name, text in contents.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_tokenizer_and_templates_follow_the_model_that_is_named(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    config = (base / "config.json").read_text() if (base / "config.json").exists() else "{}"
+    _with_files(base, config__json=config, tokenizer__json="base", chat_template__jinja="base")
+    chat = _with_files(experts[1], config__json=config, tokenizer__json="chat", generation_config__json="{}")
+    acemerge.merge(base, experts, out=tmp_path / "base-files")
+    acemerge.merge(base, experts, out=tmp_path / "chat-files", assets=chat.name)
+
+    def files(name: str) -> dict[str, str]:
+        apart = ("acemerge.json", "README.md")
+        texts = [path for path in (tmp_path / name).iterdir() if path.suffix in (".json", ".jinja")]
+        return {path.name: path.read_text() for path in texts if path.name not in apart}
+
+    assert files("base-files") == {"config.json": config, "tokenizer.json": "base", "chat_template.jinja": "base"}
+    assert files("chat-files") == {"config.json": config, "tokenizer.json": "chat", "generation_config.json": "{}"}
+    with pytest.raises(UsageError, match="'math' is none of the models"):
+        acemerge.merge(base, experts, assets="math")
+    with pytest.raises(UsageError, match=f"{experts[0].name} has no tokenizer"):
+        acemerge.merge(base, experts, assets=experts[0].name)
+
+
+# All that processors and tokenizers of transformers write, and what must stay behind.
+ASSETS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja",
+    "additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja",
+    "modules.json", "sentence_bert_config.json", "1_Pooling/config.json", "2_Dense/config.json",
+    "2_Dense/model.safetensors",
+)  # fmt: skip
+NO_ASSETS = (
+    *("processing.py", "training_args.bin", "additional_chat_templates/evil.py", "notes.jinja", "more/rag.jinja"),
+    *("2_Dense/pytorch_model.bin", "2_Dense/module.py", "3_Training/config.json"),
+)
+
+
+def _put_files(folder: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{folder.name}'s {name}")
+    return folder
+
+
+def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    _put_files(base, ("tokenizer.json", "preprocessor_config.json", "additional_chat_templates/base.jinja"))
+    _put_files(experts[1], (*ASSETS, *NO_ASSETS))
+    report = acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
+    unmerged = "2_Dense has weights of its own, which are not merged: the output has those of expert e2"
+    assert unmerged in report.manifest["warnings"]
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
+    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json"}
+    assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
+    manifest = verify(tmp_path / "out")
+    assert manifest["outputs"].keys() >= set(ASSETS)
+    acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
+    templates = tmp_path / "out" / "additional_chat_templates"
+    assert [path.name for path in templates.iterdir()] == ["base.jinja"]  # none is left of the earlier output
+    acemerge.merge(experts[0], experts[1:], out=tmp_path / "out", overwrite=True)
+    assert not templates.exists()
+    assert not (tmp_path / "out" / "1_Pooling").exists()
+
+
+def test_templates_by_a_link_are_no_part_of_the_folder(tmp_path: Path) -> None:
+    base, experts = PlainModel(tmp_path).save()
+    _put_files(tmp_path, ("additional_chat_templates/rag.jinja",))
+    (base / "additional_chat_templates").symlink_to(tmp_path / "additional_chat_templates")
+    acemerge.merge(base, experts, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "additional_chat_templates").exists()
+    (tmp_path / "out" / "additional_chat_templates").symlink_to(tmp_path / "additional_chat_templates")
+    with pytest.raises(UsageError, match="is a link"):
+        acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
+
+
+def test_transformers_finds_the_experts_templates(tmp_path: Path) -> None:
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    base, experts = PlainModel(tmp_path).save()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    tokenizer.chat_template = {"default": "plain {{ messages }}", "rag": "rag {{ messages }}"}
+    tokenizer.save_pretrained(experts[0])
+    acemerge.merge(base, experts, out=tmp_path / "out", assets="e1")
+    assert (tmp_path / "out" / "additional_chat_templates" / "rag.jinja").is_file()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def _wide(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Layers large enough for a cosine to tell something."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{i}.weight": torch.randn(64, 64, generator=generator) for i in range(20)}
+    tuned = {name: value + 0.3 * torch.randn(64, 64, generator=generator) for name, value in base.items()}
+    stranger = {name: torch.randn(64, 64, generator=generator) for name in base}
+    models = {"base": base, "tuned": tuned, "stranger": stranger}
+    return tmp_path / "base", [write_checkpoint(tmp_path / name, model) for name, model in models.items()][1:]
+
+
+@pytest.mark.parametrize("out", ["out", None])
+def test_an_expert_of_another_base_is_refused_before_any_work(tmp_path: Path, out: str | None) -> None:
+    base, (tuned, stranger) = _wide(tmp_path)
+    target = tmp_path / out if out else None
+    with pytest.raises(CheckpointError) as caught:
+        acemerge.merge(base, [tuned, stranger], out=target)
+    line = str(caught.value)
+    assert "expert stranger: does not come from this base: cosine" in line
+    assert "1.4" in line  # sqrt(2): as far as two unrelated models are apart
+    assert not (tmp_path / "out").exists()
+    acemerge.merge(base, [tuned, stranger], out=target, force=True)
+    acemerge.merge(base, [tuned], out=tmp_path / "far", overwrite=True)  # a large update is no stranger
+
+
+def test_an_untrained_base_says_nothing_of_its_experts(tmp_path: Path) -> None:
+    """Zeros have no direction, as a layer that starts at zero."""
+    base, (tuned, _) = _wide(tmp_path)
+    zeros = write_checkpoint(tmp_path / "zeros", {name: 0 * value for name, value in load_folder(base).items()})
+    acemerge.merge(zeros, [tuned])
+
+
+def test_layers_without_entries_are_passed_over(tmp_path: Path) -> None:
+    base, (tuned, _) = _wide(tmp_path)
+    empty = {"layers.0.weight": torch.empty(0, 64), "layers.1.weight": torch.empty(64, 0)}
+    folders = [write_checkpoint(tmp_path / f"e{i}", load_folder(f) | empty) for i, f in enumerate((base, tuned))]
+    acemerge.merge(folders[0], folders[1:], out=tmp_path / "out")

@@ -1,0 +1,134 @@
+"""A model's total size never decides the memory: the high-water mark of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import write_checkpoint
+from memory_probe import added_by
+
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.header import TensorSpec
+from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.methods import make
+from acemerge.output.writer import header_bytes, tensor_bytes
+from acemerge.planning.costs import peak_memory
+from acemerge.recipes.recipe import make_recipe
+
+# The import of torch is resident before the merge starts; what counts is what the merge adds.
+_MEASURE = """
+import json, resource, sys
+import acemerge
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# A dry run on one small model, to warm the libraries up. The models are not related.
+acemerge.merge(sys.argv[2], sys.argv[2:4], sys.argv[1], force=True)
+before = peak()
+limit, out = sys.argv[-2:]
+acemerge.merge(sys.argv[4], sys.argv[5:-2], sys.argv[1], out, max_shard_size="64MB", force=True, max_memory=limit)
+print(json.dumps(peak() - before))
+"""
+SIDE, LAYERS, EXPERTS = 1024, 48, 3
+
+
+def _write_model(folder: Path, seed: int, layers: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"layers.{i}.weight": torch.randn(SIDE, SIDE, generator=generator).bfloat16() * 0.02 for i in range(layers)
+    }
+    return write_checkpoint(folder, tensors)
+
+
+@pytest.mark.parametrize("method", ["ace", "average"])
+def test_memory_is_bounded_by_the_largest_tensor(method: str, tmp_path: Path) -> None:
+    """In the least memory that the plan allows: how much is in flight is then no matter of who is slow."""
+    small = [_write_model(tmp_path / f"s{i}", i, 1) for i in range(2)]
+    models = [_write_model(tmp_path / f"m{i}", i, LAYERS) for i in range(EXPERTS + 1)]
+    recipe = make_recipe({"base": str(models[0]), "experts": [str(m) for m in models[1:]], "method": method})
+    limit = peak_memory(open_recipe(recipe, None, RunOptions()).plan)
+    words = [method, *map(str, small), *map(str, models), str(limit), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", _MEASURE, *words], capture_output=True, text=True, check=True)
+    added = json.loads(done.stdout)
+    tensor = SIDE * SIDE * 4  # in the compute type
+    model = LAYERS * SIDE * SIDE * 2
+    assert added < (EXPERTS + 4) * tensor + 20_000_000  # well under the promised 500 MB beside the tensors
+    assert added < model / 2
+
+
+# The command line, then the process's own high-water mark.
+_WHOLE_RUN = """
+import atexit
+def tell():
+    print(next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")) * 1024)
+atexit.register(tell)
+from acemerge.__main__ import main
+main()
+"""
+ROWS, COLUMNS, FILLED = 8192, 128, 512
+
+
+def _write_sparse_model(folder: Path, nbytes: int, seed: int | None) -> Path:
+    """Layers of zeros, as holes in the file; with a seed, each with some rows of numbers."""
+    folder.mkdir()
+    layers = nbytes // (2 * ROWS * COLUMNS)
+    specs = [TensorSpec(f"layers.{i}.weight", torch.bfloat16, (ROWS, COLUMNS)) for i in range(layers)]
+    header = header_bytes(specs)
+    rows = 0.02 * torch.randn(FILLED, COLUMNS, generator=torch.Generator().manual_seed(seed or 0))
+    block = tensor_bytes(rows.bfloat16())
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + layers * specs[0].nbytes)
+        for i in range(layers if seed else 0):
+            file.seek(len(header) + i * specs[0].nbytes)
+            file.write(block)
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.torture)])
+def test_models_larger_than_the_bound(times: int, tmp_path: Path) -> None:
+    """The promise of DESIGN: `(largest tensor) (T + 4)` in the compute type and 500 MB, all of the process counted.
+
+    Each of the three models is so many times as large as that.
+    """
+    experts = 2
+    bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
+    base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", times * bound, seed=i or None) for i in range(experts + 1))
+    assert (base / "model.safetensors").stat().st_size >= 0.99 * times * bound
+    for method in ("ace", "ties"):
+        out = tmp_path / "out"
+        words = ["merge", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--method", method, "-o", out]
+        done = subprocess.run(
+            [sys.executable, "-c", _WHOLE_RUN, *map(str, words), "--quiet"], capture_output=True, text=True, check=True
+        )
+        assert int(done.stdout) < bound, method
+        merged = open_checkpoint(out)
+        assert merged.read("layers.7.weight")[:FILLED].count_nonzero() > 0.1 * FILLED * COLUMNS
+        shutil.rmtree(out)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None:
+    experts, nbytes = 2, 350_000_000
+    bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
+    base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", nbytes, seed=i or None) for i in range(experts + 1))
+    words = ["inspect", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WHOLE_RUN, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < bound < 0.6 * (experts + 1) * nbytes  # it cannot have held all of them
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize("sides", [(1024, 1024), (384, 1536)], ids=str)
+@pytest.mark.parametrize(
+    "name", ["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "iso_cts", "svc"]
+)
+def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
+    counted = make(name, {}).needs.work.entries(3, *sides) * 4
+    assert added_by(name, 3, sides) < counted + 30_000_000  # threads and blocks; the plan allows 500 MB

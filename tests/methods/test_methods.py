@@ -1,0 +1,134 @@
+"""What every rule must bear, whatever it is given. The rules and their traits: tests/support/conformance.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conformance import RULES, accepted, having, measurements, result
+from oracles import matrix_with_condition, relative_error
+from torch import Tensor
+
+import acemerge
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.methods import make
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _with_condition(condition: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([matrix_with_condition(24, 16, condition, generator) for _ in range(3)])
+
+
+AWKWARD: dict[str, Tensor] = {
+    "one expert": _randn(1, 6, 5),
+    "equal experts": _randn(1, 6, 5).repeat(3, 1, 1),
+    "all zero": torch.zeros(3, 6, 5, dtype=torch.float64),
+    "one frozen expert": torch.cat([_randn(2, 6, 5), torch.zeros(1, 6, 5, dtype=torch.float64)]),
+    "one row": _randn(3, 1, 7),
+    "one column": _randn(3, 7, 1),
+    "one entry": _randn(3, 1, 1),
+    "equal rows": _randn(3, 1, 5).repeat(1, 6, 1) * torch.tensor([1.0, 9.0, 80.0])[:, None, None],
+    "rank one": _randn(3, 6, 1) @ _randn(3, 1, 5, seed=1),
+    "condition 1e12": _with_condition(1e12),
+    "identical but for scale": _randn(1, 6, 5) * torch.tensor([1.0, 2.0, -3.0])[:, None, None],
+    "opposite experts": _randn(1, 6, 5) * torch.tensor([1.0, -1.0])[:, None, None],
+    "more experts than rows": _randn(7, 3, 4),
+    "k of zero": _randn(3, 2, 2) * torch.tensor([1.0, 9.0, 80.0])[:, None, None],
+    "tiny": 1e-20 * _randn(3, 6, 5),
+    "huge": 1e9 * _randn(3, 6, 5),
+    "very unequal": _randn(3, 6, 5) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", AWKWARD)
+@pytest.mark.parametrize("name", RULES)
+class TestEveryRule:
+    def test_is_finite_and_reports_its_status(self, name: str, case: str, dtype: torch.dtype) -> None:
+        found = result(AWKWARD[case].to(dtype), name)
+        assert found.delta.shape == AWKWARD[case].shape[1:]
+        assert found.delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.isfinite(found.delta).all()
+        assert isinstance(found.stats["status"], str)
+        json.dumps(found.stats)  # plain numbers, strings and lists
+
+    def test_leaves_its_input_alone_and_repeats_itself(self, name: str, case: str, dtype: torch.dtype) -> None:
+        deltas = AWKWARD[case].to(dtype)
+        before = deltas.clone()
+        first = result(deltas, name).delta
+        assert torch.equal(deltas, before)
+        assert torch.equal(result(deltas, name).delta, first)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_bfloat16_is_accumulated_in_float32(name: str) -> None:
+    deltas = _randn(8, 12, 10).bfloat16()
+    found = result(deltas, name).delta
+    exact = result(deltas.double(), name).delta
+    assert relative_error(found, exact) < 1e-4
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_compute_dtype_can_be_chosen(name: str) -> None:
+    deltas = _randn(2, 6, 5).float()
+    found = result(deltas, name, compute_dtype=torch.float64).delta
+    assert found.dtype == torch.float64
+    assert torch.equal(found, result(deltas.double(), name).delta)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_bad_arguments_are_named(name: str) -> None:
+    deltas = _randn(2, 3, 3)
+    given = measurements(deltas, name)
+    with pytest.raises(UsageError, match=r"did you mean `scale`"):
+        acemerge.merge_deltas(deltas, name, **given, scal=2)
+    with pytest.raises(UsageError, match="scale"):
+        acemerge.merge_deltas(deltas, name, **given, scale="much")
+    with pytest.raises(UsageError, match="3 weights for 2 experts"):
+        acemerge.merge_deltas(deltas, name, **given, weights=[1, 2, 3])
+    with pytest.raises(UsageError, match="shape"):
+        acemerge.merge_deltas(torch.zeros(0, 3, 3), name, **given)
+    with pytest.raises(CheckpointError, match="not finite"):
+        acemerge.merge_deltas(torch.full((2, 3, 3), float("nan")), name, **given)
+
+
+@pytest.mark.parametrize("name", having("rank"))
+def test_a_rule_that_solves_or_truncates_reports_its_rank(name: str) -> None:
+    for deltas in (_randn(3, 9, 6), _randn(3, 6, 9)):
+        rank = result(deltas, name).stats["rank"]
+        assert isinstance(rank, int)
+        assert 0 < rank <= 18
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_vectors_and_stacks_go_through_rules_that_need_no_matrix(name: str) -> None:
+    vector = accepted(_randn(2, 12), name)
+    if make(name, {}).needs.matrix:
+        with pytest.raises(UsageError, match="needs matrices"):
+            acemerge.merge_deltas(vector, name)
+    else:
+        merged = acemerge.merge_deltas(vector, name, **measurements(vector, name)).delta
+        assert merged.shape == (12,)
+        if name not in ("arcee_fusion", "dare_linear", "dare_ties", "della", "emr", "ties"):
+            stack = vector.view(-1, 2, 3, 2)
+            stacked = acemerge.merge_deltas(stack, name, **measurements(stack, name)).delta
+            assert relative_error(stacked.flatten(), merged) < 1e-14
+
+
+def test_the_table_holds_every_rule() -> None:
+    assert set(RULES) == set(acemerge.METHODS)
+
+
+def test_an_unknown_rule_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean `average`"):
+        acemerge.merge_deltas(_randn(2, 3, 3), "averag")
+
+
+def test_average_refuses_weights_that_cancel() -> None:
+    with pytest.raises(UsageError, match="sum to zero"):
+        acemerge.merge_deltas(_randn(2, 3, 3), "average", weights=[1, -1])

@@ -1,0 +1,113 @@
+"""The model card: only what is known goes into the Hub's metadata, and names from files stay text."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from builders import PlainModel
+from hub_server import FakeHub, put
+
+import acemerge
+from acemerge.checkpoints import files
+from acemerge.output.origin import Origin, common_license, origin_of
+from acemerge.output.picture import shares_picture
+from acemerge.output.shares import layer_shares
+from acemerge.output.verify import verify
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def card_of(out: Path) -> tuple[dict[str, Any], str]:
+    """The metadata of a card and its text."""
+    _, block, text = (out / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(block), text
+
+
+def with_licenses(folders: list[Path], *licenses: str) -> None:
+    for folder, name in zip(folders, licenses, strict=True):
+        (folder / "README.md").write_text(f"---\nlicense: {name}\ntags: [x]\n---\n# A model\n")
+
+
+def test_the_card_says_what_was_done_and_whom_to_cite(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    report = acemerge.merge(base, experts, out=plain.root / "out", method="ties")
+    metadata, text = card_of(plain.root / "out")
+    assert metadata == {"tags": ["merge", "acemerge"], "base_model_relation": "merge"}  # folders are no Hub ids
+    rows = [tensor["energies"] for tensor in report.tensors.values() if "energies" in tensor]
+    energies = [sum(column) for column in zip(*rows, strict=True)]
+    assert f"Of the updates' energy, {energies[2] / sum(energies):.0%} are `e3`'s." in text
+    for source in ("- `ties`: [arXiv 2306.01708](https://arxiv.org/abs/2306.01708)", "- `average`: [arXiv 2203.05482]"):
+        assert source in text
+    assert "- `base`" not in text  # no rule
+
+
+@pytest.mark.parametrize(
+    ("licenses", "expected"),
+    [(["mit"] * 3, "mit"), (["mit", "mit", "apache-2.0"], None), (["other"] * 3, None), (["[mit]"] * 3, None)],
+)
+def test_a_licence_is_given_where_all_have_the_same(
+    plain: PlainModel, licenses: list[str], expected: str | None
+) -> None:
+    base, experts = plain.save()
+    with_licenses([base, *experts[:2]], *licenses)
+    acemerge.merge(base, experts[:2], out=plain.root / "out")
+    assert card_of(plain.root / "out")[0].get("license") == expected
+    acemerge.merge(base, experts, out=plain.root / "more")
+    assert "license" not in card_of(plain.root / "more")[0]  # the third has none that is known
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"",
+        b"---\nlicense: mit\n",
+        b"---\nlicense: [\n---\n",
+        b"---\n- mit\n---\n",
+        b"\xff---\n",
+        b"---\na: &a [*a]\n---\n",
+    ],
+)
+def test_a_card_that_cannot_be_read_tells_no_licence(tmp_path: Path, card: bytes) -> None:
+    (tmp_path / "README.md").write_bytes(card)
+    assert origin_of("./model", tmp_path) == Origin()
+    assert common_license([]) is None
+
+
+def test_models_of_the_hub_are_named_in_the_metadata(plain: PlainModel, hub: FakeHub) -> None:
+    put(hub, plain)
+    acemerge.merge("org/base", ["org/e1", "org/e2"], out="out")
+    assert card_of(Path("out"))[0]["base_model"] == ["org/base", "org/e1", "org/e2"]
+
+
+def test_the_picture_is_every_experts_share_of_every_layer(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    report = acemerge.merge(base, experts, out=plain.root / "out")
+    assert "](merge.svg)" in card_of(plain.root / "out")[1]
+    assert "merge.svg" in verify(plain.root / "out")["outputs"]
+    shares = layer_shares(["e1", "e2", "e3"], report.tensors)
+    assert list(shares) == ["0", "rest"]
+    picture = ElementTree.fromstring((plain.root / "out/merge.svg").read_bytes())
+    bars = [float(bar.attrib["width"]) for bar in picture.iter(f"{SVG}rect") if bar.attrib["height"] != "12"]
+    whole = sum(bars[:3])
+    assert [bar / whole for bar in bars] == pytest.approx([*shares["0"], *shares["rest"]], abs=1e-3)
+
+
+def test_one_expert_has_no_picture_and_an_earlier_one_goes(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    acemerge.merge(base, experts, out=plain.root / "out")
+    acemerge.merge(base, experts[:1], out=plain.root / "out", overwrite=True)
+    assert files.kind(plain.root / "out/merge.svg") == "nothing"
+    assert "merge.svg" not in (plain.root / "out/README.md").read_text()
+
+
+def test_names_in_the_picture_are_text() -> None:
+    drawn = shares_picture(["<script>alert(1)</script>", "&"], {"<b>": [0.5, 0.5]})
+    assert {element.tag for element in ElementTree.fromstring(drawn).iter()} == {
+        f"{SVG}{tag}" for tag in ("svg", "style", "text", "rect")
+    }
+    many = shares_picture([f"e{t}" for t in range(20)], {str(i): [0.05] * 20 for i in range(200)})
+    assert int(ElementTree.fromstring(many).attrib["height"]) < 1000

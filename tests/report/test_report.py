@@ -1,0 +1,245 @@
+"""The report page: its figures, what it does without the models, and names that would be code if they could."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import PlainModel, load_folder, write_checkpoint
+from commands import failed, run
+from torch.nn.functional import cosine_similarity as cosine
+
+import acemerge
+from acemerge.errors import CheckpointError, UsageError
+from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
+from acemerge.inspection.statistics import Sums
+from acemerge.models.depth import layer_number
+from acemerge.output.manifest import load_manifest
+from acemerge.output.records import branch, figure
+from acemerge.output.verify import verify
+from acemerge.report.facts import page_facts
+from acemerge.report.html import html_page
+from acemerge.report.write import write_report
+
+HOSTILE = "layers.0.</script><script>document.title='owned'</script><img src=x onerror=alert(1)>.weight"
+
+
+class Page(HTMLParser):
+    """The elements of a page and the text outside scripts and styles."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.data, self._inside = "", "", ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag in ("script", "style"):
+            self._inside = dict(attributes).get("id") or tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = "" if tag in ("script", "style") else self._inside
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.data += data
+        elif not self._inside:
+            self.text += data
+
+
+def many(tensors: int, experts: int) -> tuple[dict[str, Any], LookBack]:
+    """A manifest and a look back on many tensors, without any files."""
+    generator = torch.Generator().manual_seed(0)
+    labels = [f"expert-{t}" for t in range(experts)]
+    records, probes = {}, {}
+    for i in range(tensors):
+        part = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")[i % 4]
+        name = f"model.layers.{i // 4}.{part}.weight"
+        energies = (torch.rand(experts, generator=generator) + 0.1).double()
+        records[name] = {
+            "role": "linear", "rule": "ace", "reason": "weight of a linear layer", "status": "ok",
+            "energies": energies.tolist(), "gamma": 0.1 * (i % 7), "condition": 10.0 + i, "seconds": 0.001 * i,
+            "branch": "heterogeneous" if i % 7 > 3 else "homogeneous",
+        }  # fmt: skip
+        products = energies.diag() + 0.05
+        values = torch.rand(64, generator=generator).double().sort(descending=True).values
+        curves = dict.fromkeys([*labels, "merged", BEFORE], values)
+        probes[name] = Probe(
+            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors), 4096), torch.ones(experts + 1).double(), curves, (64, 64)
+        )
+    manifest = {
+        "created": "2026-01-01", "versions": {"acemerge": "0"}, "seconds": 1.0, "experts": labels, "tensors": records,
+        "outputs": {}, "inputs": [], "recipe": {"method": {"name": "ace"}}, "warnings": [], "heads": {},
+    }  # fmt: skip
+    return manifest, LookBack(tuple(labels), probes)
+
+
+@pytest.fixture
+def out(plain: PlainModel) -> Path:
+    """A merge by ACE that refined: its layers are large enough, its experts differ in size."""
+    base, experts = plain.save()
+    acemerge.merge(base, experts, out=plain.root / "out", k_frac=0.5)
+    return plain.root / "out"
+
+
+# --- figures -------------------------------------------------------------------------------------------------
+
+
+def test_the_look_back_sees_what_was_merged(plain: PlainModel, out: Path) -> None:
+    seen, merged = look_back(out, load_manifest(out)), load_folder(out)
+    assert seen.tensors.keys() == plain.base.keys() - {"position_ids"}
+    for name, probe in seen.tensors.items():
+        W0 = plain.base[name].double()
+        D = torch.stack([expert[name].double() - W0 for expert in plain.tuned])
+        M = merged[name].double() - W0
+        torch.testing.assert_close(probe.agreement, cosine(D.flatten(1), M.flatten()[None]), rtol=0, atol=1e-6)
+        torch.testing.assert_close(probe.sums.products, D.flatten(1) @ D.flatten(1).T, rtol=1e-5, atol=1e-6)
+        if name not in ("layers.0.up.weight", "layers.0.down.weight"):
+            assert not probe.spectra
+            continue
+        before = acemerge.merge_deltas(D, "ace", k_frac=0.5, ablation="E3").delta
+        expected = {"e1": D[0], "e2": D[1], "e3": D[2], "merged": M, BEFORE: before}
+        assert probe.spectra.keys() == expected.keys()
+        for label, X in expected.items():
+            torch.testing.assert_close(probe.spectra[label], torch.linalg.svdvals(X), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_was_not_refined_has_no_spectrum_before_it(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    acemerge.merge(base, experts, method="average", out=plain.root / "out")
+    seen = look_back(plain.root / "out", load_manifest(plain.root / "out"))
+    assert seen.tensors["layers.0.up.weight"].spectra.keys() == {"e1", "e2", "e3", "merged"}
+
+
+def test_curves_keep_their_ends_and_leave_rounding_out() -> None:
+    manifest, seen = many(4, 2)
+    name = next(iter(seen.tensors))
+    values = torch.tensor([100.0, 10, 1, 1e-3, 1e-12]).double()
+    curves = {"expert-0": values, "expert-1": 0 * values}
+    probe = replace(seen.tensors[name], spectra=curves, shape=(2000, 3000))
+    drawn = page_facts(manifest, LookBack(seen.experts, {name: probe}), "").data["spectra"][name]
+    curves, about = drawn["curves"], drawn["about"]
+    assert about.startswith("the leading 5 of 2000 singular values; what is under 1e-7 of the largest is rounding")
+    assert curves == {"expert-0": [[1, 2.0], [2, 1.0], [3, 0.0], [4, -3.0]], "expert-1": []}
+
+
+def test_what_a_rule_says_of_slices_is_summed_up() -> None:
+    record = {"slices": [{"gamma": 0.1, "branch": "homogeneous"}, {"gamma": 0.4, "branch": "heterogeneous"}]}
+    assert figure(record, "gamma") == 0.4
+    assert branch(record) == "mixed"
+    assert figure({"gamma": None}, "gamma") is None
+    assert [layer_number(name) for name in ("h.3.attn.weight", "a.b.12.c", "7.x", "embed.weight")] == [3, 12, 7, None]
+
+
+def test_shares_and_answers_follow_the_energies() -> None:
+    manifest, seen = many(8, 2)
+    for i, record in enumerate(manifest["tensors"].values()):
+        record["energies"] = [9.0, 1.0] if i < 4 else [1.0, 1.0]
+    facts = page_facts(manifest, seen, "")
+    shares = {(row["layer"], row["expert"]): row["share"] for row in facts.data["shares"]}
+    assert shares == {("0", "expert-0"): 0.9, ("0", "expert-1"): 0.1, ("1", "expert-0"): 0.5, ("1", "expert-1"): 0.5}
+    answers = dict(facts.answers)
+    assert answers["Which expert dominates?"].startswith("expert-0 has 83% of the energy")
+    assert answers["What would I change?"].startswith("Give it a weight of 0.45")
+    assert answers["Which layers are in conflict?"].startswith(
+        "Most in model.layers.0.self_attn.q_proj.weight (50% cancels)"
+    )
+
+
+# --- the page ------------------------------------------------------------------------------------------------
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(out: Path) -> None:
+    page = Page(write_report(out).read_text())
+    manifest = load_manifest(out)
+    for entry in [*manifest["inputs"], {"files": manifest["outputs"]}]:
+        assert all(sums["sha256"] in page.text for sums in entry["files"].values())
+    assert all(name in page.text for name in manifest["tensors"])
+    outside = [a for _, a in page.tags if "src" in a or str(a.get("href", "#"))[:1] != "#"]
+    assert outside == []
+    assert [tag for tag, _ in page.tags if tag == "link"] == []
+    ids = [a["id"] for _, a in page.tags if a.get("id")]
+    assert len(ids) == len(set(ids))
+    labelled = {a["for"] for tag, a in page.tags if tag == "label"}
+    assert {a["id"] for tag, a in page.tags if tag in ("select", "input")} == labelled
+    assert all("scope" in a for tag, a in page.tags if tag == "th")
+    assert {row["a"] for row in json.loads(page.data)["cosines"]} == {"e1", "e2", "e3", "merged"}
+
+
+def test_names_from_files_are_never_markup(plain: PlainModel) -> None:
+    for model in (plain.base, *plain.tuned):
+        model[HOSTILE] = model.pop("layers.0.up.weight")
+    base, experts = plain.save()
+    acemerge.merge(base, experts, out=plain.root / "out", rules=[{"match": "</script><b>*", "action": "base"}])
+    page = Page(write_report(plain.root / "out").read_text())
+    assert HOSTILE in page.text
+    assert HOSTILE in json.loads(page.data)["spectra"]
+    assert not {tag for tag, _ in page.tags} & {"img", "b"}
+    assert [a.get("id") for tag, a in page.tags if tag == "script"] == ["data", None, None]
+
+
+def test_a_thousand_tensors_of_eight_experts_stay_under_five_megabytes() -> None:
+    html = html_page(page_facts(*many(1000, 8), ""))
+    assert len(html.encode()) < 5_000_000
+    assert len(json.loads(Page(html).data)["spectra"]) == 1000
+
+
+def test_without_the_models_the_page_says_so(out: Path) -> None:
+    shutil.rmtree(out.parent / "e2")
+    page = Page(write_report(out).read_text())
+    assert re.search(r"spectra are missing, .*/e2: is not there; run it where the merge was run", page.text)
+    data = json.loads(page.data)
+    assert data["cosines"] is None
+    assert data["spectra"] == {}
+    assert len(data["shares"]) == 6
+
+
+def test_other_models_in_their_place_are_not_taken_for_them(plain: PlainModel, out: Path) -> None:
+    write_checkpoint(out.parent / "e1", plain.tuned[0] | {"more": torch.ones(3)})
+    with pytest.raises(UsageError, match=r"e1/model\.safetensors: is not what was merged"):
+        look_back(out, load_manifest(out))
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_and_the_option_write_it(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    base, experts = plain.save()
+    target = plain.root / "out"
+    words = ["merge", "--base", base, "--expert", experts[0], "-o", target]
+    assert run(capsys, *words, "--report")[0] == 0
+    assert (target / "report.html").stat().st_size > 500_000
+    verify(target)
+    assert run(capsys, *words, "--overwrite")[0] == 0
+    assert not (target / "report.html").exists()  # it told of another merge
+    code, text, _ = run(capsys, "report", target, "-o", plain.root / "page.html")
+    assert code == 0
+    assert f"{plain.root / 'page.html'}: " in text
+    assert {path.name for path in target.iterdir()} == {*load_manifest(target)["outputs"], "acemerge.json"}
+    failed(run(capsys, "report", base), 3, "has no acemerge.json")
+    failed(run(capsys, "report", plain.root / "nowhere"), 3, "no such folder")
+
+
+def test_without_the_extra_the_error_names_it_before_any_work(
+    plain: PlainModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = plain.save()
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(UsageError, match=r"pip install 'acemerge\[report\]'"):
+        acemerge.merge(base, experts, out=plain.root / "out", report=True)
+    assert not (plain.root / "out").exists()
+
+
+def test_what_is_no_merge_has_no_report(plain: PlainModel, out: Path) -> None:
+    (out / "acemerge.json").unlink()
+    with pytest.raises(CheckpointError, match="the merge is not finished"):
+        write_report(out)
