@@ -69,7 +69,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
     found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for method in {id(job.method): job.method for job in plan.jobs if job.method}.values():
+    for method in {id(job.method): job.method for job in plan.ruled}.values():
         for key in dataclasses.fields(method):  # type: ignore[arg-type]
             value, known = getattr(method, key.name), found[method.name][key.name]
             if value not in known:  # a list may be one

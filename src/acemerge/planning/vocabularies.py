@@ -12,7 +12,7 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
-from acemerge.planning.jobs import Job, Source
+from acemerge.planning.jobs import ByToken, Kept, Source
 from acemerge.planning.policy import Decision
 from acemerge.recipes.recipe import Recipe
 
@@ -140,15 +140,23 @@ class VocabularyPlanner:
                 warnings.append(f"expert {label}: {count:,} tokens have other ids than in the base; {cure}")
 
 
-def by_token(out: TensorSpec, role: Role, decision: Decision, vocabulary: VocabularyOf, identity: str) -> Job:
+def by_token(
+    out: TensorSpec,
+    role: Role,
+    decision: Decision,
+    vocabulary: VocabularyOf,
+    identity: str,
+    weights: tuple[float, ...],
+    absent: frozenset[int],
+) -> Kept | ByToken:
     """The job of a tensor with a row per token."""
     rows, names = vocabulary.tensors[identity]
-    if decision.action != "merge" and rows.rows == out.shape[0] and rows.lending is None:
-        return Job(out, role, decision.reason, entrywise=True)
-    any_rule = rows.lending is not None and decision.method is not None
-    if decision.action != "merge" or not (any_rule or isinstance(decision.method, Average)):
+    method = decision.method
+    if method is None and rows.rows == out.shape[0] and rows.lending is None:
+        return Kept(out, role, decision.reason)
+    if method is None or (rows.lending is None and not isinstance(method, Average)):
         what = f"tensor {out.name!r} gets another rule than average"
         raise UsageError("vocabulary", what, "leave tensors with a row per token to the policy")
-    reason = f"{decision.reason}; {rows.reason}" if any_rule else rows.reason
-    shape = (rows.rows, *out.shape[1:])
-    return Job(replace(out, shape=shape), role, reason, decision.method, sources=names, vocabulary=rows)
+    reason = rows.reason if rows.lending is None else f"{decision.reason}; {rows.reason}"
+    spec = replace(out, shape=(rows.rows, *out.shape[1:]))
+    return ByToken(spec, role, reason, names, method=method, weights=weights, absent=absent, vocabulary=rows)
