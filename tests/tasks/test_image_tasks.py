@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from task_builders import save_model, sharpened, write_tasks
 
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.run import Run, evaluate
+from acemerge.evaluation.evaluate import Run, evaluate
 from acemerge.tasks.data import Source
 from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import open_model

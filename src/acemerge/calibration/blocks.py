@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from acemerge.calibration.feed import Feed, open_feed
+from acemerge.calibration.hooks import Layer, Place, places, watching
 from acemerge.calibration.moments import InputSums, Moment, OnExamples, SeenEnough, moments_at, run_through
-from acemerge.calibration.places import Layer, Place, places, watching
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
 from acemerge.shapes import Tensor

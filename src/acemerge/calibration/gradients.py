@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from acemerge.calibration.feed import open_feed
+from acemerge.calibration.hooks import places
 from acemerge.calibration.moments import OnExamples, first_that_fit, reported
-from acemerge.calibration.places import places
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from acemerge.calibration.feed import Feed, open_feed
-from acemerge.calibration.places import Layer, Place, input_entries, places, watching
+from acemerge.calibration.hooks import Layer, Place, input_entries, places, watching
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import CheckpointError, NumericalError, UsageError

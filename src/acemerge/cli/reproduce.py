@@ -16,7 +16,7 @@ from acemerge.errors import UsageError
 from acemerge.reproduction.comparison import cells
 from acemerge.reproduction.inputs import Input, find_inputs
 from acemerge.reproduction.pack import PACKS, chosen_of, load_pack
-from acemerge.reproduction.run import TABLE, Asked, reproduce
+from acemerge.reproduction.reproduce import TABLE, Asked, reproduce
 
 
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:

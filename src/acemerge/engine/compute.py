@@ -17,7 +17,7 @@ from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.linalg.gram import energies
-from acemerge.output.masks import pack
+from acemerge.output.packed_masks import pack
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import ByToken, Job, Kept, Merged, Ruled

@@ -23,7 +23,7 @@ from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
-from acemerge.output.masks import mask_spec
+from acemerge.output.packed_masks import mask_spec
 from acemerge.output.writer import TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from acemerge.calibration.run import Calibrating, calibrated
+from acemerge.calibration.calibrate import Calibrating, calibrated
 from acemerge.engine.applying import apply
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker

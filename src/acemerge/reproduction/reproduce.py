@@ -10,8 +10,8 @@ from pathlib import Path
 from acemerge.engine.opening import RunOptions, find_devices
 from acemerge.evaluation.compare import folders_of as merged_folders
 from acemerge.evaluation.compare import merge_all, rows
+from acemerge.evaluation.evaluate import OnProgress, Run, evaluate
 from acemerge.evaluation.results import write_results
-from acemerge.evaluation.run import OnProgress, Run, evaluate
 from acemerge.evaluation.tables import Evaluation
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
