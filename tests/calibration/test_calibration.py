@@ -19,8 +19,7 @@ from task_builders import ROOM, save_family, save_model, sentences, sharpened, w
 from torch import Tensor, nn
 
 import acemerge
-from acemerge.calibration import calibrate
-from acemerge.calibration import gradients
+from acemerge.calibration import calibrate, gradients
 from acemerge.calibration.blocks import block_of
 from acemerge.calibration.hooks import watching
 from acemerge.engine.opening import RunOptions, open_recipe

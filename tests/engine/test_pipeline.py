@@ -29,14 +29,14 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import make
 from acemerge.models.roles import Role
 from acemerge.planning.costs import RESIDENT, Cost, budget, cost, in_flight, peak_memory, together
-from acemerge.planning.jobs import Kept
+from acemerge.planning.jobs import Keep
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.recipes.recipe import make_recipe
 
 CPU = torch.device("cpu")
 
 
-def _jobs(path: Path, count: int = 12, side: int = 16) -> tuple[list[Reader], list[Piece[Kept]]]:
+def _jobs(path: Path, count: int = 12, side: int = 16) -> tuple[list[Reader], list[Piece[Keep]]]:
     """Two models of `count` square tensors, and a job for each."""
     generator = torch.Generator().manual_seed(0)
     folders = [
@@ -48,11 +48,11 @@ def _jobs(path: Path, count: int = 12, side: int = 16) -> tuple[list[Reader], li
     readers = [Reader(open_checkpoint(folder), hashing=True) for folder in folders]
     role = Role("linear")
     specs = list(readers[0].checkpoint.tensors.values())
-    jobs = [Kept(spec, role, "", (spec.name,), bytes_in=2 * spec.nbytes) for spec in specs]
+    jobs = [Keep(spec, role, "", (spec.name,), bytes_in=2 * spec.nbytes) for spec in specs]
     return readers, [Piece(job) for job in jobs]
 
 
-def _sums(loaded: Loaded[Kept], place: Place) -> list[float]:
+def _sums(loaded: Loaded[Keep], place: Place) -> list[float]:
     return [(v.take((0, p.job.name)).sum() + v.take((1, p.job.name)).sum()).item() for p, v in loaded]
 
 
@@ -79,7 +79,7 @@ def test_each_load_has_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Piece, "load", property(lambda piece: piece.__dict__["load"]))
     before = torch.get_num_threads()
 
-    def threads(loaded: Loaded[Kept], place: Place) -> tuple[str, int, int]:
+    def threads(loaded: Loaded[Keep], place: Place) -> tuple[str, int, int]:
         torch.ones(1 << 17).sum()  # a thread's first work on several threads
         return loaded[0][0].load, torch.get_num_threads(), threading.get_ident()
 
@@ -111,7 +111,7 @@ def test_no_more_is_in_flight_than_the_limit(tmp_path: Path, monkeypatch: pytest
 def test_a_failure_in_any_stage_ends_the_stream(tmp_path: Path) -> None:
     readers, queue = _jobs(tmp_path)
 
-    def failing(loaded: Loaded[Kept], place: Place) -> None:
+    def failing(loaded: Loaded[Keep], place: Place) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError), Pipeline(readers, [CPU], 2, 1 << 30) as pipeline:
@@ -150,7 +150,7 @@ def test_bytes_in_flight_are_those_of_the_worst_moment(sizes: list[tuple[int, in
 @pytest.mark.parametrize(("side", "at_once"), [(362, 1), (256, 2), (16, 2)])
 def test_pieces_together_take_their_inputs_and_the_computation_of_a_stack(side: int, at_once: int) -> None:
     """Two pieces of two models each, of which so many make a stack."""
-    piece = Piece(Kept(TensorSpec("w", torch.float32, (side, side)), Role("linear"), "", ("w",)))
+    piece = Piece(Keep(TensorSpec("w", torch.float32, (side, side)), Role("linear"), "", ("w",)))
     assert together([piece, piece], [Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + at_once * 35, 9)
 
 
@@ -242,7 +242,7 @@ def test_the_place_of_a_value_is_told_in_the_whole_tensor(tmp_path: Path, monkey
 
 @given(st.lists(st.integers(1, 40), min_size=0, max_size=3), st.integers(1, 200))
 def test_pieces_cover_a_tensor_once(shape: list[int], size: int) -> None:
-    job = Kept(TensorSpec("t", torch.float32, tuple(shape)), Role("linear"), "")
+    job = Keep(TensorSpec("t", torch.float32, tuple(shape)), Role("linear"), "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acemerge.planning.pieces, "_PIECE", size)
         parts = list(pieces(job, split=True))

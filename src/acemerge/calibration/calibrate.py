@@ -22,7 +22,7 @@ from acemerge.engine.work import Setting, Walk
 from acemerge.methods import Calibration
 from acemerge.output.identity import digest
 from acemerge.planning.calibration import Assigned, calibrated_jobs
-from acemerge.planning.jobs import Job, Merged
+from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import pieces
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model, open_model
@@ -127,7 +127,7 @@ def _in_order(store: Store, setting: Setting, calibrating: Calibrating) -> None:
 
 def _merged(jobs: Sequence[Job], setting: Setting, calibrating: Calibrating) -> dict[str, Tensor]:
     """The merged values of these jobs, as the output would store them."""
-    whole = [replace(job, factors=None) if isinstance(job, Merged) else job for job in jobs]
+    whole = [replace(job, factors=None) if isinstance(job, Merge) else job for job in jobs]
     parts: dict[str, list[Tensor]] = {}
     for results in calibrating.walk((piece for job in whole for piece in pieces(job, job.entrywise)), merging(setting)):
         for piece, computed in results:

@@ -16,7 +16,7 @@ from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
 from acemerge.methods import Method, Together, expert_seeds
 from acemerge.planning.finite import all_rounded
-from acemerge.planning.jobs import Job, Merged
+from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Int, Tensor
 
@@ -63,17 +63,17 @@ def stacks(pieces: Sequence[Piece[Job]]) -> Iterator[list[int]]:
             yield members[start : start + most]
 
 
-def small_job(piece: Piece[Job]) -> Merged | None:
+def small_job(piece: Piece[Job]) -> Merge | None:
     """The job of a piece that is small and has nothing to it but a base, experts and a rule."""
     job = piece.job
-    if piece.load != "tiny" or piece.rows is not None or not isinstance(job, Merged) or job.makes_masks:
+    if piece.load != "tiny" or piece.rows is not None or not isinstance(job, Merge) or job.makes_masks:
         return None
     if job.factors is not None or job.method.needs.calibration:  # of an adapter; or with measurements of its own
         return None
     return job if all(job.sources) and not (any(job.updates) or job.copies or job.fused) else None
 
 
-def _kind(job: Merged) -> tuple[object, ...]:
+def _kind(job: Merge) -> tuple[object, ...]:
     return job.spec.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, job.transposed
 
 
@@ -90,7 +90,7 @@ def stacked(parts: Loaded[Job], place: Place) -> Stack:
     return Stack(W0, deltas, energies(deltas.flatten(0, 1)).view(deltas.shape[:2]))
 
 
-def _together(jobs: Sequence[Merged], parts: Loaded[Job], setting: Setting, place: Place) -> list[Computed]:
+def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place: Place) -> list[Computed]:
     """A stack by its rule. What is out of the ordinary goes by itself: there it gets its name and its cure."""
     started = time.perf_counter()
     method = jobs[0].method
@@ -108,7 +108,7 @@ def _together(jobs: Sequence[Merged], parts: Loaded[Job], setting: Setting, plac
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 
 
-def _merged(method: Method, stack: Stack, jobs: Sequence[Merged], setting: Setting) -> list[tuple[Tensor, Stats]]:
+def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting) -> list[tuple[Tensor, Stats]]:
     """The merged weights in their output type, and what the rule says of each."""
     if not jobs:
         return []

@@ -10,14 +10,14 @@ from acemerge.engine.work import Place, Setting, Values
 from acemerge.linalg.gram import energies
 from acemerge.models.vocabulary import in_order, lent_rows, rows_of
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.planning.jobs import ByToken
+from acemerge.planning.jobs import MergeByToken
 from acemerge.shapes import Float, Tensor
 
 # What is stored, its record, and masks where the rule makes them.
 Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]
 
 
-def averaged_by_token(job: ByToken, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def averaged_by_token(job: MergeByToken, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
 
     `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
@@ -54,7 +54,7 @@ def averaged_by_token(job: ByToken, base: Tensor, values: Values, setting: Setti
 
 
 def lent_by_token(
-    job: ByToken, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+    job: MergeByToken, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`W_0`, the task vectors, their energies and whose they are, all of them with every row of the output.
 

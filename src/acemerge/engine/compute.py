@@ -20,7 +20,7 @@ from acemerge.linalg.gram import energies
 from acemerge.output.packed_masks import pack
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.planning.jobs import ByToken, Job, Kept, Merged, Ruled
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
 from acemerge.planning.pieces import Piece
 from acemerge.planning.planner import keep_base
 from acemerge.shapes import Float, Tensor
@@ -81,16 +81,16 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
-    if isinstance(job, Kept):
+    if isinstance(job, Keep):
         return _kept(job, piece.first_row, base, values, setting)
-    if isinstance(job, ByToken) and job.vocabulary.lending is None:
+    if isinstance(job, MergeByToken) and job.vocabulary.lending is None:
         return averaged_by_token(job, base, values, setting, place)
-    if isinstance(job, Merged) and job.factored:
+    if isinstance(job, Merge) and job.factored:
         return _from_factors(job, base, values, setting, place)
     return _merged(Piece(job, piece.rows), base, values, setting, place)
 
 
-def _kept(job: Kept, first_row: int, base: Tensor, values: Values, setting: Setting) -> Made:
+def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Setting) -> Made:
     for model, name in job.of_experts:
         if not torch.equal(base, values.take((model, name))):
             what = f"integer tensor {job.name!r} differs from the base's"
@@ -100,7 +100,7 @@ def _kept(job: Kept, first_row: int, base: Tensor, values: Values, setting: Sett
     return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
 
 
-def _merged(piece: Piece[Ruled], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
@@ -109,11 +109,11 @@ def _merged(piece: Piece[Ruled], base: Tensor, values: Values, setting: Setting,
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            same = base if isinstance(job, Merged) else W0
+            same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
         record = {**result.stats, **record}
-        if isinstance(job, Merged) and job.factors is not None:
+        if isinstance(job, Merge) and job.factors is not None:
             stored, lacking = truncated(job, result.delta)
             return stored, {**record, **lacking}, ()
         value = result.delta.add_(W0)
@@ -121,17 +121,17 @@ def _merged(piece: Piece[Ruled], base: Tensor, values: Values, setting: Setting,
 
 
 def all_task_vectors(
-    piece: Piece[Ruled], base: Tensor, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+    piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`W_0`, the task vectors, their energies and whose they are, all in `space`: with every row of the output."""
     job, T = piece.job, len(setting.labels)
-    if isinstance(job, ByToken):
+    if isinstance(job, MergeByToken):
         return lent_by_token(job, values, setting, space)
     W0 = space[T].copy_(base)
     return W0, *task_vectors(Piece(job, piece.rows), values, setting, W0, space[:T])
 
 
-def _from_factors(job: Merged, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     check_finite(base, job.name, "base")
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
@@ -143,16 +143,16 @@ def _from_factors(job: Merged, base: Tensor, values: Values, setting: Setting, p
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
-def _unchanged(job: Ruled, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _unchanged(job: ByRule, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
-    if isinstance(job, Merged) and job.factors is not None:
+    if isinstance(job, Merge) and job.factors is not None:
         stored, lacking = truncated(job, None)
         return stored, {"status": "no update", **record, **lacking}
     return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
 
 
 def task_vectors(
-    piece: Piece[Merged],
+    piece: Piece[Merge],
     values: Values,
     setting: Setting,
     W0: Float[Tensor, "*shape"],
@@ -182,7 +182,7 @@ def task_vectors(
     return space[: len(used)], torch.cat(found), used
 
 
-def _difference(job: Merged, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
+def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
     """The i-th expert's task vector, into `D`."""
     if job.sources[i]:
         D.copy_(values.take((i + 1, job.sources[i]))).sub_(W0)
@@ -195,7 +195,7 @@ def _difference(job: Merged, i: int, values: Values, W0: Float[Tensor, "*shape"]
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 
-def _checked(piece: Piece[Merged], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
+def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
     check_finite(W0, job.name, "base", first_row=piece.first_row)

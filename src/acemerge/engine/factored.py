@@ -14,12 +14,12 @@ from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.models.projections import Fused
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
-from acemerge.planning.jobs import Merged
+from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
 
 def merge_factors_of(
-    job: Merged, values: Values, setting: Setting, device: torch.device
+    job: Merge, values: Values, setting: Setting, device: torch.device
 ) -> tuple[LowRankResult | None, dict[str, Any]]:
     """The merged update of a tensor, as it is stored, None where no expert has one, and what is said of it.
 
@@ -65,7 +65,7 @@ def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer,
 
 
 def _factors(
-    job: Merged, i: int, values: Values, setting: Setting, device: torch.device
+    job: Merge, i: int, values: Values, setting: Setting, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """`D = U V` of the i-th expert, as the tensor is stored; None where it is to be left out."""
     update, label = job.updates[i], f"expert {setting.labels[i]}"

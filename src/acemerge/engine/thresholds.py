@@ -12,7 +12,7 @@ from acemerge.engine.batched import small_job, stacked, stacks
 from acemerge.engine.compute import all_task_vectors
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk
 from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
-from acemerge.planning.jobs import Plan, Ruled
+from acemerge.planning.jobs import ByRule, Plan
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Int, Tensor
 
@@ -33,7 +33,7 @@ def with_thresholds(setting: Setting, plan: Plan, walk: Walk) -> Setting:
     return replace(setting, thresholds=found)
 
 
-def _thresholds(keep: float, jobs: Sequence[Ruled], setting: Setting, walk: Walk) -> list[float]:
+def _thresholds(keep: float, jobs: Sequence[ByRule], setting: Setting, walk: Walk) -> list[float]:
     upper = _counts(jobs, setting, walk, lambda _, D: upper_counts(D))
     halves = [locate(counts, share_of(keep, int(counts.sum()))) if counts.any() else (0, 1) for counts in upper]
     lower = _counts(jobs, setting, walk, lambda t, D: lower_counts(D, halves[t][0]))
@@ -43,13 +43,13 @@ def _thresholds(keep: float, jobs: Sequence[Ruled], setting: Setting, walk: Walk
     ]
 
 
-def _counts(jobs: Sequence[Ruled], setting: Setting, walk: Walk, count: _Count) -> Int[Tensor, "T bins"]:
+def _counts(jobs: Sequence[ByRule], setting: Setting, walk: Walk, count: _Count) -> Int[Tensor, "T bins"]:
     """For every expert the sum of the counts of all its task vectors."""
     experts = len(setting.labels)
     # A count knows no tensors: all may be split, unless an expert may have to be left out of one.
     split = setting.recipe.nonfinite == "error"
 
-    def of_pieces(loaded: Loaded[Ruled], place: Place) -> dict[int, Tensor]:
+    def of_pieces(loaded: Loaded[ByRule], place: Place) -> dict[int, Tensor]:
         if len(loaded) == 1 and small_job(loaded[0][0]) is None:
             with _task_vectors(*loaded[0], setting, place) as found:
                 return {t: count(t, D).cpu() for t, D in found}
@@ -77,7 +77,7 @@ def _counts(jobs: Sequence[Ruled], setting: Setting, walk: Walk, count: _Count) 
 
 @contextlib.contextmanager
 def _task_vectors(
-    piece: Piece[Ruled], values: Values, setting: Setting, place: Place
+    piece: Piece[ByRule], values: Values, setting: Setting, place: Place
 ) -> Iterator[list[tuple[int, Tensor]]]:
     """The experts that are used, and their task vectors as long as the block lasts."""
     experts = len(setting.labels)

@@ -11,7 +11,7 @@ import torch
 
 from acemerge.engine.buffers import Buffers
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
-from acemerge.planning.jobs import AnyJob, Input, Ruled
+from acemerge.planning.jobs import AnyJob, ByRule, Input
 from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe
 from acemerge.shapes import Tensor
@@ -44,7 +44,7 @@ class Setting:
             return f"expert {self.labels[model - 1]}"
         return "base" if self.labels else self.recipe.base
 
-    def layer(self, job: Ruled, used: Sequence[int], device: torch.device) -> Layer:
+    def layer(self, job: ByRule, used: Sequence[int], device: torch.device) -> Layer:
         """What the job's rule may know beside the updates of these experts, but for the base.
 
         UsageError where the rule is not defined for them.
@@ -57,7 +57,7 @@ class Setting:
         moments = None if moments is None else moments.to(device)
         return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds, moments=moments)
 
-    def _moments(self, job: Ruled, used: Sequence[int]) -> Tensor | None:
+    def _moments(self, job: ByRule, used: Sequence[int]) -> Tensor | None:
         """As the job's rule sees its layer."""
         wanted = job.method.needs.calibration
         found = None if wanted is None or self.measured is None else self.measured.of(wanted, job.name, used)

@@ -25,7 +25,7 @@ from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.methods.fits import source_of
 from acemerge.output.records import parts_of
-from acemerge.planning.jobs import Merged
+from acemerge.planning.jobs import Merge
 from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
@@ -145,7 +145,7 @@ def analyse(
     return Analysis(plan.recipe.base, plan.experts, plan.recipe.method.name, tau, tuple(found))
 
 
-def _counted(job: Merged, spectral: Method, experts: int) -> Method:
+def _counted(job: Merge, spectral: Method, experts: int) -> Method:
     """The rule that takes more memory: the layer's own, or one of singular vectors."""
     if job.factored:
         return spectral
@@ -153,8 +153,8 @@ def _counted(job: Merged, spectral: Method, experts: int) -> Method:
     return max(spectral, job.method, key=lambda rule: rule.needs.work.entries(experts, rows, columns))
 
 
-def _looking(jobs: Mapping[str, Merged], setting: Setting, true: Measured | None) -> Work[Merged, list[LayerAnalysis]]:
-    def work(loaded: Loaded[Merged], place: Place) -> list[LayerAnalysis]:
+def _looking(jobs: Mapping[str, Merge], setting: Setting, true: Measured | None) -> Work[Merge, list[LayerAnalysis]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[LayerAnalysis]:
         found = (_layers(piece, jobs[piece.job.name], values, setting, true, place) for piece, values in loaded)
         return [layer for layers in found for layer in layers]
 
@@ -162,7 +162,7 @@ def _looking(jobs: Mapping[str, Merged], setting: Setting, true: Measured | None
 
 
 def _layers(
-    piece: Piece[Merged], job: Merged, values: Values, setting: Setting, true: Measured | None, place: Place
+    piece: Piece[Merge], job: Merge, values: Values, setting: Setting, true: Measured | None, place: Place
 ) -> list[LayerAnalysis]:
     """One for a matrix, one for each of a stack."""
     T = len(setting.labels)
@@ -189,14 +189,14 @@ class _Made:
     record: Mapping[str, Any]
 
 
-def _of_updates(job: Merged, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
+def _of_updates(job: Merge, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
     result = apply(job, deltas, W0, used, setting)
     earlier = before_refinement(job, result.stats)
     before = None if earlier is None else apply(earlier, deltas, W0, used, setting).delta
     return _Made(result.delta, before, result.stats)
 
 
-def _of_factors(job: Merged, values: Values, setting: Setting, place: Place) -> _Made:
+def _of_factors(job: Merge, values: Values, setting: Setting, place: Place) -> _Made:
     """As a merge makes it where all experts give the factors of their updates."""
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
@@ -206,7 +206,7 @@ def _of_factors(job: Merged, values: Values, setting: Setting, place: Place) -> 
     return _Made(update.delta(), None if before is None else before.delta(), record)
 
 
-def _matrices(job: Merged, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
+def _matrices(job: Merge, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
     """The matrices of a tensor as the rule saw them: names, task vectors and what was made of them."""
 
     def stacked(X: Tensor, before: int) -> Tensor:  # one axis for what is between these axes and (out, in)

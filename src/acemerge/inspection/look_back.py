@@ -23,7 +23,7 @@ from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
 from acemerge.inspection.survey import FULL
 from acemerge.methods.ace import Ace
 from acemerge.output.records import parts_of
-from acemerge.planning.jobs import Merged
+from acemerge.planning.jobs import Merge
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
@@ -117,22 +117,22 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe:
     return make_recipe({**content, "base": origins[0], "experts": given}, "manifest")
 
 
-def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Merged]:
+def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Merge]:
     """The jobs whose rule refined its result, as they were before that."""
     records = manifest["tensors"]
     found = {job.name: before_refinement(job, records.get(job.name, {})) for job in opened.plan.merged}
     return {name: job for name, job in found.items() if job is not None}
 
 
-def before_refinement(job: Merged, record: Mapping[str, Any]) -> Merged | None:
+def before_refinement(job: Merge, record: Mapping[str, Any]) -> Merge | None:
     """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `record`."""
     if isinstance(job.method, Ace) and any(part.get("refined") for part in parts_of(record)):
         return replace(job, method=replace(job.method, ablation="E3"))
     return None
 
 
-def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Merged]) -> Work[Merged, list[tuple[str, Probe]]]:
-    def work(loaded: Loaded[Merged], place: Place) -> list[tuple[str, Probe]]:
+def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Merge]) -> Work[Merge, list[tuple[str, Probe]]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[tuple[str, Probe]]:
         seen = ((piece.job.name, _probe(piece, values, beside, opened, refined, place)) for piece, values in loaded)
         return [(name, probe) for name, probe in seen if probe is not None]
 
@@ -140,7 +140,7 @@ def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Merged]) -> W
 
 
 def _probe(
-    piece: Piece[Merged], values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Merged], place: Place
+    piece: Piece[Merge], values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Merge], place: Place
 ) -> Probe | None:
     job, labels = piece.job, opened.plan.experts
     T = len(labels)

@@ -18,7 +18,7 @@ from acemerge.inspection.advice import Advice, of_directions, of_energies, of_or
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.planning.jobs import Merged
+from acemerge.planning.jobs import Merge
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.planning.relatedness import relations
 from acemerge.shapes import Float, Tensor
@@ -31,7 +31,7 @@ FULL = make("breadcrumbs", {})
 class View:
     """One tensor's task vectors. `squared_norms` (T,) are there for the weights of linear layers alone."""
 
-    job: Merged
+    job: Merge
     sums: Sums
     squared_norms: Float[Tensor, " T"] | None
 
@@ -148,14 +148,14 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
     return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
 
 
-def _looking(setting: Setting) -> Work[Merged, list[View]]:
-    def work(loaded: Loaded[Merged], place: Place) -> list[View]:
+def _looking(setting: Setting) -> Work[Merge, list[View]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[View]:
         return [_view(piece, values, setting, place) for piece, values in loaded]
 
     return work
 
 
-def _view(piece: Piece[Merged], values: Values, setting: Setting, place: Place) -> View:
+def _view(piece: Piece[Merge], values: Values, setting: Setting, place: Place) -> View:
     """An expert that is left out here counts as one without an update."""
     job, T = piece.job, len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:

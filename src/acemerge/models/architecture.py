@@ -85,7 +85,7 @@ def _isolated() -> Iterator[None]:
         hub.HF_HUB_OFFLINE = offline
 
 
-def parts_of(model: nn.Module) -> dict[str, str]:
+def submodels_of(model: nn.Module) -> dict[str, str]:
     """The outermost models within a model by the type that their own configurations name: the beginning of their
     parameters' names. None of a type that is there twice.
     """

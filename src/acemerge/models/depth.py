@@ -18,7 +18,7 @@ _PER_LAYER = re.compile(r"layer|pattern|block")
 _NUMBERS = re.compile(r"(layers|layer_ids|layer_idx|layer_indices)$")
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
+def split_layer(name: str) -> tuple[str, int] | None:
     """What is before the layer's number in a tensor's name, and the number: the first part of the name that is one.
     None for what belongs to no layer.
     """
@@ -27,7 +27,7 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def layer_number(name: str) -> int | None:
-    found = layer_of(name)
+    found = split_layer(name)
     return None if found is None else found[1]
 
 
@@ -35,7 +35,7 @@ def places_in_layers(names: Collection[str]) -> dict[str, str]:
     """Each tensor's place within its layer: its name without the number, and without what is before that where all
     share it. What belongs to no layer keeps its name.
     """
-    found = {name: layer_of(name) for name in names}
+    found = {name: split_layer(name) for name in names}
     before = {layer[0] for layer in found.values() if layer}
     places = {}
     for name, layer in found.items():
@@ -49,8 +49,8 @@ def places_in_layers(names: Collection[str]) -> dict[str, str]:
 
 
 def tower_layer(name: str) -> tuple[str, int] | None:
-    """`layer_of` what belongs to a tower of layers; None for other parts that are numbered, as a head's."""
-    found = layer_of(name)
+    """`split_layer` what belongs to a tower of layers; None for other parts that are numbered, as a head's."""
+    found = split_layer(name)
     return found if found and _TOWER.search(found[0]) else None
 
 

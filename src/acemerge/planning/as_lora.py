@@ -18,7 +18,7 @@ from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
-from acemerge.planning.jobs import OUTPUT_DTYPES, Merged, Plan
+from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
@@ -52,7 +52,7 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
     return replace(plan, jobs=tuple(jobs))
 
 
-def _module(job: Merged, roles: Roles) -> str:
+def _module(job: Merge, roles: Roles) -> str:
     """The module's name in the model where an adapter can change this tensor, else empty."""
     parameter = roles.identity[job.name]
     # A tied head goes by its embedding's name, which the checkpoint need not have.
@@ -62,13 +62,13 @@ def _module(job: Merged, roles: Roles) -> str:
     return parameter.removesuffix(".weight") if linear and reachable else ""
 
 
-def _specs(job: Merged, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
+def _specs(job: Merge, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
     rows, columns = job.spec.shape[:: -1 if job.role.transposed else 1]
     A = TensorSpec(f"{PREFIX}{module}.lora_A.weight", dtype, (rank, columns))
     return A, TensorSpec(f"{PREFIX}{module}.lora_B.weight", dtype, (rows, rank))
 
 
-def truncated(job: Merged, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
     rank, its singular values shared by both; filled up with zeros. And `energy`, that of the update, with the share of
     it that the adapter lacks.

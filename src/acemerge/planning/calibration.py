@@ -10,7 +10,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.methods import Calibration
-from acemerge.planning.jobs import Plan, Ruled
+from acemerge.planning.jobs import ByRule, Plan
 from acemerge.tasks.networks import quiet_transformers
 from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
@@ -60,13 +60,13 @@ def _with_examples(task: AnyTask) -> Task:
     return task
 
 
-def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[Ruled]:
+def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[ByRule]:
     """The jobs whose rule wants measurements, of one kind or of any."""
     kinds = [(job, job.method.needs.calibration) for job in plan.ruled]
     return [job for job, kind in kinds if kind is not None and wanted in (None, kind)]
 
 
-def _check(plan: Plan, wanting: Sequence[Ruled]) -> None:
+def _check(plan: Plan, wanting: Sequence[ByRule]) -> None:
     recipe = plan.recipe
     for given, what in ((recipe.slices, "slices of layers"), (recipe.vocabulary != "refuse", "vocabulary")):
         if given:
@@ -81,7 +81,7 @@ def _check(plan: Plan, wanting: Sequence[Ruled]) -> None:
         raise UsageError("calibration", what, "use orientation input, and policy default")
 
 
-def _is_entrywise(job: Ruled) -> bool:
+def _is_entrywise(job: ByRule) -> bool:
     return job.method.needs.calibration == "gradients"
 
 

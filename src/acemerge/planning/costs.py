@@ -9,7 +9,7 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.methods.spectral import SPECTRAL_WORK
-from acemerge.planning.jobs import ByToken, Job, Kept, Merged, Plan, Ruled
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
@@ -35,9 +35,9 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
-    if isinstance(job, Kept):
+    if isinstance(job, Keep):
         beside = job.widens * 4 * piece.count
-    elif isinstance(job, Merged) and job.keeps_low_rank:
+    elif isinstance(job, Merge) and job.keeps_low_rank:
         # W_0 in the compute type takes the merged update, unless that stays factors.
         whole = piece.count * job.compute_dtype.itemsize if job.factors is None else 0
         beside = whole + _low_rank_entries(job, experts) * torch.float64.itemsize
@@ -46,15 +46,15 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     return Cost(waiting, waiting + beside + written, written)
 
 
-def _beside_task_vectors(job: Ruled, piece: Piece[Job], experts: int) -> int:
+def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
     """Bytes at the peak, beside all inputs, where task vectors are formed."""
     waiting, count, width = piece.bytes_in, piece.count, job.compute_dtype.itemsize
     base = waiting // len(job.of_its_shape)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)
-    if isinstance(job, ByToken) and job.vocabulary.lending is not None:  # all are read before the first is made
+    if isinstance(job, MergeByToken) and job.vocabulary.lending is not None:  # all are read before the first is made
         differencing = waiting + deltas + 2 * count * width
-    if isinstance(job, Merged) and any(job.updates):  # factors are read and widened beside them, DoRA works on a copy
+    if isinstance(job, Merge) and any(job.updates):  # factors are read and widened beside them, DoRA works on a copy
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
@@ -62,20 +62,20 @@ def _beside_task_vectors(job: Ruled, piece: Piece[Job], experts: int) -> int:
     return max(differencing, base + deltas + _work_entries(job, piece, experts) * width) + widened - waiting
 
 
-def _work_entries(job: Ruled, piece: Piece[Job], experts: int) -> int:
+def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
     """What a rule works in beside full task vectors."""
     count = piece.count
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
     work += experts * _measured(job, rows, columns, count)
-    if isinstance(job, Merged) and job.fused:
+    if isinstance(job, Merge) and job.fused:
         work += (experts + 1) * count  # the projections' own task vectors, and what is made of them
-    if isinstance(job, Merged) and job.factors:  # the merged update beside what its singular vectors take
+    if isinstance(job, Merge) and job.factors:  # the merged update beside what its singular vectors take
         work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
     return work
 
 
-def _measured(job: Ruled, rows: int, columns: int, count: int) -> int:
+def _measured(job: ByRule, rows: int, columns: int, count: int) -> int:
     """Entries of what was measured of one expert."""
     if job.method.needs.calibration is None:
         return 0
@@ -87,19 +87,19 @@ def _measured(job: Ruled, rows: int, columns: int, count: int) -> int:
 def bytes_written(piece: Piece[Job]) -> int:
     """What the output stores of a piece."""
     job = piece.job
-    if isinstance(job, Merged) and job.factors is not None:
+    if isinstance(job, Merge) and job.factors is not None:
         return sum(spec.nbytes for spec in job.factors)
     return piece.count * job.spec.dtype.itemsize
 
 
-def _cores(job: Merged) -> tuple[int, int]:
+def _cores(job: Merge) -> tuple[int, int]:
     """The largest size that the cores of a job's updates may have."""
     _, rows, columns = job.matrices
     one_sided = job.method.needs.factors == "left frame"
     return min(rows, job.rank + 1), columns if one_sided else min(columns, job.rank)
 
 
-def _low_rank_entries(job: Merged, experts: int) -> int:
+def _low_rank_entries(job: Merge, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
     _, rows, columns = job.matrices
     (p, q), work = _cores(job), job.method.needs.work
@@ -108,7 +108,7 @@ def _low_rank_entries(job: Merged, experts: int) -> int:
     return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
-def _low_rank_operations(job: Merged, experts: int) -> int:
+def _low_rank_operations(job: Merge, experts: int) -> int:
     """Bases of both sides by a QR and a product back, the rule on the cores, and the merged update itself."""
     _, rows, columns = job.matrices
     bases = 6 * (rows + columns) * job.rank**2
@@ -123,9 +123,9 @@ def operations(plan: Plan) -> int:
 def piece_operations(piece: Piece[Job], experts: int) -> int:
     """Floating-point operations of a rule on a piece."""
     job = piece.job
-    if isinstance(job, Kept):
+    if isinstance(job, Keep):
         return 0
-    if isinstance(job, Merged) and job.keeps_low_rank:
+    if isinstance(job, Merge) and job.keeps_low_rank:
         return _low_rank_operations(job, experts)
     slices, rows, columns = job.matrices
     whole = slices * job.method.operations(experts, rows, columns)

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from acemerge.planning.costs import piece_operations
-from acemerge.planning.jobs import Job, Kept, Merged, Plan
+from acemerge.planning.jobs import Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
 # So many times as long as products of the same number of operations take what a rule does beside products,
@@ -80,9 +80,9 @@ def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
     """
     job = piece.job
     hashing = piece.bytes_in / (rates.hashing * rates.threads)
-    if isinstance(job, Kept):
+    if isinstance(job, Keep):
         return hashing
-    low_rank = isinstance(job, Merged) and job.keeps_low_rank
+    low_rank = isinstance(job, Merge) and job.keeps_low_rank
     operations = piece_operations(piece, experts)
     per_second = rates.products / _FACTORING if job.method.needs.matrix or low_rank else rates.entries
     passes = 1 + (0 if low_rank else experts)

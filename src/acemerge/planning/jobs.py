@@ -21,7 +21,7 @@ from acemerge.recipes.recipe import Recipe
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class Source(Protocol):
+class ModelHeader(Protocol):
     """A model as a plan sees it: names, shapes and types. What an adapter does not name is the base's own."""
 
     @property
@@ -36,7 +36,7 @@ class Source(Protocol):
     def absent(self) -> frozenset[str]: ...
 
 
-def is_whole(source: Source) -> bool:
+def is_whole(source: ModelHeader) -> bool:
     """Whether a model has all of its tensors, and not only updates of the base's."""
     return source.adapter is None or source.adapter.on_a_model
 
@@ -80,7 +80,7 @@ class _Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ruled(_Tensor):
+class _ByRule(_Tensor):
     """A tensor that a rule makes.
 
     `weights` are the experts' in the rule, `absent` the numbers of those that have no say. `transposed`: the rule gets
@@ -116,7 +116,7 @@ class _Ruled(_Tensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept(_Tensor):
+class Keep(_Tensor):
     """The base's own tensor. Experts that are named, as for an integer buffer, must have the same."""
 
     rule: ClassVar[str] = "base"
@@ -133,7 +133,7 @@ class Kept(_Tensor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merged(_Ruled):
+class Merge(_ByRule):
     """A tensor of the same shape in all models, merged by a rule.
 
     `updates[i]` is what an adapter adds to the i-th expert's own. `entrywise`: every entry of the result depends on the
@@ -188,7 +188,7 @@ class Merged(_Ruled):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByToken(_Ruled):
+class MergeByToken(_ByRule):
     """A tensor with a row per token, merged where the models' vocabularies differ.
 
     `vocabulary` says which rows of the experts are which of the output.
@@ -207,8 +207,8 @@ class ByToken(_Ruled):
 
 
 # One tensor of the output.
-Ruled = Merged | ByToken
-Job = Kept | Ruled
+ByRule = Merge | MergeByToken
+Job = Keep | ByRule
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
@@ -240,18 +240,18 @@ class Plan:
         return self.recipe.as_lora is not None
 
     @property
-    def ruled(self) -> tuple[Ruled, ...]:
+    def ruled(self) -> tuple[ByRule, ...]:
         """The tensors that rules make."""
-        return tuple(job for job in self.jobs if not isinstance(job, Kept))
+        return tuple(job for job in self.jobs if not isinstance(job, Keep))
 
     @property
-    def merged(self) -> tuple[Merged, ...]:
+    def merged(self) -> tuple[Merge, ...]:
         """Those that have the same rows in all models."""
-        return tuple(job for job in self.ruled if isinstance(job, Merged))
+        return tuple(job for job in self.ruled if isinstance(job, Merge))
 
     @property
-    def by_token(self) -> tuple[ByToken, ...]:
-        return tuple(job for job in self.ruled if isinstance(job, ByToken))
+    def by_token(self) -> tuple[MergeByToken, ...]:
+        return tuple(job for job in self.ruled if isinstance(job, MergeByToken))
 
     @property
     def vocabulary(self) -> Vocabulary | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
-from acemerge.planning.jobs import AnyJob, ByToken, Job, Merged
+from acemerge.planning.jobs import AnyJob, Job, Merge, MergeByToken
 
 # Entries of all models together in one piece: few enough to be one thread's work while others do theirs.
 _PIECE = 1 << 23
@@ -66,7 +66,7 @@ class Piece(Generic[_AnyJob_co]):
 def pieces(job: AnyJob, split: bool) -> Iterator[Piece[AnyJob]]:
     """The job in ranges of rows if it is to be split and larger than one range, else in one piece."""
     # Factors are no rows of the tensor, and a token's row is another one in each model.
-    whole = isinstance(job, ByToken) or (isinstance(job, Merged) and any(job.updates))
+    whole = isinstance(job, MergeByToken) or (isinstance(job, Merge) and any(job.updates))
     rows = job.spec.shape[0] if split and job.spec.shape and not whole else 0
     step = max(1, _PIECE // (_models(job) * max(1, job.spec.count // max(1, rows))))
     if rows <= step:
@@ -78,5 +78,5 @@ def pieces(job: AnyJob, split: bool) -> Iterator[Piece[AnyJob]]:
 
 def _models(job: Job) -> int:
     """The base and the experts, and further copies: so many tensors of its shape are worked with."""
-    low_rank = isinstance(job, Merged) and job.keeps_low_rank
+    low_rank = isinstance(job, Merge) and job.keeps_low_rank
     return 1 + (0 if low_rank else len(job.sources)) + len(job.copies)

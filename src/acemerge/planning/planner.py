@@ -16,7 +16,7 @@ from acemerge.models.projections import fused_projections
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
-from acemerge.planning.jobs import OUTPUT_DTYPES, Head, Job, Kept, Merged, Plan, Ruled, Source, is_whole
+from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
 from acemerge.planning.policy import Decision, Policy
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipes.recipe import Recipe
@@ -30,8 +30,8 @@ _ROUNDED = (
 
 def make_plan(
     recipe: Recipe,
-    base: Source,
-    experts: Sequence[Source],
+    base: ModelHeader,
+    experts: Sequence[ModelHeader],
     labels: Sequence[str],
     roles: Roles,
     tokens: Sequence[Tokens | None] = (),
@@ -63,7 +63,7 @@ def make_plan(
 
 class _Planner:
     def __init__(
-        self, recipe: Recipe, base: Source, experts: Sequence[Source], labels: Sequence[str], roles: Roles
+        self, recipe: Recipe, base: ModelHeader, experts: Sequence[ModelHeader], labels: Sequence[str], roles: Roles
     ) -> None:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
@@ -94,7 +94,7 @@ class _Planner:
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""
         specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.of_its_shape]
-        if isinstance(job, Merged):
+        if isinstance(job, Merge):
             specs += [factor for update in job.updates if update for factor in update.factors]
         wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
         dtype = torch.float64 if wide else torch.float32
@@ -115,7 +115,7 @@ class _Planner:
                     raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
             return by_token(out, role, decision, self.vocabulary, identity, self._weights(decision), self._absent(name))
         if decision.method is None:
-            return Kept(out, role, decision.reason)
+            return Keep(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
@@ -129,7 +129,7 @@ class _Planner:
         if not any(sources) and not any(updates):
             return self._base_only(out, role, lacking)
         if lacking and self._is_no_parameter(role):
-            return Kept(out, role, _NO_PARAMETER)
+            return Keep(out, role, _NO_PARAMETER)
         if lacking:
             raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", keep_base(name))
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
@@ -150,11 +150,11 @@ class _Planner:
 
     def _merge_job(
         self, out: TensorSpec, role: Role, decision: Decision, method: Method, sources: tuple[str, ...]
-    ) -> Merged:
+    ) -> Merge:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
-        job = Merged(
+        job = Merge(
             out,
             role,
             decision.reason,
@@ -171,7 +171,7 @@ class _Planner:
     def _weights(self, decision: Decision) -> tuple[float, ...]:
         return decision.weights or tuple(expert.weight for expert in self.recipe.experts)
 
-    def _by_projection(self, job: Merged) -> Merged:
+    def _by_projection(self, job: Merge) -> Merge:
         """The job with its fused projections apart, where the recipe asks for it and the rule sees a matrix."""
         if not self.recipe.split_qkv or not job.method.needs.matrix or len(job.spec.shape) != 2:
             return job
@@ -196,31 +196,31 @@ class _Planner:
         """The architecture is known and does not have it, as a mask that an older version saved."""
         return role.origin == "name" and self.roles.from_architecture
 
-    def _integer_job(self, out: TensorSpec, role: Role) -> Kept:
+    def _integer_job(self, out: TensorSpec, role: Role) -> Keep:
         sources = tuple(out.name if out.name in expert.tensors else "" for expert in self.experts)
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
                 raise CheckpointError(f"expert {label}", what, keep_base(out.name))
-        return Kept(out, role, "an integer buffer: must agree, copied", sources)
+        return Keep(out, role, "an integer buffer: must agree, copied", sources)
 
-    def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Kept:
+    def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Keep:
         """No expert has it: the base's own head, unless it belongs to the backbone. Adapters and parts may lack it."""
         if not lacking:
             what = "no expert has this part" if self._absent(out.name) else "no adapter changes it"
-            return Kept(out, role, f"{what}: the base's own")
+            return Keep(out, role, f"{what}: the base's own")
         if self._is_no_parameter(role):
-            return Kept(out, role, _NO_PARAMETER)
+            return Keep(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
             raise CheckpointError(f"expert {lacking[0]}", what, keep_base(out.name))
-        return Kept(out, role, "no expert has it: the base's own")
+        return Keep(out, role, "no expert has it: the base's own")
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
         return _group(self.roles.identity[name]) == self.backbone
 
-    def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Kept:
+    def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Keep:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
         found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
         if role.name in ("embedding", "output_head"):
@@ -229,7 +229,7 @@ class _Planner:
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {label}", found, "merge models of one size")
         self._keep_apart(out)
-        return Kept(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
+        return Keep(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
 
     def _refuse_integers(self, name: str, sources: tuple[str, ...]) -> None:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
@@ -253,7 +253,7 @@ class _Planner:
         return heads
 
 
-def _distinct(jobs: Iterable[Ruled]) -> list[Ruled]:
+def _distinct(jobs: Iterable[ByRule]) -> list[ByRule]:
     """One job of each rule with each weights."""
     return list({(id(job.method), job.own_weights): job for job in jobs}.values())
 
@@ -263,7 +263,7 @@ def keep_base(name: str) -> str:
     return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
 
 
-def _own_tensors(source: Source) -> list[str]:
+def _own_tensors(source: ModelHeader) -> list[str]:
     """What a model has whole, and not only an update of."""
     updates = source.adapter.updates if source.adapter else {}
     return [name for name in source.tensors if name not in updates or updates[name].replaces_base]

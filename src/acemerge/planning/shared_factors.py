@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.linalg.lowrank import share_row_space
 from acemerge.planning.finite import is_finite
-from acemerge.planning.jobs import Merged, Plan
+from acemerge.planning.jobs import Merge, Plan
 from acemerge.shapes import Tensor
 
 
@@ -27,17 +27,17 @@ def shared_input_factors(plan: Plan, experts: Sequence[Checkpoint]) -> list[str]
     return [f"the adapters share A in {where} that {rules} merges: {what}, and the output side is used"]
 
 
-def _changing(job: Merged) -> list[int]:
+def _changing(job: Merge) -> list[int]:
     """The experts that count: one of weight zero hides nothing."""
     return [i for i, update in enumerate(job.updates) if update and job.weights[i]]
 
 
-def _is_shared(job: Merged, found: Sequence[int], experts: Sequence[Checkpoint]) -> bool:
+def _is_shared(job: Merge, found: Sequence[int], experts: Sequence[Checkpoint]) -> bool:
     sides = [_input_side(job, i, experts[i]) for i in found]
     return all(map(is_finite, sides)) and share_row_space(tuple(sides))
 
 
-def _input_side(job: Merged, i: int, expert: Checkpoint) -> Tensor:
+def _input_side(job: Merge, i: int, expert: Checkpoint) -> Tensor:
     """The factor (r, in) on the side that the rule takes for the inputs."""
     update = job.updates[i]
     assert update is not None

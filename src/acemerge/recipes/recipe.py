@@ -17,7 +17,7 @@ from acemerge.methods import Method
 from acemerge.models.depth import Stack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import KeyPath, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
@@ -222,7 +222,7 @@ def parse_size(text: str) -> int:
 
 
 def _explain(failure: ValidationError, where: object) -> UsageError:
-    def owner(place: Place) -> type[BaseModel]:
+    def owner(place: KeyPath) -> type[BaseModel]:
         models: dict[str, type[BaseModel]] = {"experts": ExpertSpec, "rules": TensorRule, "slices": SliceSpec}
         return models.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
 

@@ -9,7 +9,7 @@ from typing import Any
 from acemerge.errors import UsageError, nearest
 from acemerge.models.depth import Stack
 from acemerge.recipes.mergekit.rules import Kind
-from acemerge.recipes.mergekit.values import Setting
+from acemerge.recipes.mergekit.values import ParameterValue
 
 NOT_YET = "is not supported yet"
 
@@ -19,7 +19,7 @@ class Model:
     """A model that takes part, its parameters, and its layers [first, end) where it is of a slice."""
 
     path: str
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     where: str = ""
     layers: tuple[int, int] | None = None
 
@@ -34,7 +34,7 @@ class Group:
     base: Model
     experts: tuple[Model, ...]
     has_base: bool
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Gr
     lengths = {layers[1] - layers[0] for model in models if (layers := model.layers)}
     if len(lengths) > 1:
         raise UsageError(where, f"its sources have {sorted(lengths)} layers", "give ranges of one length")
-    parameters = read_settings(entry.get("parameters"), [*kind.per_model, *kind.shared], f"{where}.parameters")
+    parameters = read_parameters(entry.get("parameters"), [*kind.per_model, *kind.shared], f"{where}.parameters")
     given = entry.get("base_model", content.get("base_model"))
     if kind.base == "ignored" or (given is None and kind.base == "optional"):
         first = next((model for model in models if model.path == given), models[0])
@@ -176,7 +176,7 @@ def _models(entries: Any, key: str, kind: Kind, where: object) -> list[Model]:
             raise UsageError(place, "not a table of keys", "write `- model: PATH`")
         check_keys(entry, known, place)
         layers = _layer_range(entry.get("layer_range"), place) if key == "sources" else None
-        settings = read_settings(entry.get("parameters"), list(kind.per_model), place)
+        settings = read_parameters(entry.get("parameters"), list(kind.per_model), place)
         models.append(Model(_path(entry.get("model"), place), settings, place, layers))
     return models
 
@@ -196,7 +196,7 @@ def _path(model: Any, where: str) -> str:
     return model
 
 
-def parts_of(model: str) -> tuple[str, str | None]:
+def path_and_adapter(model: str) -> tuple[str, str | None]:
     """The model's own path, and that of the adapter which is applied to it."""
     path, _, adapter = model.partition("+")
     return path, adapter or None
@@ -204,7 +204,7 @@ def parts_of(model: str) -> tuple[str, str | None]:
 
 def _check_base(base: Model, has_base: bool, kind: Kind, where: object) -> None:
     """UsageError for a base with an adapter where it must be what the others start from."""
-    if has_base and not kind.counts_base and parts_of(base.path)[1]:
+    if has_base and not kind.counts_base and path_and_adapter(base.path)[1]:
         what = f"an adapter on the base, as in {base.path!r}, {NOT_YET}"
         raise UsageError(where, what, "merge it into its model first")
 
@@ -218,11 +218,11 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, la
             raise UsageError(where, f"unknown key {key!r}", nearest(str(key), [*known, *later]))
 
 
-def read_settings(table: Any, known: Sequence[str], where: str) -> dict[str, Setting]:
+def read_parameters(table: Any, known: Sequence[str], where: str) -> dict[str, ParameterValue]:
     """A table of parameters, none where there is none."""
     if table is None:
         return {}
     if not isinstance(table, dict):
         raise UsageError(where, "not a table of keys", "write for example `parameters: {weight: 0.5}`")
     check_keys(table, known, where)
-    return {key: Setting.read(value, f"{where}.{key}") for key, value in table.items() if value is not None}
+    return {key: ParameterValue.read(value, f"{where}.{key}") for key, value in table.items() if value is not None}

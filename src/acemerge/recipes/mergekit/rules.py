@@ -13,7 +13,7 @@ _MANY = 10_000
 
 
 @dataclass(frozen=True)
-class Values:
+class TensorParameters:
     """The parameters of one tensor: those of the method, and those of each model."""
 
     shared: Mapping[str, Any]
@@ -46,13 +46,13 @@ class Kind:
     per_model: Mapping[str, Any]
     shared: Mapping[str, Any]
     base: Literal["required", "optional", "ignored"]
-    make: Callable[[Values], tuple[Mapping[str, Any], Sequence[float] | None]]
+    make: Callable[[TensorParameters], tuple[Mapping[str, Any], Sequence[float] | None]]
     experts: tuple[int, int] = (1, _MANY)
     counts_base: bool = False
     rounds: bool = False
 
 
-def _linear(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _linear(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     weights = values.each["weight"]
     if not values.flag("normalize"):
         return {"name": "mergekit_linear"}, weights
@@ -61,16 +61,16 @@ def _linear(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "average"}, weights
 
 
-def _passthrough(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _passthrough(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "mergekit_linear"}, values.each["scale"]
 
 
-def _slerp(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _slerp(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     t = values.shared["t"]
     return {"name": "mergekit_slerp"}, (1 - t, t)
 
 
-def _nuslerp(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _nuslerp(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     # mergekit's names for the two are the other way round.
     by = "columns" if values.flag("nuslerp_row_wise") else "rows"
     along = "tensor" if values.flag("nuslerp_flatten") else by
@@ -78,28 +78,28 @@ def _nuslerp(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]
     return {"name": "mergekit_slerp", "of": of, "along": along, "straight": 1.0}, values.each["weight"]
 
 
-def _model_stock(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _model_stock(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     if values.flag("filter_wise"):
         raise UsageError(values.where, "`filter_wise: true` is not supported yet", "take it out")
     return {"name": "model_stock", "still": "count"}, None
 
 
-def _karcher(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _karcher(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "karcher", "steps": values.shared["max_iter"], "tol": values.shared["tol"]}, None
 
 
-def _sce(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _sce(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "mergekit_sce", "select": values.shared["select_topk"]}, None
 
 
-def _fusion(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+def _fusion(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
     return {"name": "arcee_fusion"}, None
 
 
 def _sum(trim: str, vote: bool = False, normalize: bool = False, rescale: bool = False, extra: str = "") -> Kind:
     """A member of the family of task arithmetic, with its defaults; `extra` is the parameter that its trimming has."""
 
-    def make(values: Values) -> tuple[Mapping[str, Any], Sequence[float] | None]:
+    def make(values: TensorParameters) -> tuple[Mapping[str, Any], Sequence[float] | None]:
         own = ("density", *([extra] if extra else [])) if trim != "none" else ()
         method = {"name": "mergekit_sum", "trim": trim, "vote": vote, "normalize": values.flag("normalize")}
         method |= {key: values.one_or_each(key) for key in own}
