@@ -20,6 +20,7 @@ from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
 from acemerge.methods import Calibration
+from acemerge.models.quiet import quiet_transformers
 from acemerge.output.identity import digest
 from acemerge.planning.calibration import Assigned, calibrated_jobs
 from acemerge.planning.jobs import Job, Merge
@@ -74,9 +75,14 @@ def _labelled(opened: Opened) -> bool:
 
 def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     """The setting with everything measured that the plan's rules want."""
-    opened = calibrating.opened
-    if not opened.calibration:
+    if not calibrating.opened.calibration:
         return setting
+    with quiet_transformers():
+        return _calibrated(setting, calibrating)
+
+
+def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
+    opened = calibrating.opened
     files.make_folder(calibrating.folder)
     store = Store(calibrating.folder)
     setting = replace(setting, measured=store)

@@ -10,8 +10,8 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.methods import Calibration
+from acemerge.models.quiet import need_transformers
 from acemerge.planning.jobs import ByRule, Plan
-from acemerge.tasks.networks import quiet_transformers
 from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
 
@@ -38,7 +38,7 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
         return (), ["calibration: no rule of this merge asks for it"]
     tasks = [_with_examples(task) for task in load_tasks(Path(recipe.calibration), labelled=False).tasks]
     _check(plan, wanting)
-    quiet_transformers()
+    need_transformers()
     named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
     owners = [_owner(task, named) for task in tasks]
     for i, (label, model) in enumerate(named):
