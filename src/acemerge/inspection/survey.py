@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -47,9 +48,20 @@ class View:
             return None
         return numbers(stable_ranks(self.sums.energies, self.squared_norms))
 
+    def leader(self, labels: Sequence[str]) -> str | None:
+        """The expert with the largest update."""
+        n = self.sums.energies
+        return labels[int(n.argmax())] if n.any() else None
+
+    def lowest_cosine(self, labels: Sequence[str]) -> tuple[str, str]:
+        """Between two experts, and their names, as text."""
+        cosines = self.sums.cosines
+        pairs = [(float(cosines[s, t]), s, t) for s, t in combinations(range(len(labels)), 2)]
+        lowest = min((pair for pair in pairs if math.isfinite(pair[0])), default=None)
+        return ("-", "-") if lowest is None else (f"{lowest[0]:.2f}", f"{labels[lowest[1]]}, {labels[lowest[2]]}")
+
     def table(self, labels: Sequence[str]) -> dict[str, Any]:
         """As `--json` has it."""
-        changed = bool(self.sums.energies.any())
         return {
             "name": self.job.name,
             "shape": list(self.job.spec.shape),
@@ -61,7 +73,7 @@ class View:
             "cosines": [numbers(row) for row in self.sums.cosines],
             "cancelled": self.sums.cancelled,
             "gamma": self.gamma,
-            "dominating": labels[int(self.sums.energies.argmax())] if changed else None,
+            "dominating": self.leader(labels),
         }
 
 
