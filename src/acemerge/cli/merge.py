@@ -19,13 +19,13 @@ from acemerge.cli.text import adapter, say, size, table
 from acemerge.engine.opening import Opened
 from acemerge.inspection.advice import largest_update, of_energies, of_statuses
 from acemerge.methods import Method
+from acemerge.models.roles import LAYERS
 from acemerge.output.folder import REPORT
 from acemerge.output.records import figure
 from acemerge.output.shares import total_energies
 from acemerge.planning.costs import RESIDENT, peak_memory
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import Job, Plan
-from acemerge.report.facts import LAYERS
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:

@@ -14,6 +14,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.models.architecture import meta_model, submodels_of
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
+LAYERS: tuple[RoleName, ...] = ("linear", "conv1d", "experts")  # weights of linear layers, and stacks of such
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
 
 def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
     """The architecture's role where it can hold for a tensor stored in another shape than the parameter's."""
-    if role is None or role.name not in ("linear", "conv1d", "experts"):
+    if role is None or role.name not in LAYERS:
         return role
     if len(stored) == 2:  # with fused experts in memory: one expert's matrix, apart on disk
         return Role("linear") if role.name == "experts" else role

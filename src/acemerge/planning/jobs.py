@@ -14,7 +14,7 @@ from acemerge.checkpoints.adapter import Adapter, Update
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method, keeps_low_rank
 from acemerge.models.projections import Fused
-from acemerge.models.roles import Role
+from acemerge.models.roles import LAYERS, Role
 from acemerge.models.vocabulary import Vocabulary
 from acemerge.recipes.recipe import Recipe
 
@@ -159,7 +159,7 @@ class Merge(_ByRule):
     @property
     def is_matrix(self) -> bool:
         """Whether it is the weight of a linear layer, or a stack of such."""
-        return self.role.name in ("linear", "conv1d", "experts") and len(self.spec.shape) > 1 and self.spec.count > 0
+        return self.role.name in LAYERS and len(self.spec.shape) > 1 and self.spec.count > 0
 
     @cached_property
     def factored(self) -> bool:

@@ -13,7 +13,7 @@ from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import Method, check_experts
 from acemerge.models.projections import fused_projections
-from acemerge.models.roles import Role, Roles
+from acemerge.models.roles import LAYERS, Role, Roles
 from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
@@ -77,7 +77,9 @@ class _Planner:
         self.backbone = counts.most_common(1)[0][0] if counts else ""
 
     def check_related(self) -> None:
-        matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
+        matrices = {
+            self.roles.identity[n] for n in self.base.tensors if self.roles.by_name[n].name in LAYERS
+        } or self.base_names.keys()
         for label, expert, names in zip(self.labels, self.experts, self.expert_names, strict=True):
             ours, theirs = (source.config.get("model_type") for source in (self.base, expert))
             if ours and theirs and ours != theirs and not expert.absent:
@@ -87,9 +89,6 @@ class _Planner:
             if is_whole(expert) and not matrices & names.keys() and not is_no_part:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
-
-    def _is_matrix(self, name: str) -> bool:
-        return self.roles.by_name[name].name in ("linear", "conv1d", "experts")
 
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""
