@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,17 +12,16 @@ from acemerge.calibration.hooks import ParameterSlice, TappedLayer, parameter_sl
 from acemerge.calibration.moments import InputSums, Moment, OnExamples, SeenEnough, moments_at, run_through
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
+from acemerge.models.depth import split_layer
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model
 from acemerge.tasks.task_file import Task
 
-_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-
 
 def block_of(name: str) -> str:
     """The block of a tensor: `encoder.layer.3` of its name, else the layer itself."""
-    numbered = _BLOCK.match(name)
-    return numbered.group() if numbered else name.rpartition(".")[0]
+    layer = split_layer(name)
+    return name.rpartition(".")[0] if layer is None else f"{layer[0]}{layer[1]}"
 
 
 def block_order(model: Model, tasks: Sequence[Task], tensors: Mapping[str, TensorSpec]) -> list[str]:

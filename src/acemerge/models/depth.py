@@ -63,7 +63,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """A model whose layers are slices of others', one behind the other: `lengths` says how many layers each has.
 
     What comes before the layers, as an embedding, is the first slice's, and what comes behind them the last one's.
@@ -113,10 +113,10 @@ def depth_of(names: Iterable[str], where: object) -> int:
     return 1 + max(number for _, number in found)
 
 
-Origin = tuple[Mapping[str, Any], int]  # of a layer: the configuration of its model, and its number there
+LayerOrigin = tuple[Mapping[str, Any], int]  # of a layer: the configuration of its model, and its number there
 
 
-def stacked_config(config: Mapping[str, Any], origins: Sequence[Origin]) -> dict[str, Any]:
+def stacked_config(config: Mapping[str, Any], origins: Sequence[LayerOrigin]) -> dict[str, Any]:
     """A configuration for the layers of `origins`.
 
     The count of layers follows, and so do lists with an entry per layer and lists of layers by their numbers.
@@ -133,7 +133,7 @@ def stacked_config(config: Mapping[str, Any], origins: Sequence[Origin]) -> dict
     return made
 
 
-def _stacked_list(key: str, value: list[Any], origins: Sequence[Origin]) -> list[Any]:
+def _stacked_list(key: str, value: list[Any], origins: Sequence[LayerOrigin]) -> list[Any]:
     lists = [(own[key], i, _depth(own)) for own, i in origins if isinstance(own.get(key), list)]
     if len(lists) < len(origins):
         return value

@@ -14,8 +14,15 @@ from typing import Any
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError, nearest
 from acemerge.models.depth import Layers
-from acemerge.recipes.mergekit.models import NOT_YET, Merged, check_keys, path_and_adapter, read_models, read_parameters
-from acemerge.recipes.mergekit.rules import RULES, Kind, TensorParameters
+from acemerge.recipes.mergekit.models import (
+    NOT_YET,
+    MergekitMerge,
+    check_keys,
+    path_and_adapter,
+    read_models,
+    read_parameters,
+)
+from acemerge.recipes.mergekit.rules import RULES, MergekitMethod, MethodAndWeights, TensorParameters
 from acemerge.recipes.mergekit.tokenizer import TOKENIZER_KEYS, read_tokenizer
 from acemerge.recipes.mergekit.values import LayerPosition, ParameterValue, varies
 
@@ -64,7 +71,7 @@ def _expert(path: str, locate: Callable[[str], str]) -> dict[str, Any]:
     return {"model": locate(model)} | ({} if adapter is None else {"adapter": locate(adapter)})
 
 
-def _kind(name: Any, where: object) -> Kind:
+def _kind(name: Any, where: object) -> MergekitMethod:
     if name not in RULES:
         raise UsageError(where, f"merge_method {name!r} {NOT_YET}", nearest(str(name), list(RULES)))
     return RULES[name]
@@ -81,9 +88,9 @@ def _dtype(content: Mapping[str, Any], key: str, where: object) -> str | None:
 class _Resolver:
     """What each tensor gets."""
 
-    kind: Kind
+    kind: MergekitMethod
     common: Mapping[str, ParameterValue]
-    merged: Merged
+    merged: MergekitMerge
     dtype: str | None
     where: str
 
@@ -122,18 +129,18 @@ class _Resolver:
     def _stored(self, spec: TensorSpec) -> str:
         return self.dtype or str(spec.dtype).removeprefix("torch.")
 
-    def _shared(self, made: Mapping[str, Made]) -> list[dict[str, Any]]:
+    def _shared(self, made: Mapping[str, MethodAndWeights]) -> list[dict[str, Any]]:
         counts = Counter(repr(value) for value in made.values())
         most = max(counts, key=lambda key: counts[key])
         rest = next(value for value in made.values() if repr(value) == most)
         names = [name for name, value in made.items() if repr(value) != most]
         return [*(self._rule(_glob(name), made[name]) for name in names), self._rule("*", rest)]
 
-    def _rule(self, match: str, made: Made) -> dict[str, Any]:
+    def _rule(self, match: str, made: MethodAndWeights) -> dict[str, Any]:
         method, weights = made
         return {"match": match, "method": dict(method)} | ({} if weights is None else {"weights": list(weights)})
 
-    def _made(self, place: LayerPosition, number: int, dtype: str | None) -> Made:
+    def _made(self, place: LayerPosition, number: int, dtype: str | None) -> MethodAndWeights:
         group, part = self.merged.groups[number], self.merged.parts[number]
         shared = {
             key: self._value(key, default, (group.parameters, self.common), f"{self.where}: parameters", place)
@@ -170,7 +177,6 @@ class _Resolver:
 
 
 # A method's table for the recipe, and the experts' weights where they are not all one.
-Made = tuple[Mapping[str, Any], Sequence[float] | None]
 
 
 def _glob(name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.models.depth import Stack, tower_layer
+from acemerge.models.depth import LayerStack, tower_layer
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LayerPosition:
     t: float
 
     @staticmethod
-    def of_all(names: Iterable[str], stack: Stack | None = None) -> dict[str, LayerPosition]:
+    def of_all(names: Iterable[str], stack: LayerStack | None = None) -> dict[str, LayerPosition]:
         """The places of all tensors of a model; with a stack the layers of each slice are counted by themselves."""
         if stack is not None:
             return {name: LayerPosition(name, _share_of_slice(*stack.slice_of(name), stack)) for name in names}
@@ -40,7 +40,7 @@ def _share(number: int, last: int) -> float:
     return number / last if last else 1.0
 
 
-def _share_of_slice(i: int, number: int | None, stack: Stack) -> float:
+def _share_of_slice(i: int, number: int | None, stack: LayerStack) -> float:
     return 0.0 if number is None else _share(number, stack.lengths[i] - 1)
 
 
