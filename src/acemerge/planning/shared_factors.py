@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from acemerge.checkpoints.adapter import Update
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.linalg.lowrank import share_row_space
 from acemerge.planning.finite import is_finite
@@ -27,20 +28,18 @@ def shared_input_factors(plan: Plan, experts: Sequence[Checkpoint]) -> list[str]
     return [f"the adapters share A in {where} that {rules} merges: {what}, and the output side is used"]
 
 
-def _changing(job: Merge) -> list[int]:
-    """The experts that count: one of weight zero hides nothing."""
-    return [i for i, update in enumerate(job.updates) if update and job.weights[i]]
+def _changing(job: Merge) -> list[tuple[int, Update]]:
+    """The experts that count, and their updates: one of weight zero hides nothing."""
+    return [(i, update) for i, update in enumerate(job.updates) if update and job.weights[i]]
 
 
-def _is_shared(job: Merge, found: Sequence[int], experts: Sequence[Checkpoint]) -> bool:
-    sides = [_input_side(job, i, experts[i]) for i in found]
+def _is_shared(job: Merge, found: Sequence[tuple[int, Update]], experts: Sequence[Checkpoint]) -> bool:
+    sides = [_input_side(job, update, experts[i]) for i, update in found]
     return all(map(is_finite, sides)) and share_row_space(tuple(sides))
 
 
-def _input_side(job: Merge, i: int, expert: Checkpoint) -> Tensor:
+def _input_side(job: Merge, update: Update, expert: Checkpoint) -> Tensor:
     """The factor (r, in) on the side that the rule takes for the inputs."""
-    update = job.updates[i]
-    assert update is not None
     if update.transposed == job.transposed:
         return expert.read(update.A.name)
     return expert.read(update.B.name).T
