@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
+from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG

@@ -19,10 +19,9 @@ from task_builders import ROOM, save_family, save_model, sentences, sharpened, w
 from torch import Tensor, nn
 
 import acemerge
-from acemerge.calibration import gradients
-from acemerge.calibration import run as calibration_run
+from acemerge.calibration import calibrate, gradients
 from acemerge.calibration.blocks import block_of
-from acemerge.calibration.places import watching
+from acemerge.calibration.hooks import watching
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods.calibrated import UNSEEN
@@ -355,7 +354,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_was_measured(
     merge(family, method, "whole")
     asked: list[str] = []
     name = "second_moments" if method == "regmean" else "block_moments"
-    measure = getattr(calibration_run, name)
+    measure = getattr(calibrate, name)
 
     def counted(model: Any, *rest: Any) -> Any:
         asked.append(model.name)
@@ -363,7 +362,7 @@ def test_a_run_that_was_stopped_goes_on_with_what_was_measured(
             raise KeyboardInterrupt
         return measure(model, *rest)
 
-    monkeypatch.setattr(calibration_run, name, counted)
+    monkeypatch.setattr(calibrate, name, counted)
     with pytest.raises(KeyboardInterrupt):
         merge(family, method)
     merge(family, method, resume=True)
@@ -379,7 +378,7 @@ def test_stopped_runs_do_not_go_on_with_other_data(family: Path, monkeypatch: py
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration_run, "second_moments", stop)
+    monkeypatch.setattr(calibrate, "second_moments", stop)
     with pytest.raises(KeyboardInterrupt):
         merge(family, "regmean")
     write_tsv(family / "tone.tsv", {"s": sentences(6, seed=5)})

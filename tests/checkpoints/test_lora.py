@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acemerge
-import acemerge.planning.jobs
+import acemerge.planning.pieces
 from acemerge.checkpoints.lora import _matching
 from acemerge.cli.app import main
 from acemerge.errors import CheckpointError, UsageError
@@ -150,7 +150,7 @@ def full(plain: PlainModel, own: dict[str, tuple[Tensor, Tensor]]) -> dict[str, 
 def test_an_adapter_beside_a_full_expert(
     method: str, plain: PlainModel, factors: list[dict[str, tuple[Tensor, Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acemerge.planning.jobs, "_PIECE", 30)  # tensors in ranges of rows where they can be
+    monkeypatch.setattr(acemerge.planning.pieces, "_PIECE", 30)  # tensors in ranges of rows where they can be
     base, experts = plain.save()
     adapter = write_adapter(plain.root / "adapter", factors[0])
     acemerge.merge(base, [adapter, experts[0]], method=method, compute_dtype="float64", out=plain.root / "out")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.output.masks import pack, unpack
+from acemerge.output.packed_masks import pack, unpack
 from acemerge.output.verify import verify
 from acemerge.recipes.recipe import make_recipe
 

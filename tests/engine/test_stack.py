@@ -20,7 +20,8 @@ from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, make
 from acemerge.methods.ace import Ace
 from acemerge.models.roles import Role
-from acemerge.planning.jobs import Input, Job, Piece
+from acemerge.planning.jobs import Input, Merge
+from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import make_recipe
 
 CPU = torch.device("cpu")
@@ -116,10 +117,10 @@ class _Model:
         self.setting = Setting(recipe, [str(t) for t in range(T)], thresholds)
         self.pieces = [self._piece(name, rule, T, job) for name in names]
 
-    def _piece(self, name: str, rule: Method, T: int, job: dict[str, Any]) -> Piece:
+    def _piece(self, name: str, rule: Method, T: int, job: dict[str, Any]) -> Piece[Merge]:
         value = self.models[0][name]
         spec = TensorSpec(name, value.dtype, tuple(value.shape))
-        return Piece(Job(spec, Role("linear"), "test", rule, (1.0,) * T, sources=(name,) * T, **job))
+        return Piece(Merge(spec, Role("linear"), "test", (name,) * T, method=rule, weights=(1.0,) * T, **job))
 
     def merged(self, numbers: Sequence[int] | None = None) -> list[Computed]:
         chosen = self.pieces if numbers is None else [self.pieces[i] for i in numbers]
@@ -200,7 +201,7 @@ def test_layers_of_a_stack_that_fails_go_one_by_one(monkeypatch: pytest.MonkeyPa
 def test_stacks_are_of_small_pieces_that_are_alike() -> None:
     small, other = _Model("ace").pieces[:4], _Model("average").pieces[:2]
 
-    def of_side(name: str, side: int) -> Piece:
+    def of_side(name: str, side: int) -> Piece[Merge]:
         return Piece(replace(small[0].job, spec=TensorSpec(name, torch.bfloat16, (side, side))))
 
     large, halves = of_side("large", 300), [of_side("half", 180), of_side("other half", 180)]

@@ -17,7 +17,7 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.inspection.statistics import squared_norms, stable_ranks, sums
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.linalg.krylov import spectral_norms
-from acemerge.planning import jobs
+from acemerge.planning import pieces
 from acemerge.recipes.recipe import make_recipe
 
 MERGED = (
@@ -42,12 +42,12 @@ def said(seen: Inspection) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [jobs._PIECE, 8])
+@pytest.mark.parametrize("piece", [pieces._PIECE, 8])
 def test_figures_are_those_of_the_formulas(
     tmp_path: Path, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or in pieces; the oracle sees all entries at once in float64."""
-    monkeypatch.setattr(jobs, "_PIECE", piece)
+    monkeypatch.setattr(pieces, "_PIECE", piece)
     plain = PlainModel(tmp_path, dtype)
     seen = look(*plain.save())
     assert {view.job.name for view in seen.views} == set(MERGED)

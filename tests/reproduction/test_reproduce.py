@@ -19,7 +19,7 @@ from paper_hub import PaperHub
 import acemerge
 from acemerge.cli import app as cli
 from acemerge.errors import UsageError
-from acemerge.evaluation.run import Run
+from acemerge.evaluation.evaluate import Run
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
 from acemerge.output.verify import verify
 from acemerge.reproduction.comparison import compare, markdown

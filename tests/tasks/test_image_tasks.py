@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from task_builders import save_model, sharpened, write_tasks
 
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.run import Run, evaluate
-from acemerge.tasks.data import Source
+from acemerge.evaluation.evaluate import Run, evaluate
+from acemerge.tasks.data import DataSource
 from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import open_model
 from acemerge.tasks.task_file import load_tasks
@@ -131,7 +131,7 @@ def test_a_vision_model_with_the_other_half_of_its_clip(pictures: Path, clip: Pa
 
 
 def test_a_part_of_the_images_is_of_every_class(pictures: Path) -> None:
-    assert open_images(Source(str(pictures), limit=3), "image", "label", None).classes.tolist() == [0, 1, 2]
+    assert open_images(DataSource(str(pictures), limit=3), "image", "label", None).classes.tolist() == [0, 1, 2]
 
 
 def test_heads_have_length_one(clip: Path) -> None:
@@ -145,27 +145,27 @@ def test_heads_have_length_one(clip: Path) -> None:
 def test_folders_and_columns_of_images(pictures: Path, tmp_path: Path) -> None:
     import datasets
 
-    found = open_images(Source(str(pictures)), "image", "label", None)
+    found = open_images(DataSource(str(pictures)), "image", "label", None)
     assert found.names == CLASSES
     assert found.classes.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    turned = open_images(Source(str(pictures)), "image", "label", CLASSES[::-1])
+    turned = open_images(DataSource(str(pictures)), "image", "label", CLASSES[::-1])
     assert turned.classes.tolist() == [2] * 4 + [1] * 4 + [0] * 4
     table = datasets.Dataset.from_dict({"image": [found.image(5)], "label": [1]})
     table.to_parquet(tmp_path / "one.parquet")
-    column = open_images(Source(str(tmp_path / "one.parquet")), "image", "label", None)
+    column = open_images(DataSource(str(tmp_path / "one.parquet")), "image", "label", None)
     assert np.array_equal(np.asarray(column.image(0)), np.asarray(found.image(5)))
     with pytest.raises(UsageError, match=r"old_dog: is no class of `labels:`"):
-        open_images(Source(str(pictures)), "image", "label", ["cat", "red_bird"])
+        open_images(DataSource(str(pictures)), "image", "label", ["cat", "red_bird"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no folders with images"):
-        open_images(Source(str(tmp_path / "empty")), "image", "label", None)
+        open_images(DataSource(str(tmp_path / "empty")), "image", "label", None)
 
 
 def test_what_is_no_image_is_named(pictures: Path, tmp_path: Path) -> None:
     (pictures / "cat" / "0.png").write_bytes(b"GIF89a, or so it says")
     (pictures / "cat" / "1.png").unlink()
     (pictures / "cat" / "1.png").symlink_to("/etc/hostname")
-    found = open_images(Source(str(pictures)), "image", "label", None)
+    found = open_images(DataSource(str(pictures)), "image", "label", None)
     with pytest.raises(UsageError, match=r"0\.png: cannot be read as an image"):
         found.image(0)
     with pytest.raises(CheckpointError, match="leaves the folder"):

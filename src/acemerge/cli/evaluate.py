@@ -18,8 +18,8 @@ from acemerge.cli.text import say
 from acemerge.engine.opening import RunOptions, check_output_apart, find_devices
 from acemerge.errors import UsageError
 from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
+from acemerge.evaluation.evaluate import OnProgress, Run, evaluate
 from acemerge.evaluation.results import check_free, write_results
-from acemerge.evaluation.run import OnProgress, Run, evaluate
 from acemerge.evaluation.tables import LEGEND, Evaluation
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe

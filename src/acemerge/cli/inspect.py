@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
-from itertools import combinations
 from typing import Annotated
 
 import typer
@@ -33,7 +31,7 @@ from acemerge.cli.options import (
 from acemerge.cli.progress import progress
 from acemerge.cli.text import say, table
 from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.inspection.survey import Inspection, View, numbers, survey
+from acemerge.inspection.survey import Inspection, numbers, survey
 
 Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]
 
@@ -93,7 +91,7 @@ _MOST_LAYERS = 10
 def show(console: Console, seen: Inspection) -> None:
     """The experts, how alike they are, the layers in conflict, and the warnings with their cures."""
     layers = [view for view in seen.views if view.squared_norms is not None]
-    leads = Counter(_leader(seen.experts, view) for view in layers)
+    leads = Counter(view.leader(seen.experts) for view in layers)
     total = seen.total
     rows = zip(
         seen.experts,
@@ -133,9 +131,9 @@ def _conflicts(console: Console, seen: Inspection) -> None:
         (
             view.job.name,
             f"{view.sums.cancelled:.0%}",
-            *_lowest(seen.experts, view),
+            *view.lowest_cosine(seen.experts),
             _number(view.gamma, "{:.3g}"),
-            _leader(seen.experts, view),
+            view.leader(seen.experts) or "-",
         )
         for view in worst
     ]
@@ -152,23 +150,6 @@ def _reading_help(console: Console) -> None:
         console,
         "squared largest singular value, the median layer; cancelled: magnitude lost when the updates are added",
     )
-
-
-def _lowest(labels: Sequence[str], view: View) -> tuple[str, str]:
-    """The lowest cosine between two experts, and their names."""
-    cosines = view.sums.cosines
-    pairs = [(float(cosines[s, t]), s, t) for s, t in combinations(range(len(labels)), 2)]
-    found = [pair for pair in pairs if pair[0] == pair[0]]
-    if not found:
-        return "-", "-"
-    lowest, s, t = min(found)
-    return f"{lowest:.2f}", f"{labels[s]}, {labels[t]}"
-
-
-def _leader(labels: Sequence[str], view: View) -> str:
-    """The expert with the largest update."""
-    n = view.sums.energies
-    return f"{labels[int(n.argmax())]}" if n.any() else "-"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -19,13 +19,13 @@ from acemerge.cli.text import adapter, say, size, table
 from acemerge.engine.opening import Opened
 from acemerge.inspection.advice import largest_update, of_energies, of_statuses
 from acemerge.methods import Method
+from acemerge.models.roles import LAYERS
 from acemerge.output.folder import REPORT
 from acemerge.output.records import figure
 from acemerge.output.shares import total_energies
 from acemerge.planning.costs import RESIDENT, peak_memory
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import Job, Plan
-from acemerge.report.facts import LAYERS
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
@@ -69,7 +69,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
     found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for method in {id(job.method): job.method for job in plan.jobs if job.method}.values():
+    for method in {id(job.method): job.method for job in plan.ruled}.values():
         for key in dataclasses.fields(method):  # type: ignore[arg-type]
             value, known = getattr(method, key.name), found[method.name][key.name]
             if value not in known:  # a list may be one

@@ -14,9 +14,9 @@ from acemerge.cli.options import AllowPickle, Debug, Device, Overwrite, Quiet
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import UsageError
 from acemerge.reproduction.comparison import cells
-from acemerge.reproduction.inputs import Input, find_inputs
+from acemerge.reproduction.inputs import PackInput, find_inputs
 from acemerge.reproduction.pack import PACKS, chosen_of, load_pack
-from acemerge.reproduction.run import TABLE, Asked, reproduce
+from acemerge.reproduction.reproduce import TABLE, Asked, reproduce
 
 
 def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
@@ -68,7 +68,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             show.say(out_console, f"{out / TABLE}: published beside ours, with all sources and inputs")
 
 
-def _list(console: Console, title: str, inputs: list[Input], missing: int) -> None:
+def _list(console: Console, title: str, inputs: list[PackInput], missing: int) -> None:
     rows = [[entry.name, show.size(entry.nbytes), show.size(entry.to_fetch())] for entry in inputs]
     show.say(console, f"{title}: {len(inputs)} inputs, {show.size(missing)} to fetch into the cache of huggingface_hub")
     show.table(console, ("from the Hub", "size", "to fetch"), rows, numeric=("size", "to fetch"))

@@ -10,26 +10,25 @@ import torch
 from acemerge.engine.work import Setting
 from acemerge.methods import Layer, LayerResult, Method
 from acemerge.models.projections import Fused
-from acemerge.planning.jobs import Job
+from acemerge.planning.jobs import ByRule, Merge
 from acemerge.shapes import Float, Tensor
 
 
-def apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
+def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
-    assert job.method is not None
     layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
     turned = deltas.mT if job.transposed else deltas
-    result = (
-        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
-    )
+    if isinstance(job, Merge) and job.fused:
+        result = _by_projection(job.method, job.fused, turned, layer)
+    else:
+        result = apply_rule(job.method, turned, layer)
     if not job.transposed:
         return result
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
 
 
-def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
+def layer_of(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
     """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
-    assert job.method is not None
     layer = setting.layer(job, used, W0.device)
     return replace(layer, base=W0) if job.method.needs.base else layer
 

@@ -10,21 +10,18 @@ from acemerge.engine.work import Place, Setting, Values
 from acemerge.linalg.gram import energies
 from acemerge.models.vocabulary import in_order, lent_rows, rows_of
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.planning.jobs import Job, Piece
+from acemerge.planning.jobs import MergeByToken
 from acemerge.shapes import Float, Tensor
 
 # What is stored, its record, and masks where the rule makes them.
 Made = tuple[tuple[Tensor, ...], dict[str, Any], tuple[Tensor, ...]]
 
 
-def averaged_by_token(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def averaged_by_token(job: MergeByToken, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     """Row by row the weighted mean of the experts that have the token, as updates of the base's row if there is one.
 
     `W_0 + scale sum_t w_t (W_t - W_0) / sum_t w_t`, the sums over those that have it.
     """
-    job = piece.job
-    assert job.vocabulary is not None
-    assert job.method is not None
     check_finite(base, job.name, "base")
     W0 = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
     W0[: len(base)] = base
@@ -57,14 +54,13 @@ def averaged_by_token(piece: Piece, base: Tensor, values: Values, setting: Setti
 
 
 def lent_by_token(
-    job: Job, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+    job: MergeByToken, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
 ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`W_0`, the task vectors, their energies and whose they are, all of them with every row of the output.
 
     What a model lacks is lent by the others, as the vocabulary says; so an expert without a token has no update of it
     where the base lends.
     """
-    assert job.vocabulary is not None
     names = {0: job.name} | {i: name for i, name in enumerate(job.sources, 1) if name}
     matrices = {i: values.take((i, name)) for i, name in names.items()}
     for i, name in names.items():

@@ -17,10 +17,11 @@ from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.linalg.gram import energies
-from acemerge.output.masks import pack
+from acemerge.output.packed_masks import pack
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.planning.jobs import Job, Piece
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
+from acemerge.planning.pieces import Piece
 from acemerge.planning.planner import keep_base
 from acemerge.shapes import Float, Tensor
 
@@ -39,7 +40,7 @@ class Computed:
         return self.stored[0]
 
 
-def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:
+def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -> Computed:
     """Merge one piece.
 
     Raises CheckpointError for input that is not finite or does not agree, NumericalError for a result that is
@@ -50,9 +51,7 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        averaged = job.vocabulary is not None and job.vocabulary.lending is None
-        made = averaged_by_token if averaged else _merged if job.method else _kept
-        stored, record, masks = made(piece, base, values, setting, place)
+        stored, record, masks = _made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
         cure = "use --compute-dtype float64, fewer --workers or more memory"
@@ -80,47 +79,59 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
-    if job.must_agree:
-        for model, name in job.inputs[1:]:
-            if not torch.equal(base, values.take((model, name))):
-                what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(setting.who(model), what, keep_base(job.name))
-    elif base.dtype.is_floating_point:
-        check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
+    if isinstance(job, Keep):
+        return _kept(job, piece.first_row, base, values, setting)
+    if isinstance(job, MergeByToken) and job.vocabulary.lending is None:
+        return averaged_by_token(job, base, values, setting, place)
+    if isinstance(job, Merge) and job.factored:
+        return _from_factors(job, base, values, setting, place)
+    return _merged(Piece(job, piece.rows), base, values, setting, place)
+
+
+def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Setting) -> Made:
+    for model, name in job.of_experts:
+        if not torch.equal(base, values.take((model, name))):
+            what = f"integer tensor {job.name!r} differs from the base's"
+            raise CheckpointError(setting.who(model), what, keep_base(job.name))
+    if base.dtype.is_floating_point:
+        check_finite(base, job.name, setting.who(0), first_row=first_row)
     return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
 
 
-def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
-    if job.factored:
-        return _from_factors(piece, base, values, setting, place)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
-        if job.vocabulary is not None:
-            W0, deltas, n, used = lent_by_token(job, values, setting, space)
-        else:
-            W0 = space[T].copy_(base)
-            deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
+        W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
         record: dict[str, Any] = {"energies": n.tolist()}
         if len(used) < T:
             record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
-        assert job.method is not None
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            same = base if job.vocabulary is None else W0
+            same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
         record = {**result.stats, **record}
-        if job.factors is not None:
+        if isinstance(job, Merge) and job.factors is not None:
             stored, lacking = truncated(job, result.delta)
             return stored, {**record, **lacking}, ()
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
 
-def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
-    job = piece.job
+def all_task_vectors(
+    piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
+    """`W_0`, the task vectors, their energies and whose they are, all in `space`: with every row of the output."""
+    job, T = piece.job, len(setting.labels)
+    if isinstance(job, MergeByToken):
+        return lent_by_token(job, values, setting, space)
+    W0 = space[T].copy_(base)
+    return W0, *task_vectors(Piece(job, piece.rows), values, setting, W0, space[:T])
+
+
+def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     check_finite(base, job.name, "base")
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
@@ -128,20 +139,24 @@ def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, 
     if job.factors is not None:
         stored, lacking = truncated(job, update)
         return stored, {**record, **lacking}, ()
-    with place.space(piece.shape, job.compute_dtype) as W0:
+    with place.space(job.spec.shape, job.compute_dtype) as W0:
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
-def _unchanged(job: Job, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _unchanged(job: ByRule, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
-    if job.factors is None:
-        return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
-    stored, lacking = truncated(job, None)
-    return stored, {"status": "no update", **record, **lacking}
+    if isinstance(job, Merge) and job.factors is not None:
+        stored, lacking = truncated(job, None)
+        return stored, {"status": "no update", **record, **lacking}
+    return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
 
 
 def task_vectors(
-    piece: Piece, values: Values, setting: Setting, W0: Float[Tensor, "*shape"], space: Float[Tensor, "T *shape"]
+    piece: Piece[Merge],
+    values: Values,
+    setting: Setting,
+    W0: Float[Tensor, "*shape"],
+    space: Float[Tensor, "T *shape"],
 ) -> tuple[Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`D_t = W_t - W_0` in the compute type, in `space`, their energies, and which experts they are from.
 
@@ -151,7 +166,7 @@ def task_vectors(
     """
     job, T = piece.job, len(setting.labels)
     if not any(job.sources):  # an update alone does not tell
-        check_finite(W0, job.name, "base", first_row=_first_row(piece))
+        check_finite(W0, job.name, "base", first_row=piece.first_row)
     used: list[int] = []
     found: list[Tensor] = []
     for i in (i for i in range(T) if i not in job.absent):
@@ -167,7 +182,7 @@ def task_vectors(
     return space[: len(used)], torch.cat(found), used
 
 
-def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
+def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
     """The i-th expert's task vector, into `D`."""
     if job.sources[i]:
         D.copy_(values.take((i + 1, job.sources[i]))).sub_(W0)
@@ -180,16 +195,16 @@ def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 
-def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
+def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
-    check_finite(W0, job.name, "base", first_row=_first_row(piece))
+    check_finite(W0, job.name, "base", first_row=piece.first_row)
     for model, name in job.inputs:
         if model == i + 1 and (model, name) not in job.copies:
             value = values.take((model, name))
             if skip and not is_finite(value):
                 return False
-            check_finite(value, name, label, LEAVE_OUT, _first_row(piece))
+            check_finite(value, name, label, LEAVE_OUT, piece.first_row)
     if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
         if not skip:
             raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
@@ -215,7 +230,3 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
             what = f"tensors {first!r} and {name!r} should be tied but differ"
             cure = "set tie_word_embeddings to false in its config.json"
             raise CheckpointError(setting.who(model), what, cure)
-
-
-def _first_row(piece: Piece) -> int:
-    return piece.rows[0] if piece.rows else 0

@@ -13,7 +13,7 @@ from acemerge.engine.opening import Opened, RunOptions, check_output_apart
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
 from acemerge.planning.costs import budget
-from acemerge.planning.jobs import Job, Plan
+from acemerge.planning.jobs import Keep, Plan
 from acemerge.recipes.recipe import Recipe, parse_size
 from acemerge.recipes.tables import TensorRule
 
@@ -33,7 +33,7 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, max_shard, budget(plan, None))
 
 
-def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:
+def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Keep, ...]:
     """One job per tensor. A tied one is written once, under its first name; that the others agree is checked."""
     jobs = []
     for first, *others in roles.group(checkpoint.tensors).values():
@@ -42,6 +42,5 @@ def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:
         copies = tuple((0, other) for other in others)
         widens, nbytes = spec != stored, stored.nbytes * (1 + len(copies))
         reason = "dequantised" if widens else "as it is"
-        job = Job(spec, roles.by_name[first], reason, copies=copies, entrywise=True, widens=widens, bytes_in=nbytes)
-        jobs.append(job)
+        jobs.append(Keep(spec, roles.by_name[first], reason, copies=copies, widens=widens, bytes_in=nbytes))
     return tuple(jobs)

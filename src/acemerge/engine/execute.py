@@ -23,12 +23,13 @@ from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
-from acemerge.output.masks import mask_spec
+from acemerge.output.packed_masks import mask_spec
 from acemerge.output.writer import TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
-from acemerge.planning.jobs import Job, Piece, Plan, pieces
+from acemerge.planning.jobs import AnyJob, Job, Plan
+from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Tensor
 
 Records = dict[str, Mapping[str, Any]]
@@ -59,10 +60,10 @@ OnProgress = Callable[[Progress], None]
 def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool = False) -> Walk:
     """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
 
-    def work_of(piece: Piece) -> float:
+    def work_of(piece: Piece[Job]) -> float:
         return piece_seconds(piece, pipeline.experts, COMMON)
 
-    def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
+    def walk(parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]:
         queue = list(parts)
         total, bytes_total = sum(piece.is_last for piece in queue), sum(piece.bytes_in for piece in queue)
         work_total = sum(map(work_of, queue))
@@ -168,10 +169,10 @@ def write_weights(
     return {job.name: records.done[job.name] for job in layout.plan.jobs}
 
 
-def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
+def merging(setting: Setting) -> Work[Job, list[tuple[Piece[Job], Computed]]]:
     """The work of a merge on some pieces."""
 
-    def work(loaded: Loaded, place: Place) -> list[tuple[Piece, Computed]]:
+    def work(loaded: Loaded[Job], place: Place) -> list[tuple[Piece[Job], Computed]]:
         computed = compute_all(loaded, setting, place)
         return [(piece, c) for (piece, _), c in zip(loaded, computed, strict=True)]
 
@@ -185,7 +186,7 @@ class _Records:
         self.done: Records = dict(done or {})
         self._parts: list[Mapping[str, Any]] = []
 
-    def add(self, piece: Piece, computed: Computed) -> None:
+    def add(self, piece: Piece[Job], computed: Computed) -> None:
         self._parts.append(computed.record)
         if piece.is_last:
             self.done[piece.job.name] = whole_record(self._parts)

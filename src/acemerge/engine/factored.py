@@ -14,12 +14,12 @@ from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.models.projections import Fused
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
-from acemerge.planning.jobs import Job
+from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
 
 def merge_factors_of(
-    job: Job, values: Values, setting: Setting, device: torch.device
+    job: Merge, values: Values, setting: Setting, device: torch.device
 ) -> tuple[LowRankResult | None, dict[str, Any]]:
     """The merged update of a tensor, as it is stored, None where no expert has one, and what is said of it.
 
@@ -38,7 +38,6 @@ def merge_factors_of(
         record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
     if not n.any():
         return None, record
-    assert job.method is not None
     layer = setting.layer(job, used, device)
     seen = updates.transposed() if job.transposed else updates
     if job.fused:
@@ -65,7 +64,9 @@ def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer,
     return LowRankResult(fused.join(padded), torch.cat(rights), stats)
 
 
-def _factors(job: Job, i: int, values: Values, setting: Setting, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _factors(
+    job: Merge, i: int, values: Values, setting: Setting, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """`D = U V` of the i-th expert, as the tensor is stored; None where it is to be left out."""
     update, label = job.updates[i], f"expert {setting.labels[i]}"
     if update is None:

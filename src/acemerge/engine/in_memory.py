@@ -31,7 +31,8 @@ from acemerge.methods import (
 )
 from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.planning.finite import is_finite
-from acemerge.planning.jobs import Input, Piece, pieces
+from acemerge.planning.jobs import AnyJob, Input, Job
+from acemerge.planning.pieces import Piece, pieces
 from acemerge.planning.planner import make_plan
 from acemerge.recipes.recipe import make_recipe
 from acemerge.shapes import Float, Tensor
@@ -56,7 +57,7 @@ class _Memory:
 class _PieceOf:
     """The values of one piece in the state dicts."""
 
-    piece: Piece
+    piece: Piece[Job]
     models: Sequence[Mapping[str, Tensor]]
 
     def take(self, wanted: Input) -> Tensor:
@@ -246,7 +247,7 @@ def _merge_in_memory(
     device = next((value.device for value in base.values()), torch.device("cpu"))
     models, place = [base, *experts], Place(device)
 
-    def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
+    def walk(parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]:
         for piece in parts:
             yield work([(piece, _PieceOf(piece, models))], place)
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
@@ -20,7 +21,8 @@ from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
 from acemerge.linalg.threads import pool_of
 from acemerge.planning.costs import Cost, cost, in_flight, together
-from acemerge.planning.jobs import Input, Load, Piece
+from acemerge.planning.jobs import AnyJob, Input
+from acemerge.planning.pieces import Load, Piece
 from acemerge.shapes import Tensor
 
 # Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.
@@ -29,14 +31,12 @@ _BATCH_PIECES = 256
 # Batches of a lane that wait, read or finished, beside those that are computed.
 _WAITING = 2
 
-_Pieces = tuple[Piece, ...]
-
 
 @dataclass(frozen=True)
-class _Batch:
+class _Batch(Generic[AnyJob]):
     """Pieces that are read, computed and handed over together."""
 
-    pieces: _Pieces
+    pieces: tuple[Piece[AnyJob], ...]
     cost: Cost
 
     @property
@@ -44,9 +44,9 @@ class _Batch:
         return self.pieces[0].load
 
 
-def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
+def _batches(pieces: Iterable[Piece[AnyJob]], experts: int) -> Iterator[_Batch[AnyJob]]:
     """Pieces in their order, small ones together. All of a batch have the same load."""
-    gathered: list[tuple[Piece, Cost]] = []
+    gathered: list[tuple[Piece[AnyJob], Cost]] = []
     nbytes = 0
     for piece in pieces:
         full = nbytes + piece.bytes_in > _BATCH_BYTES or len(gathered) == _BATCH_PIECES
@@ -59,7 +59,7 @@ def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
         yield _batch(gathered)
 
 
-def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
+def _batch(gathered: Sequence[tuple[Piece[AnyJob], Cost]]) -> _Batch[AnyJob]:
     parts = tuple(piece for piece, _ in gathered)
     return _Batch(parts, together(parts, [c for _, c in gathered]))
 
@@ -166,12 +166,14 @@ class Pipeline:
         asked = [pool.submit(ask, reader) for pool, reader in zip(self._reading, self._readers, strict=True)]
         return [answer.result() for answer in asked]
 
-    def stream(self, queue: Iterable[Piece], work: Work[Result]) -> Generator[tuple[_Pieces, Result], None, None]:
+    def stream(
+        self, queue: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]
+    ) -> Generator[tuple[tuple[Piece[AnyJob], ...], Result], None, None]:
         """The pieces, some together, with what `work` makes of them, in order.
 
         No more bytes are in flight than the limit, or than one batch takes.
         """
-        pending: deque[tuple[_Batch, Future[Result]]] = deque()
+        pending: deque[tuple[_Batch[AnyJob], Future[Result]]] = deque()
         waiting = _batches(queue, self.experts)
         batch = next(waiting, None)
         while batch is not None or pending:
@@ -181,7 +183,7 @@ class Pipeline:
             done, future = pending.popleft()
             yield done.pieces, future.result()
 
-    def _has_room(self, pending: Sequence[_Batch], more: _Batch) -> bool:
+    def _has_room(self, pending: Sequence[_Batch[AnyJob]], more: _Batch[AnyJob]) -> bool:
         needed = 0
         for lane in set(self._lanes.values()):
             costs = [batch.cost for batch in (*pending, more) if self._lanes[batch.load] is lane]
@@ -193,7 +195,7 @@ class Pipeline:
         self._buffers.keep(self._limit - needed)
         return True
 
-    def _submit(self, batch: _Batch, work: Work[Result]) -> Future[Result]:
+    def _submit(self, batch: _Batch[AnyJob], work: Work[AnyJob, Result]) -> Future[Result]:
         wanted: dict[int, dict[tuple[int, str], Span]] = {}
         for i, piece in enumerate(batch.pieces):
             for model, name in piece.job.inputs:
@@ -210,7 +212,7 @@ class Pipeline:
         return _Read(dict(zip(spans, reader.read(places, buffer), strict=True)), buffer)
 
 
-def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -> Result:
+def _compute(batch: _Batch[AnyJob], inputs: _Inputs, place: Place, work: Work[AnyJob, Result]) -> Result:
     alone = len(batch.pieces) == 1
     try:
         return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)

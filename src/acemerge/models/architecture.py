@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+
+from acemerge.models.quiet import quiet_transformers
 
 # Keys by which a config could ask transformers for code or files from elsewhere.
 _REACHING_OUT = re.compile(
@@ -37,7 +37,7 @@ def meta_model(config: Mapping[str, Any], most: int) -> tuple[nn.Module | None, 
     except ImportError:
         return None, "transformers is not installed: pip install 'acemerge[hf]'"
     name = str(architectures[0])[:80]
-    with _isolated():
+    with quiet_transformers(offline=True):
         try:
             cls: Any = getattr(transformers, name, None)
             if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
@@ -70,22 +70,7 @@ def _too_many(config: Any, most: int, key: str = "") -> str:
     return f"{key} = {config:,}" if large else ""
 
 
-@contextlib.contextmanager
-def _isolated() -> Iterator[None]:
-    """Keeps transformers offline and silences its messages: what matters is said by the plan."""
-    logger = logging.getLogger("transformers")
-    hub: Any = importlib.import_module("huggingface_hub.constants")
-    level, offline = logger.level, hub.HF_HUB_OFFLINE
-    logger.setLevel(logging.CRITICAL)
-    hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        hub.HF_HUB_OFFLINE = offline
-
-
-def parts_of(model: nn.Module) -> dict[str, str]:
+def submodels_of(model: nn.Module) -> dict[str, str]:
     """The outermost models within a model by the type that their own configurations name: the beginning of their
     parameters' names. None of a type that is there twice.
     """

@@ -11,9 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.models.architecture import meta_model, parts_of
+from acemerge.models.architecture import meta_model, submodels_of
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
+LAYERS: tuple[RoleName, ...] = ("linear", "conv1d", "experts")  # weights of linear layers, and stacks of such
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
         by_name[name] = role or role_by_name(tensors[name], conv1d)
         apart = untied and by_name[name].name == "output_head"
         identity[name] = name if not one_to_one else parameter if apart else tied.get(parameter, parameter)
-    return Roles(by_name, identity, source, from_architecture=True, parts=parts_of(model))
+    return Roles(by_name, identity, source, from_architecture=True, parts=submodels_of(model))
 
 
 def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
     """The architecture's role where it can hold for a tensor stored in another shape than the parameter's."""
-    if role is None or role.name not in ("linear", "conv1d", "experts"):
+    if role is None or role.name not in LAYERS:
         return role
     if len(stored) == 2:  # with fused experts in memory: one expert's matrix, apart on disk
         return Role("linear") if role.name == "experts" else role

@@ -82,7 +82,7 @@ def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     energies = dict(zip(plan.experts, total_energies(plan.experts, records), strict=True))
     total, largest = sum(energies.values()), max(energies, key=lambda label: energies[label])
     heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
-    masked = any(job.method and job.method.needs.masks for job in plan.jobs)
+    masked = any(job.makes_masks for job in plan.jobs)
     several = len(plan.experts) > 1 and total > 0
     share = f"Of the updates' energy, {energies[largest] / total:.0%} are `{largest}`'s." if several else ""
     tasks = ", ".join(f"`{name}`" for names in plan.calibration.values() for name in names)

@@ -11,7 +11,7 @@ from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
 from acemerge.errors import UsageError, nearest
 from acemerge.output.folder import MASKS
 from acemerge.output.manifest import load_manifest
-from acemerge.output.masks import unpack
+from acemerge.output.packed_masks import unpack
 from acemerge.shapes import Tensor
 
 

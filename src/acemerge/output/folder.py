@@ -20,7 +20,7 @@ from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
 from acemerge.errors import AcemergeError, UsageError, WriteError
 from acemerge.output.journal import JOURNAL, Done, Journal
-from acemerge.output.writer import PARTIAL, FileSum, FileWriter
+from acemerge.output.writer import PARTIAL, FileSum, write_partial
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
@@ -58,14 +58,7 @@ class OutputFolder:
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file beside the weights."""
-        writer = FileWriter(self.path / (name + PARTIAL))
-        try:
-            for chunk in chunks:
-                writer.write(chunk)
-        except BaseException:
-            writer.close()
-            raise
-        self.written[name] = writer.finish()
+        self.written[name] = write_partial(self.path / name, chunks)
 
     def publish(self, manifest: bytes) -> None:
         """Rename everything into place, the manifest last; on failure put an earlier output back."""

@@ -129,18 +129,23 @@ class FileWriter:
         files.close(self._descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and give it its name when it is whole; its folder is made."""
-    files.make_folder(path.parent)
-    beside = path.with_name(path.name + PARTIAL)
-    writer = FileWriter(beside)
+def write_partial(path: Path, chunks: Iterable[bytes | memoryview]) -> FileSum:
+    """Write all of `NAME.partial` and sync it."""
+    writer = FileWriter(path.with_name(path.name + PARTIAL))
     try:
-        writer.write(data)
+        for chunk in chunks:
+            writer.write(chunk)
     except BaseException:
         writer.close()
         raise
-    writer.finish()
-    files.rename(beside, path)
+    return writer.finish()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place and give it its name when it is whole; its folder is made."""
+    files.make_folder(path.parent)
+    write_partial(path, [data])
+    files.rename(path.with_name(path.name + PARTIAL), path)
 
 
 class TensorFiles:

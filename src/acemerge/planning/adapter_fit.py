@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from acemerge.checkpoints.adapter import Update
 from acemerge.errors import CheckpointError
 from acemerge.models.roles import Roles
-from acemerge.planning.jobs import Source
+from acemerge.planning.jobs import ModelHeader
 
 _OTHER_BASE = "name the base that the adapter was trained on"
 _BOTH = "set tie_word_embeddings to false in the base's config.json and store both tensors, or merge the adapter first"
@@ -22,7 +22,9 @@ class Fitted:
     warnings: Sequence[str] = ()
 
 
-def fit(expert: Source, label: str, base: Source, base_names: Mapping[str, Sequence[str]], roles: Roles) -> Fitted:
+def fit(
+    expert: ModelHeader, label: str, base: ModelHeader, base_names: Mapping[str, Sequence[str]], roles: Roles
+) -> Fitted:
     """The updates of one expert, none of one that is no adapter; `base_names` are the base's by identity.
 
     Raises CheckpointError, naming the tensor, for an update of a tensor that the base lacks or that has another shape,
@@ -49,7 +51,7 @@ def fit(expert: Source, label: str, base: Source, base_names: Mapping[str, Seque
     return Fitted(updates, warnings)
 
 
-def _turned(update: Update, name: str, stored: str, where: str, base: Source, roles: Roles) -> Update:
+def _turned(update: Update, name: str, stored: str, where: str, base: ModelHeader, roles: Roles) -> Update:
     """The update, the way round that the base stores the tensor."""
     turned = replace(update, transposed=update.embedding or roles.by_name[stored].transposed)
     if turned.shape != base.tensors[stored].shape:
@@ -59,7 +61,7 @@ def _turned(update: Update, name: str, stored: str, where: str, base: Source, ro
 
 
 def _check_whole(
-    expert: Source,
+    expert: ModelHeader,
     where: str,
     base_names: Mapping[str, Sequence[str]],
     updates: Mapping[str, Update],

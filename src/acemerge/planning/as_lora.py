@@ -18,7 +18,7 @@ from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
-from acemerge.planning.jobs import OUTPUT_DTYPES, Job, Plan
+from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
@@ -33,42 +33,42 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
     """
     rank = plan.recipe.as_lora
     assert rank is not None
-    masked = next((job.rule for job in plan.jobs if job.makes_masks), None)
+    masked = next((job.rule for job in plan.merged if job.makes_masks), None)
     if masked:
         raise UsageError(
             "--as-lora", f"{masked} writes masks beside a model", "use another rule, or write a full model"
         )
-    modules = {job.name: _module(job, roles) for job in plan.jobs}
+    modules = {job.name: _module(job, roles) for job in plan.merged}
     if not any(modules.values()):
         what = "has no linear layer that the experts change and an adapter could hold"
         raise CheckpointError(plan.recipe.base, what, "write a full model")
     dtype = OUTPUT_DTYPES.get(plan.recipe.dtype, torch.float32)
     jobs = []
-    for job in plan.jobs:
+    for job in plan.merged:
         if modules[job.name]:
             jobs.append(replace(job, factors=_specs(job, modules[job.name], rank, dtype), entrywise=False))
-        elif job.method:
+        else:
             jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter"))
     return replace(plan, jobs=tuple(jobs))
 
 
-def _module(job: Job, roles: Roles) -> str:
+def _module(job: Merge, roles: Roles) -> str:
     """The module's name in the model where an adapter can change this tensor, else empty."""
     parameter = roles.identity[job.name]
     # A tied head goes by its embedding's name, which the checkpoint need not have.
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
     reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
-    return parameter.removesuffix(".weight") if job.method and linear and reachable else ""
+    return parameter.removesuffix(".weight") if linear and reachable else ""
 
 
-def _specs(job: Job, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
+def _specs(job: Merge, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
     rows, columns = job.spec.shape[:: -1 if job.role.transposed else 1]
     A = TensorSpec(f"{PREFIX}{module}.lora_A.weight", dtype, (rank, columns))
     return A, TensorSpec(f"{PREFIX}{module}.lora_B.weight", dtype, (rows, rank))
 
 
-def truncated(job: Job, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
     rank, its singular values shared by both; filled up with zeros. And `energy`, that of the update, with the share of
     it that the adapter lacks.
@@ -101,7 +101,7 @@ def share_lost(records: Iterable[Mapping[str, Any]]) -> float:
 
 def adapter_config(plan: Plan) -> bytes:
     """`adapter_config.json`: alpha is the rank, so that the factor on `B A` is 1."""
-    inside = [(job, job.factors[0].name) for job in plan.jobs if job.factors]
+    inside = [(job, job.factors[0].name) for job in plan.merged if job.factors]
     modules = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for _, name in inside]
     config = {
         "peft_type": "LORA",

@@ -14,10 +14,10 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
 from acemerge.methods import Method
-from acemerge.models.depth import Stack
+from acemerge.models.depth import LayerStack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import KeyPath, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
@@ -116,7 +116,7 @@ class Recipe(Strict):
         """The slice that a tensor of the output is in, None where there are none."""
         if not self.slices:
             return None
-        return self.slices[Stack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
+        return self.slices[LayerStack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
 
     def assets_number(self, labels: Sequence[str]) -> int | None:
         """The model that `assets` names: 0 for the base, i for the i-th expert, by its label or as it was named."""
@@ -222,7 +222,7 @@ def parse_size(text: str) -> int:
 
 
 def _explain(failure: ValidationError, where: object) -> UsageError:
-    def owner(place: Place) -> type[BaseModel]:
+    def owner(place: KeyPath) -> type[BaseModel]:
         models: dict[str, type[BaseModel]] = {"experts": ExpertSpec, "rules": TensorRule, "slices": SliceSpec}
         return models.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
 

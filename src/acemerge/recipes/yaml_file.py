@@ -15,7 +15,7 @@ from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import CheckpointError, UsageError, nearest
 
 _MAX_FILE = 1 << 20
-Place = tuple[int | str, ...]
+KeyPath = tuple[int | str, ...]
 
 
 def read_yaml(path: Path, what: str, first_keys: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def relative_to(folder: Path, path: str) -> str:
 
 
 def explain(
-    failure: ValidationError, where: object, owner: Callable[[Place], type[BaseModel]], fill: str, see: str
+    failure: ValidationError, where: object, owner: Callable[[KeyPath], type[BaseModel]], fill: str, see: str
 ) -> UsageError:
     """The first problem of a validation, with the nearest right key for a wrong one.
 

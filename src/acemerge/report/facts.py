@@ -13,6 +13,7 @@ from acemerge.inspection.advice import Advice, largest_update, of_directions, of
 from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
 from acemerge.models.depth import layer_number, places_in_layers
+from acemerge.models.roles import LAYERS
 from acemerge.output.records import branch, figure
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
@@ -70,7 +71,6 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
 
 # --- tensors -------------------------------------------------------------------------------------------------
 
-LAYERS = ("linear", "conv1d", "experts")
 _HEAT = ("energy", "gamma", "branch", "condition", "cancelled")
 
 

@@ -24,7 +24,7 @@ Row = Mapping[Column, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A file, or a data set by its Hub id or folder, with what `datasets` needs to know of it.
 
     With `limit` no more than so many of its examples, spread evenly over all.
@@ -43,7 +43,7 @@ class Source:
         return [i * count // self.limit for i in range(self.limit)]
 
 
-def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+def read_columns(source: DataSource, wanted: Sequence[Column]) -> list[Sequence[Any]]:
     """The wanted columns, in that order. UsageError names the file, the row or the column that is wrong."""
     path = Path(source.data)
     read = _READERS.get(path.suffix.lower())
@@ -110,7 +110,7 @@ _READERS: dict[str, Callable[[Path, Sequence[Column]], Iterator[Row]]] = {
 }
 
 
-def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+def _from_datasets(source: DataSource, wanted: Sequence[Column]) -> list[Sequence[Any]]:
     """Columns of a data set on the Hub, or of parquet files here; loading scripts are never run."""
     table = _load_dataset(source)
     for column in wanted:
@@ -123,7 +123,7 @@ def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[An
     return [table[column] for column in wanted]
 
 
-def _load_dataset(source: Source) -> Any:
+def _load_dataset(source: DataSource) -> Any:
     path, there = Path(source.data), files.kind(Path(source.data))
     wanted = None if path.suffix.lower() in FILE_SUFFIXES else hub_id(source.data)
     if wanted is not None and wanted.folder is not None:

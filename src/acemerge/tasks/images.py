@@ -14,7 +14,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import CheckpointError, UsageError, nearest
-from acemerge.tasks.data import Source, as_classes, read_columns
+from acemerge.tasks.data import DataSource, as_classes, read_columns
 from acemerge.tasks.networks import Inputs, Model, load
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
@@ -29,7 +29,7 @@ class ImageSet:
     names: tuple[str, ...] | None
 
 
-def open_images(source: Source, image: str, label: str, labels: Sequence[str] | None) -> ImageSet:
+def open_images(source: DataSource, image: str, label: str, labels: Sequence[str] | None) -> ImageSet:
     """The images of a source. Classes are numbered by `labels`, else by the sorted names of their folders."""
     path = Path(source.data)
     folders = files.kind(path) == "folder" and hub_id(source.data) is None and source.split is None
@@ -42,7 +42,7 @@ def open_images(source: Source, image: str, label: str, labels: Sequence[str] | 
     )
 
 
-def _of_folders(path: Path, labels: Sequence[str] | None, source: Source) -> ImageSet:
+def _of_folders(path: Path, labels: Sequence[str] | None, source: DataSource) -> ImageSet:
     root = files.resolve(path)
     found = [name for name in files.list_folder(root) if files.kind(root / name) == "folder" and name[0] != "."]
     names = tuple(labels) if labels is not None else tuple(found)
