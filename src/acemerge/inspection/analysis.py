@@ -24,7 +24,7 @@ from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.methods.fits import source_of
+from acemerge.methods.least_squares_rule import source_of
 from acemerge.output.records import parts_of
 from acemerge.planning.jobs import Job, Piece
 from acemerge.recipes.recipe import Recipe, make_recipe

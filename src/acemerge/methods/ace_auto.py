@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.least_squares import Problem, as_given
+from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.shapes import Float, Tensor
 
 _MOST = 0.99  # of a second moment is given up: with nothing left of any there were nothing to solve
 
 
 @dataclass(frozen=True)
-class AceAuto:
+class _Sizes:
+    """The energies of the experts that count, and how far every expert's second moment is shrunk."""
+
+    energies: Float[Tensor, " active"]
+    shrinkage: list[float]
+
+
+@dataclass(frozen=True)
+class AceAuto(LeastSquaresRule[_Sizes]):
     """ACE without its constants: normalised second moments, each shrunk as far as its own spectrum says.
 
         S_t = D_t^T D_t / n_t
@@ -41,13 +49,7 @@ class AceAuto:
 
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, _Sizes] | LayerResult:
         n = energies(deltas)
         a = normalised_weights(n, layer, 2)
         if not a.any():
@@ -56,7 +58,7 @@ class AceAuto:
         rho = [shrinkage(D, sides) if w else 0.0 for D, w in zip(deltas, a.tolist(), strict=True)]
         pulls = [r * e / sides[1] for r, e in zip(rho, (a * n).tolist(), strict=True)]
         updates = as_given(deltas)
-        fit, status = yield Problem(
+        problem = Problem(
             targets=updates,
             sources=updates,
             weights=[(1 - r) * w for r, w in zip(rho, a.tolist(), strict=True)],
@@ -64,15 +66,11 @@ class AceAuto:
             pulls=pulls,
             ridge=sum(pulls),
         )
-        active = n[a > 0]
-        stats = {
-            "status": status,
-            "heterogeneity": float(active.log().var()) if len(active) > 1 else None,
-            "shrinkage": [round(r, 4) for r in rho],
-            "condition": fit.diagnosis.condition,
-            "rank": fit.diagnosis.rank,
-        }
-        return LayerResult((self.scale * fit.M).to(deltas.dtype), stats)
+        return problem, _Sizes(n[a > 0], rho)
+
+    def from_fit(self, fit: Fit, kept: _Sizes) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
+        spread = float(kept.energies.log().var()) if len(kept.energies) > 1 else None
+        return fit.M, {"heterogeneity": spread, "shrinkage": [round(r, 4) for r in kept.shrinkage]}
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spread = experts * rows * columns * min(rows, columns)
