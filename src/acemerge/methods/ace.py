@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +15,7 @@ from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
@@ -84,7 +84,7 @@ class Ace(LeastSquaresRule[_Active]):
         problem = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
         return problem, _Active(deltas, a, gamma, hetero, layer)
 
-    def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
+    def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], LayerStats]:
         deltas, sides, hetero = kept.deltas, kept.layer.sides(kept.deltas), kept.heterogeneous
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, in_float64 = fit.M, 0
@@ -93,13 +93,8 @@ class Ace(LeastSquaresRule[_Active]):
             leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
-        return M, {
-            "gamma": kept.gamma,
-            "branch": "heterogeneous" if hetero else "homogeneous",
-            "eps": self.eps,
-            "refined": refined,
-            "float64_spectra": in_float64,
-        }
+        branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if hetero else "homogeneous"
+        return M, LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=refined, float64_spectra=in_float64)
 
     def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _MOST = 0.99  # of a second moment is given up: with nothing left of any there were nothing to solve
@@ -37,7 +37,8 @@ class AceAuto(LeastSquaresRule[_Sizes]):
     eq. 23), but never all of it: near 1/out where few directions hold the energy, most where all hold as much. Source:
     this library. Unlike `ace` nothing is centred, so that one expert gives itself whatever its rows have in common;
     second moments are always normalised, so that there is no branch and scaling all updates scales M; there is no prior
-    and no refinement. `heterogeneity` is reported, `var(log n_t)`, which no scaling changes; it decides nothing.
+    and no refinement. `log_energy_variance`, `var(log n_t)`, which no scaling changes, is told and decides nothing; the
+    manifest calls it `heterogeneity`.
     A weight multiplies R_t, and may not be negative.
     """
 
@@ -68,9 +69,10 @@ class AceAuto(LeastSquaresRule[_Sizes]):
         )
         return problem, _Sizes(n[a > 0], rho)
 
-    def from_fit(self, fit: Fit, kept: _Sizes) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
-        spread = float(kept.energies.log().var()) if len(kept.energies) > 1 else None
-        return fit.M, {"heterogeneity": spread, "shrinkage": [round(r, 4) for r in kept.shrinkage]}
+    def from_fit(self, fit: Fit, kept: _Sizes) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        variance = float(kept.energies.log().var()) if len(kept.energies) > 1 else None
+        rho = tuple(round(r, 4) for r in kept.shrinkage)
+        return fit.M, LayerStats(log_energy_variance=variance, shrinkage=rho)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spread = experts * rows * columns * min(rows, columns)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,6 +15,8 @@ from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_upd
 from acemerge.methods.elementwise import Average
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.sparse import Share, threshold
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _VOCABULARY = 20_000  # a tensor with a longer side is averaged
@@ -51,8 +52,8 @@ class Actmat(LeastSquaresRule[None]):
         updates = as_given(deltas)
         return _problem(deltas, layer, updates, updates, self.lam, self.p, self.scale)
 
-    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
-        return fit.M, {}
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=True)
@@ -85,8 +86,8 @@ class Tact(LeastSquaresRule[None]):
 
         return _problem(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
 
-    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
-        return fit.M, {}
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=False)
@@ -104,7 +105,7 @@ def _problem(
     sides = layer.sides(deltas)
     if max(sides) > _VOCABULARY:
         mean = Average(scale).merge(deltas, layer)
-        return LayerResult(mean.delta, {"status": "averaged, a side above 20,000"})
+        return LayerResult(mean.delta, LayerStats((Status.VOCABULARY,)))
     weights = normalised_weights(energies(deltas), layer, p)
     if not weights.any():
         return no_update(deltas)

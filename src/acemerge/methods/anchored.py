@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +12,7 @@ from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import Power, least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 
@@ -62,8 +62,8 @@ class Anchored(LeastSquaresRule[None]):
         )
         return problem, None
 
-    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
-        return fit.M, {}
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=True)

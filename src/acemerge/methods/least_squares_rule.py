@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar, final
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Generic, TypeVar, final
 
 import torch
 
 from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
 from acemerge.linalg.stacked import least_squares_together
 from acemerge.methods.base import Layer, LayerResult, Method
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import read_statuses
 from acemerge.shapes import Float, Tensor
 
 Kept = TypeVar("Kept")  # what a rule needs again of a layer once the fit is there
@@ -29,7 +32,7 @@ class LeastSquaresRule(ABC, Generic[Kept]):
         """The problem, with what `from_fit` is to be given; the result itself where nothing is to be fitted."""
 
     @abstractmethod
-    def from_fit(self, fit: Fit, kept: Kept) -> tuple[Float[Tensor, "out in"], Mapping[str, Any]]:
+    def from_fit(self, fit: Fit, kept: Kept) -> tuple[Float[Tensor, "out in"], LayerStats]:
         """M in the type of the fit, whose own M may be used up, and the rule's own numbers.
 
         Status, condition and rank are added to these.
@@ -56,8 +59,9 @@ class LeastSquaresRule(ABC, Generic[Kept]):
 
     def _result(self, fit: Fit, status: str, kept: Kept, dtype: torch.dtype) -> LayerResult:
         M, own = self.from_fit(fit, kept)
-        found = {"condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
-        return LayerResult(M.mul_(self.scale).to(dtype), {"status": status, **own, **found})
+        known = fit.diagnosis
+        stats = replace(own, statuses=read_statuses(status), condition=known.condition, rank=known.rank)
+        return LayerResult(M.mul_(self.scale).to(dtype), stats)
 
 
 def source_of(method: Method, D: Float[Tensor, "out in"]) -> Float[Tensor, "out in"] | None:

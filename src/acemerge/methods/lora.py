@@ -79,7 +79,7 @@ class Knots:
             return no_update(deltas)
         blocks = U.T @ deltas  # s_i v_i^T of every expert, (T, k, in)
         result = self.inner.merge(blocks, own_entries(layer))
-        return LayerResult(U @ (self.scale * result.delta), {**result.stats, "rank": U.shape[1]})
+        return LayerResult(U @ (self.scale * result.delta), replace(result.stats, rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         inner = self.inner.operations(experts, rows, columns)
@@ -122,7 +122,7 @@ class CoreSpace:
             return no_update(deltas)
         result = self.inner.merge(U.T @ deltas @ V, own_entries(layer))  # (T, p, q)
         M = U @ (self.scale * result.delta) @ V.T
-        return LayerResult(M, {**result.stats, "rank": min(result.delta.shape)})
+        return LayerResult(M, replace(result.stats, rank=min(result.delta.shape)))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         bases = basis_operations(experts, columns, rows) + basis_operations(experts, rows, columns)

@@ -12,6 +12,7 @@ from acemerge.linalg.select import kth_largest_magnitude, magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work
 from acemerge.methods.chance import Chance
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Bool, Float, Int, Tensor
 
 Density = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -84,7 +85,7 @@ class MergekitSum:
             if masks is not None:
                 parts = parts * masks[:, rows] * factors.view_as(w)
             M[rows] = self._sum(parts * w, w)
-        return LayerResult(M.mul_(self.scale).to(wanted), {"status": "ok"})
+        return LayerResult(M.mul_(self.scale).to(wanted), LayerStats())
 
     def _sum(self, parts: Float[Tensor, "T *shape"], w: Float[Tensor, "T *ones"]) -> Float[Tensor, "*shape"]:
         """Their sum, or the mean of those that agree in sign."""

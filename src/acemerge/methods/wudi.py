@@ -13,6 +13,7 @@ from acemerge.linalg.gram import NormalEquations, energies
 from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _FLOOR = 1e-8  # smallest eigenvalue that is divided by, as a share of the largest
@@ -50,7 +51,7 @@ class Wudi:
         for _ in range(self.steps):
             torch.addmm(B, N, A, beta=-2, alpha=2, out=N.grad)
             adam.step()
-        return LayerResult(X0.add_(N.detach()).mul_(self.scale), {"status": "ok", "steps": self.steps})
+        return LayerResult(X0.add_(N.detach()).mul_(self.scale), LayerStats(steps=self.steps))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         step = 2 * rows * columns * columns
@@ -91,7 +92,7 @@ class SwudiA:
         K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
         V, l_K = vectors.flip(1)[:, :K], spectrum[:K].clamp_min(_FLOOR * float(spectrum[0]))
         M = X0 + ((B @ V) / l_K - X0 @ V) @ V.T
-        return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": K})
+        return LayerResult((self.scale * M).to(deltas.dtype), LayerStats(rank=K))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spectral = 9 * columns**3 + 6 * rows * columns**2
