@@ -13,7 +13,7 @@ from acemerge.linalg.least_squares import Fit, Problem
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
@@ -59,7 +59,7 @@ class Ace(LeastSquaresRule[_Active]):
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5

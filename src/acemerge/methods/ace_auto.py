@@ -8,7 +8,7 @@ from typing import ClassVar
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
@@ -45,7 +45,7 @@ class AceAuto(LeastSquaresRule[_Sizes]):
     name: ClassVar[str] = "ace_auto"
     source: ClassVar[str] = "acemerge, after arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     scale: Scale = 1.0

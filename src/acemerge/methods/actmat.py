@@ -11,7 +11,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Experts, Fit, Problem, as_given, prefers_dual
 from acemerge.linalg.select import magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.sparse import Share, threshold
@@ -41,7 +41,7 @@ class Actmat(LeastSquaresRule[None]):
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     lam: Ridge = 0.0
@@ -71,7 +71,7 @@ class Tact(LeastSquaresRule[None]):
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12), input_side=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Workspace(6, 12), input_side=True)
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0

@@ -10,7 +10,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import Power, least_squares_operations, normalised_weights
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
@@ -36,7 +36,7 @@ class Anchored(LeastSquaresRule[None]):
     name: ClassVar[str] = "anchored"
     source: ClassVar[str] = "acemerge"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     lam: Annotated[

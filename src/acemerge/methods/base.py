@@ -71,7 +71,7 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
     `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
     that of the least-squares system, the smaller of columns and T rows, or the layer's longer one, at most T shorter.
@@ -124,7 +124,7 @@ class Needs:
     experts: int | None = None
     moves_equals: bool = False
     masks: bool = False
-    work: Work = Work()
+    work: Workspace = Workspace()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
     calibration: Calibration | None = None

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.least_squares import Problem, as_given, least_squares_trusted
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status, read_statuses
@@ -18,7 +18,7 @@ from acemerge.shapes import Float, Tensor
 Shrinkage = Annotated[
     float, Field(ge=0, le=1, allow_inf_nan=False, description="factor on the second moments off the diagonal")
 ]
-_WORK = Work(6, 6, "columns")
+_WORK = Workspace(6, 6, "columns")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.two_sided import conjugate_gradients, dot, solving_dtype
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.both_sides import Upright, operations, reached, system, upright
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
@@ -52,7 +52,7 @@ class KronAuto:
 
     @property
     def needs(self) -> Needs:
-        work = Work(24, 8, "longer", each=4)
+        work = Workspace(24, 8, "longer", each=4)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:

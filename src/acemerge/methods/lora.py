@@ -13,12 +13,12 @@ from pydantic import AfterValidator
 from acemerge.errors import UsageError
 from acemerge.linalg.spectral import leading_singular, rounding_floor
 from acemerge.methods.around import Over, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.methods.spectral import spectral_operations
 from acemerge.shapes import Float, Tensor
 
-_WORK = Work(20, 44, "columns")
+_WORK = Workspace(20, 44, "columns")
 _ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one product
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace
 from acemerge.methods.chance import Chance
 from acemerge.methods.elementwise import row_blocks
 from acemerge.methods.stats import LayerStats
@@ -72,7 +72,7 @@ class MergekitSum:
     @property
     def needs(self) -> Needs:
         lengths = [len(value) for value in (self.density, self.gamma, self.epsilon) if isinstance(value, tuple)]
-        return Needs(experts=lengths[0] if lengths else None, work=Work(tensors=8))
+        return Needs(experts=lengths[0] if lengths else None, work=Workspace(tensors=8))
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         wanted = deltas.dtype

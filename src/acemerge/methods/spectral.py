@@ -12,14 +12,14 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.spectral import Singular, leading_singular, polar, rounding_floor
 from acemerge.linalg.threads import side_by_side
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 # An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
-SPECTRAL_WORK = Work(11, 54, "shorter")
+SPECTRAL_WORK = Workspace(11, 54, "shorter")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from acemerge.linalg.gram import NormalEquations, energies
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
@@ -33,7 +33,9 @@ class Wudi:
 
     name: ClassVar[str] = "wudi"
     source: ClassVar[str] = "arXiv 2503.08099"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(8, 4, "columns"), input_side=True)
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Workspace(8, 4, "columns"), input_side=True
+    )
 
     steps: Annotated[int, Field(ge=0, le=100_000, description="steps of Adam")] = 300
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="its learning rate")] = 1e-5
@@ -73,7 +75,7 @@ class SwudiA:
     name: ClassVar[str] = "swudi_a"
     source: ClassVar[str] = "arXiv 2606.07289"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(20, 8, "columns"), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(20, 8, "columns"), factors="frame", input_side=True
     )
 
     anchor: Annotated[Literal["sum", "mean"], Field(description="M outside the kept directions")] = "sum"
