@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from acemerge.calibration.moments import input_second_moments
     from acemerge.engine.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
-    from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
+    from acemerge.methods import METHODS, Layer, LayerResult, LayerStats, LowRankResult, Method, Needs, Status, register
     from acemerge.output.expert_weights import expert_weights
 
 __all__ = [
@@ -19,11 +19,13 @@ __all__ = [
     "CheckpointError",
     "Layer",
     "LayerResult",
+    "LayerStats",
     "LowRankResult",
     "MergeReport",
     "Method",
     "Needs",
     "NumericalError",
+    "Status",
     "UsageError",
     "WriteError",
     "expert_weights",
@@ -42,7 +44,17 @@ _HOMES = {
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
     "engine.in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
     "output.expert_weights": ("expert_weights",),
-    "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
+    "methods": (
+        "METHODS",
+        "Layer",
+        "LayerResult",
+        "LayerStats",
+        "LowRankResult",
+        "Method",
+        "Needs",
+        "Status",
+        "register",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

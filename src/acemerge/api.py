@@ -27,6 +27,7 @@ from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.origin import origin_of
 from acemerge.output.picture import shares_picture
+from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import layer_shares
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
@@ -54,6 +55,11 @@ class MergeReport:
         """For every tensor: role, rule, reason, status and the rule's own numbers."""
         tensors: Mapping[str, Mapping[str, Any]] = self.manifest["tensors"]
         return tensors
+
+    @property
+    def records(self) -> Mapping[str, TensorRecord]:
+        """The same, as records."""
+        return records_of(self.manifest)
 
 
 def merge(

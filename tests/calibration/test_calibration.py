@@ -24,7 +24,7 @@ from acemerge.calibration.blocks import block_of
 from acemerge.calibration.hooks import watching
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.methods.calibrated import UNSEEN
+from acemerge.methods.status import Status
 from acemerge.output.manifest import load_manifest
 from acemerge.recipes.recipe import load_recipe
 from acemerge.tasks.networks import open_model
@@ -339,7 +339,7 @@ def test_what_is_not_seen_is_averaged_and_named(family: Path) -> None:
     report, merged = merge(family, "regmean", embeddings="rule"), load_folder(family / "out")
     name = "roberta.embeddings.word_embeddings.weight"
     base, deltas = task_vectors(family, name)
-    assert report.tensors[name]["status"] == UNSEEN
+    assert report.records[name].stats.statuses == (Status.UNSEEN,)
     assert relative_error(merged[name], base + deltas.mean(0)) < 1e-6
     assert name in report.manifest["calibration"]["tone"]["not seen"]
 

@@ -19,6 +19,7 @@ from acemerge.engine.work import Place, Setting
 from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, make
 from acemerge.methods.ace import Ace
+from acemerge.methods.status import Status
 from acemerge.models.roles import Role
 from acemerge.planning.jobs import Input, Merge
 from acemerge.planning.pieces import Piece
@@ -136,9 +137,9 @@ def test_pieces_together_are_what_they_are_alone(name: str, transposed: bool) ->
     model = _Model(name, min(3, RULES[name].experts), torch.float64, transposed=transposed, compute_dtype=torch.float64)
     for together, alone in zip(model.merged(), model.alone(), strict=True):
         assert relative_error(together.value, alone.value) < 1e-12
-        assert together.record["status"] == alone.record["status"]
-        assert together.record["energies"] == pytest.approx(alone.record["energies"])
-        assert set(together.record) == set(alone.record)
+        assert together.record.stats.statuses == alone.record.stats.statuses
+        assert together.record.energies == pytest.approx(alone.record.energies)
+        assert together.record.to_json().keys() == alone.record.to_json().keys()
         assert len(together.masks) == len(alone.masks)
 
 
@@ -158,7 +159,7 @@ def test_a_layer_that_did_not_move_keeps_its_bytes() -> None:
         expert["layer 6"] = model.models[0]["layer 6"]
     still = model.merged()[6]
     assert torch.equal(still.value.view(torch.int16), model.models[0]["layer 6"].view(torch.int16))
-    assert still.record["status"] == "no update"
+    assert still.record.stats.statuses == (Status.NO_UPDATE,)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -171,7 +172,7 @@ def test_what_is_not_finite_in_a_stack_is_named_or_left_out(value: float) -> Non
     skipping = model.setting.recipe.model_copy(update={"nonfinite": "skip-expert"})
     model.setting = replace(model.setting, recipe=skipping)
     found = model.merged()
-    assert found[3].record["skipped_experts"] == ["1"]
+    assert found[3].record.skipped_experts == ("1",)
     assert all(torch.equal(a.value, b.value) for i, (a, b) in enumerate(zip(found, clean, strict=True)) if i != 3)
 
 

@@ -210,3 +210,4 @@ def test_least_squares(shape: tuple[int, int], own_targets: bool, prior: float |
     c = torch.zeros(shape[1]) if prior is None else prior * total.mean(0)
     assert relative_error(fit.M, B @ torch.linalg.inv(A + c)) < 1e-10
     assert relative_error(fit.residual(X[0]), moments - X[0] @ A / 3) < 1e-10
+    assert relative_error(fit.residual(X[1]), moments - X[1] @ A / 3) < 1e-10  # asked again, of something else

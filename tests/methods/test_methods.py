@@ -13,6 +13,8 @@ from torch import Tensor
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import make
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -54,8 +56,10 @@ class TestEveryRule:
         assert found.delta.shape == AWKWARD[case].shape[1:]
         assert found.delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.isfinite(found.delta).all()
-        assert isinstance(found.stats["status"], str)
-        json.dumps(found.stats)  # plain numbers, strings and lists
+        assert found.stats.statuses
+        assert all(isinstance(status, Status) for status in found.stats.statuses)
+        said = json.dumps(found.stats.to_json())  # plain numbers, strings and lists
+        assert json.dumps(LayerStats.from_json(json.loads(said)).to_json()) == said
 
     def test_leaves_its_input_alone_and_repeats_itself(self, name: str, case: str, dtype: torch.dtype) -> None:
         deltas = AWKWARD[case].to(dtype)

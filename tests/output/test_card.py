@@ -88,7 +88,7 @@ def test_the_picture_is_every_experts_share_of_every_layer(plain: PlainModel) ->
     report = acemerge.merge(base, experts, out=plain.root / "out")
     assert "](merge.svg)" in card_of(plain.root / "out")[1]
     assert "merge.svg" in verify(plain.root / "out")["outputs"]
-    shares = layer_shares(["e1", "e2", "e3"], report.tensors)
+    shares = layer_shares(["e1", "e2", "e3"], report.records)
     assert list(shares) == ["0", "rest"]
     picture = ElementTree.fromstring((plain.root / "out/merge.svg").read_bytes())
     bars = [float(bar.attrib["width"]) for bar in picture.iter(f"{SVG}rect") if bar.attrib["height"] != "12"]

@@ -21,9 +21,9 @@ import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
 from acemerge.inspection.statistics import Sums
+from acemerge.methods.stats import LayerStats, of_slices
 from acemerge.models.depth import layer_number
 from acemerge.output.manifest import load_manifest
-from acemerge.output.records import branch, figure
 from acemerge.output.verify import verify
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
@@ -133,10 +133,12 @@ def test_curves_keep_their_ends_and_leave_rounding_out() -> None:
 
 
 def test_what_a_rule_says_of_slices_is_summed_up() -> None:
-    record = {"slices": [{"gamma": 0.1, "branch": "homogeneous"}, {"gamma": 0.4, "branch": "heterogeneous"}]}
-    assert figure(record, "gamma") == 0.4
-    assert branch(record) == "mixed"
-    assert figure({"gamma": None}, "gamma") is None
+    stats = of_slices(
+        [LayerStats(gamma=0.1, branch="homogeneous"), LayerStats(gamma=0.4, branch="heterogeneous"), LayerStats()]
+    )
+    assert stats.largest(lambda part: part.gamma) == 0.4
+    assert stats.branches == "mixed"
+    assert LayerStats(gamma=None).largest(lambda part: part.gamma) is None
     assert [layer_number(name) for name in ("h.3.attn.weight", "a.b.12.c", "7.x", "embed.weight")] == [3, 12, 7, None]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,7 @@ from acemerge.inspection.advice import largest_update, of_energies, of_statuses
 from acemerge.methods import Method
 from acemerge.models.roles import LAYERS
 from acemerge.output.folder import REPORT
-from acemerge.output.records import figure
-from acemerge.output.shares import total_energies
+from acemerge.output.shares import Records, total_energies
 from acemerge.planning.costs import RESIDENT, peak_memory
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import Job, Plan
@@ -92,10 +91,10 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
     """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
     before the merge.
     """
-    manifest = report.manifest
-    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
+    manifest, records = report.manifest, report.records
+    counts = Counter(record.rule for record in records.values())
     rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
-    say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
+    say(console, f"merged {len(records)} tensors ({rules}) in {manifest['seconds']:.1f} s")
     for label, about in manifest.get("adapters", {}).items():
         say(console, f"expert {label}: {about}")
     for who, about in manifest.get("dequantized", {}).items():
@@ -109,17 +108,19 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
     if report.pushed:
         say(console, f"uploaded to {report.pushed}")
     labels = manifest["experts"]
-    energies = total_energies(labels, report.tensors)
+    energies = total_energies(labels, records)
     experts = [str(advice) for advice in of_energies(labels, energies)] or [largest_update(labels, energies)]
-    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(report.tensors))), _next(report)])
+    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
 
 
-def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _layers(records: Records) -> list[str]:
     """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
-    found = [str(advice) for advice in of_statuses(records)]
-    layers = {name: record for name, record in records.items() if record.get("role") in LAYERS}
-    for key, text in (("condition", "worst condition"), ("gamma", "most uneven experts: gamma")):
-        known = {name: value for name, record in layers.items() if (value := figure(record, key)) is not None}
+    found = [str(advice) for advice in of_statuses(record.stats.statuses for record in records.values())]
+    layers = {name: record.stats for name, record in records.items() if record.role in LAYERS}
+    conditions = {name: stats.largest(lambda part: part.condition) for name, stats in layers.items()}
+    gammas = {name: stats.largest(lambda part: part.gamma) for name, stats in layers.items()}
+    for figures, text in ((conditions, "worst condition"), (gammas, "most uneven experts: gamma")):
+        known = {name: value for name, value in figures.items() if value is not None}
         if known:
             name = max(known, key=lambda n: known[n])
             found.append(f"{text} {known[name]:.3g} in {name}")

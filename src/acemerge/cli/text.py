@@ -49,9 +49,9 @@ def plan(console: Console, plan: Plan) -> None:
 
 def extracted(console: Console, report: MergeReport) -> None:
     rows = [
-        (name, f"{record['energy']:.4g}", f"{record['share_lost']:.2%}")
-        for name, record in report.tensors.items()
-        if record["energy"] or name in report.manifest["stored"]
+        (name, f"{record.energy:.4g}", f"{record.share_lost:.2%}")
+        for name, record in report.records.items()
+        if record.energy or name in report.manifest["stored"]
     ]
     table(console, ("tensor", "energy of its difference", "lost"), rows)
     adapter(console, report)
@@ -61,7 +61,7 @@ def adapter(console: Console, report: MergeReport) -> None:
     """What an output that is an adapter holds and lacks."""
     manifest = report.manifest
     inside = manifest["stored"]
-    outside = sum(record["energy"] > 0 for name, record in report.tensors.items() if name not in inside)
+    outside = sum(bool(record.energy) for name, record in report.records.items() if name not in inside)
     if outside:
         say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
     for label, heads in manifest["heads"].items():

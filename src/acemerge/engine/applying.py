@@ -9,6 +9,7 @@ import torch
 
 from acemerge.engine.work import Setting
 from acemerge.methods import Layer, LayerResult, Method
+from acemerge.methods.stats import of_projections, of_slices
 from acemerge.models.projections import Fused
 from acemerge.planning.jobs import ByRule, Merge
 from acemerge.shapes import Float, Tensor
@@ -38,14 +39,10 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
     if not method.needs.matrix or deltas.ndim == 3:
         return method.merge(deltas, layer)
     results = [method.merge(deltas[:, i], layer.part(i)) for i in range(deltas.shape[1])]
-    statuses = sorted({str(result.stats["status"]) for result in results})
-    slices = [dict(result.stats) for result in results]
-    return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
+    return LayerResult(torch.stack([r.delta for r in results]), of_slices([r.stats for r in results]))
 
 
 def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
     """The rule on each of the projections that share a weight."""
     results = [method.merge(part, layer) for part in fused.split(deltas)]
-    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
-    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
-    return LayerResult(fused.join([result.delta for result in results]), stats)
+    return LayerResult(fused.join([r.delta for r in results]), of_projections([r.stats for r in results]))

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from acemerge.engine.applying import apply_rule, layer_of
-from acemerge.engine.compute import Computed, about, compute
+from acemerge.engine.compute import Computed, compute
 from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
-from acemerge.methods import Method, Together, expert_seeds
+from acemerge.methods import LayerStats, Method, Together, expert_seeds
+from acemerge.output.records import about
 from acemerge.planning.finite import all_rounded
 from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Int, Tensor
-
-Stats = Mapping[str, Any]  # what a rule says of a layer
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,12 @@ def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place
         merged = _merged(method, chosen, [jobs[i] for i in numbers], setting)
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
         for i, n, (value, stats) in zip(numbers, chosen.n.tolist(), merged, strict=True):
-            record = {**about(jobs[i]), **stats, "energies": n, "seconds": seconds}
+            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), seconds=seconds)
             made[i] = Computed((value,), record)
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 
 
-def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting) -> list[tuple[Tensor, Stats]]:
+def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting) -> list[tuple[Tensor, LayerStats]]:
     """The merged weights in their output type, and what the rule says of each."""
     if not jobs:
         return []

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +16,10 @@ from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError
 from acemerge.linalg.gram import energies
+from acemerge.methods import LowRankResult, Status
+from acemerge.methods.status import of_all
 from acemerge.output.packed_masks import pack
+from acemerge.output.records import TensorRecord, about
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
@@ -31,7 +33,7 @@ class Computed:
     """What the output stores of a finished piece, on the CPU in its output type, and what the manifest says of it."""
 
     stored: tuple[Tensor, ...]
-    record: Mapping[str, Any]
+    record: TensorRecord
     masks: tuple[Tensor, ...] = ()  # one per expert, packed; of rules that make them
 
     @property
@@ -56,27 +58,21 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
         reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
         cure = "use --compute-dtype float64, fewer --workers or more memory"
         raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
-    return Computed(stored, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
+    return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
 
 
-def about(job: Job) -> dict[str, Any]:
-    """What the manifest says of any tensor."""
-    return {"role": job.role.name, "rule": job.rule, "reason": job.reason}
-
-
-def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     """What the manifest says of a tensor, from the records of its pieces."""
-    record = dict(records[0])
-    record["seconds"] = round(sum(r["seconds"] for r in records), 6)
-    if len(records) > 1:
-        statuses = {r["status"] for r in records}
-        record["status"] = "no update" if statuses == {"no update"} else min(statuses - {"no update"})
-        if "energies" in record:
-            record["energies"] = [sum(parts) for parts in zip(*(r["energies"] for r in records), strict=True)]
-        if "energy" in record:  # all of it is in an adapter, or nothing
-            record["energy"] = sum(r["energy"] for r in records)
-            record["share_lost"] = max(r["share_lost"] for r in records)
-    return record
+    first, seconds = records[0], round(sum(r.seconds for r in records), 6)
+    if len(records) == 1:
+        return replace(first, seconds=seconds)
+    moved = [r.stats.statuses for r in records if r.stats.statuses != (Status.NO_UPDATE,)]
+    stats = replace(first.stats, statuses=of_all(moved) or (Status.NO_UPDATE,))
+    rows = [r.energies for r in records if r.energies is not None]
+    found = tuple(sum(parts) for parts in zip(*rows, strict=True)) if rows else None
+    energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
+    lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
+    return replace(first, stats=stats, energies=found, energy=energy, share_lost=lost, seconds=seconds)
 
 
 def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
@@ -97,25 +93,23 @@ def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Sett
             raise CheckpointError(setting.who(model), what, keep_base(job.name))
     if base.dtype.is_floating_point:
         check_finite(base, job.name, setting.who(0), first_row=first_row)
-    return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
+    return (own_memory(rounded(base, job), base),), about(job, Status.KEPT), ()
 
 
 def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
-        record: dict[str, Any] = {"energies": n.tolist()}
-        if len(used) < T:
-            record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
+        skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
+        record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
             same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
-        record = {**result.stats, **record}
+        record = replace(record, stats=result.stats)
         if isinstance(job, Merge) and job.factors is not None:
-            stored, lacking = truncated(job, result.delta)
-            return stored, {**record, **lacking}, ()
+            return (*_in_adapter(job, result.delta, record), ())
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
@@ -137,18 +131,23 @@ def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, pl
     if update is None:
         return (*_unchanged(job, base, record), ())
     if job.factors is not None:
-        stored, lacking = truncated(job, update)
-        return stored, {**record, **lacking}, ()
+        return (*_in_adapter(job, update, record), ())
     with place.space(job.spec.shape, job.compute_dtype) as W0:
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
-def _unchanged(job: ByRule, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _in_adapter(
+    job: Merge, update: LowRankResult | Tensor | None, record: TensorRecord
+) -> tuple[tuple[Tensor, ...], TensorRecord]:
+    stored, lost = truncated(job, update)
+    return stored, replace(record, energy=lost.energy, share_lost=lost.share_lost)
+
+
+def _unchanged(job: ByRule, base: Tensor, record: TensorRecord) -> tuple[tuple[Tensor, ...], TensorRecord]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
     if isinstance(job, Merge) and job.factors is not None:
-        stored, lacking = truncated(job, None)
-        return stored, {"status": "no update", **record, **lacking}
-    return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
+        return _in_adapter(job, None, record)
+    return (own_memory(rounded(base, job), base),), record
 
 
 def task_vectors(

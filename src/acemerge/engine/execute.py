@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -24,6 +23,7 @@ from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.packed_masks import mask_spec
+from acemerge.output.records import TensorRecord
 from acemerge.output.writer import TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
@@ -32,7 +32,7 @@ from acemerge.planning.jobs import AnyJob, Job, Plan
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Tensor
 
-Records = dict[str, Mapping[str, Any]]
+Records = dict[str, TensorRecord]
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,9 @@ def merging(setting: Setting) -> Work[Job, list[tuple[Piece[Job], Computed]]]:
 class _Records:
     """What the manifest says of each tensor, gathered piece by piece."""
 
-    def __init__(self, done: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, done: Mapping[str, TensorRecord] | None = None) -> None:
         self.done: Records = dict(done or {})
-        self._parts: list[Mapping[str, Any]] = []
+        self._parts: list[TensorRecord] = []
 
     def add(self, piece: Piece[Job], computed: Computed) -> None:
         self._parts.append(computed.record)

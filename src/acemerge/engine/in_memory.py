@@ -125,10 +125,10 @@ def merge_factors(
     For LoRA U_t is `scaling * B` and V_t is `A`. The result is that of `merge_deltas` on the products; average,
     task_arithmetic, ace, ace_auto, anchored, kron, kron_auto, actmat, swudi_a, knots, core_space and the spectral rules
     do not form them where the ranks together are fewer than a side of the layer. For the others they are formed, and
-    `stats["status"]` says so. Rules that merge weights merge the task vectors.
+    `stats.statuses` says so. Rules that merge weights merge the task vectors.
 
     Where two or more experts share the row space of V_t, as with a frozen A, the input side says nothing of the tasks:
-    ace, actmat and the like then merge the transposes, and `stats["shared_input_side"]` is True.
+    ace, actmat and the like then merge the transposes, and `stats.shared_input_side` is True.
 
     Returns `.left` (out, k) and `.right` (k, in), `.delta()` for their product, `.truncated(rank)` and `.stats`; where
     the products were formed, `.left` is (out, in) and `.right` is None. Other arguments as in `merge_deltas`.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
-from typing import Any
 
 from acemerge.inspection.statistics import Sums
+from acemerge.methods.status import Status, Statuses
 from acemerge.planning.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
@@ -79,22 +79,14 @@ def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
     return f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
 
 
-def of_statuses(records: Mapping[str, Mapping[str, Any]]) -> list[Advice]:
-    """Tensors that were not merged as usual, by what the manifest says of each."""
-    statuses = Counter(str(record.get("status", "")) for record in records.values())
-    return [_of_status(status, count) for status, count in statuses.items() if status not in ("ok", "kept", "")]
-
-
-def _of_status(status: str, count: int) -> Advice:
-    tensors = f"{count} tensor{'s' if count > 1 else ''}"
-    known = {
-        "no update": ("no expert changed them, the base's values are kept", ""),
-        "float64": ("ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"),
-        "pseudo-inverse": ("singular, solved by the pseudo-inverse", "a larger eps makes them regular"),
-        "not converged": ("stopped before the residual was small", "more steps, or a larger tol"),
-    }
-    what, cure = known.get(status, (status, ""))
-    return Advice(f"{tensors}: {what}", cure)
+def of_statuses(tensors: Iterable[Statuses]) -> list[Advice]:
+    """Tensors that were not merged as usual, or parts of them, by their statuses."""
+    counts = Counter(status for statuses in tensors for status in statuses)
+    return [
+        Advice(f"{count} tensor{'s' if count > 1 else ''}: {status.sentence}", status.cure)
+        for status, count in counts.items()
+        if status not in (Status.OK, Status.KEPT)
+    ]
 
 
 def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:

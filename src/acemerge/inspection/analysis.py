@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
@@ -23,8 +22,8 @@ from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.methods.fits import source_of
-from acemerge.output.records import parts_of
+from acemerge.methods.least_squares_rule import source_of
+from acemerge.methods.stats import LayerStats
 from acemerge.planning.jobs import Merge
 from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe, make_recipe
@@ -70,7 +69,7 @@ class Covariances:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One matrix (out, in), as the rule sees it, and what the rule said of it in `record`.
+    """One matrix (out, in), as the rule sees it, and what the rule said of it in `stats`.
 
     `energies` (T,) and `own` are the experts'; one that is left out here counts as one without an update. `merged` is
     the merged update, `before` the same before refinement, where the rule refined it. `covariances` is there where the
@@ -87,7 +86,7 @@ class LayerAnalysis:
     inputs: Directions
     outputs: Directions
     covariances: Covariances | None
-    record: Mapping[str, Any]
+    stats: LayerStats
 
     @property
     def gamma(self) -> float | None:
@@ -186,7 +185,7 @@ class _Made:
 
     merged: Float[Tensor, "*shape"]
     before: Float[Tensor, "*shape"] | None
-    record: Mapping[str, Any]
+    stats: LayerStats
 
 
 def _of_updates(job: Merge, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
@@ -200,10 +199,11 @@ def _of_factors(job: Merge, values: Values, setting: Setting, place: Place) -> _
     """As a merge makes it where all experts give the factors of their updates."""
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
-        return _Made(torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device), None, record)
-    earlier = before_refinement(job, record)
+        nothing = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
+        return _Made(nothing, None, record.stats)
+    earlier = before_refinement(job, update.stats)
     before = None if earlier is None else merge_factors_of(earlier, values, setting, place.device)[0]
-    return _Made(update.delta(), None if before is None else before.delta(), record)
+    return _Made(update.delta(), None if before is None else before.delta(), update.stats)
 
 
 def _matrices(job: Merge, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
@@ -215,10 +215,9 @@ def _matrices(job: Merge, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Fl
 
     own, merged = stacked(deltas, 1), stacked(made.merged, 0)
     before = [None] * len(merged) if made.before is None else stacked(made.before, 0)
-    records = parts_of(made.record) if "slices" in made.record else [made.record] * len(merged)
-    for i, record in enumerate(records):
+    for i, stats in enumerate(made.stats.slices or [made.stats] * len(merged)):
         name = job.name if len(job.spec.shape) == 2 else f"{job.name}[{i}]"
-        yield name, own[:, i], _Made(merged[i], before[i], record)
+        yield name, own[:, i], _Made(merged[i], before[i], stats)
 
 
 def _covariances(
@@ -266,7 +265,7 @@ def _layer(
         Directions(first_cosines(inputs), overlaps(inputs)),
         Directions(first_cosines(outputs), overlaps(outputs)),
         covariances,
-        made.record,
+        made.stats,
     )
 
 

@@ -22,7 +22,8 @@ from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
 from acemerge.inspection.survey import FULL
 from acemerge.methods.ace import Ace
-from acemerge.output.records import parts_of
+from acemerge.methods.stats import LayerStats
+from acemerge.output.records import records_of
 from acemerge.planning.jobs import Merge
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.recipes.recipe import Recipe, make_recipe
@@ -119,14 +120,15 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe:
 
 def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Merge]:
     """The jobs whose rule refined its result, as they were before that."""
-    records = manifest["tensors"]
-    found = {job.name: before_refinement(job, records.get(job.name, {})) for job in opened.plan.merged}
+    records = records_of(manifest)
+    known = [job for job in opened.plan.merged if job.name in records]
+    found = {job.name: before_refinement(job, records[job.name].stats) for job in known}
     return {name: job for name, job in found.items() if job is not None}
 
 
-def before_refinement(job: Merge, record: Mapping[str, Any]) -> Merge | None:
-    """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `record`."""
-    if isinstance(job.method, Ace) and any(part.get("refined") for part in parts_of(record)):
+def before_refinement(job: Merge, stats: LayerStats) -> Merge | None:
+    """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `stats`."""
+    if isinstance(job.method, Ace) and any(part.refined for part in stats.parts):
         return replace(job, method=replace(job.method, ablation="E3"))
     return None
 

@@ -21,6 +21,8 @@ from acemerge.methods.registry import METHODS, make, register, rule_name
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.methods.svc import Svc
 from acemerge.methods.wudi import SwudiA, Wudi
 
@@ -29,9 +31,11 @@ __all__ = [
     "Calibration",
     "Layer",
     "LayerResult",
+    "LayerStats",
     "LowRankResult",
     "Method",
     "Needs",
+    "Status",
     "Together",
     "check_experts",
     "expert_seeds",

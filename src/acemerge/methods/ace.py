@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Problem
+from acemerge.linalg.least_squares import Fit, Problem
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
@@ -24,7 +24,18 @@ _ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be fro
 
 
 @dataclass(frozen=True)
-class Ace:
+class _Active:
+    """The experts that count, the factors on their second moments and the branch they are merged in."""
+
+    deltas: Float[Tensor, "T out in"]
+    scales: Float[Tensor, " T"]
+    gamma: float | None
+    heterogeneous: bool
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class Ace(LeastSquaresRule[_Active]):
     r"""ACE-Merging, exactly as published: the closed form on centred task vectors, with the collective
     structural prior and the spectral refinement.
 
@@ -48,7 +59,7 @@ class Ace:
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
@@ -60,13 +71,7 @@ class Ace:
     ] = "E4"
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, _Active] | LayerResult:
         weights, n = layer.weights, energies(deltas)
         active = (n > 0) & (weights > 0)
         if not active.any():
@@ -75,29 +80,21 @@ class Ace:
             deltas, weights, n = deltas[active], weights[active], n[active]
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
-        frame = layer.frame
-        a = second_moment_scales(deltas, weights, frame) if hetero else weights
-        sides = layer.sides(deltas)
-        fit, status = yield self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        a = second_moment_scales(deltas, weights, layer.frame) if hetero else weights
+        problem = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        return problem, _Active(deltas, a, gamma, hetero, layer)
+
+    def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        deltas, sides, hetero = kept.deltas, kept.layer.sides(kept.deltas), kept.heterogeneous
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
-        M, diagnosis, in_float64 = fit.M, fit.diagnosis, 0
+        M, in_float64 = fit.M, 0
         if refined:
-            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
-            del fit  # and with it the system matrix
+            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, kept.scales, kept.layer.frame).add_(M)
             leading = leading_polar(direction, refined, max(sides))
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
-        stats: dict[str, Any] = {
-            "status": status,
-            "gamma": gamma,
-            "branch": "heterogeneous" if hetero else "homogeneous",
-            "eps": self.eps,
-            "condition": diagnosis.condition,
-            "rank": diagnosis.rank,
-            "refined": refined,
-            "float64_spectra": in_float64,
-        }
-        return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
+        branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if hetero else "homogeneous"
+        return M, LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=refined, float64_spectra=in_float64)
 
     def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""

@@ -12,6 +12,8 @@ from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Frame
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
@@ -53,18 +55,23 @@ class Layer:
 class LayerResult:
     """What a rule made of one layer.
 
-    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` holds plain numbers, strings
-    and lists, among them `status`: "ok", or what the rule had to fall back to. `masks` (T, out, in), where a
-    rule makes them, say which entries of the merged update are an expert's own.
+    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` are the rule's numbers and its
+    statuses: OK, or what it had to fall back to; a plain mapping is read as the manifest's, and UsageError says where
+    it is not. `masks` (T, out, in), where a rule makes them, say which entries of the merged update are an expert's
+    own.
     """
 
     delta: Float[Tensor, "*shape"]
-    stats: Mapping[str, Any]
+    stats: LayerStats
     masks: Bool[Tensor, "T *shape"] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stats, LayerStats):  # of a rule that is not the library's own
+            object.__setattr__(self, "stats", _stats_from(self.stats))
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
     `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
     that of the least-squares system, the smaller of columns and T rows, or the layer's longer one, at most T shorter.
@@ -117,7 +124,7 @@ class Needs:
     experts: int | None = None
     moves_equals: bool = False
     masks: bool = False
-    work: Work = Work()
+    work: Workspace = Workspace()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
     calibration: Calibration | None = None
@@ -185,6 +192,14 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def _stats_from(said: Mapping[str, Any]) -> LayerStats:
+    try:
+        return LayerStats.from_json(said)
+    except ValueError as failure:
+        cure = "give a LayerStats, and what is the rule's own under keys of its own"
+        raise UsageError("the stats of a rule's result", str(failure), cure) from None
+
+
 def no_update(deltas: Float[Tensor, "T *shape"]) -> LayerResult:
     """The result where no expert has an update that counts."""
-    return LayerResult(torch.zeros_like(deltas[0]), {"status": "no update"})
+    return LayerResult(torch.zeros_like(deltas[0]), LayerStats((Status.NO_UPDATE,)))

@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from acemerge.linalg.select import kth_largest_magnitude
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _LEAST = 1e-8  # added to probabilities
@@ -29,7 +30,7 @@ class ArceeFusion:
 
     name: ClassVar[str] = "arcee_fusion"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Work(tensors=5))
+    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Workspace(tensors=5))
 
     scale: Scale = 1.0
 
@@ -42,7 +43,7 @@ class ArceeFusion:
         q1, q2, q3 = S.new_tensor([kth_largest_magnitude(S.flatten(), k) for k in places])
         kept = S.ge(q2 + 1.5 * (q3 - q1))  # in the type of S, whose rounding decides where entries are equal
         share = kept.sum().item() / kept.numel()
-        return LayerResult(D.mul_(kept).mul_(self.scale), {"status": "ok", "kept": share})
+        return LayerResult(D.mul_(kept).mul_(self.scale), LayerStats(kept=share))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 30 * rows * columns

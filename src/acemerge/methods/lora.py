@@ -13,12 +13,12 @@ from pydantic import AfterValidator
 from acemerge.errors import UsageError
 from acemerge.linalg.spectral import leading_singular, rounding_floor
 from acemerge.methods.around import Over, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
 from acemerge.methods.spectral import spectral_operations
 from acemerge.shapes import Float, Tensor
 
-_WORK = Work(20, 44, "columns")
+_WORK = Workspace(20, 44, "columns")
 _ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one product
 
 
@@ -79,7 +79,7 @@ class Knots:
             return no_update(deltas)
         blocks = U.T @ deltas  # s_i v_i^T of every expert, (T, k, in)
         result = self.inner.merge(blocks, own_entries(layer))
-        return LayerResult(U @ (self.scale * result.delta), {**result.stats, "rank": U.shape[1]})
+        return LayerResult(U @ (self.scale * result.delta), replace(result.stats, rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         inner = self.inner.operations(experts, rows, columns)
@@ -122,7 +122,7 @@ class CoreSpace:
             return no_update(deltas)
         result = self.inner.merge(U.T @ deltas @ V, own_entries(layer))  # (T, p, q)
         M = U @ (self.scale * result.delta) @ V.T
-        return LayerResult(M, {**result.stats, "rank": min(result.delta.shape)})
+        return LayerResult(M, replace(result.stats, rank=min(result.delta.shape)))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         bases = basis_operations(experts, columns, rows) + basis_operations(experts, rows, columns)

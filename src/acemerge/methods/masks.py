@@ -10,6 +10,7 @@ from pydantic import Field
 
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _VOTES = 2
@@ -45,7 +46,7 @@ class Consensus:
             for part in parts:
                 votes += part.abs() > self.lam * (sums - part).abs()
             M[rows] = sums * (votes >= votes_needed) * self.scale
-        return LayerResult(M, {"status": "ok"})
+        return LayerResult(M, LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 7 * experts * rows * columns
@@ -83,7 +84,7 @@ class Emr:
             own += parts.abs().flatten(1).sum(1, dtype=torch.float64)
             kept += flat.sum(1, dtype=torch.float64) * self.scale
             M[rows] = unified * self.scale
-        stats = {"status": "ok", "own_l1": own.tolist(), "masked_l1": kept.tolist()}
+        stats = LayerStats(own_l1=tuple(own.tolist()), masked_l1=tuple(kept.tolist()))
         return LayerResult(M, stats, masks)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:

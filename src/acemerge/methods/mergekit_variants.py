@@ -15,6 +15,8 @@ from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.mergekit_sum import largest
 from acemerge.methods.sphere import Weights
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _NO_DIVISOR = 1e-8  # a sum of weights nearer to zero than this divides nothing
@@ -36,7 +38,7 @@ class MergekitLinear:
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         models = Weights(deltas, torch.ones_like(layer.weights), layer.base)
-        return LayerResult(models.update(layer.weights.tolist(), self.scale), {"status": "ok"})
+        return LayerResult(models.update(layer.weights.tolist(), self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 4 * experts * rows * columns
@@ -65,7 +67,7 @@ class MergekitSlerp:
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         if len(deltas) == 1:
-            return LayerResult(deltas[0] * self.scale, {"status": "one expert"})
+            return LayerResult(deltas[0] * self.scale, LayerStats((Status.ONE_EXPERT,)))
         base = layer.base if self.of == "weights" and layer.base is not None else torch.zeros_like(deltas[0])
         X, Y = deltas[0] + base, deltas[1] + base
         dims = list(range(X.ndim)) if self.along == "tensor" else [-1 if self.along == "rows" or X.ndim < 2 else -2]
@@ -73,7 +75,7 @@ class MergekitSlerp:
         t = w2 / (w1 + w2) if abs(w1 + w2) >= _NO_DIVISOR else 0.5
         p, q = self._shares(X, Y, dims, t)
         M = X.mul_(p.to(X.dtype)).add_(Y.mul_(q.to(X.dtype))).sub_(base)
-        return LayerResult(M.mul_(self.scale), {"status": "ok", "t": t})
+        return LayerResult(M.mul_(self.scale), LayerStats(t=t))
 
     def _shares(
         self, X: Float[Tensor, "*shape"], Y: Float[Tensor, "*shape"], dims: list[int], t: float
@@ -126,7 +128,7 @@ class MergekitSce:
         agree = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0).to(deltas.dtype)
         divisor = (w * agree).sum(0)
         M = (deltas * agree * w).sum(0) / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
-        return LayerResult(M.mul_(self.scale), {"status": "ok", "weights": w.flatten().tolist()})
+        return LayerResult(M.mul_(self.scale), LayerStats(weights=tuple(w.flatten().tolist())))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 10 * experts * rows * columns

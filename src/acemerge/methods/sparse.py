@@ -13,6 +13,7 @@ from acemerge.linalg.select import kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
 from acemerge.methods.election import Sparse, elected_mean, elected_means, total
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -52,7 +53,7 @@ class Ties:
             D = deltas[t, rows]
             return D * (magnitudes(D) >= thresholds[t]) * weights[t]
 
-        return LayerResult(elected_mean(deltas, trimmed, self.scale), {"status": "ok", "thresholds": thresholds})
+        return LayerResult(elected_mean(deltas, trimmed, self.scale), LayerStats(thresholds=tuple(thresholds)))
 
     def merge_together(self, stack: Float[Tensor, "P T *shape"], layers: Sequence[Layer]) -> list[LayerResult]:
         thresholds = [self._thresholds(D, layer) for D, layer in zip(stack, layers, strict=True)]
@@ -60,7 +61,7 @@ class Ties:
         kept = magnitudes(stack) >= stack.new_tensor(thresholds, dtype=torch.float32).view(shape)
         weights = torch.stack([layer.weights for layer in layers]).to(stack.dtype).view(shape)
         merged = elected_means(stack * kept * weights, self.scale)
-        about = ({"status": "ok", "thresholds": found} for found in thresholds)
+        about = (LayerStats(thresholds=tuple(found)) for found in thresholds)
         return [LayerResult(M, stats) for M, stats in zip(merged, about, strict=True)]
 
     def _thresholds(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> list[float]:
@@ -89,7 +90,7 @@ class DareLinear:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(total(deltas, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"})
+        return LayerResult(total(deltas, _dropped(deltas, layer, self.p), self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 4 * experts * rows * columns
@@ -110,7 +111,7 @@ class DareTies:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(elected_mean(deltas, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"})
+        return LayerResult(elected_mean(deltas, _dropped(deltas, layer, self.p), self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns
@@ -150,7 +151,7 @@ class Della:
             q = self._probabilities(D)
             return D * (chance.uniform_like(D, t) < q) * (weights[t] / q)
 
-        return LayerResult(elected_mean(deltas, sampled, self.scale), {"status": "ok"})
+        return LayerResult(elected_mean(deltas, sampled, self.scale), LayerStats())
 
     def _probabilities(self, D: Float[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest"]:
         n = D.shape[-1]
@@ -194,7 +195,7 @@ class Breadcrumbs:
             size = magnitudes(D)
             return D * ((size >= bounds[t][0]) & (size <= bounds[t][1])) * weights[t]
 
-        return LayerResult(total(deltas, middle, self.scale), {"status": "ok"})
+        return LayerResult(total(deltas, middle, self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns

@@ -12,12 +12,14 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.spectral import Singular, leading_singular, polar, rounding_floor
 from acemerge.linalg.threads import side_by_side
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 # An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
-SPECTRAL_WORK = Work(11, 54, "shorter")
+SPECTRAL_WORK = Workspace(11, 54, "shorter")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Cart:
         for part in weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest)):
             M.add_(part.matrix(), alpha=self.lam)
             wide += part.in_float64
-        stats = {"status": "ok", "rank": k, "float64_spectra": wide}
+        stats = LayerStats(rank=k, float64_spectra=wide)
         return LayerResult((self.scale * M).to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -81,7 +83,7 @@ class TsvM:
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s[: p.rank] for p in parts])
         M = between_polars(U, s, V).mul_(self.scale)
-        stats = {"status": "ok", "rank": len(s), "float64_spectra": sum(p.in_float64 for p in parts)}
+        stats = LayerStats(rank=len(s), float64_spectra=sum(p.in_float64 for p in parts))
         return LayerResult(M.to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -108,7 +110,8 @@ class IsoC:
         shortest, longest = sorted(layer.sides(deltas))
         total = leading_singular(weighted_sum(deltas, layer.weights), shortest, longest=longest)
         M = total.polar().mul_(self.scale * total.s.mean())
-        return LayerResult(M.to(deltas.dtype), {"status": "ok" if total.rank else "no update", "rank": total.rank})
+        status = Status.OK if total.rank else Status.NO_UPDATE
+        return LayerResult(M.to(deltas.dtype), LayerStats((status,), rank=total.rank))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return spectral_operations(rows, columns)
@@ -150,7 +153,7 @@ class IsoCts:
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])
         M = between_polars(U, None, V).mul_(self.scale * s.mean())
-        return LayerResult(M.to(deltas.dtype), {"status": "ok", "rank": U.shape[1]})
+        return LayerResult(M.to(deltas.dtype), LayerStats(rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return (experts + 3) * spectral_operations(rows, columns)

@@ -16,6 +16,8 @@ from pydantic import Field
 
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.elementwise import row_blocks, weighted_sum
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _PARALLEL = 1 - 0.9995  # an angle whose cosine is nearer to one is interpolated straight
@@ -46,12 +48,12 @@ class Slerp:
         norms = gram.diagonal().sqrt()
         cosine = float((gram[0, 1] / norms.prod()).clamp(-1, 1)) if norms.min() > _SHORT else 1.0
         if 1 - abs(cosine) < _PARALLEL:
-            shares, status = [1 - self.t, self.t], "interpolated straight"
+            shares, status = [1 - self.t, self.t], Status.STRAIGHT
         else:
             angle = math.acos(cosine)
             shares = [math.sin((1 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)]
-            status = "ok"
-        return LayerResult(ends.update(shares, self.scale), {"status": status, "cosine": cosine})
+            status = Status.OK
+        return LayerResult(ends.update(shares, self.scale), LayerStats((status,), cosine=cosine))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 10 * rows * columns
@@ -89,9 +91,9 @@ class ModelStock:
         mean_cosine = (float(cosines.sum()) - moved) / max(1, T * (T - 1)) if T > 1 else 1.0
         denominator = 1 + (T - 1) * mean_cosine
         share = T * mean_cosine / denominator if denominator > _SHORT else 0.0
-        status = "ok" if denominator > _SHORT else "experts cancel"
+        status = Status.OK if denominator > _SHORT else Status.CANCELLED
         factors = torch.where(norms > 0, layer.weights, 0) * (self.scale * share / T)
-        return LayerResult(weighted_sum(deltas, factors), {"status": status, "cosine": mean_cosine, "share": share})
+        return LayerResult(weighted_sum(deltas, factors), LayerStats((status,), cosine=mean_cosine, share=share))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return experts * (experts + 2) * rows * columns
@@ -129,8 +131,8 @@ class Karcher:
         u, last = mean_direction(cosines, a, self.steps, self.tol)
         factors = torch.zeros_like(norms)
         factors[kept] = u * (a * norms[kept]).sum() / norms[kept]
-        status = "ok" if last <= self.tol else "not converged"
-        return LayerResult(ends.update(factors.tolist(), self.scale), {"status": status, "last_step": last})
+        status = Status.OK if last <= self.tol else Status.NOT_CONVERGED
+        return LayerResult(ends.update(factors.tolist(), self.scale), LayerStats((status,), last_step=last))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return experts * (experts + 3) * rows * columns

@@ -69,7 +69,7 @@ class Svc:
             q = torch.where(squares > nothing.square(), (rows * own).sum(1) / squares, 0)
             calls += q.clamp_min(1 / len(active) if self.a is None else self.a)
         factors = self.scale * len(active) / calls
-        return LayerResult(((U * factors) @ rows).to(deltas.dtype), {**inner.stats, "rank": U.shape[1]})
+        return LayerResult(((U * factors) @ rows).to(deltas.dtype), replace(inner.stats, rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         inner = self.inner.operations(experts, rows, columns)

@@ -11,8 +11,9 @@ from pydantic import Field
 
 from acemerge.linalg.gram import NormalEquations, energies
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _FLOOR = 1e-8  # smallest eigenvalue that is divided by, as a share of the largest
@@ -32,7 +33,9 @@ class Wudi:
 
     name: ClassVar[str] = "wudi"
     source: ClassVar[str] = "arXiv 2503.08099"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(8, 4, "columns"), input_side=True)
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Workspace(8, 4, "columns"), input_side=True
+    )
 
     steps: Annotated[int, Field(ge=0, le=100_000, description="steps of Adam")] = 300
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="its learning rate")] = 1e-5
@@ -50,7 +53,7 @@ class Wudi:
         for _ in range(self.steps):
             torch.addmm(B, N, A, beta=-2, alpha=2, out=N.grad)
             adam.step()
-        return LayerResult(X0.add_(N.detach()).mul_(self.scale), {"status": "ok", "steps": self.steps})
+        return LayerResult(X0.add_(N.detach()).mul_(self.scale), LayerStats(steps=self.steps))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         step = 2 * rows * columns * columns
@@ -72,7 +75,7 @@ class SwudiA:
     name: ClassVar[str] = "swudi_a"
     source: ClassVar[str] = "arXiv 2606.07289"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(20, 8, "columns"), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(20, 8, "columns"), factors="frame", input_side=True
     )
 
     anchor: Annotated[Literal["sum", "mean"], Field(description="M outside the kept directions")] = "sum"
@@ -91,7 +94,7 @@ class SwudiA:
         K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
         V, l_K = vectors.flip(1)[:, :K], spectrum[:K].clamp_min(_FLOOR * float(spectrum[0]))
         M = X0 + ((B @ V) / l_K - X0 @ V) @ V.T
-        return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": K})
+        return LayerResult((self.scale * M).to(deltas.dtype), LayerStats(rank=K))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spectral = 9 * columns**3 + 6 * rows * columns**2

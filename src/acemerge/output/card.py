@@ -13,8 +13,8 @@ from acemerge.checkpoints.hub import parse_id
 from acemerge.methods import METHODS
 from acemerge.output.folder import PICTURE
 from acemerge.output.origin import Origin, common_license
+from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.shares import total_energies
-from acemerge.planning.as_lora import share_lost
 from acemerge.planning.jobs import Plan
 
 _LOAD = (
@@ -30,7 +30,7 @@ _LOAD = (
 
 
 def model_card(
-    plan: Plan, records: Mapping[str, Mapping[str, Any]], origins: Sequence[Origin] = (), picture: bool = False
+    plan: Plan, records: Mapping[str, TensorRecord], origins: Sequence[Origin] = (), picture: bool = False
 ) -> str:
     """Markdown with the Hub's metadata, what was done, how to load it, the recipe and what to cite.
 
@@ -75,9 +75,9 @@ def _metadata(plan: Plan, origins: Sequence[Origin]) -> dict[str, Any]:
     return metadata | ({"license": found} if found else {})
 
 
-def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _done(plan: Plan, records: Mapping[str, TensorRecord]) -> list[str]:
     """What was done, and what lies beside the model."""
-    counts = Counter(record["rule"] for record in records.values())
+    counts = Counter(record.rule for record in records.values())
     done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
     energies = dict(zip(plan.experts, total_energies(plan.experts, records), strict=True))
     total, largest = sum(energies.values()), max(energies, key=lambda label: energies[label])
@@ -99,9 +99,9 @@ def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _citations(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _citations(records: Mapping[str, TensorRecord]) -> list[str]:
     """The sources of the rules that made a tensor."""
-    used = sorted({record["rule"] for record in records.values()} & METHODS.keys())
+    used = sorted({record.rule for record in records.values()} & METHODS.keys())
     if not used:
         return []
     return ["## Cite", "", *(f"- `{rule}`: {_source(METHODS[rule].source)}" for rule in used), ""]

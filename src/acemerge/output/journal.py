@@ -16,6 +16,7 @@ from typing import Any
 
 from acemerge.checkpoints import files
 from acemerge.errors import CheckpointError
+from acemerge.output.records import TensorRecord
 from acemerge.output.writer import PARTIAL, Begun, FileSum
 
 JOURNAL = ".acemerge.journal"
@@ -29,7 +30,7 @@ class Step:
     """A finished tensor: its record for the manifest, and how far each file was that it went to."""
 
     tensor: str
-    record: Mapping[str, Any]
+    record: TensorRecord
     files: Mapping[str, FileSum]
 
 
@@ -63,8 +64,12 @@ class Journal:
     def add(self, steps: Iterable[Step]) -> None:
         self._write(
             [
-                {"tensor": s.tensor, "record": s.record, "files": {f: [x.nbytes, x.sha256] for f, x in s.files.items()}}
-                for s in steps
+                {
+                    "tensor": step.tensor,
+                    "record": step.record.to_json(),
+                    "files": {name: [total.nbytes, total.sha256] for name, total in step.files.items()},
+                }
+                for step in steps
             ]
         )
 
@@ -97,7 +102,8 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
             if "findings" in entry:
                 findings |= entry["findings"]
                 continue
-            step = Step(entry["tensor"], entry["record"], {f: FileSum(x[1], x[0]) for f, x in entry["files"].items()})
+            sums = {name: FileSum(sha256, nbytes) for name, (nbytes, sha256) in entry["files"].items()}
+            step = Step(entry["tensor"], TensorRecord.from_json(entry["record"]), sums)
             if not (step.files.keys() <= set(names) and proof.holds(step.files)):
                 break
             steps.append(step)

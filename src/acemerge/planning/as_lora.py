@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import pad
@@ -15,7 +13,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
-from acemerge.methods import LowRankResult
+from acemerge.methods import LayerStats, LowRankResult
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
 from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
@@ -68,35 +66,33 @@ def _specs(job: Merge, module: str, rank: int, dtype: torch.dtype) -> tuple[Tens
     return A, TensorSpec(f"{PREFIX}{module}.lora_B.weight", dtype, (rows, rank))
 
 
-def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+@dataclass(frozen=True)
+class Lost:
+    """Of a tensor's merged update, its energy and the share of it that the adapter lacks."""
+
+    energy: float
+    share_lost: float
+
+
+def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], Lost]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
-    rank, its singular values shared by both; filled up with zeros. And `energy`, that of the update, with the share of
-    it that the adapter lacks.
+    rank, its singular values shared by both; filled up with zeros. And what it lacks.
     """
     assert job.factors is not None
     if update is None:
-        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), {
-            "energy": 0.0,
-            "share_lost": 0.0,
-        }
+        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), Lost(0.0, 0.0)
     if not job.factors:
         energy = update.energy if isinstance(update, LowRankResult) else energies(update[None]).item()
-        return (), {"energy": energy, "share_lost": 1.0 if energy else 0.0}
-    whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, {})
+        return (), Lost(energy, 1.0 if energy else 0.0)
+    whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, LayerStats())
     whole = whole.transposed() if job.role.transposed else whole
     short = whole.truncated(job.factors[0].shape[0])
     assert short.right is not None
+    assert short.stats.energy_lost is not None
     missing = job.factors[0].shape[0] - len(short.right)
     A, B = pad(short.right, (0, 0, 0, missing)), pad(short.left, (0, missing))
     stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip((A, B), job.factors, strict=True))
-    return stored, {"energy": whole.energy, "share_lost": short.stats["energy_lost"]}
-
-
-def share_lost(records: Iterable[Mapping[str, Any]]) -> float:
-    """Of the energy of the whole merged update, tensors that are not in the adapter included."""
-    pairs = [(record["energy"], record["share_lost"]) for record in records]
-    energy = sum(energy for energy, _ in pairs)
-    return sum(energy * share for energy, share in pairs) / energy if energy else 0.0
+    return stored, Lost(whole.energy, short.stats.energy_lost)
 
 
 def adapter_config(plan: Plan) -> bytes:

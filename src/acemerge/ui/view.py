@@ -165,9 +165,9 @@ def stopped(what: str) -> str:
 
 def merged(done: Merged, number: int) -> str:
     """The summary of a merge, and a link to its report."""
-    manifest, records = done.report.manifest, done.report.tensors
+    manifest, records = done.report.manifest, done.report.records
     total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    rules = Counter(f"{record['rule']}" for record in records.values())
+    rules = Counter(record.rule for record in records.values())
     by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
     energies = total_energies(manifest["experts"], records)
     largest = max(range(len(energies)), key=lambda t: energies[t])
