@@ -38,11 +38,20 @@ def test_every_status_has_a_sentence_that_goes_on_from_a_count(status: Status) -
     assert len(status.sentence.split()) >= 3
     assert status.sentence[0].islower()
     assert not (status.sentence + status.cure).endswith(".")
-    said = of_statuses([(status,), (status, Status.OK)])
+    said = of_statuses([(status,), (Status.OK,), (Status.KEPT,), (status,)])
     usual = status in (Status.OK, Status.KEPT)
     assert [(advice.what, advice.cure) for advice in said] == (
         [] if usual else [(f"2 tensors: {status.sentence}", status.cure)]
     )
+
+
+def test_what_only_a_part_of_a_tensor_has_is_said_as_that() -> None:
+    mixed = (Status.OK, Status.PSEUDO_INVERSE)
+    assert [advice.what for advice in of_statuses([mixed])] == [
+        "1 tensor, in part: singular, solved by the pseudo-inverse"
+    ]
+    formed = (Status.FLOAT64, Status.FULL_UPDATES)
+    assert [advice.what.partition(":")[0] for advice in of_statuses([formed])] == ["1 tensor", "1 tensor"]
 
 
 def test_several_are_read_back_whatever_commas_they_hold() -> None:

@@ -81,12 +81,19 @@ def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
 
 def of_statuses(tensors: Iterable[Statuses]) -> list[Advice]:
     """Tensors that were not merged as usual, or parts of them, by their statuses."""
-    counts = Counter(status for statuses in tensors for status in statuses)
+    known = list(tensors)
+    counts = Counter(status for statuses in known for status in statuses)
     return [
-        Advice(f"{count} tensor{'s' if count > 1 else ''}: {status.sentence}", status.cure)
+        Advice(f"{_count(status, count, known)}: {status.sentence}", status.cure)
         for status, count in counts.items()
         if status not in (Status.OK, Status.KEPT)
     ]
+
+
+def _count(status: Status, count: int, tensors: Sequence[Statuses]) -> str:
+    """How many tensors have the status; of some it may be that only slices or projections have it."""
+    partly = any(status in found and {Status.OK, Status.NO_UPDATE} & {*found} - {status} for found in tensors)
+    return f"{count} tensor{'s' if count > 1 else ''}{', in part' if partly else ''}"
 
 
 def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:

@@ -102,14 +102,22 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
             if "findings" in entry:
                 findings |= entry["findings"]
                 continue
-            sums = {name: FileSum(sha256, nbytes) for name, (nbytes, sha256) in entry["files"].items()}
-            step = Step(entry["tensor"], TensorRecord.from_json(entry["record"]), sums)
-            if not (step.files.keys() <= set(names) and proof.holds(step.files)):
+            step = _step(entry)
+            if step is None or not (step.files.keys() <= set(names) and proof.holds(step.files)):
                 break
             steps.append(step)
     finally:
         proof.close()
     return Done(entries[0]["identity"], findings, tuple(steps), proof.begun)
+
+
+def _step(entry: Mapping[str, Any]) -> Step | None:
+    """None where its record is not one that this version writes."""
+    sums = {name: FileSum(sha256, nbytes) for name, (nbytes, sha256) in entry["files"].items()}
+    try:
+        return Step(entry["tensor"], TensorRecord.from_json(entry["record"]), sums)
+    except ValueError:
+        return None
 
 
 def _entries(text: bytes) -> list[dict[str, Any]]:
