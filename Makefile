@@ -30,10 +30,10 @@ $(VENV)/.docs: $(STAMP)
 		--editable '.[docs]'
 	touch $@
 
-# Every attack at its full count, and the tests that take minutes: about half an hour on two cores.
+# Every attack at its full count, and all tests, also those that take minutes or repeat: about an hour on two cores.
 torture: setup
 	$(VENV)/bin/python -m attacks
-	$(VENV)/bin/python -m pytest -m torture
+	$(VENV)/bin/python -m pytest -m '' --hypothesis-profile torture
 
 demo: setup
 	$(VENV)/bin/acemerge demo

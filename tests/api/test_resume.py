@@ -153,15 +153,13 @@ def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
     out = case.folder / "out"
     interrupt(case, out, 2)
     torch.set_num_threads(1)
-    try:
-        with pytest.raises(UsageError, match="cannot go on: threads was 2 and is 1"):
-            case.merge(out, resume=True)
-    finally:
-        torch.set_num_threads(2)
+    with pytest.raises(UsageError, match="cannot go on: threads was 2 and is 1"):
+        case.merge(out, resume=True)
 
 
 @pytest.mark.parametrize("damage", ["torn line", "altered line", "no line", "altered shard", "short shard", "no shard"])

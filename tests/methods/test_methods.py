@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conformance import RULES, accepted, having, measurements, result
+from crossed import crossed
 from oracles import matrix_with_condition, relative_error
 from torch import Tensor
 
@@ -45,24 +46,29 @@ AWKWARD: dict[str, Tensor] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", AWKWARD)
-@pytest.mark.parametrize("name", RULES)
-class TestEveryRule:
-    def test_is_finite_and_reports_its_status(self, name: str, case: str, dtype: torch.dtype) -> None:
-        found = result(AWKWARD[case].to(dtype), name)
-        assert found.delta.shape == AWKWARD[case].shape[1:]
-        assert found.delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.isfinite(found.delta).all()
-        assert isinstance(found.stats["status"], str)
-        json.dumps(found.stats)  # plain numbers, strings and lists
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# One for each way through a rule: nothing to do, experts left out, a singular sum, more of it, a layer of one row.
+WAYS = ["all zero", "one frozen expert", "rank one", "more experts than rows", "one row"]
+REPEATED = [case if case in WAYS else pytest.param(case, id=case, marks=pytest.mark.torture) for case in AWKWARD]
 
-    def test_leaves_its_input_alone_and_repeats_itself(self, name: str, case: str, dtype: torch.dtype) -> None:
-        deltas = AWKWARD[case].to(dtype)
-        before = deltas.clone()
-        first = result(deltas, name).delta
-        assert torch.equal(deltas, before)
-        assert torch.equal(result(deltas, name).delta, first)
+
+@crossed(name=RULES, case=AWKWARD, dtype=DTYPES)
+def test_is_finite_and_reports_its_status(name: str, case: str, dtype: torch.dtype) -> None:
+    found = result(AWKWARD[case].to(dtype), name)
+    assert found.delta.shape == AWKWARD[case].shape[1:]
+    assert found.delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.isfinite(found.delta).all()
+    assert isinstance(found.stats["status"], str)
+    json.dumps(found.stats)  # plain numbers, strings and lists
+
+
+@crossed(name=RULES, case=REPEATED, dtype=DTYPES)
+def test_leaves_its_input_alone_and_repeats_itself(name: str, case: str, dtype: torch.dtype) -> None:
+    deltas = AWKWARD[case].to(dtype)
+    before = deltas.clone()
+    first = result(deltas, name).delta
+    assert torch.equal(deltas, before)
+    assert torch.equal(result(deltas, name).delta, first)
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -269,12 +269,12 @@ def test_one_piece_of_work_runs_at_a_time_and_tells_how_far_it_is() -> None:
     def work(on_progress: OnProgress) -> str:
         on_progress(Progress("inspect", "a", 1, 2, 10, 20))
         reached.set()
-        go_on.wait(10)
+        go_on.wait(60)
         on_progress(Progress("report", "b", 2, 2, 20, 20))
         return "done with"
 
     runner.start("inspect", work)
-    reached.wait(10)
+    assert reached.wait(60)
     state = runner.state
     assert state is not None
     assert (state.phase, state.is_busy, state.progress) == ("running", True, Progress("inspect", "a", 1, 2, 10, 20))

@@ -163,7 +163,7 @@ def _other_window(driver: Any) -> str:
     from selenium.webdriver.support.ui import WebDriverWait
 
     here = driver.current_window_handle
-    return str(WebDriverWait(driver, 60).until(lambda d: next((x for x in d.window_handles if x != here), None)))
+    return str(WebDriverWait(driver, 120).until(lambda d: next((x for x in d.window_handles if x != here), None)))
 
 
 def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:
