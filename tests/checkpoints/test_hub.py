@@ -219,7 +219,7 @@ def test_a_download_that_breaks_off_is_gone_on_with(
     plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = put(hub, plain)
-    hub.refuse["model.safetensors"] = 410
+    hub.refuse["model.safetensors"], hub.refuse_after = 410, {*ASSETS}
     failed(run(capsys, "plan", *words), 3, "org/base: could not be fetched .*; run again: what was fetched is kept")
     hub.refuse.clear()
     hub.asked.clear()
