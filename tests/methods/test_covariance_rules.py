@@ -8,7 +8,7 @@ from functools import partial
 import oracles
 import pytest
 import torch
-from crossed import crossed
+from crossed import crossed, spread
 from oracles import EXACT, average, relative_error, task_vectors
 from torch import Tensor
 
@@ -60,8 +60,7 @@ def test_float32_stays_close_at_condition_1e6(rule: str, shape: tuple[int, int])
     assert error(task_vectors(3, shape, condition=1e6).float(), rule) < 1e-4
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)], ids=str)
+@spread(rule=RULES, shape=[(48, 32), (32, 48), (40, 40)])
 def test_one_expert_comes_back_at_condition_1e6(rule: str, shape: tuple[int, int]) -> None:
     """It minimises every one of these losses; tact with every entry kept."""
     deltas = task_vectors(1, shape, condition=1e6).float()

@@ -11,7 +11,7 @@ import oracles
 import pytest
 import torch
 from crossed import crossed, named
-from oracles import relative_error, svd, task_vectors
+from oracles import relative_error, svd
 from torch import Tensor
 
 import acemerge
@@ -291,65 +291,6 @@ def test_an_expert_of_weight_zero_hides_nothing() -> None:
     pairs = [*sharing(), factors(30, 20, (3,), seed=9)[0]]
     assert acemerge.merge_factors(pairs, "ace", weights=[1, 1, 1, 0]).stats["side"] == "output"
     assert acemerge.merge_factors(pairs, "ace").stats["side"] == "input"
-
-
-# --- knots and core_space against their formulas ------------------------------------------------------------
-
-
-def left_vectors(deltas: Tensor) -> Tensor:
-    """The left singular vectors of the task vectors side by side, those of zeros left out."""
-    U, s, _ = svd(torch.cat(list(deltas), 1))
-    return U[:, s > 1e-12 * s[0]]
-
-
-INPUTS = {
-    "full rank": task_vectors(3, (12, 9)),
-    "wide": task_vectors(2, (6, 15)),
-    "low rank": products(factors(20, 16, (2, 3, 2))),
-}
-
-
-@pytest.mark.parametrize("deltas", INPUTS.values(), ids=list(INPUTS))
-@pytest.mark.parametrize("weights", [None, [2.0, 0.5, 1.5]], ids=["", "weighted"])
-def test_knots_merges_the_rows_of_the_common_svd(deltas: Tensor, weights: list[float] | None) -> None:
-    weights = weights and weights[: len(deltas)]
-    U = left_vectors(deltas)
-    expected = U @ oracles.ties(U.T @ deltas, weights)
-    assert relative_error(acemerge.merge_deltas(deltas, "knots", weights=weights).delta, expected) < 1e-9
-
-
-@crossed(deltas=named(INPUTS), weights=[None, [2.0, 0.5, 1.5]], over=["iso_c", "ties"])
-def test_core_space_merges_in_both_common_bases(deltas: Tensor, weights: list | None, over: str) -> None:
-    oracle = {"iso_c": oracles.iso_c, "ties": oracles.ties}[over]
-    weights = weights and weights[: len(deltas)]
-    U, V = left_vectors(deltas), left_vectors(deltas.mT)
-    expected = U @ oracle(U.T @ deltas @ V, weights) @ V.T
-    found = acemerge.merge_deltas(deltas, "core_space", over=over, weights=weights)
-    assert relative_error(found.delta, expected) < 1e-9
-    assert found.stats["rank"] == min(U.shape[1], V.shape[1])
-
-
-@pytest.mark.parametrize("rule", ["knots", "core_space"])
-def test_nothing_is_lost_on_the_way(rule: str) -> None:
-    deltas = task_vectors(4, (12, 9), condition=1e6)
-    found = acemerge.merge_deltas(deltas, rule, over="average", scale=2.0, weights=WEIGHTS).delta
-    assert relative_error(found, 2 * oracles.average(deltas, WEIGHTS)) < 1e-12
-
-
-@pytest.mark.parametrize("rule", ["knots", "core_space"])
-@pytest.mark.parametrize(
-    ("over", "message"),
-    [
-        ("slerp", "merges weights"),
-        ("emr", "makes masks"),
-        ("averag", "did you mean `average`"),
-        ({"name": "ties", "scale": 2}, "has a scale"),
-        ({"name": "ties", "keep": 3}, "keep"),
-    ],
-)
-def test_the_rule_inside_is_checked(rule: str, over: object, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        acemerge.merge_deltas(task_vectors(2, (4, 3)), rule, over=over)
 
 
 # --- the entry ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 import yaml
 from browser import chromium, hold_like_a_phone, needs_browser, prefer, wait
 from builders import PlainModel, load_folder, write_checkpoint
-from test_ui import HOSTILE
+from hostile import MARKUP as HOSTILE
 
 from acemerge.engine.execute import OnProgress, Progress
 from acemerge.errors import UsageError
