@@ -12,8 +12,8 @@ from pathlib import Path
 import conformance
 import pytest
 import torch
-from awkward import AWKWARD, check_finite, check_repeats
 from builders import PlainModel, load_folder
+from every_rule import AWKWARD, check_finite, check_repeats
 
 import acemerge
 
