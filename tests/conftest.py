@@ -14,6 +14,9 @@ check_shapes()  # before acemerge is imported
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("every_rule")  # whose assertions tell what they compared, as those of a test
+
 import torch  # noqa: E402
 from builders import PlainModel  # noqa: E402
 from hub_server import FakeHub  # noqa: E402
