@@ -116,10 +116,15 @@ def test_an_outcome_is_counted(call: Callable[[], object], options: dict[str, An
     assert tally.tried == 1
 
 
-def test_what_takes_too_long_is_a_breach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "LIMIT_SECONDS", 0.05)
+@pytest.mark.parametrize(
+    ("limit", "call"), [("LIMIT_WAITED", lambda: time.sleep(0.1)), ("LIMIT_SECONDS", lambda: sum(range(30_000_000)))]
+)
+def test_what_takes_too_long_is_a_breach(
+    limit: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, limit, 0.05)
     tally = Tally()
-    clean(tally, "a case", lambda: time.sleep(0.1))
+    clean(tally, "a case", call)
     assert len(tally.broken) == 1
 
 
