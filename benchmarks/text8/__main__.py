@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from calibration import calibration_file
 from experts import base_folder, expert
 from fitting import rules_for
 from intervals import Hits, interval, shares
@@ -35,11 +36,10 @@ from packages import default_cache
 from picture import draw
 from safetensors.torch import save_file
 from scoring import hits
+from tasks import QUICK, TASKS, Task, build
 
 import acemerge
 from acemerge.methods import make
-from calibration import calibration_file
-from tasks import QUICK, TASKS, Task, build
 
 Run = tuple[str, dict[str, Any]]
 _VARIED: dict[str, dict[str, tuple[Any, ...]]] = {

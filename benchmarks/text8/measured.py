@@ -24,6 +24,7 @@ import torch
 from experts import base_folder, expert, load_encoder, pooled, reader
 from packages import default_cache
 from safetensors.torch import load_file
+from tasks import TASKS, Task, build, read
 from torch import Tensor, nn
 
 from acemerge import demo
@@ -31,7 +32,6 @@ from acemerge.linalg.two_sided import conjugate_gradients, dot
 from acemerge.methods import make
 from acemerge.methods.base import Layer
 from acemerge.models.quiet import quiet_transformers
-from tasks import TASKS, Task, build, read
 
 _EXAMPLES = 512
 _HELD_OUT = 1000

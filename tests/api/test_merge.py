@@ -10,6 +10,7 @@ import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE, RULES
+from crossed import crossed, spread
 
 import acemerge
 from acemerge.errors import CheckpointError, NumericalError, UsageError
@@ -82,8 +83,10 @@ def test_embeddings_can_be_chosen(plain: PlainModel, choice: str, rule: str) -> 
     assert report.tensors["embed_tokens.weight"]["rule"] == rule
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", [name for name in DATA_FREE if name != "mergekit_linear"])  # a sum of the weights
+@spread(
+    method=[name for name in DATA_FREE if name != "mergekit_linear"],  # a sum of the weights
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
 def test_when_nothing_was_tuned_the_bases_bytes_come_back(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
     plain = PlainModel(tmp_path, dtype)
     plain.base["layers.0.up.weight"][0, 0] = -0.0
@@ -259,10 +262,12 @@ def test_an_integer_weight_for_a_float_is_refused(plain: PlainModel) -> None:
     refused(plain, CheckpointError, "expert e1: tensor 'layers.0.up.weight' is torch.int8.*dequantise")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("where", ["base", "e2"])
-@pytest.mark.parametrize("name", ["layers.0.up.weight", "layers.0.norm.weight", "embed_tokens.weight"])
+@crossed(
+    name=["layers.0.up.weight", "layers.0.norm.weight", "embed_tokens.weight"],
+    where=["base", "e2"],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    value=[float("nan"), float("inf"), float("-inf")],
+)
 def test_values_that_are_not_finite(tmp_path: Path, name: str, where: str, dtype: torch.dtype, value: float) -> None:
     plain = PlainModel(tmp_path, dtype)
     model = plain.base if where == "base" else plain.tuned[1]

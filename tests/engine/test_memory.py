@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import write_checkpoint
+from crossed import spread
 from memory_probe import added_by
 
 from acemerge.checkpoints.folder import open_checkpoint
@@ -44,7 +45,7 @@ def _write_model(folder: Path, seed: int, layers: int) -> Path:
     return write_checkpoint(folder, tensors)
 
 
-@pytest.mark.parametrize("method", ["ace", "average"])
+@pytest.mark.parametrize("method", [pytest.param("ace", marks=pytest.mark.torture), "average"])
 def test_memory_is_bounded_by_the_largest_tensor(method: str, tmp_path: Path) -> None:
     """In the least memory that the plan allows: how much is in flight is then no matter of who is slow."""
     small = [_write_model(tmp_path / f"s{i}", i, 1) for i in range(2)]
@@ -90,7 +91,7 @@ def _write_sparse_model(folder: Path, nbytes: int, seed: int | None) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.torture)])
 def test_models_larger_than_the_bound(times: int, tmp_path: Path) -> None:
     """The promise of DESIGN: `(largest tensor) (T + 4)` in the compute type and 500 MB, all of the process counted.
 
@@ -125,9 +126,9 @@ def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("sides", [(1024, 1024), (384, 1536)], ids=str)
-@pytest.mark.parametrize(
-    "name", ["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "iso_cts", "svc"]
+@spread(
+    name=["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "svc", "iso_cts"],
+    sides=[(1024, 1024), (384, 1536)],
 )
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
     counted = make(name, {}).needs.work.entries(3, *sides) * 4

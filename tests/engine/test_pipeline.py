@@ -70,6 +70,7 @@ def test_results_come_in_order_whatever_the_workers_and_the_limit(tmp_path: Path
     assert [value for _, values in found for value in values] == expected
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_each_load_has_its_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large pieces get all of torch's threads, `workers` at a time; medium ones one each; tiny ones wait in line."""
     readers, queue = _jobs(tmp_path)

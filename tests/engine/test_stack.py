@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import RULES
+from crossed import crossed, spread
 from oracles import relative_error, task_vectors
 from torch import Tensor
 
@@ -50,9 +51,14 @@ def _layer(i: int, T: int = 3) -> Layer:
     return Layer(torch.ones(T, dtype=torch.float64), expert_seeds(0, f"layer {i}", range(T)))
 
 
-@pytest.mark.parametrize(("name", "params"), [*((name, {}) for name in STACKED), ("actmat", {"lam": 0.01, "p": 1})])
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (3, 20)])  # the last is solved in the space of its rows
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+SETTINGS = [*((name, {}) for name in STACKED), ("actmat", {"lam": 0.01, "p": 1})]
+
+
+@crossed(
+    **{"name,params": [pytest.param(*setting, id=str(setting)) for setting in SETTINGS]},
+    shape=[(12, 8), (8, 12), (3, 20)],  # the last is solved in the space of its rows
+    dtype=[torch.float64, torch.float32],
+)
 def test_a_stack_is_what_each_layer_is_alone(
     name: str, params: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -131,8 +137,7 @@ class _Model:
         return [compute(piece, _Values(self.models), self.setting, Place(CPU)) for piece in self.pieces]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", list(RULES))
+@spread(name=RULES, transposed=[False, True])
 def test_pieces_together_are_what_they_are_alone(name: str, transposed: bool) -> None:
     model = _Model(name, min(3, RULES[name].experts), torch.float64, transposed=transposed, compute_dtype=torch.float64)
     for together, alone in zip(model.merged(), model.alone(), strict=True):

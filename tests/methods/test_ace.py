@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crossed import crossed
 from oracles import ace, matrix_with_condition, relative_error
 from torch import Tensor
 
@@ -27,9 +28,7 @@ def _experts(shape: tuple[int, int], spread: str, seed: int = 0) -> Tensor:
     return 0.05 * sizes[:, None, None] * (low + noise)
 
 
-@pytest.mark.parametrize("ablation", ["E1", "E2", "E3", "E4"])
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, spread=SPREADS, ablation=["E1", "E2", "E3", "E4"])
 def test_ace_is_the_printed_formula(shape: tuple[int, int], spread: str, ablation: str) -> None:
     deltas = _experts(shape, spread)
     params = {"ablation": ablation, "tau": 0.0 if spread == "heterogeneous" else 1e9, "eps": 1e-3}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import average, relative_error, task_vectors
 from torch import Tensor
 
@@ -32,9 +33,7 @@ def merged(deltas: Tensor, rule: str, moments: Tensor, **options: object) -> Ten
     return acemerge.merge_deltas(deltas, rule, moments=moments, **options).delta
 
 
-@pytest.mark.parametrize("rule", REGRESSIONS)
-@pytest.mark.parametrize("options", [{}, {"a": 0.3}, {"weights": WEIGHTS}], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=REGRESSIONS, options=[{}, {"a": 0.3}, {"weights": WEIGHTS}], shape=SHAPES)
 def test_regmean_is_the_formula(rule: str, options: dict[str, object], shape: tuple[int, int]) -> None:
     deltas, moments = task_vectors(4, shape), second_moments(4, shape[1])
     expected = oracles.regmean(deltas, moments, **options)

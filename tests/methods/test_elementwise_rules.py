@@ -7,6 +7,7 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import elect, relative_error, task_vectors
 from torch import Tensor
 
@@ -40,23 +41,23 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-CASES = [(rule, T) for rule in RULES for T in (1, 2, 4) if rule != "slerp" or T == 2]  # slerp of one needs a base
+def experts(rule: str, T: int, shape: tuple[int, int]) -> Tensor:
+    """Always two for slerp: of one it needs a base."""
+    return task_vectors(2 if rule == "slerp" else T, shape)
 
 
 # --- against the formula -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float64_is_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
-    deltas = task_vectors(T, shape)
+    deltas = experts(rule, T, shape)
     assert relative_error(merged(deltas, rule), RULES[rule](deltas)) < 1e-8
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float32_stays_close_to_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
-    deltas = task_vectors(T, shape).float()
+    deltas = experts(rule, T, shape).float()
     found = merged(deltas, rule)
     assert found.dtype == torch.float32
     assert relative_error(found, RULES[rule](deltas)) < 1e-4
@@ -68,9 +69,11 @@ def test_a_large_layer_is_the_formula(rule: str) -> None:
     assert relative_error(merged(deltas, rule), RULES[rule](deltas)) < 1e-8
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
+@pytest.mark.parametrize("T", [1, 2, 4])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_weight_multiplies_its_task_vector(rule: str, T: int) -> None:
-    deltas, weights = task_vectors(T, (16, 24)), WEIGHTS[:T]
+    deltas = experts(rule, T, (16, 24))
+    weights = WEIGHTS[: len(deltas)]
     assert relative_error(merged(deltas, rule, weights=weights), RULES[rule](deltas, weights)) < 1e-8
 
 
@@ -180,9 +183,12 @@ def test_emr_gives_an_expert_back_where_no_other_moved() -> None:
 # --- on the sphere and between weights ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "T"), [("slerp", 1), ("slerp", 2), ("karcher", 1), ("karcher", 2), ("karcher", 4)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+ON_THE_SPHERE = [
+    pytest.param(*case, id=str(case)) for case in (("slerp", 1), ("slerp", 2), *(("karcher", T) for T in (1, 2, 4)))
+]
+
+
+@crossed(**{"rule,T": ON_THE_SPHERE}, shape=SHAPES, dtype=[torch.float64, torch.float32])
 def test_with_a_base_the_weights_are_merged(shape: tuple[int, int], rule: str, T: int, dtype: torch.dtype) -> None:
     deltas, base = task_vectors(T, shape).to(dtype), base_weight(shape).to(dtype)
     found = merged(deltas, rule, base=base, weights=WEIGHTS[:T])
@@ -249,6 +255,10 @@ def test_karcher_with_its_defaults_is_within_its_tolerance() -> None:
 # --- dare and della: chance ----------------------------------------------------------------------------------
 
 
+def total(deltas: Tensor) -> Tensor:
+    return deltas.sum(0)
+
+
 def alone(deltas: Tensor, rule: str, **options: object) -> Tensor:
     """(T, out, in): what the rule leaves of each expert, told by weights of zero for the others."""
     ones = torch.eye(len(deltas)).tolist()
@@ -269,15 +279,9 @@ def test_dare_keeps_a_share_of_the_entries_and_divides_them_by_it(rule: str, p: 
     assert float(kept.all(0).double().mean()) == pytest.approx(together, abs=4 * sd)
 
 
-@pytest.mark.parametrize(
-    ("rule", "combine"), [("dare_linear", lambda D: D.sum(0)), ("dare_ties", elect), ("della", elect)]
-)
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_chance_leaves_is_combined_by_the_formula(
-    rule: str, combine: Callable[[Tensor], Tensor], T: int, shape: tuple[int, int]
-) -> None:
-    deltas = task_vectors(T, shape)
+@crossed(rule=["dare_linear", "dare_ties", "della"], T=[1, 2, 4], shape=SHAPES)
+def test_what_chance_leaves_is_combined_by_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
+    deltas, combine = task_vectors(T, shape), total if rule == "dare_linear" else elect
     expected = combine(alone(deltas, rule, seed=3))
     assert relative_error(merged(deltas, rule, seed=3), expected) < 1e-8
     assert relative_error(merged(deltas.float(), rule, seed=3), expected) < 1e-4

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import relative_error, svd, task_vectors
 from torch import Tensor
 
@@ -43,7 +44,7 @@ RULES = {
     "svc over tsv_m": ("svc", {"over": "tsv_m"}, calibrated(oracles.tsv_m)),
 }
 CASES = [pytest.param(*values, id=name) for name, values in RULES.items()]
-over_rules = pytest.mark.parametrize(("rule", "params", "oracle"), CASES)
+EACH_RULE = {"rule,params,oracle": CASES}
 
 
 def merged(deltas: Tensor, rule: str, **options: object) -> Tensor:
@@ -63,17 +64,13 @@ def low_rank(T: int, shape: tuple[int, int], rank: int) -> Tensor:
 # --- against the formula -------------------------------------------------------------------------------------
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(**EACH_RULE, T=[1, 2, 4], shape=SHAPES)
 def test_float64_is_the_formula(rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]) -> None:
     deltas = task_vectors(T, shape)
     assert relative_error(merged(deltas, rule, **params), oracle(deltas)) < 1e-8
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(**EACH_RULE, T=[1, 2, 4], shape=SHAPES)
 def test_float32_stays_close(rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]) -> None:
     deltas = task_vectors(T, shape).float()
     found = merged(deltas, rule, **params)
@@ -81,9 +78,7 @@ def test_float32_stays_close(rule: str, params: dict, oracle: Callable, T: int, 
     assert relative_error(found, oracle(deltas)) < 1e-4
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)], ids=str)
+@crossed(**EACH_RULE, T=[1, 3], shape=[(48, 32), (32, 48), (40, 40)])
 def test_float32_stays_close_at_condition_1e6(
     rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]
 ) -> None:
@@ -97,8 +92,7 @@ def test_a_large_layer_is_the_formula(rule: str) -> None:
     assert relative_error(merged(deltas, name, **params), oracle(deltas)) < 1e-8
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
+@crossed(**EACH_RULE, T=[1, 2, 4])
 def test_a_weight_multiplies_its_task_vector(rule: str, params: dict, oracle: Callable, T: int) -> None:
     """Inside `over` a weight does what it does there; svc's own comparison is with w_t D_t."""
     deltas, weights = task_vectors(T, (16, 24)), WEIGHTS[:T]
@@ -204,9 +198,7 @@ def test_svc_over_the_average_of_experts_at_right_angles_is_their_sum(zeros: str
     assert relative_error(merged(deltas, "svc", over="average"), deltas.sum(0)) < 1e-8
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("T", [1, 2])
-@pytest.mark.parametrize("size", [8, 12])
+@crossed(size=[8, 12], T=[1, 2], seed=range(5))
 def test_svc_over_ace_of_a_square_layer_is_the_formula(size: int, T: int, seed: int) -> None:
     """Centred columns leave M without the output direction of ones: one singular value is zero but for rounding."""
     deltas = task_vectors(T, (size, size), seed=seed)
