@@ -31,7 +31,6 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
 from builders import PlainModel  # noqa: E402
 from hub_server import FakeHub  # noqa: E402
 

@@ -36,10 +36,13 @@ def add_lower(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: floa
 
 
 def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Complete what `add_lower` left out, in place."""
+    """Complete what `add_lower` left out, in place. The result is symmetric to the bit, which a product need not be."""
     for rows, columns in _blocks(len(total)):
         left = slice(columns.start, min(columns.stop, rows.start))
         total[left, rows] = total[rows, left].T
+        if columns.stop == rows.stop:  # else it lies off the diagonal
+            square = total[rows, rows]
+            square.copy_(square.tril().add_(square.tril(-1).T))
     return total
 
 

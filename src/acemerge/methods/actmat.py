@@ -11,7 +11,7 @@ from pydantic import Field
 
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Experts, Problem, as_given, prefers_dual
-from acemerge.linalg.select import magnitudes
+from acemerge.linalg.select import at_least, magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.fits import Fitting, fitted, fitted_together
@@ -90,7 +90,7 @@ class Tact:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
         def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
+            return (deltas[t] * at_least(magnitudes(deltas[t]), thresholds[t])).to(dtype)
 
         return _fit(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.elementwise import row_blocks
 from acemerge.shapes import Float, Tensor
 
@@ -26,14 +27,14 @@ def total(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Fl
 def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:
     """`scale` times the mean of the non-zero `sparse_t` that have the elected sign.
 
-    The sign of their sum is elected; where that is zero, the sign that most entries of the tensor elected,
+    The sign of their sum is elected; where that is zero, or rounding, the sign that most entries of the tensor elected,
     plus if they are even.
     """
     M = torch.empty_like(deltas[0])
     majority, ties = 0, []
     for rows in row_blocks(deltas):
         up, down = _means_by_sign(torch.stack([sparse(t, rows) for t in range(len(deltas))]))
-        sums = up.sum + down.sum
+        sums = _decided(up, down)
         majority += int(sums.sign().sum())
         tied = (sums == 0) & (up.count > 0)
         M[rows] = torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
@@ -48,7 +49,7 @@ def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float
 def elected_means(parts: Float[Tensor, "P T *shape"], scale: float) -> Float[Tensor, "P *shape"]:
     """The same for P small tensors at once, from their sparse updates, which are used up."""
     up, down = _means_by_sign(parts.transpose(0, 1))
-    sums = up.sum + down.sum
+    sums = _decided(up, down)
     plus = sums.sign().flatten(1).sum(1) >= 0  # (P,)
     tied = (sums == 0) & plus.view(-1, *[1] * (sums.ndim - 1))
     return torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
@@ -63,6 +64,12 @@ class _Side:
 
     def mean(self) -> Tensor:
         return self.sum / self.count.clamp(min=1)
+
+
+def _decided(up: _Side, down: _Side) -> Tensor:
+    """The sum of both sides, zero where they cancel but for rounding."""
+    sums = up.sum + down.sum
+    return sums.masked_fill_(sums.abs() <= NULL * (up.sum - down.sum), 0)
 
 
 def _means_by_sign(parts: Float[Tensor, "T *shape"]) -> tuple[_Side, _Side]:

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.mergekit_sum import largest
@@ -123,7 +124,8 @@ class MergekitSce:
         if energies.sum() == 0:
             return no_update(deltas)
         w = (energies / energies.sum()).to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
-        agree = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0).to(deltas.dtype)
+        plus = deltas.sum(0) >= -NULL * deltas.abs().sum(0)  # rounding elects nobody
+        agree = deltas.sign() == torch.where(plus, 1.0, -1.0).to(deltas.dtype)
         divisor = (w * agree).sum(0)
         M = (deltas * agree * w).sum(0) / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
         return LayerResult(M.mul_(self.scale), {"status": "ok", "weights": w.flatten().tolist()})

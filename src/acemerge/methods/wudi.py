@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import NormalEquations, energies
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
 from acemerge.methods.elementwise import weighted_sum
@@ -65,7 +66,8 @@ class SwudiA:
         M = X0 (I - V_K V_K^T) + B V_K diag(1 / l_K) V_K^T,   X0 = sum_t D_t
 
     with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues
-    are floored at 1e-8 of the largest when they divide. `anchor: mean` takes the mean for X0, which large language
+    are floored at 1e-8 of the largest when they divide, and zero below 2^-42 of it; K is the next whole number but for
+    rounding. `anchor: mean` takes the mean for X0, which large language
     models need. Weights as in `wudi`.
     """
 
@@ -87,8 +89,8 @@ class SwudiA:
         if self.anchor == "mean":
             X0 /= layer.weights[energies(deltas) > 0].sum()
         values, vectors = torch.linalg.eigh(A)
-        spectrum = values.flip(0).clamp_min(0)  # l, (in,)
-        K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
+        spectrum = values.flip(0) * (values.flip(0) > NULL**2 * values[-1])  # l, (in,)
+        K = math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum()) * (1 - NULL))  # n at most
         V, l_K = vectors.flip(1)[:, :K], spectrum[:K].clamp_min(_FLOOR * float(spectrum[0]))
         M = X0 + ((B @ V) / l_K - X0 @ V) @ V.T
         return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": K})
