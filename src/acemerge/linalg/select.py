@@ -28,6 +28,12 @@ def magnitudes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return x.abs().float()
 
 
+def largest_entry(D: Float[Tensor, "*shape"]) -> float:
+    """`max |D|`."""
+    low, high = torch.aminmax(D)
+    return max(-float(low), float(high))
+
+
 def at_least(size: Float[Tensor, "*shape"], bound: float | Tensor) -> Bool[Tensor, "*shape"]:
     """`size >= bound`, for magnitudes; what is below it by rounding alone counts as equal."""
     return size >= bound * (1 - NULL)

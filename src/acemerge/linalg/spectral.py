@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.gram import symmetric_product
-from acemerge.linalg.rounding import NULL
 from acemerge.linalg.single import leading_in_float32
 from acemerge.shapes import Float, Tensor
 
@@ -17,8 +16,8 @@ _GRAM_RANGE = 1e-3
 # Unit vectors of several matrices side by side inherit the noise of a direction over its size. Angles below this are
 # none: the vectors share a direction.
 _SHARED = 2.0**-16
-# What a float32 solve leaves of a null direction.
-_NULL_IN_FLOAT32 = 2.0**-11
+# A solve magnifies what noise leaves of a null direction by its condition.
+_NULL_SOLVED = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, sha
     In float64, but in float32 where X is that, large and the estimated error of U_k V_k^T is small enough.
     Singular values of at most `floor`, at most `share` of the largest or at the level of rounding are taken for zero;
     so are those beyond the shorter side. What uses `U s V^T` alone needs neither: there a faint direction is faint.
-    What uses U or V must not take noise for directions, and gives `NULL` for the share.
+    What uses U or V must not take noise for directions, and gives `rounding.NULL` for the share.
     """
     if X.shape[0] < X.shape[1]:
         flipped = leading_singular(X.T, k, floor, share)
@@ -80,19 +79,18 @@ class LeadingPolar:
 
 
 def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
-    """The product of the top k singular vectors of X, in X's type: `U_k V_k^T = X V_k diag(1/s) V_k^T`.
+    """The product of the top k singular vectors of X, which comes from a solve, in X's type:
+    `U_k V_k^T = X V_k diag(1/s) V_k^T`.
 
-    Null directions have no polar part and add nothing: those below 2^-21 of the largest singular value, and below 2^-11
-    of it where X is float32, for it comes from a solve in this type.
+    Null directions, those below 2^-13 of the largest singular value, have no polar part and add nothing.
     """
     if X.shape[0] < X.shape[1]:
         flipped = leading_polar(X.T, k)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    share = _NULL_IN_FLOAT32 if X.dtype == torch.float32 else NULL
-    if (single := leading_in_float32(X, k, 0.0, share)) is not None:
+    if (single := leading_in_float32(X, k, 0.0, _NULL_SOLVED)) is not None:
         U, s, V = single
         return LeadingPolar(U @ V.T, s)
-    s, V = _right_singular(X.double(), k, 0.0, share)
+    s, V = _right_singular(X.double(), k, 0.0, _NULL_SOLVED)
     found = torch.nn.functional.pad(s, (0, k - len(s)))
     if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
         return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)

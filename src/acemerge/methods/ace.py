@@ -52,7 +52,7 @@ class Ace:
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
-    tau: Annotated[float, Field(description="heterogeneous branch when gamma is above it")] = 0.3
+    tau: Annotated[float, Field(allow_inf_nan=False, description="heterogeneous branch when gamma is above it")] = 0.3
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the spectrum that is refined")] = 0.3
     ablation: Annotated[
         Literal["E1", "E2", "E3", "E4"],

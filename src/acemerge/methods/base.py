@@ -12,6 +12,7 @@ from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
@@ -172,8 +173,14 @@ def check_experts(method: Method, weights: Sequence[float]) -> None:
         raise UsageError(method.name, what, "give one value for each expert, or one for all")
     if needs.weights == "not negative" and min(weights) < 0:
         raise UsageError(method.name, "an expert has a negative weight", "use weights of zero or more")
-    if needs.weights == "not cancelling" and sum(weights) == 0:
+    if needs.weights == "not cancelling" and abs(sum(weights)) <= NULL * sum(map(abs, weights)):
         raise UsageError(method.name, "the expert weights sum to zero", "change the weights")
+
+
+def check_weights(method: Method, weights: Sequence[float]) -> None:
+    """UsageError where no expert of all has a weight."""
+    if not any(weights):
+        raise UsageError(method.name, "no expert has a weight", "give at least one that is not zero")
 
 
 def expert_seeds(seed: int, name: str, experts: Sequence[int]) -> tuple[int, ...]:

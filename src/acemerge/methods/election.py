@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.rounding import NULL
+from acemerge.linalg.select import largest_entry
 from acemerge.methods.elementwise import row_blocks
 from acemerge.shapes import Float, Tensor
 
@@ -24,18 +25,21 @@ def total(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Fl
     return M
 
 
-def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:
+def elected_mean(
+    deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"], sparse: Sparse, scale: float
+) -> Float[Tensor, "*shape"]:
     """`scale` times the mean of the non-zero `sparse_t` that have the elected sign.
 
     The sign of their sum is elected; where that is zero, or rounding, the sign that most entries of the tensor elected,
-    plus if they are even.
+    plus if they are even. An entry that is rounding next to the tensor's largest has no say in it.
     """
+    nothing = NULL * max(abs(w) * largest_entry(D) for w, D in zip(weights.tolist(), deltas, strict=True))
     M = torch.empty_like(deltas[0])
     majority, ties = 0, []
     for rows in row_blocks(deltas):
         up, down = _means_by_sign(torch.stack([sparse(t, rows) for t in range(len(deltas))]))
         sums = _decided(up, down)
-        majority += int(sums.sign().sum())
+        majority += _votes(sums, nothing)
         tied = (sums == 0) & (up.count > 0)
         M[rows] = torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
         if tied.any():
@@ -50,7 +54,9 @@ def elected_means(parts: Float[Tensor, "P T *shape"], scale: float) -> Float[Ten
     """The same for P small tensors at once, from their sparse updates, which are used up."""
     up, down = _means_by_sign(parts.transpose(0, 1))
     sums = _decided(up, down)
-    plus = sums.sign().flatten(1).sum(1) >= 0  # (P,)
+    flat = sums.flatten(1)  # (P, n)
+    nothing = NULL * torch.maximum(up.sum, down.sum.neg()).flatten(1).amax(1, keepdim=True)
+    plus = (flat > nothing).sum(1) >= (flat < -nothing).sum(1)  # (P,)
     tied = (sums == 0) & plus.view(-1, *[1] * (sums.ndim - 1))
     return torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
 
@@ -64,6 +70,11 @@ class _Side:
 
     def mean(self) -> Tensor:
         return self.sum / self.count.clamp(min=1)
+
+
+def _votes(sums: Tensor, nothing: float) -> int:
+    """How many more entries are above `nothing` than below it on the other side."""
+    return int((sums > nothing).sum()) - int((sums < -nothing).sum())
 
 
 def _decided(up: _Side, down: _Side) -> Tensor:

@@ -54,7 +54,9 @@ class Ties:
             D = deltas[t, rows]
             return D * at_least(magnitudes(D), thresholds[t]) * weights[t]
 
-        return LayerResult(elected_mean(deltas, trimmed, self.scale), {"status": "ok", "thresholds": thresholds})
+        return LayerResult(
+            elected_mean(deltas, layer.weights, trimmed, self.scale), {"status": "ok", "thresholds": thresholds}
+        )
 
     def merge_together(self, stack: Float[Tensor, "P T *shape"], layers: Sequence[Layer]) -> list[LayerResult]:
         thresholds = [self._thresholds(D, layer) for D, layer in zip(stack, layers, strict=True)]
@@ -112,7 +114,9 @@ class DareTies:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(elected_mean(deltas, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"})
+        return LayerResult(
+            elected_mean(deltas, layer.weights, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"}
+        )
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns
@@ -153,7 +157,7 @@ class Della:
             q = self._probabilities(D)
             return D * (chance.uniform_like(D, t) < q) * (weights[t] / q)
 
-        return LayerResult(elected_mean(deltas, sampled, self.scale), {"status": "ok"})
+        return LayerResult(elected_mean(deltas, layer.weights, sampled, self.scale), {"status": "ok"})
 
     def _probabilities(self, D: Float[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest"]:
         n = D.shape[-1]

@@ -116,7 +116,7 @@ class Karcher:
     needs: ClassVar[Needs] = Needs(base=True, weights="not negative")
 
     steps: Annotated[int, Field(ge=1, le=1000, description="most steps of the iteration")] = 10
-    tol: Annotated[float, Field(gt=0, description="a shorter step ends it, in radians")] = 1e-5
+    tol: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a shorter step ends it, in radians")] = 1e-5
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:

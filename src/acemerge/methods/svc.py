@@ -36,7 +36,9 @@ class Svc:
     source: ClassVar[str] = "arXiv 2602.05536"
 
     over: Over = "ace"
-    a: Annotated[float | None, Field(gt=0, description="least share of an expert; 1 / T where absent")] = None
+    a: Annotated[
+        float | None, Field(gt=0, allow_inf_nan=False, description="least share of an expert; 1 / T where absent")
+    ] = None
     scale: Scale = 1.0
 
     @cached_property

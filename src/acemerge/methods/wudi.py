@@ -27,7 +27,8 @@ class Wudi:
 
     Source: arXiv 2503.08099. With `M = X0 + N` and `X0 = sum_t D_t` the gradient is `2 (N A - B)`,
     `A = sum_t D_t^T D_t / n_t`, `B = sum_t (D_t - X0) D_t^T D_t / n_t`: a step costs the same for any number of
-    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies
+    experts, and nothing cancels at the start. Departures: an expert with no update drops out, and a gradient that is
+    rounding at the start, as of experts that cancel, moves nothing. A weight multiplies
     an expert's term and its part of the start; it may not be negative.
     """
 
@@ -45,6 +46,8 @@ class Wudi:
         if equations is None:
             return no_update(deltas)
         A, B = equations
+        if B.norm() <= NULL * A.trace() * energies(deltas).max().sqrt():  # Adam would make as large steps of rounding
+            B.zero_()
         N = torch.zeros_like(X0)
         N.grad = torch.empty_like(N)
         adam = torch.optim.Adam([N], lr=self.lr, fused=True)

@@ -62,7 +62,8 @@ class Job:
     `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`: projections that the
     rule gets one by one. `vocabulary`: which rows of the experts are which of the output. `widens`: inputs in fp8 are
     float32 in memory of their own when they are taken. `factors`: where the output is an adapter, the A and B that it
-    holds of this tensor, none where it cannot; None where the tensor itself is stored.
+    holds of this tensor, none where it cannot; None where the tensor itself is stored. `pool`: the rule of the recipe
+    by its number, over whose tensors a share of the whole model is taken.
     `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
     """
 
@@ -84,6 +85,7 @@ class Job:
     factors: tuple[TensorSpec, ...] | None = None
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32
+    pool: int = -1
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.methods import check_experts
+from acemerge.methods import check_experts, check_weights
 from acemerge.models.projections import fused_projections
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens
@@ -52,6 +52,7 @@ def make_plan(
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
     for job in _distinct(job for job in jobs if job.method):
         assert job.method is not None
+        check_weights(job.method, job.weights)
         check_experts(job.method, job.own_weights)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
@@ -155,6 +156,7 @@ class _Planner:
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
         weights = self._weights(decision)
         job = Job(out, role, decision.reason, decision.method, weights, transposed, sources, copies=tuple(copies))
+        job = replace(job, pool=decision.pool)
         job = self._by_projection(job)
         # Whether an expert is skipped is only known when all of its tensor was seen.
         entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
