@@ -120,7 +120,7 @@ class _Model:
         ]
         rule = make(method, dict(RULES[method].params))
         recipe = make_recipe({"base": "b", "experts": [str(t) for t in range(T)]}, "test")
-        thresholds = {} if rule.needs.keep is None else {rule.needs.keep: [0.05] * T}
+        thresholds = {} if rule.needs.keep is None else {-1: [0.05] * T}
         self.setting = Setting(recipe, [str(t) for t in range(T)], thresholds)
         self.pieces = [self._piece(name, rule, T, job) for name in names]
 

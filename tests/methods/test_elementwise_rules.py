@@ -12,6 +12,7 @@ from oracles import elect, relative_error, task_vectors
 from torch import Tensor
 
 import acemerge
+from acemerge.linalg.select import share_of
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 40), (40, 3)]
 WEIGHTS = [2.0, 0.5, 1.5, 3.0]
@@ -170,6 +171,27 @@ def test_emr_masks_and_scales_are_the_formula(T: int, shape: tuple[int, int]) ->
     rebuilt = found[:, None, None] * result.masks * result.delta
     assert relative_error(rebuilt, lambdas[:, None, None] * masks * M) < 1e-8
     assert rebuilt.abs().sum((1, 2)).tolist() == pytest.approx(deltas.abs().sum((1, 2)).tolist())
+
+
+def test_emr_gives_the_expert_back_not_its_weighted_update() -> None:
+    """In its entries nobody else moved, so that lambda mask M is D_t to the bit, whatever its weight."""
+    deltas, weights = torch.zeros(3, 6, 5, dtype=torch.float64), [0.5, -2.0, 0.0]
+    deltas[0, :3], deltas[1, 3:] = normal(3, 5), normal(3, 5, seed=1)
+    found = acemerge.merge_deltas(deltas, "emr", weights=weights)
+    for t, (own, kept) in enumerate(zip(found.stats["own_l1"], found.stats["masked_l1"], strict=True)):
+        rebuilt = (own / kept if kept else 0.0) * found.masks[t] * found.delta
+        assert relative_error(rebuilt, deltas[t]) < 1e-14
+
+
+def test_a_share_that_falls_short_of_a_whole_number_by_rounding_counts_as_it() -> None:
+    assert 0.29 * 100 < 29
+    assert [share_of(keep, n) for keep, n in ((0.29, 100), (0.57, 100), (0.5, 5), (0.01, 5), (1.0, 7))] == [
+        29,
+        57,
+        2,
+        1,
+        7,
+    ]
 
 
 def test_emr_gives_an_expert_back_where_no_other_moved() -> None:

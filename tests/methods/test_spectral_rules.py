@@ -169,6 +169,32 @@ def test_iso_cts_counts_null_directions_in_the_mean_and_has_no_vectors_for_them(
     assert relative_error(merged(deltas, "iso_cts"), expected) < 1e-8
 
 
+def test_iso_cts_leaves_no_room_for_common_directions_at_most() -> None:
+    """Eight directions and three experts without common ones: round(8 / 3) = 3 of each would be nine, so two are."""
+    deltas = task_vectors(3, (8, 12))
+    U, s, Vh = svd(deltas.sum(0))
+    U, s, V = U[:, :2], s[:2], Vh[:2].T  # r - q T
+    parts = [svd(d - U @ (U.T @ d)) for d in deltas]
+    left = oracles.polar(torch.cat([*(u[:, :2] for u, _, _ in parts), U], 1))
+    right = oracles.polar(torch.cat([*(vh[:2].T for _, _, vh in parts), V], 1))
+    sizes = torch.cat([*(own[:2] for _, own, _ in parts), s])
+    assert relative_error(merged(deltas, "iso_cts", common=0.0), sizes.mean() * left @ right.T) < 1e-8
+
+
+@pytest.mark.parametrize("rule", ["iso_c", "iso_cts", "core_space"])
+def test_small_directions_of_a_sum_in_float32_keep_their_digits(rule: str) -> None:
+    """Directions of 1e-5 are lifted to the mean: what the sum is rounded to before that is lifted with them."""
+    deltas = task_vectors(4, (40, 40), condition=1e5).float()
+    assert relative_error(merged(deltas, rule), merged(deltas.double(), rule)) < 1e-4
+
+
+def test_experts_that_share_their_columns_share_a_polar_factor() -> None:
+    """Twice the same directions, with other sizes: polar([U U]) is [U U] / sqrt(2), and M the mean of the experts."""
+    U, s, Vh = svd(task_vectors(1, (16, 24))[0])
+    deltas = torch.stack([U[:, :4] @ (size * s[:4]).diag() @ Vh[:4] for size in (1.0, 3.0)])
+    assert relative_error(merged(deltas, "tsv_m"), deltas.mean(0)) < 1e-8
+
+
 def test_iso_cts_of_one_expert_is_iso_c() -> None:
     deltas = task_vectors(1, (16, 24))
     assert relative_error(merged(deltas, "iso_cts"), oracles.iso_c(deltas)) < 1e-8

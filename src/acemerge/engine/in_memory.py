@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.batched import compute_all
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, NumericalError, UsageError
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import (
     Layer,
@@ -25,6 +26,7 @@ from acemerge.methods import (
     LowRankResult,
     Method,
     check_experts,
+    check_weights,
     expert_seeds,
     make,
     merge_low_rank,
@@ -108,7 +110,10 @@ def merge_deltas(
         layer = replace(layer, base=base.detach().to(device=deltas.device, dtype=dtype))
     if moments is not None:
         layer = replace(layer, moments=moments.detach().to(device=deltas.device, dtype=dtype))
-    return rule.merge(deltas.detach().to(dtype), layer)
+    with _refusals(rule, dtype):
+        result = rule.merge(_in_range("deltas", deltas.detach(), dtype), layer)
+    _check_result(rule, dtype, result.delta)
+    return result
 
 
 def merge_factors(
@@ -141,8 +146,14 @@ def merge_factors(
     dtype = _compute_dtype(compute_dtype, [factor for pair in factors for factor in pair])
     device = factors[0][0].device
     layer = _layer(rule, weights, len(factors), seed, device)
-    left, right = (tuple(pair[side].detach().to(device, dtype) for pair in factors) for side in (0, 1))
-    return merge_low_rank(rule, LowRank(left, right), layer, dtype)
+    left, right = (
+        tuple(_in_range(f"factors {t}", pair[side].detach(), dtype).to(device) for t, pair in enumerate(factors, 1))
+        for side in (0, 1)
+    )
+    with _refusals(rule, dtype):
+        result = merge_low_rank(rule, LowRank(left, right), layer, dtype)
+    _check_result(rule, dtype, result.left, *([] if result.right is None else [result.right]))
+    return result
 
 
 def _check_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -181,6 +192,33 @@ def _check_finite(where: str, values: Tensor) -> None:
         raise CheckpointError(where, "has values that are not finite", "mend the checkpoint they come from")
 
 
+def _in_range(where: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values, finite as they are, in the type of the work."""
+    found = values.to(dtype)
+    if found is not values and not is_finite(found):
+        raise UsageError(where, "has values beyond the range of float32", "leave out compute_dtype, or make it float64")
+    return found
+
+
+def _check_result(rule: Method, dtype: torch.dtype, *values: Tensor) -> None:
+    if not all(map(is_finite, values)):
+        raise NumericalError(f"method {rule.name}", "its result is not finite", _nearer(dtype))
+
+
+@contextmanager
+def _refusals(rule: Method, dtype: torch.dtype) -> Iterator[None]:
+    """What torch has no result for is named."""
+    try:
+        yield
+    except RuntimeError as failure:  # its word for no convergence, no memory and numbers beyond a type
+        reason = (str(failure).splitlines() or ["no result"])[0][:200]
+        raise NumericalError(f"method {rule.name}", reason, _nearer(dtype)) from failure
+
+
+def _nearer(dtype: torch.dtype) -> str:
+    return "use compute_dtype=torch.float64" if dtype == torch.float32 else "scale the updates to a size near 1"
+
+
 def _compute_dtype(asked: torch.dtype | None, given: Sequence[Tensor]) -> torch.dtype:
     dtype = asked or (torch.float64 if any(x.dtype == torch.float64 for x in given) else torch.float32)
     if dtype not in (torch.float32, torch.float64):
@@ -191,6 +229,7 @@ def _compute_dtype(asked: torch.dtype | None, given: Sequence[Tensor]) -> torch.
 def _layer(rule: Method, weights: Sequence[float] | None, experts: int, seed: int, device: torch.device) -> Layer:
     """What a rule may know of a layer that has no name, its weights checked."""
     factors = _checked_weights(weights, experts)
+    check_weights(rule, factors)
     check_experts(rule, factors)
     return Layer(torch.tensor(factors, dtype=torch.float64, device=device), expert_seeds(seed, "", range(experts)))
 

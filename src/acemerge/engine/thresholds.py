@@ -21,15 +21,14 @@ _Count = Callable[[int, Tensor], Tensor]
 
 
 def with_thresholds(setting: Setting, plan: Plan, walk: Walk) -> Setting:
-    """The setting with the thresholds that the plan's rules need: one per expert for each share kept.
-
-    A share is taken over all tensors whose rule keeps it.
+    """The setting with the thresholds that the plan's rules need: one per expert for each rule of the recipe that keeps
+    a share. It is taken over all tensors to which this rule applies, whatever others keep.
     """
-    shares = {job.method.needs.keep for job in plan.ruled} - {None}
-    found = {}
-    for keep in sorted(share for share in shares if share is not None):
-        jobs = [job for job in plan.ruled if job.method.needs.keep == keep]
-        found[keep] = _thresholds(keep, jobs, setting, walk)
+    pools: dict[tuple[int, float], list[ByRule]] = {}
+    for job in plan.ruled:
+        if job.method.needs.keep is not None:
+            pools.setdefault((job.pool, job.method.needs.keep), []).append(job)
+    found = {pool: _thresholds(keep, jobs, setting, walk) for (pool, keep), jobs in sorted(pools.items())}
     return replace(setting, thresholds=found)
 
 

@@ -29,13 +29,13 @@ class Measured(Protocol):
 class Setting:
     """What every job of a run shares.
 
-    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert. `measured` has
-    what was measured on calibration data, where rules want it.
+    `thresholds` holds, by a job's `pool`, for each rule of the recipe that keeps a share of its tensors, one magnitude
+    per expert. `measured` has what was measured on calibration data, where rules want it.
     """
 
     recipe: Recipe
     labels: Sequence[str]
-    thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
+    thresholds: Mapping[int, Sequence[float]] = field(default_factory=dict)
     measured: Measured | None = None
 
     def who(self, model: int) -> str:
@@ -51,7 +51,7 @@ class Setting:
         """
         weights, keep = [job.weights[i] for i in used], job.method.needs.keep
         check_experts(job.method, weights)
-        thresholds = None if keep is None else tuple(self.thresholds[keep][i] for i in used)
+        thresholds = None if keep is None else tuple(self.thresholds[job.pool][i] for i in used)
         factors = torch.tensor(weights, dtype=torch.float64, device=device)
         moments = self._moments(job, used)
         moments = None if moments is None else moments.to(device)

@@ -6,7 +6,17 @@ from acemerge.methods.ace import Ace
 from acemerge.methods.ace_auto import AceAuto
 from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.anchored import Anchored
-from acemerge.methods.base import Calibration, Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
+from acemerge.methods.base import (
+    Calibration,
+    Layer,
+    LayerResult,
+    Method,
+    Needs,
+    Together,
+    check_experts,
+    check_weights,
+    expert_seeds,
+)
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
@@ -38,6 +48,7 @@ __all__ = [
     "Status",
     "Together",
     "check_experts",
+    "check_weights",
     "expert_seeds",
     "keeps_low_rank",
     "make",

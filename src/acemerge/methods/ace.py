@@ -11,6 +11,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
@@ -20,7 +21,6 @@ from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
 _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
-_ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be from their mean
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Ace(LeastSquaresRule[_Active]):
 
     Source: arXiv 2603.02945 (CVPR 2026). Departures, all where the paper's formula is undefined: experts
     with no update or no weight drop out; one expert is homogeneous; k = 0 leaves `pre` unrefined; null
-    directions of the refinement add nothing. `eps` is in units of the squared update: the paper uses
-    4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t, and
-    may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
+    directions of the refinement, those of `leading_polar`, add nothing. `eps` is in units of the squared update:
+    the paper uses 4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t,
+    and may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "ace"
@@ -63,7 +63,7 @@ class Ace(LeastSquaresRule[_Active]):
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
-    tau: Annotated[float, Field(description="heterogeneous branch when gamma is above it")] = 0.3
+    tau: Annotated[float, Field(allow_inf_nan=False, description="heterogeneous branch when gamma is above it")] = 0.3
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the spectrum that is refined")] = 0.3
     ablation: Annotated[
         Literal["E1", "E2", "E3", "E4"],
@@ -90,7 +90,7 @@ class Ace(LeastSquaresRule[_Active]):
         M, in_float64 = fit.M, 0
         if refined:
             direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, kept.scales, kept.layer.frame).add_(M)
-            leading = leading_polar(direction, refined, max(sides))
+            leading = leading_polar(direction, refined)
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
         branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if hetero else "homogeneous"
@@ -149,7 +149,7 @@ def second_moment_scales(
     """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
     n = energies(deltas)
     z = torch.stack([_centred_energy(D, energy, frame) for D, energy in zip(deltas, n, strict=True)])
-    rounding = n * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
+    rounding = n * NULL**2
     return torch.where(z > rounding, weights / z, 0)
 
 

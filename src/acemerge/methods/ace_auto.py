@@ -84,6 +84,7 @@ def shrinkage(D: Float[Tensor, "out in"], sides: tuple[int, int]) -> float:
     out, columns = sides
     if columns == 1:
         return _MOST
+    D = D / D.abs().amax()  # the squares of its Gram matrix may be beyond the range of float32
     gram = symmetric_product(D.T if D.shape[0] < D.shape[1] else D)
     f = float((gram / gram.trace()).square().sum())  # of the smaller Gram matrix: the other one's is the same
     spread = (out + 1 - 2 / columns) * (f - 1 / columns)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Experts, Fit, Problem, as_given, prefers_dual
-from acemerge.linalg.select import magnitudes
+from acemerge.linalg.select import at_least, magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.least_squares_rule import LeastSquaresRule
@@ -82,7 +82,7 @@ class Tact(LeastSquaresRule[None]):
         thresholds = [threshold(D, self.keep) for D in deltas]
 
         def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
+            return (deltas[t] * at_least(magnitudes(deltas[t]), thresholds[t])).to(dtype)
 
         return _problem(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
 

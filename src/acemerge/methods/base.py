@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
 Calibration = Literal["inputs", "merged inputs", "gradients"]
+# What a result has. A rule that is not the library's own may give a plain mapping, which becomes that.
+Stats = LayerStats if TYPE_CHECKING else Mapping
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class LayerResult:
     """
 
     delta: Float[Tensor, "*shape"]
-    stats: LayerStats
+    stats: Stats
     masks: Bool[Tensor, "T *shape"] | None = None
 
     def __post_init__(self) -> None:
@@ -179,8 +182,14 @@ def check_experts(method: Method, weights: Sequence[float]) -> None:
         raise UsageError(method.name, what, "give one value for each expert, or one for all")
     if needs.weights == "not negative" and min(weights) < 0:
         raise UsageError(method.name, "an expert has a negative weight", "use weights of zero or more")
-    if needs.weights == "not cancelling" and sum(weights) == 0:
+    if needs.weights == "not cancelling" and abs(sum(weights)) <= NULL * sum(map(abs, weights)):
         raise UsageError(method.name, "the expert weights sum to zero", "change the weights")
+
+
+def check_weights(method: Method, weights: Sequence[float]) -> None:
+    """UsageError where no expert of all has a weight."""
+    if not any(weights):
+        raise UsageError(method.name, "no expert has a weight", "give at least one that is not zero")
 
 
 def expert_seeds(seed: int, name: str, experts: Sequence[int]) -> tuple[int, ...]:

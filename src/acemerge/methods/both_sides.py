@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.two_sided import Map, Spiked, dot, largest_entry, pooled_inverse, spiked_sides, spiked_sum
+from acemerge.linalg.select import largest_entry
+from acemerge.linalg.two_sided import Map, Spiked, dot, pooled_inverse, spiked_sides, spiked_sum
 from acemerge.methods.base import Layer
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor

@@ -14,6 +14,7 @@ from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _LEAST = 1e-8  # added to probabilities
+_NO_DIVERGENCE = 2.0**-44  # what the rounding of float64 leaves of none
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,13 @@ class ArceeFusion:
 
 
 def importance(D: Float[Tensor, "*shape"], W0: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """`|D|` times the divergence of each row's softmax from that of `W0`."""
+    """`|D|` times the divergence of each row's softmax from that of `W0`, in float64: it is often small."""
     columns = D.shape[-1] if D.ndim else 1
     S, changes, bases = D.new_empty(D.shape), D.reshape(-1, columns), W0.reshape(-1, columns)
     for rows in row_blocks(changes[None]):
-        p = (bases[rows] + changes[rows]).softmax(-1) + _LEAST
-        q = bases[rows].softmax(-1) + _LEAST
-        divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp_min(0)  # below zero by rounding alone
-        S.view(-1, columns)[rows] = changes[rows].abs() * divergence
+        before = bases[rows].double()
+        p = (before + changes[rows]).softmax(-1) + _LEAST
+        q = before.softmax(-1) + _LEAST
+        divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+        S.view(-1, columns)[rows] = changes[rows].abs() * divergence * (divergence > _NO_DIVERGENCE)
     return S

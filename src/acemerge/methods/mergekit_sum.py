@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace
 from acemerge.methods.chance import Chance
@@ -91,7 +92,8 @@ class MergekitSum:
         """Their sum, or the mean of those that agree in sign."""
         divisor = w.sum(0)
         if self.vote:
-            elected = torch.where(parts.sum(0) >= 0, 1.0, -1.0).to(parts.dtype)
+            plus = parts.sum(0) >= -NULL * parts.abs().sum(0)  # rounding elects nobody
+            elected = torch.where(plus, 1.0, -1.0).to(parts.dtype)
             agree = parts.sign() == elected
             parts, divisor = parts * agree, (w * agree).sum(0)
         total = parts.sum(0)

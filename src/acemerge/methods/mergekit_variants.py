@@ -11,6 +11,8 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from acemerge.linalg.gram import energies
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.mergekit_sum import largest
@@ -121,11 +123,12 @@ class MergekitSce:
             spread = deltas.var(0, unbiased=False)
             chosen = largest(magnitudes(spread).flatten(), int(self.select * int(spread.count_nonzero())))
             deltas = deltas * chosen.view_as(spread)
-        energies = deltas.flatten(1).square().sum(1, dtype=torch.float64)
-        if energies.sum() == 0:
+        n = energies(deltas)
+        if n.sum() == 0:
             return no_update(deltas)
-        w = (energies / energies.sum()).to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
-        agree = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0).to(deltas.dtype)
+        w = (n / n.sum()).to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
+        plus = deltas.sum(0) >= -NULL * deltas.abs().sum(0)  # rounding elects nobody
+        agree = deltas.sign() == torch.where(plus, 1.0, -1.0).to(deltas.dtype)
         divisor = (w * agree).sum(0)
         M = (deltas * agree * w).sum(0) / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
         return LayerResult(M.mul_(self.scale), LayerStats(weights=tuple(w.flatten().tolist())))

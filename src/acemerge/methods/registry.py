@@ -18,7 +18,9 @@ _RECOMMENDED = "kron_auto"  # docs/beyond.md has how it was chosen
 
 
 def register(cls: M) -> M:
-    """Add a rule under its `name`; usable as a class decorator."""
+    """Add a rule under its `name`; usable as a class decorator. UsageError where there is one of that name."""
+    if cls.name == "auto" or METHODS.get(cls.name, cls) is not cls:
+        raise UsageError(f"method {cls.name!r}", "there is a rule of this name", "give yours another `name`")
     METHODS[cls.name] = cls
     return cls
 

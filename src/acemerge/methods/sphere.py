@@ -22,6 +22,7 @@ from acemerge.shapes import Float, Tensor
 
 _PARALLEL = 1 - 0.9995  # an angle whose cosine is nearer to one is interpolated straight
 _SHORT = 1e-8
+_OPPOSITE = math.pi - 1e-6  # from here on an angle has no direction but rounding's
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Karcher:
 
     found by steps along the mean of the logarithms, from the mean direction. Source: Grove and Karcher 1973;
     as mergekit documents it. Tensors are flattened; zero tensors drop out. Without a base the task vectors
-    themselves are averaged.
+    themselves are averaged. Departures, where there is no unique minimiser: what is opposite to the mean pulls it
+    nowhere, and where directions cancel altogether M is zero.
     """
 
     name: ClassVar[str] = "karcher"
@@ -116,7 +118,7 @@ class Karcher:
     needs: ClassVar[Needs] = Needs(base=True, weights="not negative")
 
     steps: Annotated[int, Field(ge=1, le=1000, description="most steps of the iteration")] = 10
-    tol: Annotated[float, Field(gt=0, description="a shorter step ends it, in radians")] = 1e-5
+    tol: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a shorter step ends it, in radians")] = 1e-5
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
@@ -128,6 +130,8 @@ class Karcher:
             return no_update(deltas)
         a = layer.weights[kept] / layer.weights[kept].sum()
         cosines = gram[kept][:, kept] / torch.outer(norms[kept], norms[kept])
+        if float(a @ cosines @ a) < _SHORT:
+            return LayerResult(torch.zeros_like(deltas[0]), LayerStats((Status.CANCELLED,)))
         u, last = mean_direction(cosines, a, self.steps, self.tol)
         factors = torch.zeros_like(norms)
         factors[kept] = u * (a * norms[kept]).sum() / norms[kept]
@@ -142,12 +146,12 @@ def mean_direction(
     cosines: Float[Tensor, "T T"], a: Float[Tensor, " T"], steps: int, tol: float
 ) -> tuple[Float[Tensor, " T"], float]:
     """The Karcher mean of unit vectors with Gram matrix `cosines` as a combination of them, and its last step."""
-    u = a / (a @ cosines @ a).clamp_min(_SHORT).sqrt()
+    u = a / (a @ cosines @ a).sqrt()
     size = math.inf
     for _ in range(steps):
         cosine = (cosines @ u).clamp(-1, 1)
         angle = torch.arccos(cosine)
-        stretch = a * torch.where(angle > _SHORT, angle / torch.sin(angle).clamp_min(_SHORT), 1)
+        stretch = a * torch.where(angle > _SHORT, angle / torch.sin(angle).clamp_min(_SHORT), 1) * (angle < _OPPOSITE)
         step = stretch - (stretch @ cosine) * u  # sum_t a_t log_u(W_t), as coefficients
         size = float((step @ cosines @ step).clamp_min(0).sqrt())
         if size <= tol:

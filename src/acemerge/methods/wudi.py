@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import NormalEquations, energies
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.actmat import least_squares_operations
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
@@ -27,7 +28,8 @@ class Wudi:
 
     Source: arXiv 2503.08099. With `M = X0 + N` and `X0 = sum_t D_t` the gradient is `2 (N A - B)`,
     `A = sum_t D_t^T D_t / n_t`, `B = sum_t (D_t - X0) D_t^T D_t / n_t`: a step costs the same for any number of
-    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies
+    experts, and nothing cancels at the start. Departures: an expert with no update drops out, and a gradient that is
+    rounding at the start, as of experts that cancel, moves nothing. A weight multiplies
     an expert's term and its part of the start; it may not be negative.
     """
 
@@ -47,6 +49,8 @@ class Wudi:
         if equations is None:
             return no_update(deltas)
         A, B = equations
+        if B.norm() <= NULL * A.trace() * energies(deltas).max().sqrt():  # Adam would make as large steps of rounding
+            B.zero_()
         N = torch.zeros_like(X0)
         N.grad = torch.empty_like(N)
         adam = torch.optim.Adam([N], lr=self.lr, fused=True)
@@ -68,7 +72,8 @@ class SwudiA:
         M = X0 (I - V_K V_K^T) + B V_K diag(1 / l_K) V_K^T,   X0 = sum_t D_t
 
     with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues
-    are floored at 1e-8 of the largest when they divide. `anchor: mean` takes the mean for X0, which large language
+    are floored at 1e-8 of the largest when they divide, and zero below 2^-42 of it; K is the next whole number but for
+    rounding. `anchor: mean` takes the mean for X0, which large language
     models need. Weights as in `wudi`.
     """
 
@@ -90,8 +95,8 @@ class SwudiA:
         if self.anchor == "mean":
             X0 /= layer.weights[energies(deltas) > 0].sum()
         values, vectors = torch.linalg.eigh(A)
-        spectrum = values.flip(0).clamp_min(0)  # l, (in,)
-        K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
+        spectrum = values.flip(0) * (values.flip(0) > NULL**2 * values[-1])  # l, (in,)
+        K = math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum()) * (1 - NULL))  # n at most
         V, l_K = vectors.flip(1)[:, :K], spectrum[:K].clamp_min(_FLOOR * float(spectrum[0]))
         M = X0 + ((B @ V) / l_K - X0 @ V) @ V.T
         return LayerResult((self.scale * M).to(deltas.dtype), LayerStats(rank=K))

@@ -84,13 +84,15 @@ class _ByRule(_Tensor):
     """A tensor that a rule makes.
 
     `weights` are the experts' in the rule, `absent` the numbers of those that have no say. `transposed`: the rule gets
-    it the other way round than it is stored.
+    it the other way round than it is stored. `pool`: the rule of the recipe by its number, over whose tensors a share
+    of the whole model is taken.
     """
 
     method: Method
     weights: tuple[float, ...]
     absent: frozenset[int] = frozenset()
     transposed: bool = False
+    pool: int = -1
 
     @property
     def rule(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.methods import Method, check_experts
+from acemerge.methods import Method, check_experts, check_weights
 from acemerge.models.projections import fused_projections
 from acemerge.models.roles import LAYERS, Role, Roles
 from acemerge.models.vocabulary import Tokens
@@ -57,6 +57,7 @@ def make_plan(
         planner.warnings.append(_ROUNDED)
     plan = Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
     for job in _distinct(plan.ruled):
+        check_weights(job.method, job.weights)
         check_experts(job.method, job.own_weights)
     return plan
 
@@ -162,6 +163,7 @@ class _Planner:
             method=method,
             weights=self._weights(decision),
             transposed=role.transposed and self.policy.orientation == "input",
+            pool=decision.pool,
             # Whether an expert is skipped is only known when all of its tensor was seen.
             entrywise=method.needs.entrywise and self.recipe.nonfinite == "error",
         )

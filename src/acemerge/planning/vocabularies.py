@@ -159,4 +159,6 @@ def by_token(
         raise UsageError("vocabulary", what, "leave tensors with a row per token to the policy")
     reason = rows.reason if rows.lending is None else f"{decision.reason}; {rows.reason}"
     spec = replace(out, shape=(rows.rows, *out.shape[1:]))
-    return MergeByToken(spec, role, reason, names, method=method, weights=weights, absent=absent, vocabulary=rows)
+    return MergeByToken(
+        spec, role, reason, names, method=method, weights=weights, absent=absent, pool=decision.pool, vocabulary=rows
+    )
