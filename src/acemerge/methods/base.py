@@ -20,7 +20,10 @@ from acemerge.shapes import Bool, Float, Tensor
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
 Calibration = Literal["inputs", "merged inputs", "gradients"]
 # What a result has. A rule that is not the library's own may give a plain mapping, which becomes that.
-Stats = LayerStats if TYPE_CHECKING else Mapping
+if TYPE_CHECKING:
+    Stats = LayerStats
+else:
+    Stats = Mapping
 
 
 @dataclass(frozen=True)
