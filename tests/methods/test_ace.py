@@ -10,6 +10,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge.errors import UsageError
+from acemerge.methods.ace import second_moment_scales
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -80,3 +81,14 @@ def test_ace_without_ridge_uses_the_pseudo_inverse_on_singular_input() -> None:
 def test_ace_refuses_negative_weights() -> None:
     with pytest.raises(UsageError, match="negative"):
         acemerge.merge_deltas(_randn(2, 3, 3), "ace", weights=[1, -1])
+
+
+def test_rows_that_are_alike_but_for_rounding_have_no_scale() -> None:
+    """Their centred energy is rounding, and one over it would outweigh every other expert."""
+    row, eye = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    alike = row.repeat(3, 1)
+    assert (alike - alike.mean(0)).any()
+    deltas = torch.stack([alike, alike * (1 + 1e-7 * eye), alike * (1 + 1e-5 * eye), eye])
+    for given in (deltas, deltas.float()):
+        scales = second_moment_scales(given, torch.ones(4, dtype=torch.float64))
+        assert (scales > 0).tolist() == [False, False, True, True]

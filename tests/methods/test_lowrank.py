@@ -147,6 +147,23 @@ def test_no_update_gives_no_update(rule: str, params: dict) -> None:
     assert found.truncated(1).stats["energy_lost"] == 0
 
 
+@over_cored
+@pytest.mark.parametrize("shared", ["columns", "rows", "both"])
+def test_factors_in_another_order_or_off_by_rounding_change_nothing(rule: str, params: dict, shared: str) -> None:
+    """Experts within one another's space, so that there is rounding where a direction might be."""
+    U, V = randn(30, 3), randn(3, 20, seed=1)
+    left, right = shared in ("columns", "both"), shared in ("rows", "both")
+    pairs = [
+        (U[:, : t + 1] if left else randn(30, t + 1, seed=t), V[: t + 1] if right else randn(t + 1, 20, seed=t))
+        for t in range(3)
+    ]
+    expected = acemerge.merge_factors(pairs, rule, **params).delta()
+    turned = acemerge.merge_factors([(L.flip(1), R.flip(0)) for L, R in pairs], rule, **params).delta()
+    assert relative_error(turned, expected) < 1e-9
+    noisy = [tuple(x * (1 + 1e-15 * randn(*x.shape, seed=7)) for x in pair) for pair in pairs]
+    assert relative_error(acemerge.merge_factors(noisy, rule, **params).delta(), expected) < 1e-9
+
+
 def test_ace_beyond_the_rank_refines_what_is_there() -> None:
     """Null directions count as zeros in the mean and add nothing; the full task vectors hold rounding there."""
     pairs, k = factors(40, 30, (3, 2, 4, 1)), 15

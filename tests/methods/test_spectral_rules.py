@@ -169,7 +169,7 @@ def test_iso_cts_counts_null_directions_in_the_mean_and_has_no_vectors_for_them(
     assert relative_error(merged(deltas, "iso_cts"), expected) < 1e-8
 
 
-def test_iso_cts_leaves_no_room_for_common_directions_at_most() -> None:
+def test_iso_cts_takes_no_more_own_directions_than_there_are() -> None:
     """Eight directions and three experts without common ones: round(8 / 3) = 3 of each would be nine, so two are."""
     deltas = task_vectors(3, (8, 12))
     U, s, Vh = svd(deltas.sum(0))
