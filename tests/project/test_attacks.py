@@ -14,11 +14,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
 
 import attacks
 from acemerge.checkpoints import files, folder, header
 from acemerge.errors import AcemergeError, CheckpointError
+from acemerge.recipes import yaml_file
 from acemerge.tasks import images as task_images
 from attacks import (
     bombs,
@@ -37,13 +39,14 @@ from attacks import (
     shards,
     trap,
     truncation,
+    yaml_files,
 )
 from attacks.harness import Meter, Tally, check, clean, in_child
 
 # Cases in a test run; the others have a few.
 COUNTS = {"headers": 400, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 1000, "bombs": 20}
 COUNTS |= {"changes": 12, "kills": 72, "os_faults": 180, "races": 5, "same_bytes": 3, "bit_flips": 300, "interrupts": 8}
-COUNTS |= {"images": 81, "data_paths": 135}
+COUNTS |= {"images": 81, "data_paths": 135, "yaml_files": 455, "limits": 9}
 FEW = 2
 
 
@@ -58,13 +61,17 @@ def test_an_attack_breaks_nothing(module: ModuleType, tmp_path: Path) -> None:
     assert tally.broken == []
     assert tally.tried == tally.refused + tally.valid
     assert tally.tried >= count
-    if module.ROW < 10 or module.ROW in (25, 26):  # bad input: some of it must be refused, and what is good accepted
+    if module.ROW < 10 or module.ROW in (
+        25,
+        26,
+        27,
+    ):  # bad input: some of it must be refused, and what is good accepted
         assert tally.refused > 0
         assert tally.valid > 0
 
 
 def test_every_row_of_bad_input_is_attacked() -> None:
-    assert {module.ROW for module in attacks.modules()} >= {*range(1, 11), 18, 19, 20, 22, 23, 24, 25, 26}
+    assert {module.ROW for module in attacks.modules()} >= {*range(1, 11), 18, 19, 20, 22, 23, 24, 25, 26, 27, 29}
     assert all(module.FULL >= FEW for module in attacks.modules())
 
 
@@ -207,6 +214,12 @@ def _paths_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_images, "_of_value", lambda value, _: Image.open(value["path"]))
 
 
+def _constructed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML as PyYAML makes objects of it."""
+    monkeypatch.setattr(yaml_file, "parse_yaml", yaml.safe_load)
+    monkeypatch.setattr(yaml_files, "_VALUES", {"a boolean that is none": "!!bool maybe"})
+
+
 def _oversized(path: Path) -> Tally:
     tally = Tally()
     label, make = next(text for text in oversize._headers() if "1.5" in text[0])
@@ -229,6 +242,7 @@ BREACHES: dict[str, tuple[Breach, Callable[[Path], Tally]]] = {
     "links": (_links_followed, lambda path: links.attack(path, 1, 0)),
     "images": (_any_format, lambda path: images.attack(path, images.FULL, 0)),
     "images, outside": (_images_outside, lambda path: images.attack(path, images.FULL, 0)),
+    "yaml_files": (_constructed, lambda path: yaml_files.attack(path, yaml_files.FULL, 0)),
     "data_paths": (_paths_followed, lambda path: data_paths.attack(path, data_paths.FULL, 0)),
 }
 

@@ -9,13 +9,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import resource
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-from acemerge.errors import AcemergeError, CheckpointError, WriteError
+from acemerge.errors import AcemergeError, CheckpointError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
@@ -28,7 +29,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
-        raise CheckpointError(path, _reason(failure), "check the path, its permissions and the disk") from failure
+        cure = "check the path, its permissions and the disk"
+        raise shortage_of(failure, path) or CheckpointError(path, _reason(failure), cure) from failure
 
 
 @contextlib.contextmanager
@@ -38,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
         cure = "free space or choose another output folder, then run again"
-        raise WriteError(path, _reason(failure), cure) from failure
+        raise shortage_of(failure, path) or WriteError(path, _reason(failure), cure) from failure
 
 
 def _reason(failure: Exception) -> str:
@@ -134,6 +136,27 @@ def free_bytes(path: Path) -> int:
     with reading(path):
         state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return state.f_bavail * state.f_frsize
+
+
+def address_space_left() -> int | None:
+    """The bytes that a limit on the process's address space (ulimit -v) leaves; None where there is no such limit."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    with contextlib.suppress(OSError):
+        descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pages = int(os.read(descriptor, 64).split()[0])
+        finally:
+            close(descriptor)
+        return max(0, most - pages * resource.getpagesize())
+    return most
+
+
+def stack_size() -> int:
+    """The bytes of address space that a thread takes."""
+    size = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return 8 << 20 if size == resource.RLIM_INFINITY else size
 
 
 def fingerprint(path: Path) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
-from acemerge.errors import CheckpointError, NumericalError
+from acemerge.errors import CheckpointError, NumericalError, shortage_of
 from acemerge.linalg.gram import energies
 from acemerge.output.masks import pack
 from acemerge.planning.as_lora import truncated
@@ -54,9 +54,10 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
         made = averaged_by_token if averaged else _merged if job.method else _kept
         stored, record, masks = made(piece, base, values, setting, place)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
-        reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
-        cure = "use --compute-dtype float64, fewer --workers or more memory"
-        raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
+        cure = "use --compute-dtype float64"
+        where = f"tensor {job.name!r}"
+        raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
     return Computed(stored, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
 
 

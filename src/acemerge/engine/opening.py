@@ -18,9 +18,9 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.execute import Layout
-from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, ResourceError, UsageError
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
@@ -28,13 +28,16 @@ from acemerge.models.vocabulary import Tokens
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
-from acemerge.planning.costs import budget
+from acemerge.planning.costs import budget, largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, parse_size
+
+# What libraries take beside the threads and tensors when they are used first.
+_LIBRARIES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,23 @@ class Opened:
         nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
         cached = files.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
-        with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
+        with Pipeline(readers, self.devices, workers, self._within_limit(len(readers), workers)) as pipeline:
             yield pipeline, readers
+
+    def _within_limit(self, readers: int, workers: int) -> int:
+        """The budget, or what a limit on address space leaves of it beside the threads.
+
+        ResourceError where that is too little for a tensor: without memory, libraries end the process as they like.
+        """
+        left = files.address_space_left()
+        if left is None:
+            return self.budget
+        left -= threads_of(readers, workers, torch.get_num_threads()) * files.stack_size() + _LIBRARIES
+        needed, name = largest(self.plan)
+        if left < needed:
+            what = f"there is not enough memory: {needed - left:,} bytes more than the limit (ulimit -v) leaves"
+            raise ResourceError(f"tensor {name!r}", what, "raise the limit, or use fewer --workers")
+        return min(self.budget, left)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:

@@ -18,7 +18,7 @@ import torch
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
-from acemerge.linalg.threads import pool_of
+from acemerge.linalg.threads import check_room, pool_of
 from acemerge.planning.costs import Cost, cost, in_flight, together
 from acemerge.planning.jobs import Input, Load, Piece
 from acemerge.shapes import Tensor
@@ -28,6 +28,7 @@ _BATCH_BYTES = 8 << 20
 _BATCH_PIECES = 256
 # Batches of a lane that wait, read or finished, beside those that are computed.
 _WAITING = 2
+_SPLIT = 1 << 15  # entries for each of torch's threads
 
 _Pieces = tuple[Piece, ...]
 
@@ -123,6 +124,13 @@ class _Lane:
         self.pools = [_threads(each, f"acemerge-{device}", device, of_torch) for device in devices]
 
 
+def threads_of(readers: int, workers: int, of_torch: int) -> int:
+    """How many threads a pipeline may have: its own, and those that torch has behind each and behind the caller's."""
+    lanes = 1 + of_torch + workers
+    side_by_side = workers * (2 + of_torch)
+    return readers + lanes + (workers + 1) * of_torch + side_by_side
+
+
 class Pipeline:
     """The threads and buffers of one run; `stream` may be called several times, one after the other."""
 
@@ -131,6 +139,7 @@ class Pipeline:
         self._buffers = Buffers()
         self._assigned = [0] * len(devices)
         of_torch = torch.get_num_threads()
+        check_room(threads_of(len(readers), workers, of_torch))
         self._lanes: dict[Load, _Lane]
         if devices[0].type == "cpu":
             # Tiny tensors are the interpreter's work, of which it does one thing at a time.
@@ -225,5 +234,7 @@ def _threads(count: int, name: str, device: torch.device | None = None, of_torch
         if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
+        elif of_torch > 1:  # the threads behind this one, while there is room: what is split over all starts them
+            torch.zeros(of_torch * _SPLIT).add_(1)
 
     return pool_of(count, name, of_torch, begin)

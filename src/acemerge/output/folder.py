@@ -18,7 +18,7 @@ from acemerge.checkpoints.assets import HEADS, is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
-from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.errors import AcemergeError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal
 from acemerge.output.writer import PARTIAL, FileSum, FileWriter
 
@@ -32,16 +32,20 @@ _LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
+_RESUMABLE = (KeyboardInterrupt, WriteError, ResourceError)
 
 
 @dataclass
 class OutputFolder:
-    """The files of one run, until `publish` makes them visible at once."""
+    """The files of one run, until `publish` makes them visible at once.
+
+    `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
+    """
 
     path: Path
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
+    kept: bool = False
 
     def begin(self, done: Done) -> Journal:
         """Begin to write, in the place of what an interrupted run left but for what of it is done."""
@@ -207,11 +211,12 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
             if not resume:
                 output.discard()
             try:
-                yield output
+                with shortages():
+                    yield output
             except _RESUMABLE:
                 raise
             except BaseException:
-                if output.begun:
+                if output.begun and not output.kept:
                     with contextlib.suppress(AcemergeError):
                         output.discard()
                 raise

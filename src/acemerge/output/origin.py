@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
+from acemerge.checkpoints.yaml_text import parse_yaml
 from acemerge.errors import AcemergeError
 from acemerge.output.folder import CARD
 
@@ -46,8 +45,8 @@ def _license(card: Path) -> str | None:
     if fence.strip() != "---" or not end:
         return None
     try:
-        metadata = yaml.safe_load(block)
-    except (yaml.YAMLError, RecursionError):
+        metadata = parse_yaml(block)
+    except ValueError:
         return None
     found = metadata.get("license") if isinstance(metadata, dict) else None
     return found if isinstance(found, str) else None
