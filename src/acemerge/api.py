@@ -90,7 +90,7 @@ def merge(
     spec = with_params(method, options)
     pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
     recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
-    return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
+    return run_recipe(recipe, None if out is None else files.output_path(out), RunOptions(**run_fields))
 
 
 def run_recipe(

@@ -184,7 +184,7 @@ def test_damage_costs_work_but_no_byte(case: Case, computed: list[str], damage: 
 
 
 def test_a_journal_cannot_lead_out_of_the_folder(case: Case) -> None:
-    out, outside = case.folder / "out", case.folder / "outside.partial"
+    out, outside = case.folder / "out", case.folder / "outside.acemerge.partial"
     outside.write_bytes(b"precious")
     interrupt(case, out, 2)
     journal = out / ".acemerge.journal"

@@ -6,9 +6,11 @@ Readers use pread, never a memory map: a mapped file that shrinks kills the proc
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import re
 import resource
 import stat
 from collections import deque
@@ -16,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-from acemerge.errors import AcemergeError, CheckpointError, WriteError, shortage_of
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
 _FORGOTTEN_AGAIN = 32 << 20
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextlib.contextmanager
@@ -64,6 +67,20 @@ def kind(path: Path) -> Kind:
         if test(mode):
             return cast(Kind, name)
     return "other"
+
+
+def places(path: Path) -> dict[Path, tuple[int, int]]:
+    """Device and inode of a path and of all folders around it, as far as they are there.
+
+    By a bind mount, one folder has two paths: these tell.
+    """
+    found = {}
+    with reading(path):
+        for place in (path, *path.parents):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                state = os.stat(place)
+                found[place] = state.st_dev, state.st_ino
+    return found
 
 
 def resolve(path: Path) -> Path:
@@ -212,6 +229,15 @@ def list_folder(path: Path) -> list[str]:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
+def output_path(text: str | Path) -> Path:
+    """Where an output is to go. UsageError for nothing, which would be the current folder, and for an address."""
+    if not str(text).strip():
+        raise UsageError("output", "no folder is named", "name one, or . for this one")
+    if _SCHEME.match(str(text)):
+        raise UsageError(text, "is an address, and only folders are written to", "name a folder, upload it from there")
+    return Path(text)
+
+
 def make_folder(path: Path) -> None:
     with writing(path):
         os.makedirs(path, exist_ok=True)
@@ -228,6 +254,8 @@ def reopen(path: Path, nbytes: int) -> int:
     with writing(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            if os.fstat(descriptor).st_nlink > 1:
+                raise OSError(errno.EMLINK, "another file is linked to it")
             os.ftruncate(descriptor, nbytes)
             os.lseek(descriptor, nbytes, os.SEEK_SET)
         except OSError:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from acemerge import api
+from acemerge.checkpoints.files import output_path
 from acemerge.cli import analyse as cli_analyse
 from acemerge.cli import evaluate as cli_evaluation
 from acemerge.cli import inspect as cli_inspect
@@ -191,7 +192,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="checkpoint folder, Hub id, or with --allow-pickle a .bin")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="output folder")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=output_path, help="output folder")],
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -228,7 +229,7 @@ def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a full fine-tune")],
     base: Annotated[str, typer.Option(help="folder or Hub id (org/name@revision) that it comes from")],
     rank: Annotated[int, typer.Option(help="rank of the adapter")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", parser=output_path, help="output folder")],
     device: Device = "cpu",
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,

@@ -132,6 +132,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
     located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    if out is not None:
+        check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
     base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
@@ -224,11 +226,16 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
-    """UsageError when the output folder is, holds or lies in an input."""
-    target = files.resolve(out)
+    """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
+    target = files.resolve(files.output_path(out))
+    there = files.places(target)
     for path in inputs:
         source = files.resolve(Path(path))
-        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+        known = files.places(source)
+        same = (target in there and there[target] in known.values()) or (
+            source in known and known[source] in there.values()
+        )
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
 
