@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ from acemerge.linalg.threads import check_room
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
-from acemerge.output.identity import difference, digest, identity
+from acemerge.output.identity import difference, digest, identity, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.origin import Origin, origin_of
@@ -132,7 +132,11 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
                 output.discard()
                 return _finished(out, verify(out), options, on_progress)
             done = read_journal(out, opened.layout.files) or done
-            _check_same_run(out, done.identity, about)
+            models = list(zip(opened.origins, opened.models, strict=True))
+            # What was measured on data came of models that were not hashed.
+            before = with_same_bytes(done.identity, about, models, {} if opened.calibration else done.read)
+            _check_same_run(out, before, about)
+            done = replace(done, identity=about)
         manifest = _write(opened, output, done, options, on_progress)
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
@@ -171,7 +175,8 @@ def _write(
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
             calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
-            records = write_weights(opened.layout, setting, walks("merge", writes=True), output, done, journal)
+            walk = walks("merge", writes=True)
+            records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
             output.kept = True
             write_heads(plan, readers, output)
             if plan.is_adapter:

@@ -145,6 +145,31 @@ def test_an_input_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
+@pytest.mark.parametrize("method", ["ace", "average"])
+def test_an_input_that_was_put_back_byte_for_byte_is_gone_on_with(
+    case: Case, computed: list[str], method: str, tmp_path: Path
+) -> None:
+    case = Case(tmp_path / "again", method)
+    out, shards = case.folder / "out", sorted(case.experts[1].glob("*.safetensors"))
+    interrupt(case, out, 3)
+    content = [shard.read_bytes() for shard in shards]
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(UsageError, match=rf"cannot go on: input .*two {shards[0].name} was written to"):
+        case.merge(out, resume=True)
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data)
+    (case.base / "config.json").write_bytes((case.base / "config.json").read_bytes())
+    computed.clear()
+    interrupt(case, out, 0, resume=True)  # and what is known of the inputs stays known
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data)
+    computed.clear()
+    case.merge(out, resume=True)
+    assert len(computed) == 1
+    case.check_output(out)
+
+
 def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:
     out = case.folder / "out"
     interrupt(case, out, 2)
@@ -162,6 +187,26 @@ def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
             case.merge(out, resume=True)
     finally:
         torch.set_num_threads(2)
+
+
+PROCESSORS = {
+    "capability": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+    "model": lambda patch: patch.setattr(files, "processor", lambda: "AnotherMaker 6 85"),
+    "switches MKL_CBWR": lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"),
+    "switches ONEDNN_MAX_CPU_ISA": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
+}
+
+
+@pytest.mark.parametrize("what", PROCESSORS)
+def test_the_processor_decides_bytes_and_so_whether_to_go_on(case: Case, what: str) -> None:
+    out = case.folder / "out"
+    interrupt(case, out, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        PROCESSORS[what](patch)
+        with pytest.raises(UsageError, match=f"cannot go on: processor {what} was .* and is .*; undo the change"):
+            case.merge(out, resume=True)
+    case.merge(out, resume=True)
+    case.check_output(out)
 
 
 @pytest.mark.parametrize("damage", ["torn line", "altered line", "no line", "altered shard", "short shard", "no shard"])

@@ -161,13 +161,27 @@ def address_space_left() -> int | None:
     if most == resource.RLIM_INFINITY:
         return None
     with contextlib.suppress(OSError):
-        descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            pages = int(os.read(descriptor, 64).split()[0])
-        finally:
-            close(descriptor)
+        pages = int(_first_bytes("/proc/self/statm").split()[0])
         return max(0, most - pages * resource.getpagesize())
     return most
+
+
+def processor() -> str:
+    """Maker, family and model of the processor, as far as the system says; an empty text where it does not."""
+    keys = (b"vendor_id", b"cpu family", b"model", b"CPU implementer", b"CPU part")
+    with contextlib.suppress(OSError):
+        lines = [line.partition(b":") for line in _first_bytes("/proc/cpuinfo").split(b"\n\n")[0].splitlines()]
+        return " ".join(value.strip().decode(errors="replace") for key, _, value in lines if key.strip() in keys)
+    return ""
+
+
+def _first_bytes(path: str) -> bytes:
+    """Of what the kernel says of this machine, as much as fits in one read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 1 << 13)
+    finally:
+        close(descriptor)
 
 
 def stack_size() -> int:
@@ -213,10 +227,16 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256(path: Path, nbytes: int | None = None) -> str:
+    """Of a file, or of its first bytes."""
+    digest, left = hashlib.sha256(), nbytes
     for block in read_chunks(path):
-        digest.update(block)
+        part = block if left is None else block[:left]
+        digest.update(part)
+        if left is not None:
+            left -= len(part)
+            if not left:
+                break
     return digest.hexdigest()
 
 

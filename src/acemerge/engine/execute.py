@@ -24,7 +24,7 @@ from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.masks import mask_spec
-from acemerge.output.writer import TensorFiles, index_bytes, split_shards
+from acemerge.output.writer import FileSum, TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
@@ -143,7 +143,13 @@ def find_thresholds(plan: Plan, setting: Setting, walk: Walk, done: Done, journa
 
 
 def write_weights(
-    layout: Layout, setting: Setting, walk: Walk, output: OutputFolder, done: Done, journal: Journal
+    layout: Layout,
+    setting: Setting,
+    walk: Walk,
+    output: OutputFolder,
+    done: Done,
+    journal: Journal,
+    readers: Sequence[Reader],
 ) -> Records:
     """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
     records = _Records({step.tensor: step.record for step in done.steps})
@@ -161,11 +167,24 @@ def write_weights(
                 if piece.is_last:
                     sums = weights.end_of_tensor(dict.fromkeys(goes_to))
                     steps.append(Step(piece.job.name, records.done[piece.job.name], sums))
+            if steps:
+                journal.have_read(_read_by(readers))
             journal.add(steps)
         output.written |= weights.finished
     if len(layout.shards) > 1:
         output.write_bytes(INDEX, index_bytes(layout.shards))
     return {job.name: records.done[job.name] for job in layout.plan.jobs}
+
+
+def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:
+    """How far every file was read, and the hash of that; of one with several readers by the one that is behind."""
+    found: dict[str, FileSum | None] = {}
+    for path, hashed in (each for reader in readers for each in reader.so_far().items()):
+        first = hashed.first_bytes()
+        new = None if first is None else FileSum(*first)
+        old = found.get(str(path), new)
+        found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
+    return found
 
 
 def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
