@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import signal
+import sys
 from typing import NoReturn
 
 # Of <malloc.h>.
@@ -30,6 +32,9 @@ def main() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a name may hold half a character, which no terminal can be sent
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     run()
 
 

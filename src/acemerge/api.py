@@ -17,7 +17,16 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
+from acemerge.engine.execute import (
+    OnProgress,
+    Records,
+    check_heads,
+    dry_run,
+    find_thresholds,
+    walker,
+    write_heads,
+    write_weights,
+)
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError, shortages
@@ -168,6 +177,7 @@ def _write(
     """Write everything but the manifest, and return that."""
     plan = opened.plan
     origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
+    check_heads(plan, opened.experts)
     journal = output.begin(done)
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
@@ -205,7 +215,7 @@ def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], out
     shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
     if shares:
         output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
-    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode())
+    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode(errors="replace"))
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

@@ -56,6 +56,15 @@ def test_what_names_no_folder(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "b", "a\0b"])
+def test_a_name_that_no_disk_takes(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    failed(
+        run(capsys, *words, "-o", name),
+        5,
+        "(file ?name too long|null (byte|character)).*; free space or choose another",
+    )
+
+
 def test_a_folder_may_have_a_colon_and_be_this_one(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert output_path("a:b") == Path("a:b")
     (case.folder / "here").mkdir()

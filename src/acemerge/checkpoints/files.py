@@ -255,6 +255,8 @@ def output_path(text: str | Path) -> Path:
         raise UsageError("output", "no folder is named", "name one, or . for this one")
     if _SCHEME.match(str(text)):
         raise UsageError(text, "is an address, and only folders are written to", "name a folder, upload it from there")
+    with writing(Path(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        os.lstat(text)  # too long a name, or one that no system has
     return Path(text)
 
 

@@ -52,7 +52,12 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
         _check_copies(job, values, setting)
         averaged = job.vocabulary is not None and job.vocabulary.lending is None
         made = averaged_by_token if averaged else _merged if job.method else _kept
-        stored, record, masks = made(piece, base, values, setting, place)
+        try:
+            stored, record, masks = made(piece, base, values, setting, place)
+        except _SameInfinitiesError:
+            energies_of_none = {"energies": [0.0] * len(setting.labels)} if job.method else {}
+            record, masks = {"status": "kept", "infinite": True, **energies_of_none}, ()
+            stored = (own_memory(base.to(job.spec.dtype), base),)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
         cure = "use --compute-dtype float64"
@@ -75,6 +80,8 @@ def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         record["status"] = "no update" if statuses == {"no update"} else min(statuses - {"no update"})
         if "energies" in record:
             record["energies"] = [sum(parts) for parts in zip(*(r["energies"] for r in records), strict=True)]
+        if any("infinite" in r for r in records):
+            record["infinite"] = True
         if "energy" in record:  # all of it is in an adapter, or nothing
             record["energy"] = sum(r["energy"] for r in records)
             record["share_lost"] = max(r["share_lost"] for r in records)
@@ -89,6 +96,8 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
                 what = f"integer tensor {job.name!r} differs from the base's"
                 raise CheckpointError(setting.who(model), what, keep_base(job.name))
     elif base.dtype.is_floating_point:
+        if _is_mask(base):
+            raise _SameInfinitiesError
         check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
     return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
 
@@ -184,6 +193,8 @@ def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D
 def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
+    if _is_mask(W0) and _all_have(piece, values):
+        raise _SameInfinitiesError
     check_finite(W0, job.name, "base", first_row=_first_row(piece))
     for model, name in job.inputs:
         if model == i + 1 and (model, name) not in job.copies:
@@ -196,6 +207,24 @@ def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, settin
             raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
+
+
+class _SameInfinitiesError(Exception):
+    """A buffer such as an attention mask, with infinities that all models have: it is the base's own."""
+
+
+def _is_mask(base: Tensor) -> bool:
+    """Whether a tensor holds infinities and no NaN."""
+    return not is_finite(base) and not bool(base.isnan().any())
+
+
+def _all_have(piece: Piece, values: Values) -> bool:
+    """Whether every expert stores the base's own values, none of them let go of yet."""
+    job = piece.job
+    if job.vocabulary is not None or job.makes_masks or job.factors is not None or not all(job.sources):
+        return False
+    base = values.take((0, job.name))
+    return all(torch.equal(base, values.take((t, name))) for t, name in enumerate(job.sources, 1))
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:

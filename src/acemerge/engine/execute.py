@@ -12,7 +12,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import INDEX
+from acemerge.checkpoints.folder import INDEX, Checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
@@ -209,6 +209,14 @@ class _Records:
         if piece.is_last:
             self.done[piece.job.name] = whole_record(self._parts)
             self._parts = []
+
+
+def check_heads(plan: Plan, experts: Sequence[Checkpoint]) -> None:
+    """CheckpointError where a head is not finite: to be known before everything else is computed."""
+    for label, expert, heads in zip(plan.experts, experts, plan.heads, strict=True):
+        for head in heads:
+            if head.spec.dtype.is_floating_point:
+                check_finite(expert.read(head.spec.name), head.spec.name, f"expert {label}")
 
 
 def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> None:

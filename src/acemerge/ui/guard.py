@@ -68,7 +68,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_ours(host):
             return f"{host[:80]!r} is not a name of this machine; use the address that acemerge ui printed"
-        if "origin" in headers and urlsplit(headers["origin"]).netloc != host:
+        if "origin" in headers and _host_of(headers["origin"]) != host:
             return "the request comes from another page; use the one that acemerge ui printed"
         if path not in _OPEN and not _same(token or self._from_cookie(headers.get("cookie", "")), self.token):
             return "the link is not of this run; use the one that acemerge ui printed"
@@ -116,3 +116,11 @@ async def _say(send: Send, status: int, text: str, *headers: tuple[bytes, bytes]
     kind = (b"content-type", b"text/plain; charset=utf-8")
     await send({"type": "http.response.start", "status": status, "headers": [kind, *_ALWAYS, *headers]})
     await send({"type": "http.response.body", "body": text.encode()})
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an address; None of what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # as `http://[`
+        return None
