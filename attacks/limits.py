@@ -46,9 +46,9 @@ def attack(folder: Path, count: int, seed: int) -> Tally:
 
 
 def _memory(level: int, levels: int) -> None:
-    """From nothing more than there is to what is enough: up to 300 MB."""
+    """From next to nothing more than there is to what is enough: up to 300 MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + 300_000_000 * level // levels
+    most = pages * resource.getpagesize() + 300_000_000 * (1 + level) // levels
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 

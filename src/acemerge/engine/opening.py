@@ -18,6 +18,7 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.execute import Layout
+from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError
@@ -28,7 +29,7 @@ from acemerge.models.vocabulary import Tokens
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
-from acemerge.planning.costs import budget, largest
+from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
@@ -159,8 +160,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     )
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    allowed = budget(plan, limit)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, allowed, calibration)
+    most = allowed(plan, limit, options.workers)
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, most, calibration)
 
 
 def _unwrapped(

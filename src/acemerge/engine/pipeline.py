@@ -27,14 +27,14 @@ from acemerge.shapes import Tensor
 _BATCH_BYTES = 8 << 20
 _BATCH_PIECES = 256
 # Batches of a lane that wait, read or finished, beside those that are computed.
-_WAITING = 2
+WAITING = 2
 _SPLIT = 1 << 15  # entries for each of torch's threads
 
 _Pieces = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Pieces that are read, computed and handed over together."""
 
     pieces: _Pieces
@@ -45,7 +45,7 @@ class _Batch:
         return self.pieces[0].load
 
 
-def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
+def batches(pieces: Iterable[Piece], experts: int) -> Iterator[Batch]:
     """Pieces in their order, small ones together. All of a batch have the same load."""
     gathered: list[tuple[Piece, Cost]] = []
     nbytes = 0
@@ -60,9 +60,9 @@ def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
         yield _batch(gathered)
 
 
-def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
+def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> Batch:
     parts = tuple(piece for piece, _ in gathered)
-    return _Batch(parts, together(parts, [c for _, c in gathered]))
+    return Batch(parts, together(parts, [c for _, c in gathered]))
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,16 @@ class _Lane:
 
     def __init__(self, devices: Sequence[torch.device], each: int, of_torch: int) -> None:
         self.slots = each * len(devices)
-        self.most = self.slots + _WAITING
+        self.most = self.slots + WAITING
         self.pools = [_threads(each, f"acemerge-{device}", device, of_torch) for device in devices]
+
+
+def lane_slots(workers: int) -> dict[Load, int]:
+    """How many batches of a load are computed at once on a CPU.
+
+    Tiny tensors are the interpreter's work, of which it does one thing at a time.
+    """
+    return {"tiny": 1, "medium": torch.get_num_threads(), "large": workers}
 
 
 def threads_of(readers: int, workers: int, of_torch: int) -> int:
@@ -142,11 +150,9 @@ class Pipeline:
         check_room(threads_of(len(readers), workers, of_torch))
         self._lanes: dict[Load, _Lane]
         if devices[0].type == "cpu":
-            # Tiny tensors are the interpreter's work, of which it does one thing at a time.
             self._lanes = {
-                "tiny": _Lane(devices, 1, 1),
-                "medium": _Lane(devices, of_torch, 1),
-                "large": _Lane(devices, workers, of_torch),
+                load: _Lane(devices, slots, of_torch if load == "large" else 1)
+                for load, slots in lane_slots(workers).items()
             }
         else:  # one stream per accelerator: a second thread could only wait for it
             only = _Lane(devices, 1, of_torch)
@@ -180,8 +186,8 @@ class Pipeline:
 
         No more bytes are in flight than the limit, or than one batch takes.
         """
-        pending: deque[tuple[_Batch, Future[Result]]] = deque()
-        waiting = _batches(queue, self.experts)
+        pending: deque[tuple[Batch, Future[Result]]] = deque()
+        waiting = batches(queue, self.experts)
         batch = next(waiting, None)
         while batch is not None or pending:
             while batch is not None and self._has_room([b for b, _ in pending], batch):
@@ -190,7 +196,7 @@ class Pipeline:
             done, future = pending.popleft()
             yield done.pieces, future.result()
 
-    def _has_room(self, pending: Sequence[_Batch], more: _Batch) -> bool:
+    def _has_room(self, pending: Sequence[Batch], more: Batch) -> bool:
         needed = 0
         for lane in set(self._lanes.values()):
             costs = [batch.cost for batch in (*pending, more) if self._lanes[batch.load] is lane]
@@ -202,7 +208,7 @@ class Pipeline:
         self._buffers.keep(self._limit - needed)
         return True
 
-    def _submit(self, batch: _Batch, work: Work[Result]) -> Future[Result]:
+    def _submit(self, batch: Batch, work: Work[Result]) -> Future[Result]:
         wanted: dict[int, dict[tuple[int, str], Span]] = {}
         for i, piece in enumerate(batch.pieces):
             for model, name in piece.job.inputs:
@@ -219,7 +225,7 @@ class Pipeline:
         return _Read(dict(zip(spans, reader.read(places, buffer), strict=True)), buffer)
 
 
-def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -> Result:
+def _compute(batch: Batch, inputs: _Inputs, place: Place, work: Work[Result]) -> Result:
     alone = len(batch.pieces) == 1
     try:
         return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)

@@ -12,9 +12,11 @@ from acemerge.methods.spectral import SPECTRAL_WORK
 from acemerge.planning.jobs import Job, Piece, Plan, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
-RESIDENT = 300_000_000
+RESIDENT = 315_000_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
+# Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
+_COUNTED = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def cost(piece: Piece, experts: int) -> Cost:
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
+    if job.method.needs.keep is not None:
+        differencing = max(differencing, base + deltas + _COUNTED * count)
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
 
