@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import signal
+import sys
 from typing import NoReturn
 
 # Of <malloc.h>.
@@ -22,10 +24,17 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
-    from acemerge.cli.app import main as run
+    try:
+        from acemerge.cli.app import main as run
+    except Exception as failure:
+        _explain(failure)
+        raise
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # a name may hold half a character, which no terminal can be sent
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     run()
 
 
@@ -37,6 +46,20 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for knob, nbytes in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
             mallopt(knob, nbytes)
+
+
+def _explain(failure: Exception) -> None:
+    """End with one line where the libraries could not be loaded for lack of memory, by whatever they say of it."""
+    import resource
+
+    from acemerge.errors import shortage_of
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY and not isinstance(failure, ModuleNotFoundError)
+    if limited or shortage_of(failure):
+        within = f" within {limit:,} bytes of address space (ulimit -v)" if limited else ""
+        os.write(2, f"acemerge: error: memory: there is not enough to start{within}; allow more\n".encode())
+        os._exit(4)
 
 
 def _quit(*_: object) -> NoReturn:

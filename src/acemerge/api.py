@@ -4,28 +4,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
+from acemerge.engine.execute import (
+    OnProgress,
+    Records,
+    check_heads,
+    dry_run,
+    find_thresholds,
+    walker,
+    write_heads,
+    write_weights,
+)
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.engine.thresholds import with_thresholds
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, UsageError, shortages
+from acemerge.linalg.threads import check_room
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
-from acemerge.output.identity import difference, digest, identity
+from acemerge.output.identity import difference, digest, identity, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
-from acemerge.output.origin import origin_of
+from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import layer_shares
@@ -93,7 +105,7 @@ def merge(
     spec = with_params(method, options)
     pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
     recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
-    return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
+    return run_recipe(recipe, None if out is None else files.output_path(out), RunOptions(**run_fields))
 
 
 def run_recipe(
@@ -102,14 +114,22 @@ def run_recipe(
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
     if out is None and options.push is not None:
         raise UsageError("push", "there is no output to upload", "name the output folder with `out`")
-    return run_opened(open_recipe(recipe, out, options), out, options, on_progress)
+    with shortages():
+        opened = open_recipe(recipe, out, options)
+    return run_opened(opened, out, options, on_progress)
 
 
 def run_opened(
     opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
 ) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
+    with shortages():
+        return _run(opened, out, options, on_progress)
+
+
+def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     plan, started = opened.plan, time.perf_counter()
+    check_room(torch.get_num_threads())
     if options.report:
         check_libraries()
     if not options.force:
@@ -127,7 +147,11 @@ def run_opened(
                 output.discard()
                 return _finished(out, verify(out), options, on_progress)
             done = read_journal(out, opened.layout.files) or done
-            _check_same_run(out, done.identity, about)
+            models = list(zip(opened.origins, opened.models, strict=True))
+            # What was measured on data came of models that were not hashed.
+            before = with_same_bytes(done.identity, about, models, {} if opened.calibration else done.read)
+            _check_same_run(out, before, about)
+            done = replace(done, identity=about)
         manifest = _write(opened, output, done, options, on_progress)
         manifest |= {"seconds": _since(started), "run": digest(about)}
         output.publish(to_bytes(manifest))
@@ -158,6 +182,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return that."""
     plan = opened.plan
+    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
+    check_heads(plan, opened.experts)
     journal = output.begin(done)
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
@@ -165,18 +191,22 @@ def _write(
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
             calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
-            records = write_weights(opened.layout, setting, walks("merge", writes=True), output, done, journal)
+            walk = walks("merge", writes=True)
+            records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
+            output.kept = True
             write_heads(plan, readers, output)
             if plan.is_adapter:
                 output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
             else:
                 write_assets(plan, opened.base, opened.assets_from, opened.models, output)
-            _write_card(opened, records, output)
+            _write_card(opened, records, origins, output)
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
         journal.close()
+    output.kept = False  # of inputs that changed under way nothing is of use
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
+    output.kept = True
     sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
     inputs = [
         (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
@@ -186,13 +216,12 @@ def _write(
     return build_manifest(plan, records, inputs, output.written, 0.0) | measured
 
 
-def _write_card(opened: Opened, records: Records, output: OutputFolder) -> None:
+def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: OutputFolder) -> None:
     plan = opened.plan
-    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
     shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
     if shares:
         output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
-    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode())
+    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode(errors="replace"))
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

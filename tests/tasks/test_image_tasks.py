@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from builders import make_model
@@ -168,5 +171,27 @@ def test_what_is_no_image_is_named(pictures: Path, tmp_path: Path) -> None:
     found = open_images(DataSource(str(pictures)), "image", "label", None)
     with pytest.raises(UsageError, match=r"0\.png: cannot be read as an image"):
         found.image(0)
+    (pictures / "cat" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\nshowpage\n%%EOF\n")
+    (pictures / "cat" / "3.png").unlink()
+    os.mkfifo(pictures / "cat" / "3.png")
     with pytest.raises(CheckpointError, match="leaves the folder"):
         found.image(1)
+    with pytest.raises(UsageError, match=r"2\.png: cannot be read as an image \(of no format that is read here\)"):
+        found.image(2)  # nobody hands it to Ghostscript
+    with pytest.raises(CheckpointError, match=r"3\.png: not a regular file"):
+        found.image(3)  # nobody waits for it
+
+
+def test_what_a_column_of_images_names_is_not_opened(pictures: Path, tmp_path: Path) -> None:
+    """A value is the image itself; a path, to a picture or to anything else, is not followed."""
+    import datasets
+
+    inside, whole = pictures / "cat" / "0.png", (pictures / "cat" / "1.png").read_bytes()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    values = [{"bytes": None, "path": str(inside)}, {"bytes": whole, "path": str(inside)}]
+    table = pyarrow.table({"image": values, "label": [0, 1]}, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = open_images(Source(str(tmp_path / "a.parquet")), "image", "label", None)
+    with pytest.raises(UsageError, match=r"image 1: the column holds only the path of an image; use a folder, or"):
+        found.image(0)
+    assert np.array_equal(np.asarray(found.image(1)), np.asarray(Image.open(io.BytesIO(whole))))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 
 from acemerge.errors import UsageError
@@ -164,18 +165,24 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
 def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    class Table(dict[str, list[Any]]):
-        column_names = ("s", "y")
+    class Found:
+        def with_format(self, name: str) -> Any:
+            assert name == "arrow"  # as it is stored
+            return self
 
-    def load_dataset(*words: Any, **options: Any) -> Table:
+        def __getitem__(self, rows: slice) -> Any:
+            assert rows == slice(None)
+            return pyarrow.table({"s": ["a"], "y": [1]})
+
+    def load_dataset(*words: Any, **options: Any) -> Any:
         asked.append((words, options))
-        return Table(s=["a"], y=[1])
+        return Found()
 
     module = type(sys)("datasets")
     vars(module).update(__version__="4.0.0", load_dataset=load_dataset, disable_progress_bars=lambda: None)
     monkeypatch.setitem(sys.modules, "datasets", module)
     found = read_columns(DataSource("org/name@abc", "cola", "validation"), ["y", "s"])
-    assert found == [[1], ["a"]]
+    assert [list(column) for column in found] == [[1], ["a"]]
     read_columns(DataSource("org/name", None, "test", "v2"), ["s"])
     assert asked == [
         (("org/name", "cola"), {"split": "validation", "revision": "abc"}),

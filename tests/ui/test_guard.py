@@ -69,7 +69,7 @@ def test_its_own_names_are_not(host: str, guard: Guard) -> None:
 
 
 def test_another_origin_is_refused(guard: Guard) -> None:
-    for origin in ("http://evil.example", "null", "http://127.0.0.1:8000", "http://localhost:7860"):
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:8000", "http://localhost:7860", "http://[", "x"):
         assert ask(guard, "/gradio_api/queue/join", origin=origin)[0] == 403
     assert ask(guard, "/gradio_api/queue/join", origin="http://127.0.0.1:7860")[0] == 200
 

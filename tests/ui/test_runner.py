@@ -13,7 +13,7 @@ from ui_choices import picked
 
 from acemerge.engine.execute import OnProgress, Progress
 from acemerge.engine.opening import RunOptions
-from acemerge.errors import AcemergeError, CheckpointError, UsageError
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, shortage_of
 from acemerge.ui import steps, view
 from acemerge.ui.folders import Folders
 from acemerge.ui.runner import Runner, State
@@ -134,7 +134,7 @@ def test_one_piece_of_work_runs_at_a_time_and_tells_how_far_it_is() -> None:
     ("failure", "message"),
     [
         (CheckpointError("a\nb", "is\x1b[31m bad", "mend it"), r"a\nb: is\x1b[31m bad; mend it"),
-        (MemoryError(), "memory: not enough for the largest tensor; use a larger machine"),
+        (MemoryError(), str(shortage_of(MemoryError()))),
         (ValueError("one\ntwo"), "internal: ValueError: one two; see the terminal, and report it"),
     ],
 )

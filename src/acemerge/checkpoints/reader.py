@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -143,6 +144,10 @@ class Reader:
             self._hash(file).finish()
         return self._hashes
 
+    def so_far(self) -> dict[Path, FileHash]:
+        """The hashes of what was read until now, while more is read."""
+        return dict(self._hashes)
+
     def close(self) -> None:
         if self._open is not None:
             files.close(self._open[1])
@@ -194,6 +199,12 @@ class FileHash:
     position: int = 0
     in_order: bool = True
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def first_bytes(self) -> tuple[str, int] | None:
+        """Hash and number of the bytes until now; None where some were read out of their order, and not hashed."""
+        with self._lock:
+            return (self._digest.copy().hexdigest(), self.position) if self.in_order else None
 
     @property
     def sha256(self) -> str:
@@ -206,6 +217,10 @@ class FileHash:
             return
         self._read_up_to(offset)
         for view in views:
+            self._add(view)
+
+    def _add(self, view: memoryview) -> None:
+        with self._lock:
             self._digest.update(view)
             self.position += len(view)
 
@@ -217,8 +232,7 @@ class FileHash:
         while self.position < end:
             part = memoryview(block)[: end - self.position]
             files.read_into(self._descriptor(self.file), [part], self.position, self.file)
-            self._digest.update(part)
-            self.position += len(part)
+            self._add(part)
 
 
 def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import MAX_CONFIG, Checkpoint, contained
 from acemerge.checkpoints.header import MAX_PARTS, parse_json
+from acemerge.checkpoints.tokenizer import spelled
 from acemerge.errors import CheckpointError
 
 TEMPLATE = "chat_template.jinja"
@@ -41,9 +41,9 @@ def commonest_template(checkpoints: Sequence[Checkpoint]) -> str | None:
 def template_file(checkpoint: Checkpoint, template: str) -> tuple[str, bytes]:
     """The file, by its name, that gives the checkpoint's tokenizer a template in the place of any other."""
     if _SETTINGS not in checkpoint.assets:
-        return TEMPLATE, template.encode()
+        return TEMPLATE, template.encode(errors="replace")
     settings = _settings(checkpoint, _SETTINGS) | {"chat_template": template}
-    return _SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2).encode() + b"\n"
+    return _SETTINGS, spelled(settings)
 
 
 def _settings(checkpoint: Checkpoint, name: str) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from acemerge import api
+from acemerge.checkpoints.files import output_path
 from acemerge.cli import analyse as cli_analyse
 from acemerge.cli import evaluate as cli_evaluation
 from acemerge.cli import inspect as cli_inspect
@@ -55,7 +57,7 @@ from acemerge.cli.options import (
 from acemerge.cli.progress import is_live, progress
 from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.errors import AcemergeError, UsageError
+from acemerge.errors import AcemergeError, UsageError, shortage_of
 from acemerge.output.manifest import versions
 from acemerge.output.verify import verify as verify_folder
 from acemerge.recipes.recipe import Recipe
@@ -190,7 +192,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="checkpoint folder, Hub id, or with --allow-pickle a .bin")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="output folder")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", parser=output_path, help="output folder")],
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
     resume: Resume = False,
@@ -227,7 +229,7 @@ def extract(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a full fine-tune")],
     base: Annotated[str, typer.Option(help="folder or Hub id (org/name@revision) that it comes from")],
     rank: Annotated[int, typer.Option(help="rank of the adapter")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", parser=output_path, help="output folder")],
     device: Device = "cpu",
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
@@ -266,6 +268,10 @@ cli_evaluation.register(app, out_console, err_console)
 cli_reproduce.register(app, out_console, err_console)
 
 
+# What is told of in words of its own; anything else is a defect of ours.
+_TOLD = (AcemergeError, typer.TyperException, typer.Abort, OSError, KeyboardInterrupt)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every failure is one line on stderr and an exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -273,23 +279,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = app(arguments, standalone_mode=False, prog_name="acemerge")
         if code == 130:  # typer's own answer to an interrupt says nothing
             raise KeyboardInterrupt
-    except (
-        AcemergeError,
-        typer.TyperException,
-        KeyboardInterrupt,
-        typer.Abort,
-        OSError,
-        MemoryError,
-    ) as failure:
+    except (Exception, KeyboardInterrupt) as failure:
+        told = shortage_of(failure) or failure
         if "--debug" in arguments:
+            if not isinstance(told, _TOLD):
+                raise
             traceback.print_exc()
-        code = _report(failure)
-    except Exception as failure:  # a defect of ours: still one line, and how to see more
-        if "--debug" in arguments:
-            raise
-        what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-        sys.stderr.write(f"acemerge: error: internal: {what}; run again with --debug and report it\n")
-        code = 1
+        code = _report(told)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -299,11 +295,14 @@ def _report(failure: BaseException) -> int:
     elif isinstance(failure, typer.TyperException):
         message = " ".join(failure.format_message().split()).rstrip(".")
         line, code = f"command line: {message}; see acemerge --help", 2
-    elif isinstance(failure, MemoryError):
-        line, code = "memory: not enough for the largest tensor; use fewer workers or a larger machine", 4
     elif isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
         line, code = f"standard output: {failure.strerror}; what was said to be written is written", 5
-    else:
+    elif isinstance(failure, KeyboardInterrupt | typer.Abort):
         line, code = "interrupted: nothing unfinished was published; run it again, a merge with --resume to go on", 130
-    sys.stderr.write(f"acemerge: error: {line}\n")
+    else:  # a defect of ours: still one line, and how to see more
+        what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+        line, code = f"internal: {what}; run again with --debug and report it", 1
+    with contextlib.suppress(OSError):  # nobody may be there to read it, nor room for it where it goes
+        sys.stderr.write(f"acemerge: error: {line}\n")
+        sys.stderr.flush()
     return code

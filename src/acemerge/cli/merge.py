@@ -22,7 +22,7 @@ from acemerge.methods import Method
 from acemerge.models.roles import LAYERS
 from acemerge.output.folder import REPORT
 from acemerge.output.shares import Records, total_energies
-from acemerge.planning.costs import RESIDENT, peak_memory
+from acemerge.planning.costs import RESIDENT
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import Job, Plan
 
@@ -41,7 +41,7 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
         *_parameters(plan),
         ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
     ]
-    facts.append(("memory", f"about {size(peak_memory(plan))}, {size(most)} at most"))
+    facts.append(("memory", f"{size(most)} at most"))
     facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from acemerge.checkpoints.files import output_path
 from acemerge.errors import UsageError
 from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe, parse_settings
 
@@ -20,7 +21,7 @@ MethodName = Annotated[
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the rule")]
 Scale = Annotated[float | None, typer.Option(help="factor on the merged update [default: the rule's own]")]
 PolicyOption = Annotated[Literal["default", "paper"] | None, typer.Option(help="which tensors get the rule")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="output folder")]
+Out = Annotated[Path | None, typer.Option("-o", "--out", metavar="PATH", parser=output_path, help="output folder")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
 ComputeDtype = Annotated[Literal["float32", "float64"] | None, typer.Option(help="type of the arithmetic")]
 Dtype = Annotated[

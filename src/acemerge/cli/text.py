@@ -12,10 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from acemerge.api import MergeReport
+from acemerge.engine.foreseen import expected_memory
 from acemerge.errors import UsageError, nearest
 from acemerge.methods import METHODS, rule_name
 from acemerge.methods.about import parameters, summary
-from acemerge.planning.costs import operations, peak_memory
+from acemerge.planning.costs import operations
 from acemerge.planning.jobs import Plan
 
 
@@ -43,7 +44,7 @@ def plan(console: Console, plan: Plan) -> None:
     say(
         console,
         f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
-        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
+        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(expected_memory(plan))}",
     )
 
 

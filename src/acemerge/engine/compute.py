@@ -14,7 +14,7 @@ from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.updates import add_update
 from acemerge.engine.work import Place, Setting, Values
-from acemerge.errors import CheckpointError, NumericalError
+from acemerge.errors import CheckpointError, NumericalError, shortage_of
 from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult, Status
 from acemerge.methods.status import of_all
@@ -53,11 +53,17 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        stored, record, masks = _made(piece, base, values, setting, place)
+        try:
+            stored, record, masks = _made(piece, base, values, setting, place)
+        except _SameInfinitiesError:
+            none = None if isinstance(job, Keep) else (0.0,) * len(setting.labels)
+            record, masks = replace(about(job, Status.KEPT), energies=none, infinite=True), ()
+            stored = (own_memory(base.to(job.spec.dtype), base),)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
-        reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
-        cure = "use --compute-dtype float64, fewer --workers or more memory"
-        raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
+        cure = "use --compute-dtype float64"
+        where = f"tensor {job.name!r}"
+        raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
     return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
 
 
@@ -72,7 +78,10 @@ def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     found = tuple(sum(parts) for parts in zip(*rows, strict=True)) if rows else None
     energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
     lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
-    return replace(first, stats=stats, energies=found, energy=energy, share_lost=lost, seconds=seconds)
+    infinite = any(r.infinite for r in records)
+    return replace(
+        first, stats=stats, energies=found, energy=energy, share_lost=lost, infinite=infinite, seconds=seconds
+    )
 
 
 def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
@@ -92,6 +101,8 @@ def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Sett
             what = f"integer tensor {job.name!r} differs from the base's"
             raise CheckpointError(setting.who(model), what, keep_base(job.name))
     if base.dtype.is_floating_point:
+        if _is_mask(base):
+            raise _SameInfinitiesError
         check_finite(base, job.name, setting.who(0), first_row=first_row)
     return (own_memory(rounded(base, job), base),), about(job, Status.KEPT), ()
 
@@ -197,6 +208,8 @@ def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"],
 def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
+    if _is_mask(W0) and _all_have(piece, values):
+        raise _SameInfinitiesError
     check_finite(W0, job.name, "base", first_row=piece.first_row)
     for model, name in job.inputs:
         if model == i + 1 and (model, name) not in job.copies:
@@ -209,6 +222,24 @@ def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values,
             raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
+
+
+class _SameInfinitiesError(Exception):
+    """A buffer such as an attention mask, with infinities that all models have: it is the base's own."""
+
+
+def _is_mask(base: Tensor) -> bool:
+    """Whether a tensor holds infinities and no NaN."""
+    return not is_finite(base) and not bool(base.isnan().any())
+
+
+def _all_have(piece: Piece[Merge], values: Values) -> bool:
+    """Whether every expert stores the base's own values, none of them let go of yet."""
+    job = piece.job
+    if job.makes_masks or job.factors is not None or not all(job.sources):
+        return False
+    base = values.take((0, job.name))
+    return all(torch.equal(base, values.take((t, name))) for t, name in enumerate(job.sources, 1))
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:

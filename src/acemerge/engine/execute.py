@@ -11,7 +11,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import INDEX
+from acemerge.checkpoints.folder import INDEX, Checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
@@ -24,7 +24,7 @@ from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.packed_masks import mask_spec
 from acemerge.output.records import TensorRecord
-from acemerge.output.writer import TensorFiles, index_bytes, split_shards
+from acemerge.output.writer import FileSum, TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
@@ -144,7 +144,13 @@ def find_thresholds(plan: Plan, setting: Setting, walk: Walk, done: Done, journa
 
 
 def write_weights(
-    layout: Layout, setting: Setting, walk: Walk, output: OutputFolder, done: Done, journal: Journal
+    layout: Layout,
+    setting: Setting,
+    walk: Walk,
+    output: OutputFolder,
+    done: Done,
+    journal: Journal,
+    readers: Sequence[Reader],
 ) -> Records:
     """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
     records = _Records({step.tensor: step.record for step in done.steps})
@@ -162,11 +168,24 @@ def write_weights(
                 if piece.is_last:
                     sums = weights.end_of_tensor(dict.fromkeys(goes_to))
                     steps.append(Step(piece.job.name, records.done[piece.job.name], sums))
+            if steps:
+                journal.have_read(_read_by(readers))
             journal.add(steps)
         output.written |= weights.finished
     if len(layout.shards) > 1:
         output.write_bytes(INDEX, index_bytes(layout.shards))
     return {job.name: records.done[job.name] for job in layout.plan.jobs}
+
+
+def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:
+    """How far every file was read, and the hash of that; of one with several readers by the one that is behind."""
+    found: dict[str, FileSum | None] = {}
+    for path, hashed in (each for reader in readers for each in reader.so_far().items()):
+        first = hashed.first_bytes()
+        new = None if first is None else FileSum(*first)
+        old = found.get(str(path), new)
+        found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
+    return found
 
 
 def merging(setting: Setting) -> Work[Job, list[tuple[Piece[Job], Computed]]]:
@@ -191,6 +210,14 @@ class _Records:
         if piece.is_last:
             self.done[piece.job.name] = whole_record(self._parts)
             self._parts = []
+
+
+def check_heads(plan: Plan, experts: Sequence[Checkpoint]) -> None:
+    """CheckpointError where a head is not finite: to be known before everything else is computed."""
+    for label, expert, heads in zip(plan.experts, experts, plan.heads, strict=True):
+        for head in heads:
+            if head.spec.dtype.is_floating_point:
+                check_finite(expert.read(head.spec.name), head.spec.name, f"expert {label}")
 
 
 def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> None:

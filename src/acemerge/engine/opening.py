@@ -18,9 +18,10 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.execute import Layout
-from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.foreseen import allowed
+from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, ResourceError, UsageError
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
@@ -28,13 +29,16 @@ from acemerge.models.vocabulary import Tokens
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
-from acemerge.planning.costs import budget
+from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, parse_size
+
+# What libraries take beside the threads and tensors when they are used first.
+_LIBRARIES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,23 @@ class Opened:
         nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
         cached = files.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
-        with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
+        with Pipeline(readers, self.devices, workers, self._within_limit(len(readers), workers)) as pipeline:
             yield pipeline, readers
+
+    def _within_limit(self, readers: int, workers: int) -> int:
+        """The budget, or what a limit on address space leaves of it beside the threads.
+
+        ResourceError where that is too little for a tensor: without memory, libraries end the process as they like.
+        """
+        left = files.address_space_left()
+        if left is None:
+            return self.budget
+        left -= threads_of(readers, workers, torch.get_num_threads()) * files.stack_size() + _LIBRARIES
+        needed, name = largest(self.plan)
+        if left < needed:
+            what = f"there is not enough memory: {needed - left:,} bytes more than the limit (ulimit -v) leaves"
+            raise ResourceError(f"tensor {name!r}", what, "raise the limit, or use fewer --workers")
+        return min(self.budget, left)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -114,6 +133,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
     located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    if out is not None:
+        check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
     base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
@@ -139,8 +160,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     )
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    allowed = budget(plan, limit)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, allowed, calibration)
+    most = allowed(plan, limit, options.workers)
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, most, calibration)
 
 
 def _unwrapped(
@@ -206,11 +227,16 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
-    """UsageError when the output folder is, holds or lies in an input."""
-    target = files.resolve(out)
+    """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
+    target = files.resolve(files.output_path(out))
+    there = files.places(target)
     for path in inputs:
         source = files.resolve(Path(path))
-        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+        known = files.places(source)
+        same = (target in there and there[target] in known.values()) or (
+            source in known and known[source] in there.values()
+        )
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
 

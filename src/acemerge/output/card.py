@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,9 +55,7 @@ def model_card(
         *(_load_adapter(plan) if plan.is_adapter else _LOAD),
         "## Recipe",
         "",
-        "```yaml",
-        yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "```",
+        *_fenced("yaml", yaml.safe_dump(recipe, sort_keys=False).strip()),
         "",
         *_citations(records),
     ]
@@ -88,7 +88,7 @@ def _done(plan: Plan, records: Mapping[str, TensorRecord]) -> list[str]:
     tasks = ", ".join(f"`{name}`" for names in plan.calibration.values() for name in names)
     data = f"with examples of {tasks}" if tasks else "without data"
     return [
-        f"Made with acemerge, {data}, from the base `{_base(plan)}` and the experts "
+        f"Made with acemerge, {data}, from the base {_code(_base(plan))} and the experts "
         + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
@@ -122,20 +122,34 @@ def _title(plan: Plan) -> str:
 
 
 def _load_adapter(plan: Plan) -> list[str]:
-    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{_base(plan)}"), "path/to/this/folder")'
+    base = json.dumps(_base(plan))
+    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), "path/to/this/folder")'
     return [*_LOAD[:3], "from peft import PeftModel", _LOAD[3], "", load, *_LOAD[-2:]]
 
 
 def _conversion_card(plan: Plan) -> str:
-    source, values = _base(plan), "The dequantised values of" if plan.dequantized else "The very values of"
+    source, values = _code(_base(plan)), "The dequantised values of" if plan.dequantized else "The very values of"
     lines = [
         f"# {source} as safetensors",
         "",
-        f"{values} `{source}`, written anew by acemerge; `acemerge.json` holds the hashes.",
+        f"{values} {source}, written anew by acemerge; `acemerge.json` holds the hashes.",
         "",
         *_LOAD,
     ]
     return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    """A span of code in Markdown, whatever the text: nothing in it is a link, HTML or the span's end."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    marks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{marks} {shown} {marks}" if "`" in shown else f"{marks}{shown}{marks}"
+
+
+def _fenced(language: str, text: str) -> list[str]:
+    """A block of code whose end is nowhere in it."""
+    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{marks}{language}", text, marks]
 
 
 def _base(plan: Plan) -> str:

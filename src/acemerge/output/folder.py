@@ -1,6 +1,6 @@
 """An output folder in which nothing unfinished ever looks finished.
 
-Every file is written as `NAME.partial` and synced. Only when all are there are they renamed into place, the
+Every file is written as `NAME.acemerge.partial` and synced. Only when all are there are they renamed into place, the
 manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
 earlier output as it was; a failure while renaming puts it back. What an interrupted run has written stays beside
 its journal, until it is gone on with or done away with.
@@ -18,7 +18,7 @@ from acemerge.checkpoints.assets import HEADS, is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
-from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.errors import AcemergeError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
 
@@ -30,18 +30,22 @@ MASKS = "masks"
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
-OLD = ".old"
+OLD = ".acemerge.old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
+_RESUMABLE = (KeyboardInterrupt, WriteError, ResourceError)
 
 
 @dataclass
 class OutputFolder:
-    """The files of one run, until `publish` makes them visible at once."""
+    """The files of one run, until `publish` makes them visible at once.
+
+    `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
+    """
 
     path: Path
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
+    kept: bool = False
 
     def begin(self, done: Done) -> Journal:
         """Begin to write, in the place of what an interrupted run left but for what of it is done."""
@@ -147,6 +151,14 @@ class OutputFolder:
         for name in sorted(old, key=lambda name: name == MANIFEST):
             files.rename(self.path / (name + OLD), self.path / name)
 
+    def check_own(self) -> None:
+        """UsageError where files that are no output of ours would be replaced."""
+        listing = self._listing()
+        foreign = [] if MANIFEST in listing else sorted(filter(is_output, listing))
+        if foreign:
+            what = f"holds {foreign[0]}, which no merge has written, as there is no {MANIFEST}"
+            raise UsageError(self.path, what, "choose another folder, or move the file away")
+
     def _outputs_of(self, manifest: str) -> set[str]:
         """The files that a manifest lists."""
         path = self.path / manifest
@@ -197,14 +209,16 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
             _check_contents(path, overwrite, resume)
             output = OutputFolder(path)
             output.recover()
+            output.check_own()
             if not resume:
                 output.discard()
             try:
-                yield output
+                with shortages():
+                    yield output
             except _RESUMABLE:
                 raise
             except BaseException:
-                if output.begun:
+                if output.begun and not output.kept:
                     with contextlib.suppress(AcemergeError):
                         output.discard()
                 raise

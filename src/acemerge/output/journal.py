@@ -36,12 +36,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """What an unfinished run left: what it was, what it found out beforehand, and its proven steps."""
+    """What an unfinished run left: what it was, what it found out beforehand, and its proven steps.
+
+    `read` says how much of every input those may depend on, and its hash; None where that is not known.
+    """
 
     identity: Mapping[str, Any]
     findings: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     begun: Mapping[str, Begun] = field(default_factory=dict)
+    read: Mapping[str, FileSum | None] = field(default_factory=dict)
 
 
 class Journal:
@@ -55,6 +59,8 @@ class Journal:
         self._descriptor = files.create(fresh)
         self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
         self.add(done.steps)
+        self._read: dict[str, FileSum | None] = {}
+        self.have_read(done.read)
         files.rename(fresh, self._path)
 
     def found(self, findings: Mapping[str, Any]) -> None:
@@ -72,6 +78,14 @@ class Journal:
                 for step in steps
             ]
         )
+
+    def have_read(self, sums: Mapping[str, FileSum | None]) -> None:
+        """Note how far inputs were read, before the steps that come of it; the longer of two for one file counts."""
+        for path, new in sums.items():
+            old = self._read.get(path, new)
+            self._read[path] = None if old is None or new is None else max(old, new, key=lambda s: s.nbytes)
+        known = {path: s and [s.nbytes, s.sha256] for path, s in self._read.items()}
+        self._write([{"read": known}] if known else [])
 
     def close(self) -> None:
         files.close(self._descriptor)
@@ -96,11 +110,15 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
         return None
     findings: dict[str, Any] = {}
     steps: list[Step] = []
+    read: dict[str, FileSum | None] = {}
     proof = _Proof(folder)
     try:
         for entry in entries[1:]:
             if "findings" in entry:
                 findings |= entry["findings"]
+                continue
+            if "read" in entry:
+                read = {path: s and FileSum(s[1], s[0]) for path, s in entry["read"].items()}
                 continue
             step = _step(entry)
             if step is None or not (step.files.keys() <= set(names) and proof.holds(step.files)):
@@ -108,7 +126,7 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
             steps.append(step)
     finally:
         proof.close()
-    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun)
+    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read)
 
 
 def _step(entry: Mapping[str, Any]) -> Step | None:

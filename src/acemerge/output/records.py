@@ -18,7 +18,7 @@ class TensorRecord:
 
     `energies` are those of the experts' updates; the experts in `skipped_experts` were left out and have none.
     `energy` and `share_lost` are there where the output is an adapter: the energy of the merged update and the share
-    of it that the adapter lacks.
+    of it that the adapter lacks. `infinite`: it holds infinities, the same in all models, as a mask does.
     """
 
     role: str
@@ -29,6 +29,7 @@ class TensorRecord:
     skipped_experts: tuple[str, ...] = ()
     energy: float | None = None
     share_lost: float | None = None
+    infinite: bool = False
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -40,12 +41,14 @@ class TensorRecord:
             plain["skipped_experts"] = list(self.skipped_experts)
         if self.energy is not None:
             plain |= {"energy": self.energy, "share_lost": self.share_lost}
+        if self.infinite:
+            plain["infinite"] = True
         return {**plain, "seconds": self.seconds}
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> TensorRecord:
         """What `to_json` made of it; ValueError where it is malformed."""
-        own = {"role", "rule", "reason", "energies", "skipped_experts", "energy", "share_lost", "seconds"}
+        own = {"role", "rule", "reason", "energies", "skipped_experts", "energy", "share_lost", "infinite", "seconds"}
         stats = LayerStats.from_json({key: value for key, value in content.items() if key not in own})
         try:
             return TensorRecord(
@@ -57,6 +60,7 @@ class TensorRecord:
                 skipped_experts=tuple(map(str, content.get("skipped_experts", ()))),
                 energy=_number(content["energy"]) if "energy" in content else None,
                 share_lost=_number(content["share_lost"]) if "share_lost" in content else None,
+                infinite=content.get("infinite") is True,
                 seconds=_number(content["seconds"]),
             )
         except KeyError as missing:

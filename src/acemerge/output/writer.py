@@ -1,6 +1,6 @@
 """Writing safetensors files tensor by tensor, hashed on the way, so that a file can be gone on with.
 
-A file is written as `NAME.partial` and synced when it is complete; giving it its name is another step.
+A file is written as `NAME.acemerge.partial` and synced when it is complete; giving it its name is another step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
 from acemerge.errors import WriteError
 from acemerge.shapes import Tensor
 
-PARTIAL = ".partial"
+PARTIAL = ".acemerge.partial"
 _SEND = 32 << 20
 
 
@@ -90,7 +90,7 @@ class Begun:
 
 
 class FileWriter:
-    """`NAME.partial`, from its beginning or behind what there is of it.
+    """A file under its name for the time being, from its beginning or behind what there is of it.
 
     Without `cached`, the disk begins to write at once and the system need not keep what it has.
     """

@@ -13,9 +13,11 @@ from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
-RESIDENT = 300_000_000
+RESIDENT = 315_000_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
+# Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
+_COUNTED = 16
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
+    if job.method.needs.keep is not None:
+        differencing = max(differencing, base + deltas + _COUNTED * count)
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     return max(differencing, base + deltas + _work_entries(job, piece, experts) * width) + widened - waiting
 

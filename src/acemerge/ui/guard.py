@@ -75,7 +75,7 @@ class Guard:
         token = request.query_params.get("token") or request.cookies.get(self._cookie, "")
         if not self._is_ours(host):
             return f"{host[:80]!r} is not a name of this machine; use the address that acemerge ui printed"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             return "the request comes from another page; use the one that acemerge ui printed"
         if path not in _OPEN and not secrets.compare_digest(token.encode(), self.token.encode()):
             return "the link is not of this run; use the one that acemerge ui printed"
@@ -106,3 +106,11 @@ def _with_policy(send: Send, path: str) -> Send:
         await send(message)
 
     return send_on
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an address; None of what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # as `http://[`
+        return None

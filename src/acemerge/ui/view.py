@@ -8,9 +8,10 @@ from html import escape
 from pathlib import Path
 
 from acemerge.cli.text import size
+from acemerge.engine.foreseen import expected_memory
 from acemerge.inspection.survey import Inspection
 from acemerge.output.shares import total_energies
-from acemerge.planning.costs import operations, peak_memory
+from acemerge.planning.costs import operations
 from acemerge.planning.jobs import Plan
 from acemerge.ui.folders import Listing
 from acemerge.ui.runner import State
@@ -121,7 +122,7 @@ def plan(found: Plan) -> str:
     takes = (
         f"{len(found.jobs):,} tensors: {size(found.bytes_read + found.bytes_reread)} to read, "
         f"{size(found.bytes_written)} to write, {operations(found) / 1e9:,.1f} GFLOP, "
-        f"peak memory about {size(peak_memory(found))}."
+        f"peak memory about {size(expected_memory(found))}."
     )
     warnings = _warnings([(warning, "") for warning in found.warnings])
     return f"<p>{takes}{beside}</p>{warnings}{table('What gets which rule', columns, rows, numeric=('count',))}"
