@@ -91,7 +91,7 @@ def merge(
             `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
             for the experts, and parameters of the rule (`eps=1e-4`).
 
-    Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
+    Raises AcemergeError: UsageError, CheckpointError, NumericalError, ResourceError or WriteError.
     """
     run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
     if isinstance(experts, str | Path):
