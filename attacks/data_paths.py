@@ -16,7 +16,7 @@ import pyarrow
 from pyarrow import parquet
 
 from acemerge.output.origin import origin_of
-from acemerge.tasks.data import Source, as_texts, read_columns
+from acemerge.tasks.data import DataSource, as_texts, read_columns
 from acemerge.tasks.images import open_images
 from attacks.harness import Must, Tally, check, clean, main
 from attacks.trap import confined
@@ -90,7 +90,7 @@ def _commas(home: Path, path: str) -> Callable[[], object]:
 
 
 def _see(data: Path) -> None:
-    open_images(Source(str(data)), "image", "label", None).image(0)
+    open_images(DataSource(str(data)), "image", "label", None).image(0)
 
 
 def _texts(home: Path, path: str, kind: str | None = None) -> Callable[[], object]:
@@ -99,7 +99,7 @@ def _texts(home: Path, path: str, kind: str | None = None) -> Callable[[], objec
 
 
 def _read_texts(data: Path, path: str) -> None:
-    texts, _ = read_columns(Source(str(data)), ("text", "label"))
+    texts, _ = read_columns(DataSource(str(data)), ("text", "label"))
     check(as_texts(texts, data) == [path], f"came out as {list(texts)}")
 
 

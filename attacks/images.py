@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from acemerge.tasks.data import Source
+from acemerge.tasks.data import DataSource
 from acemerge.tasks.images import open_images
 from attacks.harness import Meter, Must, Tally, check, clean, main
 from attacks.trap import confined
@@ -49,7 +49,7 @@ def _put(place: Path, name: str, make: Callable[[Path], object]) -> None:
 
 
 def _decode(place: Path, must: Must) -> None:
-    found = open_images(Source(str(place)), "image", "label", None)
+    found = open_images(DataSource(str(place)), "image", "label", None)
     check(found.classes.tolist() == [0] * len(found.classes), "other classes came out")
     for i in range(len(found.classes)):
         image = found.image(i)

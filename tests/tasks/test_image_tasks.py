@@ -191,7 +191,7 @@ def test_what_a_column_of_images_names_is_not_opened(pictures: Path, tmp_path: P
     values = [{"bytes": None, "path": str(inside)}, {"bytes": whole, "path": str(inside)}]
     table = pyarrow.table({"image": values, "label": [0, 1]}, schema=features.arrow_schema)
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    found = open_images(Source(str(tmp_path / "a.parquet")), "image", "label", None)
+    found = open_images(DataSource(str(tmp_path / "a.parquet")), "image", "label", None)
     with pytest.raises(UsageError, match=r"image 1: the column holds only the path of an image; use a folder, or"):
         found.image(0)
     assert np.array_equal(np.asarray(found.image(1)), np.asarray(Image.open(io.BytesIO(whole))))
