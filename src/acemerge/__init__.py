@@ -49,6 +49,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     """A public name, imported when it is asked for: torch takes seconds, and the command line sets it up first."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("acemerge")
     if name not in _HOME:
         raise AttributeError(f"module 'acemerge' has no attribute {name!r}")
     return getattr(importlib.import_module(f"acemerge.{_HOME[name]}"), name)

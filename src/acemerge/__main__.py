@@ -23,9 +23,10 @@ def main() -> None:
         signal.signal(number, _quit)  # an import may swallow an exception
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
     from acemerge.cli.app import main as run
+    from acemerge.cli.app import terminated
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminated)
     run()
 
 
@@ -39,9 +40,10 @@ def _keep_freed_memory() -> None:
             mallopt(knob, nbytes)
 
 
-def _quit(*_: object) -> NoReturn:
-    os.write(2, b"acemerge: error: interrupted: nothing was done; run the same command again\n")
-    os._exit(130)
+def _quit(number: int, _: object) -> NoReturn:
+    what = "terminated" if number == signal.SIGTERM else "interrupted"
+    os.write(2, f"acemerge: error: {what}: nothing was done; run the same command again\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

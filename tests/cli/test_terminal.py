@@ -15,7 +15,8 @@ from acemerge import api
 from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
 from acemerge.cli.merge import after, before
-from acemerge.cli.progress import Pace, duration, progress, view
+from acemerge.cli.progress import Pace, progress, view
+from acemerge.cli.text import duration
 from acemerge.engine.execute import Progress
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.methods import make

@@ -1,4 +1,4 @@
-"""What `acemerge merge` says: before, what goes where and what it takes; after, what was done and what to look at."""
+"""`acemerge merge`. It says before, what goes where and what it takes; after, what was done and what to look at."""
 
 from __future__ import annotations
 
@@ -6,32 +6,55 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from acemerge.cli.command import command
+from acemerge.cli.options import MERGING, Options, needed
+from acemerge.cli.text import adapter, duration, is_live, say, size, stderr, stdout, table
 
-from acemerge.api import MergeReport
-from acemerge.checkpoints import files
-from acemerge.cli.progress import duration, is_live
-from acemerge.cli.text import adapter, say, size, table
-from acemerge.engine.opening import Opened
-from acemerge.inspection.advice import largest_update, of_energies, of_statuses
-from acemerge.methods import Method
-from acemerge.output.folder import REPORT
-from acemerge.output.records import figure
-from acemerge.output.shares import total_energies
-from acemerge.planning.costs import RESIDENT, peak_memory
-from acemerge.planning.estimate import measure_rates, plan_seconds
-from acemerge.planning.jobs import Job, Plan
-from acemerge.report.facts import LAYERS
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acemerge.api import MergeReport
+    from acemerge.engine.opening import Opened
+    from acemerge.planning.jobs import Job, Plan
+
+
+@command(
+    "merge",
+    group="Merge",
+    takes=MERGING,
+    examples=(
+        "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
+        "acemerge merge recipe.yaml --method auto -o ./merged --report",
+    ),
+    page="recipes.md",
+)
+def merge(asked: Options) -> None:
+    """Merge a base and its experts into one folder."""
+    from acemerge import api
+    from acemerge.cli.progress import progress
+    from acemerge.engine.opening import open_recipe
+
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+    options = asked.run_options()
+    opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
+    if not asked.quiet:
+        before(stderr(), opened, out, asked.resume)
+    with progress(stderr(), asked.quiet) as on_progress:
+        report = api.run_opened(opened, out, options, on_progress)
+    if not asked.quiet:
+        after(stdout(), report, warned=is_live(stderr()))
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     """What goes where, and what to expect; on a terminal, while one may still stop it."""
     if not is_live(console):
         return
+    from acemerge.checkpoints import files
+    from acemerge.planning.costs import RESIDENT, peak_memory
+    from acemerge.planning.estimate import measure_rates, plan_seconds
+
     plan = opened.plan
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
@@ -81,6 +104,8 @@ def _parameters(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _values(known: Sequence[Any]) -> str:
+    from acemerge.methods import Method
+
     if len(known) == 1:
         return known[0].name if isinstance(known[0], Method) else f"{known[0]}"
     if all(isinstance(value, int | float) for value in known):
@@ -92,6 +117,9 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
     """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
     before the merge.
     """
+    from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.output.shares import total_energies
+
     manifest = report.manifest
     counts = Counter(f"{record['rule']}" for record in report.tensors.values())
     rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
@@ -116,6 +144,10 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
 
 def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
+    from acemerge.inspection.advice import of_statuses
+    from acemerge.output.records import figure
+    from acemerge.report.facts import LAYERS
+
     found = [str(advice) for advice in of_statuses(records)]
     layers = {name: record for name, record in records.items() if record.get("role") in LAYERS}
     for key, text in (("condition", "worst condition"), ("gamma", "most uneven experts: gamma")):
@@ -127,6 +159,9 @@ def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _next(report: MergeReport) -> tuple[str, str]:
+    from acemerge.checkpoints import files
+    from acemerge.output.folder import REPORT
+
     assert report.out is not None
     page = report.out / REPORT
     return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
@@ -138,6 +173,9 @@ def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
         for label, text in facts:
             say(console, f"{label}: {text}")
         return
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

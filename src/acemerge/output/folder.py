@@ -32,7 +32,7 @@ _LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
+_RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, MemoryError)
 
 
 @dataclass

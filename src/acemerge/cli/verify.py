@@ -1,0 +1,36 @@
+"""`acemerge verify`: whether an output is as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from acemerge.cli.command import command
+from acemerge.cli.options import Options
+from acemerge.cli.text import say, size, stdout
+
+
+@command(
+    "verify",
+    group="Judge",
+    takes=(),
+    examples=("acemerge verify ./merged", "acemerge verify ./merged && rsync -a ./merged server:models/"),
+    page="reliability.md",
+)
+def verify(
+    asked: Options, folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")]
+) -> None:
+    """Check hashes, completeness and finiteness of an output folder."""
+    from acemerge.output import verify as output
+
+    say(stdout(), verified(folder, output.verify(folder)))
+
+
+def verified(out: Path, manifest: Mapping[str, Any]) -> str:
+    """What was found to be right."""
+    files = manifest["outputs"]
+    total = size(sum(entry["bytes"] for entry in files.values()))
+    return f"{out}: {len(files)} files, {len(manifest['tensors'])} tensors, {total}, all as written"
