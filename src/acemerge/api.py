@@ -16,7 +16,7 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
 from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.assets import write_assets
@@ -87,7 +87,7 @@ def merge(
     spec = with_params(method, options)
     pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
     recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
-    return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
+    return run_recipe(recipe, None if out is None else Path(out), make_options(run_fields))
 
 
 def run_recipe(

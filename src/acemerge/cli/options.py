@@ -111,10 +111,10 @@ class Options:
 
     def run_options(self) -> RunOptions:
         """How to run it; what was not given is left to the defaults there."""
-        from acemerge.engine.opening import RunOptions
+        from acemerge.engine.opening import RunOptions, make_options
 
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
-        return RunOptions(**{name: value for name, value in given.items() if value is not None})
+        return make_options({name: value for name, value in given.items() if value is not None})
 
     def asked_recipe(self) -> Recipe:
         """The recipe of a file with the options' keys over it, or of the options alone."""

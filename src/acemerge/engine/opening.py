@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import module_weights
@@ -34,25 +37,51 @@ from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
 from acemerge.recipes.labels import expert_labels
-from acemerge.recipes.recipe import Recipe, parse_size
+from acemerge.recipes.recipe import Recipe
 
 
-@dataclass(frozen=True)
+def _device_name(value: Any) -> Any:
+    return str(value) if isinstance(value, torch.device) else value
+
+
+Bytes = Annotated[ByteSize, Field(ge=1, lt=1 << 62)]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(validate_default=True))
 class RunOptions:
-    """What decides how a recipe is run, but not the values that come out."""
+    """What decides how a recipe is run, but not the values that come out. Sizes are numbers of bytes, or as `5GB`."""
 
-    device: str = "cpu"
-    max_shard_size: str = "5GB"
-    workers: int = 1
+    device: Annotated[str, BeforeValidator(_device_name)] = "cpu"
+    max_shard_size: Bytes = ByteSize(5 * 10**9)
+    workers: Annotated[int, Field(ge=1)] = 1
     overwrite: bool = False
     resume: bool = False
-    max_memory: str | None = None
+    max_memory: Bytes | None = None
     allow_pickle: bool = False
     dequantize: bool = False
     force: bool = False
     quiet: bool = False
     push: str | None = None
     report: bool = False
+
+
+_WRONG = {
+    "workers": ("is not a number of workers", "use 1 or more"),
+    "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
+    "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
+}
+
+
+def make_options(given: Mapping[str, Any]) -> RunOptions:
+    """Checked options of a run; UsageError names the first wrong one and the cure."""
+    try:
+        return RunOptions(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        what, cure = _WRONG.get(name, (f"is wrong: {message}", "see `acemerge merge --help`"))
+        raise UsageError(f"--{name.replace('_', '-')}", f"{first['input']!r} {what}", cure) from None
 
 
 @dataclass(frozen=True)
@@ -107,9 +136,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-    if options.workers < 1:
-        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
-    devices, max_shard = find_devices(options.device), parse_size(options.max_shard_size)
+    devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
@@ -137,10 +164,10 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
-    limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    allowed = budget(plan, limit)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, allowed, calibration)
+    allowed = budget(plan, options.max_memory)
+    shard = options.max_shard_size
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, allowed, calibration)
 
 
 def _unwrapped(

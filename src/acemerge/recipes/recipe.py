@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,23 +201,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {setting}", "not of the form KEY=VALUE", "write for example --set eps=2e-4")
         params[key.strip()] = value.strip()
     return params
-
-
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`5GB` or `512MiB` to bytes."""
-    compact = text.strip().upper().replace(" ", "")
-    digits = compact.rstrip("BIKMGT")
-    try:
-        size = float(digits) * _SIZE_UNITS[compact[len(digits) :]]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 1 <= size < 1 << 62:
-        raise UsageError(f"size {text!r}", "not a size in bytes", "write for example 5GB or 512MiB")
-    return int(size)
 
 
 def _explain(failure: ValidationError, where: object) -> UsageError:
