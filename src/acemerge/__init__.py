@@ -6,12 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from acemerge.api import MergeReport, merge
+    from acemerge.api import merge
     from acemerge.calibration.moments import input_second_moments
-    from acemerge.engine.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
+    from acemerge.engine.in_memory import merge_models, merge_state_dicts
+    from acemerge.engine.one_layer import merge_deltas, merge_factors
     from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
     from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
     from acemerge.output.expert_weights import expert_weights
+    from acemerge.output.merge_report import MergeReport
 
 __all__ = [
     "METHODS",
@@ -37,11 +39,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("MergeReport", "merge"),
+    "api": ("merge",),
     "calibration.moments": ("input_second_moments",),
     "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
-    "engine.in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
+    "engine.in_memory": ("merge_models", "merge_state_dicts"),
+    "engine.one_layer": ("merge_deltas", "merge_factors"),
     "output.expert_weights": ("expert_weights",),
+    "output.merge_report": ("MergeReport",),
     "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

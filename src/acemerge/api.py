@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +18,14 @@ from acemerge.engine.execute import OnProgress, Records, dry_run, find_threshold
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.methods import AnyMethod
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
 from acemerge.output.identity import difference, digest, identity
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
+from acemerge.output.merge_report import MergeReport
 from acemerge.output.origin import origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.shares import layer_shares
@@ -33,33 +34,15 @@ from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
 from acemerge.planning.as_lora import adapter_config
 from acemerge.planning.relatedness import check_related
-from acemerge.recipes.recipe import Recipe, make_recipe, with_params
+from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None for a dry run.
-
-    `pushed` is the address on the Hub where it was uploaded.
-    """
-
-    out: Path | None
-    manifest: Mapping[str, Any]
-    pushed: str | None = None
-
-    @property
-    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
-        """For every tensor: role, rule, reason, status and the rule's own numbers."""
-        tensors: Mapping[str, Mapping[str, Any]] = self.manifest["tensors"]
-        return tensors
 
 
 def merge(
     base: str | Path,
     experts: Sequence[str | Path],
-    method: str | Mapping[str, Any] = "ace",
+    method: AnyMethod = "ace",
     out: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -68,7 +51,7 @@ def merge(
     Args:
         base: the model that all experts were fine-tuned from, by its folder or its Hub id (`org/name@revision`).
         experts: the same of each expert.
-        method: a rule's name, or a table with `name` and its parameters.
+        method: a rule's name, a table with `name` and its parameters, or an instance of a rule.
         options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
             `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
             for the experts, and parameters of the rule (`eps=1e-4`).
@@ -78,15 +61,12 @@ def merge(
     run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
     if isinstance(experts, str | Path):
         raise UsageError("experts", f"{experts} is one path", "give a list of paths")
-    weights = options.pop("weights", None) or [1.0] * len(experts)
-    if len(weights) != len(experts):
-        raise UsageError("weights", f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    weighted = with_weights([str(path) for path in experts], options.pop("weights", None))
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
     if isinstance(own.get("calibration"), Path):
         own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)
-    pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
-    recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
+    recipe = make_recipe({"base": str(base), "experts": weighted, "method": spec, **own}, "merge")
     return run_recipe(recipe, None if out is None else Path(out), make_options(run_fields))
 
 

@@ -85,6 +85,27 @@ def test_a_recipe_file_and_options_on_top(plain: PlainModel, capsys: pytest.Capt
     assert torch.equal(load_folder(plain.root / "out")[name], load_folder(by_hand.out)[name])
 
 
+def test_weights_in_either_place(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    base, experts = plain.save()
+    odd = (plain.root / "a=1").absolute()
+    experts[2].rename(odd)  # a path that has a weight's looks
+    pairs = [f"{experts[0]}=2", f"{experts[1]}", f"{odd}"]
+    words = [word for pair in pairs for word in ("--expert", pair)]
+    outs = [plain.root / name for name in ("one", "two", "three")]
+    code = run(capsys, "merge", "--base", base, *words, "-o", outs[0], "--quiet")[0]
+    words[1] = str(experts[0])
+    assert run(capsys, "merge", "--base", base, *words, "--weights", "2,1,1", "-o", outs[1], "--quiet")[0] == code == 0
+    (plain.root / "r.yaml").write_text("method: ace\nbase: base\nexperts: [{model: e1, weight: 5}, e2, 'a=1']\n")
+    assert run(capsys, "merge", plain.root / "r.yaml", "--weights", "2,1,1", "-o", outs[2], "--quiet")[0] == 0
+    one, two, three = (verify(out)["outputs"]["model.safetensors"] for out in outs)
+    assert one == two == three
+    assert [expert["weight"] for expert in verify(outs[0])["recipe"]["experts"]] == [2, 1, 1]
+    for wrong, message in (("1,2", "2 weights for 3 experts"), ("1,x,1", "'1,x,1' are no numbers")):
+        failed(run(capsys, "plan", "--base", base, *words, "--weights", wrong), 2, f"--weights: {message}")
+    words[1] = pairs[0]
+    failed(run(capsys, "plan", "--base", base, *words, "--weights", "1,1,1"), 2, "an --expert has a weight, too")
+
+
 def test_auto_is_the_rule_that_it_stands_for(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     plain.save()
     auto, named = plain.root / "auto", plain.root / "named"

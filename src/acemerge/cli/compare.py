@@ -75,7 +75,7 @@ def _is_recipe(name: str) -> bool:
 def _recipe(files: list[str], asked: Options) -> Recipe | None:
     from acemerge.recipes.recipe import load_recipe, make_recipe
 
-    named = {"base": asked.base, "experts": asked.expert, "calibration": asked.calibration}
+    named = {"base": asked.base, "experts": asked.experts(), "calibration": asked.calibration}
     keys = {key: value for key, value in named.items() if value}
     if len(files) > 1:
         raise UsageError("command line", "two recipes", "give one")

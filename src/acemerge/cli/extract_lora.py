@@ -13,7 +13,7 @@ from acemerge.cli.text import adapter, stdout, table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from acemerge.api import MergeReport
+    from acemerge.output.merge_report import MergeReport
 
 
 @command(

@@ -15,8 +15,8 @@ from acemerge.cli.text import adapter, duration, is_live, say, size, stderr, std
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from acemerge.api import MergeReport
     from acemerge.engine.opening import Opened
+    from acemerge.output.merge_report import MergeReport
     from acemerge.planning.jobs import Job, Plan
 
 

@@ -39,13 +39,16 @@ def option(group: str, text: str, *names: str, **more: Any) -> Any:
 class Options:
     """What was asked for; an option that a command does not take, or that was not given, has its default here."""
 
-    # fmt: off
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")] = None
-    base: Annotated[
-        str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from")
-    ] = None
+    base: Annotated[str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from")] = (
+        None
+    )
     expert: Annotated[
-        list[str] | None, option(MODELS, "an expert's folder or Hub id; repeat for each", "--expert")
+        list[str] | None,
+        option(MODELS, "an expert's folder or Hub id; PATH=0.5 gives it a weight; repeat for each", "--expert"),
+    ] = None
+    weights: Annotated[
+        str | None, option(MODELS, "the experts' weights, in their order, as 1,0.5", metavar="W,W,...")
     ] = None
     method: Annotated[
         str | None, option(RULE, "merge rule, see `acemerge methods`; auto: the one recommended [default: ace]")
@@ -95,9 +98,7 @@ class Options:
     ] = None
     push: Annotated[
         str | None,
-        option(
-            OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"
-        ),
+        option(OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"),
     ] = None
     report: Annotated[bool, option(OUTPUT, "write OUT/report.html too; reads the models once more", "--report")] = False
     device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto")] = "cpu"
@@ -107,7 +108,6 @@ class Options:
     ] = None
     quiet: Annotated[bool, option(SAYING, "print nothing but errors", "--quiet")] = False
     debug: Annotated[bool, option(SAYING, "show the traceback of an error", "--debug")] = False
-    # fmt: on
 
     def run_options(self) -> RunOptions:
         """How to run it; what was not given is left to the defaults there."""
@@ -116,19 +116,36 @@ class Options:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
         return make_options({name: value for name, value in given.items() if value is not None})
 
+    def experts(self) -> list[Any]:
+        """Those of --expert, as a recipe has them."""
+        from acemerge.recipes.recipe import parse_expert
+
+        return [parse_expert(text) for text in self.expert or []]
+
     def asked_recipe(self) -> Recipe:
         """The recipe of a file with the options' keys over it, or of the options alone."""
-        from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe, parse_settings
+        from acemerge.recipes.recipe import (
+            Recipe,
+            load_recipe,
+            make_recipe,
+            parse_settings,
+            parse_weights,
+            with_weights,
+        )
 
         shared = {field.name for field in dataclasses.fields(self)} & Recipe.model_fields.keys() - {"method"}
-        keys = {"experts": self.expert, **{name: getattr(self, name) for name in shared}}
+        keys: dict[str, Any] = {"experts": self.experts(), **{name: getattr(self, name) for name in shared}}
         given = {key: value for key, value in keys.items() if value not in (None, [])}
         params = parse_settings(list(self.settings or []))
+        weights = None if self.weights is None else parse_weights(self.weights)
+        if weights and any(isinstance(expert, dict) for expert in given.get("experts", [])):
+            raise UsageError("--weights", "an --expert has a weight, too", "give the weights in one place")
         if self.recipe is not None:
-            return load_recipe(self.recipe, given, self.method, params)
+            return load_recipe(self.recipe, given, self.method, params, weights)
         for key, name in (("base", "--base"), ("experts", "--expert")):
             if key not in given:
                 raise UsageError("command line", f"{name} is missing", f"give {name} or a recipe file")
+        given["experts"] = with_weights(given["experts"], weights, "--weights")
         return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
 
 
@@ -137,7 +154,7 @@ LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
     "allow_pickle", "dequantize", "device", "workers", "max_memory",
 )  # fmt: skip
-CHOOSING = ("scale", "split_qkv", "seed", "calibration")
+CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
 WRITING = ("force", "out", "overwrite", "resume", "dtype", "max_shard_size", "as_lora", "push", "report")
 MERGING = (*LOOKING, *CHOOSING, *WRITING, "quiet")
 

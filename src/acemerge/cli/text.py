@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from acemerge.api import MergeReport
+    from acemerge.output.merge_report import MergeReport
 
 
 @functools.cache

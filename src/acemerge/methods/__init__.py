@@ -17,7 +17,7 @@ from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
 from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
-from acemerge.methods.registry import METHODS, make, register, rule_name
+from acemerge.methods.registry import METHODS, AnyMethod, as_rule, as_table, make, register, rule_name
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
@@ -26,6 +26,7 @@ from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
     "METHODS",
+    "AnyMethod",
     "Calibration",
     "Layer",
     "LayerResult",
@@ -33,6 +34,8 @@ __all__ = [
     "Method",
     "Needs",
     "Together",
+    "as_rule",
+    "as_table",
     "check_experts",
     "expert_seeds",
     "keeps_low_rank",

@@ -13,6 +13,7 @@ from acemerge.errors import UsageError, nearest
 from acemerge.methods.base import Method
 
 METHODS: dict[str, type[Method]] = {}
+AnyMethod = str | Mapping[str, Any] | Method  # a rule by its name, as a table of `name` and parameters, or itself
 M = TypeVar("M", bound=type[Method])
 _RECOMMENDED = "kron_auto"  # docs/beyond.md has how it was chosen
 
@@ -26,6 +27,26 @@ def register(cls: M) -> M:
 def rule_name(name: str) -> str:
     """The name itself, or what `auto` stands for in this version."""
     return _RECOMMENDED if name == "auto" else name
+
+
+def as_table(method: AnyMethod) -> dict[str, Any]:
+    """A rule as a recipe holds it: `name` and parameters."""
+    if isinstance(method, str):
+        return {"name": method}
+    if isinstance(method, Mapping):
+        return dict(method)
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return {"name": method.name, **{field.name: getattr(method, field.name) for field in fields}}
+
+
+def as_rule(method: AnyMethod, params: Mapping[str, Any]) -> Method:
+    """The rule itself, with these parameters over those that it has; UsageError as of `make`."""
+    if isinstance(method, Method) and not params:
+        return method
+    table = {**as_table(method), **params}
+    if not isinstance(table.get("name"), str):
+        raise UsageError("method", f"{method!r} names no rule", "give its `name`, as {'name': 'ace', 'eps': 1e-4}")
+    return make(table.pop("name"), table)
 
 
 @functools.cache

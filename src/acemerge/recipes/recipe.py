@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
-from acemerge.methods import Method
+from acemerge.methods import Method, as_table
 from acemerge.models.depth import Stack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
@@ -137,14 +138,21 @@ def make_recipe(content: Mapping[str, Any], where: object = "recipe") -> Recipe:
 
 
 def load_recipe(
-    path: Path, overrides: Mapping[str, Any], method: str | None = None, params: Mapping[str, Any] | None = None
+    path: Path,
+    overrides: Mapping[str, Any],
+    method: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Recipe:
     """Read a recipe file. Relative folders in it are relative to the file; what is no folder may be a Hub id.
 
-    `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
+    `overrides` win over its keys, `method` over its rule, `params` over the rule's parameters and `weights` over those
+    of its experts.
     """
     content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
     if is_mergekit(content):
+        if weights is not None:
+            raise UsageError(path, "--weights does not go with a mergekit recipe", "change the file")
         return _from_mergekit(content, path, overrides, method, params)
     if isinstance(content.get("base"), str):
         content["base"] = relative_to(path.parent, content["base"])
@@ -153,7 +161,10 @@ def load_recipe(
     if isinstance(content.get("calibration"), str):  # never on the Hub
         content["calibration"] = str(path.parent / content["calibration"])
     rule = with_params(method or content.get("method", "ace"), params or {})
-    return make_recipe({**content, "method": rule, **overrides}, path)
+    content = {**content, "method": rule, **overrides}
+    if isinstance(content.get("experts"), list):
+        content["experts"] = with_weights(content["experts"], weights, "--weights")
+    return make_recipe(content, path)
 
 
 def _from_mergekit(
@@ -177,10 +188,37 @@ def _from_mergekit(
 
 
 def with_params(method: Any, params: Mapping[str, Any]) -> Any:
-    """A rule, by name or as a table, with more parameters; what is neither is left to the validation."""
-    if isinstance(method, str):
-        return {"name": method, **params}
-    return {**method, **params} if isinstance(method, dict) else method
+    """A rule with more parameters, as a table; what is no rule is left to the validation."""
+    return {**as_table(method), **params} if isinstance(method, str | Mapping | Method) else method
+
+
+def with_weights(experts: Sequence[Any], weights: Sequence[float] | None, where: str = "weights") -> list[Any]:
+    """The experts, each a path or a table, with these weights; UsageError where their number differs."""
+    if weights is None:
+        return list(experts)
+    if len(weights) != len(experts):
+        raise UsageError(where, f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    pairs = zip(experts, weights, strict=True)
+    return [{**(e if isinstance(e, dict) else {"model": e}), "weight": weight} for e, weight in pairs]
+
+
+def parse_weights(text: str) -> list[float]:
+    """`1,0.5` to numbers."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError("--weights", f"{text!r} are no numbers", "write for example --weights 1,0.5") from None
+
+
+def parse_expert(text: str) -> Any:
+    """`PATH=0.5` to an expert with its weight; a path that exists under that very name is one."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or files.kind(Path(text)) != "nothing":
+        return text
+    try:
+        return {"model": path, "weight": float(weight)}
+    except ValueError:
+        return text
 
 
 def _locate_expert(folder: Path, expert: Any) -> Any:
