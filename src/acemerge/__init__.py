@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
     from acemerge.output.expert_weights import expert_weights
     from acemerge.output.merge_report import MergeReport
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless who uses it asks for more
 
 __all__ = [
     "METHODS",
@@ -49,6 +52,10 @@ _HOMES = {
     "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

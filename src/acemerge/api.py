@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
+
+from typing_extensions import Unpack
 
 from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
+from acemerge.engine.execute import (
+    OnProgress,
+    Progress,
+    Records,
+    dry_run,
+    find_thresholds,
+    walker,
+    write_heads,
+    write_weights,
+)
+from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
@@ -38,7 +52,25 @@ from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weigh
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
 
+log = logging.getLogger(__name__)
 
+
+@overload
+def merge(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    method: AnyMethod = ...,
+    out: str | Path | None = ...,
+    **options: Unpack[MergeOptions],
+) -> MergeReport: ...
+@overload
+def merge(  # with parameters of the rule
+    base: str | Path,
+    experts: Sequence[str | Path],
+    method: AnyMethod = ...,
+    out: str | Path | None = ...,
+    **options: Any,
+) -> MergeReport: ...
 def merge(
     base: str | Path,
     experts: Sequence[str | Path],
@@ -52,38 +84,47 @@ def merge(
         base: the model that all experts were fine-tuned from, by its folder or its Hub id (`org/name@revision`).
         experts: the same of each expert.
         method: a rule's name, a table with `name` and its parameters, or an instance of a rule.
-        options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
-            for the experts, and parameters of the rule (`eps=1e-4`).
+        options: those of `MergeOptions`, and parameters of the rule (`eps=1e-4`): fields of the recipe (`scale`,
+            `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`, `overwrite`, `resume`, `max_shard_size`,
+            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights` for the experts,
+            and `on_progress`, a function that is told how far the merge is, by a `Progress`.
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
     """
     run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
     if isinstance(experts, str | Path):
         raise UsageError("experts", f"{experts} is one path", "give a list of paths")
+    on_progress = options.pop("on_progress", None) or _nobody
+    if not callable(on_progress):
+        what = f"{on_progress!r} cannot be called"
+        raise UsageError("on_progress", what, "give a function of one argument")
     weighted = with_weights([str(path) for path in experts], options.pop("weights", None))
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
     if isinstance(own.get("calibration"), Path):
         own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)
     recipe = make_recipe({"base": str(base), "experts": weighted, "method": spec, **own}, "merge")
-    return run_recipe(recipe, None if out is None else Path(out), make_options(run_fields))
+    return run_recipe(recipe, None if out is None else Path(out), make_options(run_fields), on_progress)
 
 
-def run_recipe(
-    recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
-) -> MergeReport:
+def _nobody(_: Progress) -> None:
+    pass
+
+
+def run_recipe(recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
     if out is None and options.push is not None:
         raise UsageError("push", "there is no output to upload", "name the output folder with `out`")
     return run_opened(open_recipe(recipe, out, options), out, options, on_progress)
 
 
-def run_opened(
-    opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
-) -> MergeReport:
+def run_opened(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
     plan, started = opened.plan, time.perf_counter()
+    on_progress = _logged(on_progress)
+    log.info("%d tensors of %d experts", len(plan.jobs), len(plan.experts), extra=_fields("started", out=out))
+    for warning in plan.warnings:
+        log.warning(warning, extra=_fields("warning"))
     if options.report:
         check_libraries()
     if not options.force:
@@ -99,7 +140,8 @@ def run_opened(
         if options.resume:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
-                return _finished(out, verify(out), options, on_progress)
+                log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
+                return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
             done = read_journal(out, opened.layout.files) or done
             _check_same_run(out, done.identity, about)
         manifest = _write(opened, output, done, options, on_progress)
@@ -120,11 +162,34 @@ def _dry_run(
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
+    report = MergeReport(out, manifest)
+    written = _fields("finished", out=out, bytes=report.bytes_written, seconds=manifest["seconds"])
+    log.info("%s is complete: %d tensors", out, len(report.tensors), extra=written)
     if options.report:
         write_report(out, on_progress=on_progress)
     if options.push is None:
-        return MergeReport(out, manifest)
-    return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))
+        return report
+    address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
+    log.info("uploaded to %s", address, extra=_fields("pushed", address=address))
+    return replace(report, pushed=address)
+
+
+def _fields(event: str, **fields: Any) -> dict[str, Any]:
+    """What a logged event is, and its figures, for handlers that want more than words."""
+    return {"event": event, "fields": fields}
+
+
+def _logged(on_progress: OnProgress) -> OnProgress:
+    """The same, and every step is logged, too."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return on_progress
+
+    def told(now: Progress) -> None:
+        message = "%s: %d of %d %s, %s", now.stage, now.done, now.total, now.unit, now.name
+        log.debug(*message, extra=_fields("progress", **asdict(now)))
+        on_progress(now)
+
+    return told
 
 
 def _write(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from itertools import pairwise
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from acemerge.cli import log
 from acemerge.cli.analyse import analyse
 from acemerge.cli.command import GroupedCommands
 from acemerge.cli.compare import compare
@@ -87,20 +89,22 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         if "--debug" in arguments:
             traceback.print_exc()
-        code = _report(failure)
+        line, code = _line_of(failure)
+        _say(line, code, arguments)
     except Exception as failure:  # a defect of ours: still one line, and how to see more
         if "--debug" in arguments:
             raise
         what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-        sys.stderr.write(f"acemerge: error: internal: {what}; run again with --debug and report it\n")
         code = 1
+        _say(f"internal: {what}; run again with --debug and report it", code, arguments)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report(failure: BaseException) -> int:
-    line, code = _line_of(failure)
-    sys.stderr.write(f"acemerge: error: {line}\n")
-    return code
+def _say(text: str, code: int, arguments: list[str]) -> None:
+    if "--log-format=json" in arguments or ("--log-format", "json") in pairwise(arguments):
+        sys.stderr.write(log.line("error", "error", text, {"exit_code": code}) + "\n")
+    else:
+        sys.stderr.write(f"acemerge: error: {text}\n")
 
 
 def _line_of(failure: BaseException) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -12,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from acemerge.cli.log import events_on_stderr
 from acemerge.cli.options import GROUPS, Options
 
 Records = dict[str, list[tuple[str, str]]]
@@ -57,7 +59,8 @@ def command(
 
         def run(**given: Any) -> None:
             asked = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-            function(asked, **given)
+            with events_on_stderr() if asked.logs else contextlib.nullcontext():
+                function(asked, **given)
 
         parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own), *shared]
         vars(run)["__signature__"] = inspect.Signature(parameters)

@@ -9,7 +9,7 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.evaluate import TaskFile, score
-from acemerge.cli.options import RULE, Options, needed, option
+from acemerge.cli.options import RULE, TELLING, Options, needed, option
 from acemerge.cli.text import say, stderr
 from acemerge.errors import UsageError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @command(
     "compare",
     group="Judge",
-    takes=("base", "expert", "calibration", "out", "overwrite", "device", "quiet"),
+    takes=("base", "expert", "calibration", "out", "overwrite", "device", *TELLING),
     examples=(
         "acemerge compare ./merged ./other --tasks tasks.yaml -o ./scores",
         "acemerge compare recipe.yaml --methods auto,ties --tasks tasks.yaml -o ./scores",
@@ -62,7 +62,7 @@ def compare(
     if recipe is not None and methods is not None:
         recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
         found, given = with_experts(found, recipe), rows(recipe.base, given, folders_of(recipes, out))
-        merge_all(recipes, out, asked.run_options(), lambda text: None if asked.quiet else say(stderr(), text))
+        merge_all(recipes, out, asked.run_options(), lambda text: None if asked.silent else say(stderr(), text))
     elif not given:
         raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
     score(asked, given, found, None if recipe is None else recipe.base)

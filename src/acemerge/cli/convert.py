@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from acemerge.cli.command import command
-from acemerge.cli.options import Options
-from acemerge.cli.text import say, size, stderr, stdout
+from acemerge.cli.options import TELLING, Options
+from acemerge.cli.text import outcome, print_json, say, size, stderr, stdout
 
 
 @command(
     "convert",
     group="Checkpoints",
-    takes=("allow_pickle", "dequantize", "overwrite", "resume", "max_shard_size", "quiet"),
+    takes=("allow_pickle", "dequantize", "overwrite", "resume", "max_shard_size", *TELLING),
     examples=(
         "acemerge convert ./old ./new --allow-pickle",
         "acemerge convert ./fp8 ./plain --dequantize --max-shard-size 2GB",
@@ -36,8 +36,10 @@ def convert(
 
     options = asked.run_options()
     opened = open_conversion(source, target, options)
-    with progress(stderr(), asked.quiet) as on_progress:
+    with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, target, options, on_progress)
-    if not asked.quiet:
-        total = sum(entry["bytes"] for entry in report.manifest["outputs"].values())
-        say(stdout(), f"{target}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
+    if asked.as_json:
+        print_json(outcome(report))
+    elif not asked.quiet:
+        about = f"{target}: {len(report.tensors)} tensors, {size(report.bytes_written)}, manifest in acemerge.json"
+        say(stdout(), f"{about}; it was complete, and was verified" if report.was_complete else about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from acemerge.cli.command import command
-from acemerge.cli.options import MODELS, Options, option
-from acemerge.cli.text import say, stderr, stdout
+from acemerge.cli.options import MODELS, TELLING, Options, option
+from acemerge.cli.text import print_json, say, stderr, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +27,7 @@ TaskFile = Annotated[Path, option(MODELS, "the tasks, see docs/evaluate.md", "--
 @command(
     "evaluate",
     group="Judge",
-    takes=("base", "out", "overwrite", "device", "quiet"),
+    takes=("base", "out", "overwrite", "device", *TELLING),
     examples=(
         "acemerge evaluate ./merged --tasks tasks.yaml",
         "acemerge evaluate ./math-lora --base ./base --tasks tasks.yaml -o ./scores",
@@ -63,12 +64,26 @@ def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | N
     from acemerge.evaluation.run import Run
     from acemerge.evaluation.run import evaluate as scores_of
 
-    with examples_progress(stderr(), asked.quiet) as on_progress:
+    with logged_progress() if asked.logs else examples_progress(stderr(), asked.quiet) as on_progress:
         device = find_devices(asked.device)[0]
         found = scores_of(dict(models), Run(tasks, device, on_progress, asked.quiet, base))
     missing = None if asked.out is None else write_results(found, tasks, dict(models), asked.out)
-    if not asked.quiet:
+    if asked.as_json:
+        print_json({**found.as_table(), "out": None if asked.out is None else str(asked.out)})
+    elif not asked.quiet:
         show(stdout(), found, asked.out, missing)
+
+
+@contextlib.contextmanager
+def logged_progress() -> Iterator[OnProgress]:
+    """An event for each batch of examples."""
+    log = logging.getLogger(__name__)
+
+    def told(name: str, done: int, total: int) -> None:
+        fields = {"stage": "evaluate", "name": name, "done": done, "total": total, "unit": "examples"}
+        log.debug("%s: %d of %d examples", name, done, total, extra={"event": "progress", "fields": fields})
+
+    yield told
 
 
 @contextlib.contextmanager

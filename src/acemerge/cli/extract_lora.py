@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from acemerge.cli.command import command
-from acemerge.cli.options import OUTPUT, Options, needed, option
-from acemerge.cli.text import adapter, stdout, table
+from acemerge.cli.options import OUTPUT, TELLING, Options, needed, option
+from acemerge.cli.text import adapter, outcome, print_json, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @command(
     "extract-lora",
     group="Checkpoints",
-    takes=("base", "allow_pickle", "out", "overwrite", "device", "quiet"),
+    takes=("base", "allow_pickle", "out", "overwrite", "device", *TELLING),
     examples=(
         "acemerge extract-lora ./math --base ./base --rank 16 -o ./math-lora",
         "acemerge extract-lora org/math --base org/base --rank 64 -o ./math-lora --device cuda",
@@ -38,7 +38,9 @@ def extract_lora(
     base = needed(asked.base, "--base", "name the model that it comes from with --base")
     out = needed(asked.out, "-o", "name the output folder with -o OUT")
     report = extract.extract_lora(model, base, rank, out, asked.run_options())
-    if not asked.quiet:
+    if asked.as_json:
+        print_json(outcome(report))
+    elif not asked.quiet:
         show(stdout(), report)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from acemerge.cli.command import command
-from acemerge.cli.options import LOOKING, SAYING, Options, option
-from acemerge.cli.text import say, stderr, stdout, table
+from acemerge.cli.options import LOOKING, TELLING, Options
+from acemerge.cli.text import print_json, say, stderr, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,27 +22,24 @@ _MOST_LAYERS = 10
 @command(
     "inspect",
     group="Merge",
-    takes=(*LOOKING, "quiet"),
+    takes=(*LOOKING, *TELLING),
     examples=(
         "acemerge inspect --base ./base --expert ./math --expert ./code",
         "acemerge inspect recipe.yaml --json",
     ),
     page="quick-start.md",
 )
-def inspect(
-    asked: Options,
-    as_json: Annotated[bool, option(SAYING, "print everything as JSON, every layer included", "--json")] = False,
-) -> None:
+def inspect(asked: Options) -> None:
     """Look at the experts before merging: how far, how alike, where in conflict. Reads every tensor once."""
     from acemerge.cli.progress import progress
     from acemerge.engine.opening import open_recipe
     from acemerge.inspection.survey import survey
 
     opened = open_recipe(asked.asked_recipe(), None, asked.run_options())
-    with progress(stderr(), asked.quiet) as on_progress:
+    with progress(stderr(), asked.silent) as on_progress:
         seen = survey(opened, asked.workers, on_progress)
-    if as_json:
-        stdout().file.write(json.dumps(seen.table(), allow_nan=False) + "\n")
+    if asked.as_json:
+        print_json(seen.table())
     elif not asked.quiet:
         show(stdout(), seen)
 

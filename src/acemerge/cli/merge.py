@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from acemerge.cli.command import command
 from acemerge.cli.options import MERGING, Options, needed
-from acemerge.cli.text import adapter, duration, is_live, say, size, stderr, stdout, table
+from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
+from acemerge.cli.verify import verified
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,12 +40,14 @@ def merge(asked: Options) -> None:
     out = needed(asked.out, "-o", "name the output folder with -o OUT")
     options = asked.run_options()
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
-    if not asked.quiet:
+    if not asked.silent:
         before(stderr(), opened, out, asked.resume)
-    with progress(stderr(), asked.quiet) as on_progress:
+    with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
-    if not asked.quiet:
-        after(stdout(), report, warned=is_live(stderr()))
+    if asked.as_json:
+        print_json(outcome(report))
+    elif not asked.quiet:
+        after(stdout(), report, warned=is_live(stderr()) and not asked.silent)
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
@@ -121,8 +124,10 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
     from acemerge.output.shares import total_energies
 
     manifest = report.manifest
-    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
-    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
+    if report.was_complete and report.out is not None:
+        say(console, f"{verified(report.out, manifest)}: the merge was complete, nothing was left to do")
+        return
+    rules = ", ".join(f"{count} by {rule}" for rule, count in report.rules.items())
     say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
     for label, about in manifest.get("adapters", {}).items():
         say(console, f"expert {label}: {about}")
@@ -132,8 +137,7 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
         say(console, f"warning: {warning}")
     if "stored" in manifest:
         adapter(console, report)
-    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    say(console, f"{report.out}: {size(report.bytes_written)}, manifest in acemerge.json")
     if report.pushed:
         say(console, f"uploaded to {report.pushed}")
     labels = manifest["experts"]

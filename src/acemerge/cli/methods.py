@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.options import Options
-from acemerge.cli.text import say, stdout, table
+from acemerge.cli.text import print_json, say, stdout, table
 from acemerge.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from acemerge.methods import Method
+
 
 @command(
     "methods",
     group="Merge",
-    takes=(),
+    takes=("as_json",),
     examples=("acemerge methods", "acemerge methods auto"),
     page="recipes.md",
 )
@@ -28,31 +31,58 @@ def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one rule, in detail")] = None,
 ) -> None:
     """List the rules, or show one with its parameters, defaults and source."""
+    from acemerge.methods import METHODS, rule_name
+
     if name is None:
-        show_all(stdout())
+        if asked.as_json:
+            print_json({"rules": [as_table(rule) for rule in METHODS.values()]})
+        else:
+            show_all(stdout())
+        return
+    rule = METHODS.get(rule_name(name))
+    if rule is None:
+        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
+    if asked.as_json:
+        print_json(as_table(rule))
     else:
-        show_one(stdout(), name)
+        show_one(stdout(), rule)
+
+
+def as_table(rule: type[Method]) -> dict[str, Any]:
+    """What a rule says of itself, as JSON."""
+    from acemerge.methods import METHODS, make, rule_name
+    from acemerge.methods.about import families, parameters
+
+    return {
+        "name": rule.name,
+        "family": next(family for family, rules in families(METHODS).items() if rule in rules),
+        "recommended": rule.name == rule_name("auto"),
+        "source": rule.source,
+        "description": inspect.getdoc(rule),
+        "needs_data": make(rule.name, {}).needs.calibration is not None,
+        "parameters": [dataclasses.asdict(parameter) for parameter in parameters(rule)],
+    }
 
 
 def show_all(console: Console) -> None:
-    from acemerge.methods import METHODS
-    from acemerge.methods.about import parameters, summary
-
-    rows = [
-        (rule.name, ", ".join(f"{p.name}={p.default}" for p in parameters(rule)), summary(rule), rule.source)
-        for rule in METHODS.values()
-    ]
-    table(console, ("rule", "parameters", "what it does", "source"), rows)
-
-
-def show_one(console: Console, name: str) -> None:
-    """What a rule says of itself, and its parameters."""
+    """A line for each rule, by family; the recommended one has a star."""
     from acemerge.methods import METHODS, rule_name
+    from acemerge.methods.about import families, line
+
+    width = max(map(len, METHODS))
+    for family, rules in families(METHODS).items():
+        say(console, family)
+        for rule in rules:
+            star = "*" if rule.name == rule_name("auto") else " "
+            say(console, f"{star} {rule.name:{width}}  {line(rule)}")
+        say(console, "")
+    say(console, "* recommended: --method auto")
+    say(console, "`acemerge methods NAME` has a rule's formula, its parameters and its source.")
+
+
+def show_one(console: Console, rule: type[Method]) -> None:
+    """What a rule says of itself, and its parameters."""
     from acemerge.methods.about import parameters
 
-    name = rule_name(name)
-    if name not in METHODS:
-        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
-    rule = METHODS[name]
     say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
     table(console, ("parameter", "default", "meaning"), [(p.name, p.default, p.meaning) for p in parameters(rule)])

@@ -106,8 +106,22 @@ class Options:
     max_memory: Annotated[
         str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
     ] = None
+    as_json: Annotated[bool, option(SAYING, "print one JSON object, and nothing else on stdout", "--json")] = False
+    log_format: Annotated[
+        Literal["text", "json"], option(SAYING, "how the work is told of on stderr: json has a line an event")
+    ] = "text"
     quiet: Annotated[bool, option(SAYING, "print nothing but errors", "--quiet")] = False
     debug: Annotated[bool, option(SAYING, "show the traceback of an error", "--debug")] = False
+
+    @property
+    def logs(self) -> bool:
+        """Whether stderr gets a line for each event."""
+        return self.log_format == "json" and not self.quiet
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody wants to see on stderr how the work gets on."""
+        return self.quiet or self.logs
 
     def run_options(self) -> RunOptions:
         """How to run it; what was not given is left to the defaults there."""
@@ -149,14 +163,16 @@ class Options:
         return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
 
 
-# What commands take that read models by a recipe; those that merge them, too; and those that write the result.
+# What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those
+# whose result machines may want.
 LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
     "allow_pickle", "dequantize", "device", "workers", "max_memory",
 )  # fmt: skip
 CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
 WRITING = ("force", "out", "overwrite", "resume", "dtype", "max_shard_size", "as_lora", "push", "report")
-MERGING = (*LOOKING, *CHOOSING, *WRITING, "quiet")
+TELLING = ("as_json", "log_format", "quiet")
+MERGING = (*LOOKING, *CHOOSING, *WRITING, *TELLING)
 
 
 def needed(value: T | None, name: str, cure: str) -> T:

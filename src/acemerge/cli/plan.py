@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from acemerge.cli.command import command
 from acemerge.cli.options import MERGING, Options
-from acemerge.cli.text import say, size, stdout, table
+from acemerge.cli.text import print_json, say, size, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +29,38 @@ def plan(asked: Options) -> None:
     from acemerge.engine.opening import open_recipe
 
     opened = open_recipe(asked.asked_recipe(), asked.out, asked.run_options())
-    if not asked.quiet:
+    if asked.as_json:
+        print_json(as_table(opened.plan))
+    elif not asked.quiet:
         show(stdout(), opened.plan)
+
+
+def as_table(plan: Plan) -> dict[str, Any]:
+    """All of it, as JSON."""
+    from acemerge.planning.costs import operations, peak_memory
+
+    named = zip(plan.experts, plan.heads, strict=True)
+    tensors = [
+        {
+            "name": job.name,
+            "shape": list(job.spec.shape),
+            "role": job.role.name,
+            "rule": job.rule,
+            "reason": job.reason,
+        }
+        for job in plan.jobs
+    ]
+    return {
+        "experts": list(plan.experts),
+        "tensors": tensors,
+        "heads": {label: [head.spec.name for head in heads] for label, heads in named},
+        "roles": plan.roles_source,
+        "warnings": list(plan.warnings),
+        "bytes_read": plan.bytes_read + plan.bytes_reread,
+        "bytes_written": plan.bytes_written,
+        "operations": operations(plan),
+        "peak_memory": peak_memory(plan),
+    }
 
 
 def show(console: Console, plan: Plan) -> None:

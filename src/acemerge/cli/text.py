@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,6 +68,38 @@ def table(
 def say(console: Console, text: str) -> None:
     """Plain text: names from files are never read as markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout; figures that are none, which JSON has no words for, are null."""
+    clean = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    stdout().file.write(json.dumps(clean) + "\n")
+
+
+def outcome(report: MergeReport) -> dict[str, Any]:
+    """Of an output that was written, as JSON."""
+    from acemerge.checkpoints import files
+    from acemerge.output.folder import MANIFEST, REPORT
+
+    assert report.out is not None
+    manifest, page = report.manifest, report.out / REPORT
+    adapter = (
+        {"layers": len(manifest["stored"]), "share_lost": manifest["share_lost"]} if "stored" in manifest else None
+    )
+    return {
+        "out": str(report.out),
+        "manifest": str(report.out / MANIFEST),
+        "was_complete": report.was_complete,
+        "experts": manifest["experts"],
+        "tensors": len(report.tensors),
+        "rules": report.rules,
+        "bytes": report.bytes_written,
+        "seconds": manifest["seconds"],
+        "warnings": manifest["warnings"],
+        "adapter": adapter,
+        "report": str(page) if files.kind(page) == "file" else None,
+        "pushed": report.pushed,
+    }
 
 
 def size(count: float) -> str:

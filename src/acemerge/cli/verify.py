@@ -10,13 +10,13 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.options import Options
-from acemerge.cli.text import say, size, stdout
+from acemerge.cli.text import print_json, say, size, stdout
 
 
 @command(
     "verify",
     group="Judge",
-    takes=(),
+    takes=("as_json",),
     examples=("acemerge verify ./merged", "acemerge verify ./merged && rsync -a ./merged server:models/"),
     page="reliability.md",
 )
@@ -26,7 +26,14 @@ def verify(
     """Check hashes, completeness and finiteness of an output folder."""
     from acemerge.output import verify as output
 
-    say(stdout(), verified(folder, output.verify(folder)))
+    manifest = output.verify(folder)
+    if asked.as_json:
+        files = manifest["outputs"]
+        total = sum(entry["bytes"] for entry in files.values())
+        about = {"files": len(files), "tensors": len(manifest["tensors"]), "bytes": total}
+        print_json({"out": str(folder), **about, "created": manifest["created"]})
+    else:
+        say(stdout(), verified(folder, manifest))
 
 
 def verified(out: Path, manifest: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from acemerge.checkpoints.hub import locate
 from acemerge.engine.opening import Opened, RunOptions, check_output_apart
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
+from acemerge.output.folder import check_output
 from acemerge.planning.costs import budget
 from acemerge.planning.jobs import Job, Plan
 from acemerge.recipes.recipe import Recipe
@@ -21,6 +22,7 @@ from acemerge.recipes.tables import TensorRule
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
+    check_output(out, options.overwrite, options.resume)
     model = locate(source, options.allow_pickle, options.quiet)
     checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))

@@ -28,6 +28,7 @@ from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
+from acemerge.output.folder import check_output
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
@@ -136,6 +137,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
+        check_output(out, options.overwrite, options.resume)
     devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
