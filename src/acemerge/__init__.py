@@ -64,4 +64,12 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("importlib.metadata").version("acemerge")
     if name not in _HOME:
         raise AttributeError(f"module 'acemerge' has no attribute {name!r}")
+    if name == "METHODS":
+        _load_installed()
     return getattr(importlib.import_module(f"acemerge.{_HOME[name]}"), name)
+
+
+def _load_installed() -> None:
+    """Rules of other packages belong to all rules; of one that does not load it is logged why."""
+    for failure in importlib.import_module("acemerge.methods").load_installed():
+        logging.getLogger(__name__).warning("%s", failure)

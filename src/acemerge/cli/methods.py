@@ -10,8 +10,7 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.options import Options
-from acemerge.cli.text import print_json, say, stdout, table
-from acemerge.errors import UsageError, nearest
+from acemerge.cli.text import print_json, say, stderr, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,17 +30,17 @@ def methods(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one rule, in detail")] = None,
 ) -> None:
     """List the rules, or show one with its parameters, defaults and source."""
-    from acemerge.methods import METHODS, rule_name
+    from acemerge.methods import METHODS, load_installed, rule_class
 
     if name is None:
+        for failure in load_installed():
+            say(stderr(), f"warning: {failure}")
         if asked.as_json:
             print_json({"rules": [as_table(rule) for rule in METHODS.values()]})
         else:
             show_all(stdout())
         return
-    rule = METHODS.get(rule_name(name))
-    if rule is None:
-        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
+    rule = rule_class(name)
     if asked.as_json:
         print_json(as_table(rule))
     else:

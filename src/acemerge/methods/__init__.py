@@ -17,7 +17,17 @@ from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
 from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
-from acemerge.methods.registry import METHODS, AnyMethod, as_rule, as_table, make, register, rule_name
+from acemerge.methods.registry import (
+    METHODS,
+    AnyMethod,
+    as_rule,
+    as_table,
+    load_installed,
+    make,
+    register,
+    rule_class,
+    rule_name,
+)
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
@@ -39,9 +49,11 @@ __all__ = [
     "check_experts",
     "expert_seeds",
     "keeps_low_rank",
+    "load_installed",
     "make",
     "merge_low_rank",
     "register",
+    "rule_class",
     "rule_name",
 ]
 
