@@ -126,7 +126,11 @@ def test_plan_reads_headers_only(plain: PlainModel, capsys: pytest.CaptureFixtur
     plain.tuned[1]["score.weight"] = torch.ones(3, 6)
     code, printed, _ = run(capsys, "plan", *arguments(plain), "-o", plain.root / "out")
     assert code == 0
-    assert re.search(r"layers\.0\.up\.weight +8x6 +linear +ace +a linear layer's weight", printed)
+    assert re.search(
+        r"^ace \(linear\): a linear layer's weight\n +1 layers\.0\.down.*\n +1 layers\.0\.up\.weight +8x6$",
+        printed,
+        re.M,
+    )
     assert "heads/e2: score.weight (missing in the base)" in printed
     assert "roles from names and shapes" in printed
     assert re.search(r"6 tensors; read [\d.]+ kB, write [\d.]+ k?B; [\d.]+ GFLOP; peak memory", printed)

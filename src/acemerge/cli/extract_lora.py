@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from acemerge.cli.command import command
+from acemerge.cli.grouping import grouped, shortened
 from acemerge.cli.options import OUTPUT, TELLING, Options, needed, option
-from acemerge.cli.text import adapter, outcome, print_json, stdout, table
+from acemerge.cli.text import adapter, outcome, print_json, say, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @command(
     "extract-lora",
     group="Checkpoints",
-    takes=("base", "allow_pickle", "out", "overwrite", "device", *TELLING),
+    takes=("base", "allow_pickle", "out", "overwrite", "device", "every", *TELLING),
     examples=(
         "acemerge extract-lora ./math --base ./base --rank 16 -o ./math-lora",
         "acemerge extract-lora org/math --base org/base --rank 64 -o ./math-lora --device cuda",
@@ -41,15 +42,18 @@ def extract_lora(
     if asked.as_json:
         print_json(outcome(report))
     elif not asked.quiet:
-        show(stdout(), report)
+        show(stdout(), report, asked.every)
 
 
-def show(console: Console, report: MergeReport) -> None:
-    """What each tensor lost, and what the adapter holds."""
-    rows = [
-        (name, f"{record['energy']:.4g}", f"{record['share_lost']:.2%}")
-        for name, record in report.tensors.items()
-        if record["energy"] or name in report.manifest["stored"]
-    ]
-    table(console, ("tensor", "energy of its difference", "lost"), rows)
+def show(console: Console, report: MergeReport, every: bool = False) -> None:
+    """What tensors lost, layers together, and what the adapter holds."""
+    records, stored = report.tensors, report.manifest["stored"]
+    names = [name for name, record in records.items() if record["energy"] or name in stored]
+    say(console, f"{'':5} {'energy':>10} {'lost':>8}  tensor")
+    for common, members in grouped(names, lambda name: name in stored, every):
+        energy = sum(records[name]["energy"] for name in members)
+        lost = sum(records[name]["energy"] * records[name]["share_lost"] for name in members)
+        figures = f"{len(members):5} {energy:10.4g} {lost / energy if energy else 0:8.2%}"
+        say(console, f"{figures}  {shortened(common, console.width - len(figures) - 2)}")
+    say(console, "energy: squared norm of the difference; lost: the share of it that the adapter lacks", wrap=True)
     adapter(console, report)

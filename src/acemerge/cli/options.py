@@ -106,6 +106,7 @@ class Options:
     max_memory: Annotated[
         str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
     ] = None
+    every: Annotated[bool, option(SAYING, "name every tensor, not layers together", "--all")] = False
     as_json: Annotated[bool, option(SAYING, "print one JSON object, and nothing else on stdout", "--json")] = False
     log_format: Annotated[
         Literal["text", "json"], option(SAYING, "how the work is told of on stderr: json has a line an event")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from acemerge.cli.command import command
+from acemerge.cli.grouping import grouped, shortened
 from acemerge.cli.options import MERGING, Options
-from acemerge.cli.text import print_json, say, size, stdout, table
+from acemerge.cli.text import print_json, say, size, stdout
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 @command(
     "plan",
     group="Merge",
-    takes=MERGING,
+    takes=(*MERGING, "every"),
     examples=(
         "acemerge plan --base ./base --expert ./math --expert ./code",
         "acemerge plan recipe.yaml --method ties -o ./merged",
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
     page="concepts/policies.md",
 )
 def plan(asked: Options) -> None:
-    """Show every tensor, its role, its rule and why; reads headers only."""
+    """Show which tensors get which rule and why, and what the merge takes; reads headers only."""
     from acemerge.engine.opening import open_recipe
 
     opened = open_recipe(asked.asked_recipe(), asked.out, asked.run_options())
     if asked.as_json:
         print_json(as_table(opened.plan))
     elif not asked.quiet:
-        show(stdout(), opened.plan)
+        show(stdout(), opened.plan, asked.every)
 
 
 def as_table(plan: Plan) -> dict[str, Any]:
@@ -63,26 +65,45 @@ def as_table(plan: Plan) -> dict[str, Any]:
     }
 
 
-def show(console: Console, plan: Plan) -> None:
+def show(console: Console, plan: Plan, every: bool = False) -> None:
+    """What gets which rule and why, layers together; what else is to be known; what it takes."""
     from acemerge.planning.costs import operations, peak_memory
 
-    rows = [(job.name, "x".join(map(str, job.spec.shape)), job.role.name, job.rule, job.reason) for job in plan.jobs]
-    table(console, ("tensor", "shape", "role", "rule", "why"), rows)
+    _show_tensors(console, plan, every)
     for label, heads in zip(plan.experts, plan.heads, strict=True):
         for head in heads:
-            say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
-    say(console, f"\nroles from {plan.roles_source}")
+            say(console, f"heads/{label}: {head.spec.name} ({head.reason})", wrap=True)
+    say(console, f"roles from {plan.roles_source}", wrap=True)
     for label, adapter in plan.adapters.items():
-        say(console, f"expert {label}: {adapter}")
+        say(console, f"expert {label}: {adapter}", wrap=True)
     for who, about in plan.dequantized.items():
-        say(console, f"{who}: to be dequantised, {about}")
+        say(console, f"{who}: to be dequantised, {about}", wrap=True)
     for label, tasks in plan.calibration.items():
-        say(console, f"expert {label}: to be calibrated on {', '.join(tasks)}")
+        say(console, f"expert {label}: to be calibrated on {', '.join(tasks)}", wrap=True)
     for warning in plan.warnings:
-        say(console, f"warning: {warning}")
+        say(console, f"warning: {warning}", wrap=True)
     read = size(plan.bytes_read + plan.bytes_reread)
-    say(
-        console,
+    takes = (
         f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
-        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
+        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}"
     )
+    say(console, takes, wrap=True)
+
+
+def _show_tensors(console: Console, plan: Plan, every: bool) -> None:
+    """Under each rule and reason the tensors that it holds for: how many, their names, their shape."""
+    jobs = {job.name: job for job in plan.jobs}
+    parts: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for job in plan.jobs:
+        parts[job.rule, job.role.name, job.reason].append(job.name)
+    for (rule, role, reason), names in sorted(parts.items(), key=lambda part: -len(part[1])):
+        say(console, f"{rule} ({role.replace('_', ' ')}): {reason}", wrap=True)
+        rows = [
+            (f"{len(members)}", common, "x".join(map(str, jobs[members[0]].spec.shape)) or "one value")
+            for common, members in grouped(names, lambda name: jobs[name].spec.shape, every)
+        ]
+        width = console.width - 6 - max(len(shape) for _, _, shape in rows) - 2
+        longest = min(width, max(len(common) for _, common, _ in rows))
+        for count, common, shape in rows:
+            say(console, f"{count:>5} {shortened(common, width):{longest}}  {shape}")
+        say(console, "")

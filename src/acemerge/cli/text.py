@@ -65,9 +65,11 @@ def table(
     console.print(grid)
 
 
-def say(console: Console, text: str) -> None:
-    """Plain text: names from files are never read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def say(console: Console, text: str, wrap: bool = False) -> None:
+    """Plain text: names from files are never read as markup. On a terminal a sentence may be broken between words,
+    which paths and commands to copy must not be.
+    """
+    console.print(text, highlight=False, markup=False, soft_wrap=not (wrap and console.is_terminal))
 
 
 def print_json(value: Any) -> None:
