@@ -32,6 +32,7 @@ from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.inspection.advice import of_frozen
 from acemerge.methods import AnyMethod
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
@@ -42,7 +43,7 @@ from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.origin import origin_of
 from acemerge.output.picture import shares_picture
-from acemerge.output.shares import layer_shares
+from acemerge.output.shares import energies_of, layer_shares, total_energies
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
@@ -134,7 +135,8 @@ def run_opened(opened: Opened, out: Path | None, options: RunOptions, on_progres
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
-        return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)) | measured)
+        manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
+        return MergeReport(None, manifest | _with_surprises(manifest))
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
@@ -145,7 +147,7 @@ def run_opened(opened: Opened, out: Path | None, options: RunOptions, on_progres
             done = read_journal(out, opened.layout.files) or done
             _check_same_run(out, done.identity, about)
         manifest = _write(opened, output, done, options, on_progress)
-        manifest |= {"seconds": _since(started), "run": digest(about)}
+        manifest |= {"seconds": _since(started), "run": digest(about), **_with_surprises(manifest)}
         output.publish(to_bytes(manifest))
         return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
@@ -172,6 +174,16 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
     log.info("uploaded to %s", address, extra=_fields("pushed", address=address))
     return replace(report, pushed=address)
+
+
+def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The warnings, with what is only known when all was read: experts that are the base itself."""
+    labels, records = manifest["experts"], manifest["tensors"]
+    compared = any(energies_of(record, labels) for record in records.values())
+    found = [str(advice) for advice in of_frozen(labels, total_energies(labels, records))] if compared else []
+    for warning in found:
+        log.warning(warning, extra=_fields("warning"))
+    return {"warnings": [*manifest["warnings"], *found]}
 
 
 def _fields(event: str, **fields: Any) -> dict[str, Any]:

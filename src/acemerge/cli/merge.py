@@ -47,7 +47,7 @@ def merge(asked: Options) -> None:
     if asked.as_json:
         print_json(outcome(report))
     elif not asked.quiet:
-        after(stdout(), report, warned=is_live(stderr()) and not asked.silent)
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
@@ -116,9 +116,9 @@ def _values(known: Sequence[Any]) -> str:
     return "several"
 
 
-def after(console: Console, report: MergeReport, warned: bool) -> None:
-    """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
-    before the merge.
+def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> None:
+    """What was done, and the three things to look at: experts, layers, what is next. `warned`: the warnings that
+    were said before the merge.
     """
     from acemerge.inspection.advice import largest_update, of_energies
     from acemerge.output.shares import total_energies
@@ -133,8 +133,9 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
         say(console, f"expert {label}: {about}")
     for who, about in manifest.get("dequantized", {}).items():
         say(console, f"{who}: dequantised, {about}")
-    for warning in () if warned else manifest["warnings"]:
-        say(console, f"warning: {warning}")
+    for warning in manifest["warnings"]:
+        if warning not in warned:
+            say(console, f"warning: {warning}", wrap=True)
     if "stored" in manifest:
         adapter(console, report)
     say(console, f"{report.out}: {size(report.bytes_written)}, manifest in acemerge.json")
@@ -142,7 +143,8 @@ def after(console: Console, report: MergeReport, warned: bool) -> None:
         say(console, f"uploaded to {report.pushed}")
     labels = manifest["experts"]
     energies = total_energies(labels, report.tensors)
-    experts = [str(advice) for advice in of_energies(labels, energies)] or [largest_update(labels, energies)]
+    advice = [str(advice) for advice in of_energies(labels, energies)]
+    experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
     pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(report.tensors))), _next(report)])
 
 

@@ -37,6 +37,7 @@ from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
+from acemerge.planning.surprises import same_models
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe
 
@@ -159,7 +160,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
+    twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
     calibration, unused = assign(plan)
     plan = replace(
         plan,

@@ -18,6 +18,7 @@ from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
 from acemerge.planning.policy import Decision, Policy
+from acemerge.planning.surprises import of_recipe
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipes.recipe import Recipe
 
@@ -58,6 +59,7 @@ def make_plan(
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
     if dequantized:
         planner.warnings.append(_ROUNDED)
+    planner.warnings += of_recipe(recipe, base.tensors.keys())
     return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
 
 
