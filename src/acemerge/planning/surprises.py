@@ -30,7 +30,7 @@ def _nearest(pattern: str, names: Collection[str]) -> str:
     spelt = pattern.strip(_WILD + ".")
     length = spelt.count(".") + 1
     parts: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         words = name.split(".")
         for i in range(max(1, len(words) - length + 1)):
             parts.setdefault(".".join(words[i : i + length]), name)
