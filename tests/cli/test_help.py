@@ -18,6 +18,7 @@ from acemerge.cli.command import Command, grouped
 from acemerge.cli.options import GROUPS, Options
 from acemerge.engine.opening import RunOptions
 from acemerge.recipes.recipe import Recipe
+from acemerge.reproduction.pack import PACKS
 
 HEAVY = ("torch", "numpy", "safetensors", "transformers", "yaml", "rich")
 each = pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
@@ -90,6 +91,10 @@ def test_every_option_has_a_group() -> None:
 def test_a_usage_error_names_the_command_whose_help_helps(capsys: pytest.CaptureFixture[str]) -> None:
     failed(run(capsys, "merge", "--bse", "x"), 2, "No such option: --bse.*; see acemerge merge --help$")
     failed(run(capsys, "murge"), 2, "No such command 'murge'.*; see acemerge --help$")
+
+
+def test_the_packs_of_reproduce_are_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "|".join(PACKS) in run(capsys, "reproduce", "-h")[1]
 
 
 def test_options_are_those_of_recipes_and_runs() -> None:

@@ -39,7 +39,7 @@ def compare(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL...] [RECIPE.yaml]", help="models, and a recipe to merge")
     ] = None,
-    methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m")] = None,
+    methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
 ) -> None:
     """Score models side by side; with --methods, merge by each rule first."""
     from acemerge.engine.opening import check_output_apart

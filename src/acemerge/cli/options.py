@@ -40,18 +40,24 @@ class Options:
     """What was asked for; an option that a command does not take, or that was not given, has its default here."""
 
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")] = None
-    base: Annotated[str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from")] = (
-        None
-    )
+    base: Annotated[
+        str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from", metavar="MODEL")
+    ] = None
     expert: Annotated[
         list[str] | None,
-        option(MODELS, "an expert's folder or Hub id; PATH=0.5 gives it a weight; repeat for each", "--expert"),
+        option(
+            MODELS,
+            "an expert's folder or Hub id; PATH=0.5 gives it a weight; repeat for each",
+            "--expert",
+            metavar="MODEL",
+        ),
     ] = None
     weights: Annotated[
         str | None, option(MODELS, "the experts' weights, in their order, as 1,0.5", metavar="W,W,...")
     ] = None
     method: Annotated[
-        str | None, option(RULE, "merge rule, see `acemerge methods`; auto: the one recommended [default: ace]")
+        str | None,
+        option(RULE, "merge rule, see `acemerge methods`; auto: the one recommended [default: ace]", metavar="NAME"),
     ] = None
     settings: Annotated[
         list[str] | None, option(RULE, "a parameter of the rule; repeat for each", "--set", metavar="KEY=VALUE")
@@ -85,14 +91,14 @@ class Options:
         bool,
         option(READING, "also read weights in fp8, with their scales, as the values they stand for", "--dequantize"),
     ] = False
-    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out")] = None
+    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH")] = None
     overwrite: Annotated[bool, option(OUTPUT, "replace what the output folder holds", "--overwrite")] = False
     resume: Annotated[bool, option(OUTPUT, "go on where a killed or interrupted run stopped", "--resume")] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         option(OUTPUT, "type of the output [default: the base's]"),
     ] = None
-    max_shard_size: Annotated[str | None, option(OUTPUT, "largest output file [default: 5GB]")] = None
+    max_shard_size: Annotated[str | None, option(OUTPUT, "largest output file [default: 5GB]", metavar="SIZE")] = None
     as_lora: Annotated[
         int | None, option(OUTPUT, "write one LoRA adapter of this rank instead of a model", metavar="RANK")
     ] = None
@@ -101,10 +107,10 @@ class Options:
         option(OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"),
     ] = None
     report: Annotated[bool, option(OUTPUT, "write OUT/report.html too; reads the models once more", "--report")] = False
-    device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto")] = "cpu"
+    device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto", metavar="NAME")] = "cpu"
     workers: Annotated[int, option(RUNNING, "tensors computed at once")] = 1
     max_memory: Annotated[
-        str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
+        str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]", metavar="SIZE")
     ] = None
     every: Annotated[bool, option(SAYING, "name every tensor, not layers together", "--all")] = False
     as_json: Annotated[bool, option(SAYING, "print one JSON object, and nothing else on stdout", "--json")] = False
