@@ -13,6 +13,7 @@ from builders import PlainModel, load_folder
 
 import acemerge
 from acemerge.cli.app import main
+from acemerge.methods import rule_name
 from acemerge.output.verify import verify
 
 
@@ -145,6 +146,15 @@ def test_methods_lists_rules_and_shows_one(capsys: pytest.CaptureFixture[str]) -
     assert code == 0
     assert all(word in printed for word in ("eps", "1e-05", "arXiv 2603.02945", "k_frac", "ridge"))
     failed(run(capsys, "methods", "acee"), 2, "did you mean `ace`")
+
+
+def test_the_list_of_rules_is_a_line_each_by_family(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "methods")[1]
+    assert "Of other packages" not in printed, "a rule has no line in methods/about.py"
+    lines = printed.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("* ")] == [rule_name("auto"), "recommended:"]
+    assert {line[2:].split()[0] for line in lines if line[1:2] == " "} == {*acemerge.METHODS, "recommended:"}
+    assert max(map(len, lines)) <= 80
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

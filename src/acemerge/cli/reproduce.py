@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 def reproduce(
     asked: Options,
-    pack: Annotated[str, typer.Argument(metavar="gpt2|llama|roberta|vit", help="which of the papers' experiments")],
+    pack: Annotated[str, typer.Argument(metavar="vit|roberta|gpt2|llama", help="which of the papers' experiments")],
     variant: Annotated[
         str | None, option(READING, "which model, where a pack has several [vit: b16]", "--size")
     ] = None,
