@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"acemerge.{_HOME[name]}"), name)
 
 
+@functools.cache
 def _load_installed() -> None:
     """Rules of other packages belong to all rules; of one that does not load it is logged why."""
     for failure in importlib.import_module("acemerge.methods").load_installed():

@@ -35,7 +35,12 @@ def test_help_imports_nothing_heavy() -> None:
 def test_nor_does_help_of_a_command_nor_a_usage_error() -> None:
     """All in one process, each as `acemerge WORDS` would be."""
     asked = [[command.name, "-h"] for command in COMMANDS]
-    asked += [["--version"], ["murge"], ["merge", "--bse", "x"], ["plan", "--scale", "big"], ["verify"]]
+    asked += [["--version"], ["murge"], ["merge", "--bse", "x"], ["plan", "--scale", "big"], ["verify"], ["plan"]]
+    asked += [
+        ["merge", "--base", "x", "--expert", "y"],
+        ["compare", "--tasks", "t"],
+        ["extract-lora", "m", "--rank", "2"],
+    ]
     code = f"""
 import sys
 from acemerge.cli.app import main

@@ -59,6 +59,8 @@ def command(
 
         def run(**given: Any) -> None:
             asked = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+            if "recipe" in takes:
+                asked.check_models()
             with events_on_stderr() if asked.logs else contextlib.nullcontext():
                 function(asked, **given)
 

@@ -42,13 +42,14 @@ def compare(
     methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
 ) -> None:
     """Score models side by side; with --methods, merge by each rule first."""
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
     from acemerge.engine.opening import check_output_apart
     from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
     from acemerge.evaluation.results import check_free
     from acemerge.recipes.labels import expert_labels
     from acemerge.tasks.task_file import load_tasks
 
-    out = needed(asked.out, "-o", "name the output folder with -o OUT")
     named = [name for name in models or [] if not _is_recipe(name)]
     found, given = load_tasks(tasks), dict(zip(expert_labels(named), named, strict=True))
     recipe = _recipe([name for name in models or [] if _is_recipe(name)], asked)

@@ -34,10 +34,11 @@ def extract_lora(
     rank: Annotated[int, option(OUTPUT, "rank of the adapter")],
 ) -> None:
     """Make a LoRA adapter of a full fine-tune, and say what of it is lost."""
-    from acemerge import extract
-
     base = needed(asked.base, "--base", "name the model that it comes from with --base")
     out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
+    from acemerge import extract
+
     report = extract.extract_lora(model, base, rank, out, asked.run_options())
     if asked.as_json:
         print_json(outcome(report))

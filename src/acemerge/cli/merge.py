@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 )
 def merge(asked: Options) -> None:
     """Merge a base and its experts into one folder."""
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
     from acemerge import api
     from acemerge.cli.progress import progress
     from acemerge.engine.opening import open_recipe
 
-    out = needed(asked.out, "-o", "name the output folder with -o OUT")
     options = asked.run_options()
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
     if not asked.silent:

@@ -137,6 +137,12 @@ class Options:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
         return make_options({name: value for name, value in given.items() if value is not None})
 
+    def check_models(self) -> None:
+        """UsageError where neither a recipe file nor options name models: known before anything is imported."""
+        if self.recipe is None:
+            needed(self.base, "--base", "give --base or a recipe file")
+            needed(self.expert or None, "--expert", "give --expert or a recipe file")
+
     def experts(self) -> list[Any]:
         """Those of --expert, as a recipe has them."""
         from acemerge.recipes.recipe import parse_expert
@@ -163,9 +169,6 @@ class Options:
             raise UsageError("--weights", "an --expert has a weight, too", "give the weights in one place")
         if self.recipe is not None:
             return load_recipe(self.recipe, given, self.method, params, weights)
-        for key, name in (("base", "--base"), ("experts", "--expert")):
-            if key not in given:
-                raise UsageError("command line", f"{name} is missing", f"give {name} or a recipe file")
         given["experts"] = with_weights(given["experts"], weights, "--weights")
         return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
 
