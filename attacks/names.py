@@ -17,7 +17,7 @@ from rich.console import Console
 
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.cli import text as show
+from acemerge.cli import plan
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.recipes.recipe import make_recipe
 from attacks import models
@@ -102,7 +102,7 @@ def _as_tensor(tally: Tally, folder: Path, name: str, must: Must) -> None:
 def _plan(place: Path) -> None:
     recipe = make_recipe({"base": str(place), "experts": [str(place)], "method": "average"})
     text = io.StringIO()
-    show.plan(Console(file=text, width=2000), open_recipe(recipe, None, RunOptions()).plan)
+    plan.show(Console(file=text, width=2000), open_recipe(recipe, None, RunOptions()).plan)
     check(bool(text.getvalue()), "no plan was shown")
 
 

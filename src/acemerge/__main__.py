@@ -26,12 +26,13 @@ def main() -> None:
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
     try:
         from acemerge.cli.app import main as run
+        from acemerge.cli.app import terminated
     except Exception as failure:
         _explain(failure)
         raise
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminated)
     for stream in (sys.stdout, sys.stderr):  # a name may hold half a character, which no terminal can be sent
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -62,9 +63,10 @@ def _explain(failure: Exception) -> None:
         os._exit(4)
 
 
-def _quit(*_: object) -> NoReturn:
-    os.write(2, b"acemerge: error: interrupted: nothing was done; run the same command again\n")
-    os._exit(130)
+def _quit(number: int, _: object) -> NoReturn:
+    what = "terminated" if number == signal.SIGTERM else "interrupted"
+    os.write(2, f"acemerge: error: {what}: nothing was done; run the same command again\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

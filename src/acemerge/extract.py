@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acemerge.api import MergeReport, run_opened
+from acemerge.api import run_opened
 from acemerge.checkpoints.files import output_path
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.output.merge_report import MergeReport
 from acemerge.recipes.recipe import make_recipe
 
 

@@ -295,6 +295,37 @@ def test_a_head_that_is_not_finite_is_refused(plain: PlainModel) -> None:
     refused(plain, CheckpointError, "expert e1: tensor 'score.weight' is nan")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": "2", "max_shard_size": 1000},
+        {"device": torch.device("cpu"), "max_memory": "8GB", "overwrite": "yes"},
+        {"max_shard_size": "0.1 MiB", "max_memory": 8 * 10**9},
+    ],
+)
+def test_options_mean_what_they_say(plain: PlainModel, options: dict[str, Any]) -> None:
+    _, plainly = merge(plain)
+    _, merged = merge(plain, **{"overwrite": True, **options})
+    assert all(torch.equal(merged[name], value) for name, value in plainly.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "--workers: 0 is not a number of workers; use 1 or more"),
+        ({"workers": "two"}, "--workers: 'two' is not a number of workers"),
+        ({"max_shard_size": "big"}, "--max-shard-size: 'big' is not a size in bytes; write for example 5GB or 512MiB"),
+        ({"max_shard_size": 0}, "--max-shard-size: 0 is not a size"),
+        ({"max_memory": -1}, "--max-memory: -1 is not a size"),
+        ({"max_memory": 8}, "--max-memory: tensor .* more than 8; allow more"),
+        ({"device": 3}, "--device: 3 is wrong: input should be a valid string; see `acemerge merge --help`"),
+        ({"resume": "perhaps"}, "--resume: 'perhaps' is wrong: input should be a valid boolean"),
+    ],
+)
+def test_wrong_options_are_named(plain: PlainModel, options: dict[str, Any], message: str) -> None:
+    refused(plain, UsageError, message, **options)
+
+
 def test_usage_errors(plain: PlainModel) -> None:
     base, experts = plain.save()
     with pytest.raises(UsageError, match="at least one expert"):
@@ -303,9 +334,5 @@ def test_usage_errors(plain: PlainModel) -> None:
         acemerge.merge(base, experts, epz=1)
     with pytest.raises(UsageError, match="unknown device"):
         acemerge.merge(base, experts, device="tpu")
-    with pytest.raises(UsageError, match="not a size"):
-        acemerge.merge(base, experts, max_shard_size="big")
-    with pytest.raises(UsageError, match="number of workers"):
-        acemerge.merge(base, experts, workers=0)
     with pytest.raises(UsageError, match="needs a matrix"):
         acemerge.merge(base, experts, rules=[{"match": "*norm*", "method": "ace"}])

@@ -103,9 +103,10 @@ def test_other_sizes_are_refused_and_other_places_are_warned_of(tmp_path: Path) 
     with pytest.raises(CheckpointError, match="--vocabulary base or union"):
         acemerge.merge(base, [larger])
     report = acemerge.merge(base, [turned], force=True)
-    assert report.manifest["warnings"] == [
+    assert (
         "expert turned: 4 tokens have other ids than in the base; vocabulary: base matches the rows by token"
-    ]
+        in (report.manifest["warnings"])
+    )
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `acemerge merge` says: before, what goes where and what it takes; after, what was done and what to look at."""
+"""`acemerge merge`. It says before, what goes where and what it takes; after, what was done and what to look at."""
 
 from __future__ import annotations
 
@@ -6,31 +6,60 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from acemerge.cli.command import command
+from acemerge.cli.options import MERGING, Options, needed
+from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
+from acemerge.cli.verify import verified
 
-from acemerge.api import MergeReport
-from acemerge.checkpoints import files
-from acemerge.cli.progress import duration, is_live
-from acemerge.cli.text import adapter, say, size, table
-from acemerge.engine.opening import Opened
-from acemerge.inspection.advice import largest_update, of_energies, of_statuses
-from acemerge.methods import Method
-from acemerge.models.roles import LAYERS
-from acemerge.output.folder import REPORT
-from acemerge.output.shares import Records, total_energies
-from acemerge.planning.costs import RESIDENT
-from acemerge.planning.estimate import measure_rates, plan_seconds
-from acemerge.planning.jobs import Job, Plan
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acemerge.engine.opening import Opened
+    from acemerge.output.merge_report import MergeReport
+    from acemerge.output.shares import Records
+    from acemerge.planning.jobs import Job, Plan
+
+
+@command(
+    "merge",
+    group="Merge",
+    takes=MERGING,
+    examples=(
+        "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
+        "acemerge merge recipe.yaml --method auto -o ./merged --report",
+    ),
+    page="recipes.md",
+)
+def merge(asked: Options) -> None:
+    """Merge a base and its experts into one folder."""
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
+    from acemerge import api
+    from acemerge.cli.progress import progress
+    from acemerge.engine.opening import open_recipe
+
+    options = asked.run_options()
+    opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
+    if not asked.silent:
+        before(stderr(), opened, out, asked.resume)
+    with progress(stderr(), asked.silent) as on_progress:
+        report = api.run_opened(opened, out, options, on_progress)
+    if asked.as_json:
+        print_json(outcome(report))
+    elif not asked.quiet:
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     """What goes where, and what to expect; on a terminal, while one may still stop it."""
     if not is_live(console):
         return
+    from acemerge.checkpoints import files
+    from acemerge.planning.costs import RESIDENT
+    from acemerge.planning.estimate import measure_rates, plan_seconds
+
     plan = opened.plan
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
@@ -80,6 +109,8 @@ def _parameters(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _values(known: Sequence[Any]) -> str:
+    from acemerge.methods import Method
+
     if len(known) == 1:
         return known[0].name if isinstance(known[0], Method) else f"{known[0]}"
     if all(isinstance(value, int | float) for value in known):
@@ -87,34 +118,44 @@ def _values(known: Sequence[Any]) -> str:
     return "several"
 
 
-def after(console: Console, report: MergeReport, warned: bool) -> None:
-    """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
-    before the merge.
+def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> None:
+    """What was done, and the three things to look at: experts, layers, what is next. `warned`: the warnings that
+    were said before the merge.
     """
-    manifest, records = report.manifest, report.records
-    counts = Counter(record.rule for record in records.values())
-    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
-    say(console, f"merged {len(records)} tensors ({rules}) in {manifest['seconds']:.1f} s")
+    from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.output.shares import total_energies
+
+    manifest = report.manifest
+    if report.was_complete and report.out is not None:
+        say(console, f"{verified(report.out, manifest)}: the merge was complete, nothing was left to do")
+        return
+    rules = ", ".join(f"{count} by {rule}" for rule, count in report.rules.items())
+    say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
     for label, about in manifest.get("adapters", {}).items():
         say(console, f"expert {label}: {about}")
     for who, about in manifest.get("dequantized", {}).items():
         say(console, f"{who}: dequantised, {about}")
-    for warning in () if warned else manifest["warnings"]:
-        say(console, f"warning: {warning}")
+    for warning in manifest["warnings"]:
+        if warning not in warned:
+            say(console, f"warning: {warning}", wrap=True)
     if "stored" in manifest:
         adapter(console, report)
-    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    say(console, f"{report.out}: {size(report.bytes_written)}, manifest in acemerge.json")
     if report.pushed:
         say(console, f"uploaded to {report.pushed}")
     labels = manifest["experts"]
+    records = report.records
     energies = total_energies(labels, records)
-    experts = [str(advice) for advice in of_energies(labels, energies)] or [largest_update(labels, energies)]
+    advice = [str(advice) for advice in of_energies(labels, energies)]
+    experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
     pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
 
 
 def _layers(records: Records) -> list[str]:
     """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
+    from acemerge.inspection.advice import of_statuses
+    from acemerge.models.roles import LAYERS
+
     found = [str(advice) for advice in of_statuses(record.stats.statuses for record in records.values())]
     layers = {name: record.stats for name, record in records.items() if record.role in LAYERS}
     conditions = {name: stats.largest(lambda part: part.condition) for name, stats in layers.items()}
@@ -128,6 +169,9 @@ def _layers(records: Records) -> list[str]:
 
 
 def _next(report: MergeReport) -> tuple[str, str]:
+    from acemerge.checkpoints import files
+    from acemerge.output.folder import REPORT
+
     assert report.out is not None
     page = report.out / REPORT
     return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
@@ -139,6 +183,9 @@ def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
         for label, text in facts:
             say(console, f"{label}: {text}")
         return
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import module_weights
@@ -26,6 +29,7 @@ from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
+from acemerge.output.folder import check_output
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
@@ -34,29 +38,56 @@ from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
+from acemerge.planning.surprises import same_models
 from acemerge.recipes.labels import expert_labels
-from acemerge.recipes.recipe import Recipe, parse_size
+from acemerge.recipes.recipe import Recipe
 
 # What libraries take beside the threads and tensors when they are used first.
 _LIBRARIES = 64 << 20
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """What decides how a recipe is run, but not the values that come out."""
+def _device_name(value: Any) -> Any:
+    return str(value) if isinstance(value, torch.device) else value
 
-    device: str = "cpu"
-    max_shard_size: str = "5GB"
-    workers: int = 1
+
+Bytes = Annotated[ByteSize, Field(ge=1, lt=1 << 62)]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(validate_default=True))
+class RunOptions:
+    """What decides how a recipe is run, but not the values that come out. Sizes are numbers of bytes, or as `5GB`."""
+
+    device: Annotated[str, BeforeValidator(_device_name)] = "cpu"
+    max_shard_size: Bytes = ByteSize(5 * 10**9)
+    workers: Annotated[int, Field(ge=1)] = 1
     overwrite: bool = False
     resume: bool = False
-    max_memory: str | None = None
+    max_memory: Bytes | None = None
     allow_pickle: bool = False
     dequantize: bool = False
     force: bool = False
     quiet: bool = False
     push: str | None = None
     report: bool = False
+
+
+_WRONG = {
+    "workers": ("is not a number of workers", "use 1 or more"),
+    "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
+    "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
+}
+
+
+def make_options(given: Mapping[str, Any]) -> RunOptions:
+    """Checked options of a run; UsageError names the first wrong one and the cure."""
+    try:
+        return RunOptions(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        what, cure = _WRONG.get(name, (f"is wrong: {message}", "see `acemerge merge --help`"))
+        raise UsageError(f"--{name.replace('_', '-')}", f"{first['input']!r} {what}", cure) from None
 
 
 @dataclass(frozen=True)
@@ -126,9 +157,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-    if options.workers < 1:
-        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
-    devices, max_shard = find_devices(options.device), parse_size(options.max_shard_size)
+        check_output(out, options.overwrite, options.resume)
+    devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
@@ -151,17 +181,19 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
+    twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
     calibration, unused = assign(plan)
     plan = replace(
         plan,
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
-    limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
-    most = allowed(plan, limit, options.workers)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, most, calibration)
+    most = allowed(plan, options.max_memory, options.workers)
+    shard = options.max_shard_size
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration)
 
 
 def _unwrapped(

@@ -41,18 +41,18 @@ def of_origin(relations: Iterable[Relation]) -> list[Advice]:
     ]
 
 
+def of_frozen(labels: Sequence[str], energies: Sequence[float]) -> list[Advice]:
+    """Experts without an update, where others were compared with the base as well."""
+    cure = "leave it out, or check that its folder is the right one"
+    pairs = zip(labels, energies, strict=True)
+    return [Advice(f"expert {label} is frozen: it is the base itself", cure) for label, energy in pairs if energy == 0]
+
+
 def of_energies(
     labels: Sequence[str], energies: Sequence[float], gammas: Sequence[float | None] = (), tau: float | None = None
 ) -> list[Advice]:
     """Experts without an update, one that dominates, layers above ACE's tau where that is the rule."""
-    found = [
-        Advice(
-            f"expert {label} is frozen: it is the base itself",
-            "leave it out, or check that its folder is the right one",
-        )
-        for label, energy in zip(labels, energies, strict=True)
-        if energy == 0
-    ]
+    found = of_frozen(labels, energies)
     active = [(label, energy) for label, energy in zip(labels, energies, strict=True) if energy > 0]
     for label, energy in active:
         others = [other for name, other in active if name != label]

@@ -27,7 +27,17 @@ from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_sum import MergekitSum
 from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
-from acemerge.methods.registry import METHODS, make, register, rule_name
+from acemerge.methods.registry import (
+    METHODS,
+    AnyMethod,
+    as_rule,
+    as_table,
+    load_installed,
+    make,
+    register,
+    rule_class,
+    rule_name,
+)
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
@@ -38,6 +48,7 @@ from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
     "METHODS",
+    "AnyMethod",
     "Calibration",
     "Layer",
     "LayerResult",
@@ -47,13 +58,17 @@ __all__ = [
     "Needs",
     "Status",
     "Together",
+    "as_rule",
+    "as_table",
     "check_experts",
     "check_weights",
     "expert_seeds",
     "keeps_low_rank",
+    "load_installed",
     "make",
     "merge_low_rank",
     "register",
+    "rule_class",
     "rule_name",
 ]
 

@@ -32,7 +32,7 @@ _LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".acemerge.old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, WriteError, ResourceError)
+_RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
 
 
 @dataclass
@@ -190,6 +190,20 @@ def is_output(name: str) -> bool:
     return name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
 
+def check_output(path: Path, overwrite: bool, resume: bool = False) -> None:
+    """UsageError for what can be no output folder, or holds something that is not to be replaced.
+
+    An unfinished merge is left to `output_folder`: another run may be at it.
+    """
+    there = files.kind(path)
+    if there == "link" or side_folders(path, "link"):
+        raise UsageError(path, "is a link", "name the folder itself")
+    if there not in ("nothing", "folder"):
+        raise UsageError(path, f"is a {there}", "name a folder")
+    if there == "folder" and JOURNAL not in files.list_folder(path):
+        _check_contents(path, overwrite, resume)
+
+
 @contextlib.contextmanager
 def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator[OutputFolder]:
     """Hold `path` for one run. A failure removes what was not published, unless the run can be gone on with.
@@ -198,11 +212,8 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
     (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder cannot be made or another run
     holds it.
     """
+    check_output(path, overwrite, resume)
     there = files.kind(path)
-    if there == "link" or side_folders(path, "link"):
-        raise UsageError(path, "is a link", "name the folder itself")
-    if there not in ("nothing", "folder"):
-        raise UsageError(path, f"is a {there}", "name a folder")
     files.make_folder(path)
     try:
         with files.lock(path / _LOCK):

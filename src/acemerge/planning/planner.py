@@ -18,6 +18,7 @@ from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
 from acemerge.planning.policy import Decision, Policy
+from acemerge.planning.surprises import of_recipe
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipes.recipe import Recipe
 
@@ -55,6 +56,7 @@ def make_plan(
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
     if dequantized:
         planner.warnings.append(_ROUNDED)
+    planner.warnings += of_recipe(recipe, base.tensors.keys())
     plan = Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
     for job in _distinct(plan.ruled):
         check_weights(job.method, job.weights)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
-from acemerge.methods import Method
+from acemerge.methods import Method, as_table
 from acemerge.models.depth import LayerStack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
@@ -138,14 +138,21 @@ def make_recipe(content: Mapping[str, Any], where: object = "recipe") -> Recipe:
 
 
 def load_recipe(
-    path: Path, overrides: Mapping[str, Any], method: str | None = None, params: Mapping[str, Any] | None = None
+    path: Path,
+    overrides: Mapping[str, Any],
+    method: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Recipe:
     """Read a recipe file. Relative folders in it are relative to the file; what is no folder may be a Hub id.
 
-    `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
+    `overrides` win over its keys, `method` over its rule, `params` over the rule's parameters and `weights` over those
+    of its experts.
     """
     content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
     if is_mergekit(content):
+        if weights is not None:
+            raise UsageError(path, "--weights does not go with a mergekit recipe", "change the file")
         return _from_mergekit(content, path, overrides, method, params)
     if isinstance(content.get("base"), str):
         content["base"] = relative_to(path.parent, content["base"])
@@ -154,7 +161,10 @@ def load_recipe(
     if isinstance(content.get("calibration"), str):  # never on the Hub
         content["calibration"] = str(path.parent / content["calibration"])
     rule = with_params(method or content.get("method", "ace"), params or {})
-    return make_recipe({**content, "method": rule, **overrides}, path)
+    content = {**content, "method": rule, **overrides}
+    if isinstance(content.get("experts"), list):
+        content["experts"] = with_weights(content["experts"], weights, "--weights")
+    return make_recipe(content, path)
 
 
 def _from_mergekit(
@@ -178,10 +188,37 @@ def _from_mergekit(
 
 
 def with_params(method: Any, params: Mapping[str, Any]) -> Any:
-    """A rule, by name or as a table, with more parameters; what is neither is left to the validation."""
-    if isinstance(method, str):
-        return {"name": method, **params}
-    return {**method, **params} if isinstance(method, dict) else method
+    """A rule with more parameters, as a table; what is no rule is left to the validation."""
+    return {**as_table(method), **params} if isinstance(method, str | Mapping | Method) else method
+
+
+def with_weights(experts: Sequence[Any], weights: Sequence[float] | None, where: str = "weights") -> list[Any]:
+    """The experts, each a path or a table, with these weights; UsageError where their number differs."""
+    if weights is None:
+        return list(experts)
+    if len(weights) != len(experts):
+        raise UsageError(where, f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    pairs = zip(experts, weights, strict=True)
+    return [{**(e if isinstance(e, dict) else {"model": e}), "weight": weight} for e, weight in pairs]
+
+
+def parse_weights(text: str) -> list[float]:
+    """`1,0.5` to numbers."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError("--weights", f"{text!r} are no numbers", "write for example --weights 1,0.5") from None
+
+
+def parse_expert(text: str) -> Any:
+    """`PATH=0.5` to an expert with its weight; a path that exists under that very name is one."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or files.kind(Path(text)) != "nothing":
+        return text
+    try:
+        return {"model": path, "weight": float(weight)}
+    except ValueError:
+        return text
 
 
 def _locate_expert(folder: Path, expert: Any) -> Any:
@@ -202,23 +239,6 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
             raise UsageError(f"--set {setting}", "not of the form KEY=VALUE", "write for example --set eps=2e-4")
         params[key.strip()] = value.strip()
     return params
-
-
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`5GB` or `512MiB` to bytes."""
-    compact = text.strip().upper().replace(" ", "")
-    digits = compact.rstrip("BIKMGT")
-    try:
-        size = float(digits) * _SIZE_UNITS[compact[len(digits) :]]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 1 <= size < 1 << 62:
-        raise UsageError(f"size {text!r}", "not a size in bytes", "write for example 5GB or 512MiB")
-    return int(size)
 
 
 def _explain(failure: ValidationError, where: object) -> UsageError:

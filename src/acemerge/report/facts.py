@@ -52,7 +52,8 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
     gammas = [stats.largest(lambda part: part.gamma) for stats in said if stats.branch or stats.slices]
     method = manifest["recipe"].get("method", {})
     tau = method.get("tau", 0.3) if method.get("name") == "ace" else None
-    advice += of_energies(labels, energies, gammas, tau)
+    known = {str(line) for line in advice}
+    advice += [line for line in of_energies(labels, energies, gammas, tau) if str(line) not in known]
     if seen is not None:
         layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)
