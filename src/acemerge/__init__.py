@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from acemerge.api import MergeReport, merge
     from acemerge.calibration.moments import input_second_moments
     from acemerge.engine.in_memory import merge_deltas, merge_factors, merge_models, merge_state_dicts
-    from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
+    from acemerge.errors import AcemergeError, CheckpointError, NumericalError, ResourceError, UsageError, WriteError
     from acemerge.methods import METHODS, Layer, LayerResult, LowRankResult, Method, Needs, register
     from acemerge.output.expert_weights import expert_weights
 
@@ -24,6 +24,7 @@ __all__ = [
     "Method",
     "Needs",
     "NumericalError",
+    "ResourceError",
     "UsageError",
     "WriteError",
     "expert_weights",
@@ -39,7 +40,7 @@ __all__ = [
 _HOMES = {
     "api": ("MergeReport", "merge"),
     "calibration.moments": ("input_second_moments",),
-    "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
+    "errors": ("AcemergeError", "CheckpointError", "NumericalError", "ResourceError", "UsageError", "WriteError"),
     "engine.in_memory": ("merge_deltas", "merge_factors", "merge_models", "merge_state_dicts"),
     "output.expert_weights": ("expert_weights",),
     "methods": ("METHODS", "Layer", "LayerResult", "LowRankResult", "Method", "Needs", "register"),
