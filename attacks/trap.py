@@ -57,7 +57,8 @@ def confined(folder: Path, call: Callable[[], object]) -> Callable[[], object]:
             return ""  # a descriptor that is open already
         path = os.path.realpath(os.fsdecode(arguments[0]).replace("\0", ""))
         inside = any(path == home or path.startswith(home + os.sep) for home in (str(folder), *code))
-        return "" if inside or path.startswith("/proc/self/") else f"{event} of {path}"
+        kernel = path.startswith("/proc/self/") or path == "/proc/cpuinfo"  # of this machine, and of nobody else
+        return "" if inside or kernel else f"{event} of {path}"
 
     def watched() -> None:
         with watching(judge) as seen:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from acemerge.calibration.moments import input_second_moments
     from acemerge.engine.in_memory import merge_models, merge_state_dicts
     from acemerge.engine.one_layer import merge_deltas, merge_factors
-    from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
+    from acemerge.errors import AcemergeError, CheckpointError, NumericalError, ResourceError, UsageError, WriteError
     from acemerge.methods import METHODS, Layer, LayerResult, LayerStats, LowRankResult, Method, Needs, Status, register
     from acemerge.output.expert_weights import expert_weights
     from acemerge.output.merge_report import MergeReport
@@ -31,6 +31,7 @@ __all__ = [
     "Method",
     "Needs",
     "NumericalError",
+    "ResourceError",
     "Status",
     "UsageError",
     "WriteError",
@@ -47,7 +48,7 @@ __all__ = [
 _HOMES = {
     "api": ("merge",),
     "calibration.moments": ("input_second_moments",),
-    "errors": ("AcemergeError", "CheckpointError", "NumericalError", "UsageError", "WriteError"),
+    "errors": ("AcemergeError", "CheckpointError", "NumericalError", "ResourceError", "UsageError", "WriteError"),
     "engine.in_memory": ("merge_models", "merge_state_dicts"),
     "engine.one_layer": ("merge_deltas", "merge_factors"),
     "output.expert_weights": ("expert_weights",),
