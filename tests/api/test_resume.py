@@ -421,4 +421,5 @@ def test_a_signal_while_torch_is_imported(case: Case, number: signal.Signals) ->
     _, errors = process.communicate(timeout=120)
     what, code = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}[number]
     assert process.returncode == code
-    assert errors == f"acemerge: error: {what}: nothing was done; run the same command again\n"
+    assert errors.startswith(f"acemerge: error: {what}: nothing ")
+    assert errors.count("\n") == 1

@@ -67,8 +67,13 @@ def test_an_output_that_is_there_stays_unless_it_is_to_be_replaced(shelf: Folder
     assert state.error == f"{taken.resolve()}: is not empty; choose another folder or add --overwrite"
     assert (taken / "model.safetensors").read_bytes() == b"mine"
     runner.start("merge", steps.merge(picked("e1"), shelf, "models/taken", overwrite=True, force=False))
-    assert finished(runner).phase == "done"
-    assert state.number + 1 == finished(runner).number
+    assert "which no merge has written" in finished(runner).error
+    assert (taken / "model.safetensors").read_bytes() == b"mine"
+    (taken / "model.safetensors").unlink()
+    for overwrite in (False, True):  # the second in the place of the first
+        runner.start("merge", steps.merge(picked("e1"), shelf, "models/taken", overwrite=overwrite, force=False))
+        assert finished(runner).phase == "done"
+    assert state.number + 3 == finished(runner).number
 
 
 def test_a_merge_that_is_stopped_leaves_nothing_behind(shelf: Folders) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from acemerge.checkpoints.files import output_path
 from acemerge.cli.command import command
 from acemerge.cli.options import TELLING, Options
 from acemerge.cli.text import outcome, print_json, say, size, stderr, stdout
@@ -27,7 +28,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="checkpoint folder, Hub id, or with --allow-pickle a .bin")
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", help="output folder")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", parser=output_path, help="output folder")],
 ) -> None:
     """Write a checkpoint anew as safetensors, its values unchanged."""
     from acemerge import api
