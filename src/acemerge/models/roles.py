@@ -54,7 +54,7 @@ def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], unt
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
     and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them.
     """
-    model, why_not = meta_model(config, most=max(1000, len(tensors)))
+    model, why_not = meta_model(config, len(tensors))
     if model is None:
         config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
