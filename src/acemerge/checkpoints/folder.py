@@ -97,6 +97,8 @@ def _read(info: TensorInfo) -> Tensor:
     spec = info.spec
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
+    if info.parts:
+        return torch.cat([_read(part).flatten() for part in info.parts]).view(spec.shape)
     buffer = bytearray(spec.nbytes)
     descriptor = files.open_for_reading(info.file)
     try:

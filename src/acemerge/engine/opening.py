@@ -21,6 +21,7 @@ from acemerge.engine.execute import Layout
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
@@ -161,9 +162,10 @@ def _matched(
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     roles, models, notes = find_roles(base.config, specs), [base], []
     for label, expert in zip(labels, experts, strict=True):
-        model, note = as_part(expert, label, base, roles)
+        model, part = as_part(expert, label, base, roles)
+        model, layout = as_stored(model, label, base, roles)
         models.append(model)
-        notes += [note] if note else []
+        notes += [note for note in (part, layout) if note]
     who = ["base", *(f"expert {label}" for label in labels)]
     apart, roles, tied = heads_apart(models, who, roles)
     return apart, roles, [*notes, *tied]

@@ -131,7 +131,7 @@ class _Planner:
         if lacking and self._is_no_parameter(role):
             return self._kept(out, role, _NO_PARAMETER)
         if lacking:
-            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", keep_base(name))
+            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", self._cure(lacking[0], name))
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
@@ -209,8 +209,16 @@ class _Planner:
             return self._kept(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {lacking[0]}", what, keep_base(out.name))
+            raise CheckpointError(f"expert {lacking[0]}", what, self._cure(lacking[0], out.name))
         return self._kept(out, role, "no expert has it: the base's own")
+
+    def _cure(self, label: str, name: str) -> str:
+        """Of a tensor that an expert lacks: it may be there under a name of its own, and its values be lost."""
+        i, body = self.labels.index(label), _group(self.roles.identity[name])
+        own = [n for n in self.expert_names[i] if n not in self.base_names and _group(n) == body]
+        if not own:
+            return keep_base(name)
+        return f"it has {own[0]!r}, which the base lacks: save both with one version of the program that wrote them"
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
