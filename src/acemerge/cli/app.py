@@ -58,6 +58,7 @@ from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.output.manifest import versions
 from acemerge.output.verify import verify as verify_folder
+from acemerge.planning.relatedness import check_related
 from acemerge.recipes.recipe import Recipe
 
 app = typer.Typer(
@@ -171,8 +172,10 @@ def _merge(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -
 
 
 def _plan(recipe: Recipe, out: Path | None, options: RunOptions, quiet: bool) -> None:
-    """Show every tensor, its role, its rule and why; reads headers only."""
+    """Show every tensor, its role, its rule and why; reads headers, and samples to see that all are of one family."""
     opened = open_recipe(recipe, out, options)
+    if not options.force:
+        check_related(opened.plan, opened.base, opened.experts)
     if not quiet:
         show.plan(out_console, opened.plan)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
@@ -21,7 +22,6 @@ from acemerge.output.masks import pack
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import Job, Piece
-from acemerge.planning.planner import keep_base
 from acemerge.shapes import Float, Tensor
 
 
@@ -85,8 +85,10 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
     if job.must_agree:
         for model, name in job.inputs[1:]:
             if not torch.equal(base, values.take((model, name))):
-                what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(setting.who(model), what, keep_base(job.name))
+                raise differs_from_base(job, setting.who(model))
+    elif job.largest:
+        for wanted in job.inputs[1:]:
+            base = torch.maximum(base, values.take(wanted))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
     return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
@@ -207,14 +209,11 @@ def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Te
 
 def _check_copies(job: Job, values: Values, setting: Setting) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
-    firsts = {0: job.name} | dict(enumerate(job.sources, 1))
     for model, name in job.copies:
-        first = firsts[model]
+        first = job.first_spelling(model)
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
-            what = f"tensors {first!r} and {name!r} should be tied but differ"
-            cure = "set tie_word_embeddings to false in its config.json"
-            raise CheckpointError(setting.who(model), what, cure)
+            raise differ_though_tied(first, name, setting.who(model))
 
 
 def _first_row(piece: Piece) -> int:

@@ -17,6 +17,7 @@ from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
+from acemerge.engine.agreement import check_agreement
 from acemerge.engine.execute import Layout
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Setting
@@ -138,6 +139,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
+    check_agreement(plan, (base, *experts), Setting(plan.recipe, plan.experts))
     limit = None if options.max_memory is None else parse_size(options.max_memory)
     origins = tuple(model.origin for model in located)
     allowed = budget(plan, limit)

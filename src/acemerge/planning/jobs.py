@@ -58,7 +58,8 @@ class Job:
 
     `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
     none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `absent` are the numbers
-    of the experts that have no say in it. `copies` are further spellings of a tied tensor, whose bytes must agree.
+    of the experts that have no say in it. `must_agree`: the base's own, which the experts' equal; `largest`: the
+    largest of all, entry by entry. `copies` are further spellings of a tied tensor, whose bytes must agree.
     `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`: projections that the
     rule gets one by one. `vocabulary`: which rows of the experts are which of the output. `widens`: inputs in fp8 are
     float32 in memory of their own when they are taken. `factors`: where the output is an adapter, the A and B that it
@@ -75,6 +76,7 @@ class Job:
     sources: tuple[str, ...] = ()
     updates: tuple[Update | None, ...] = ()
     must_agree: bool = False
+    largest: bool = False
     copies: tuple[Input, ...] = ()
     entrywise: bool = False
     fused: Fused | None = None
@@ -97,6 +99,10 @@ class Job:
     def stored(self) -> tuple[TensorSpec, ...]:
         """What the output holds of it."""
         return (self.spec,) if self.factors is None else self.factors
+
+    def first_spelling(self, model: int) -> str:
+        """What a model calls the tensor of which it has further copies."""
+        return self.sources[model - 1] if model else self.name
 
     @property
     def makes_masks(self) -> bool:

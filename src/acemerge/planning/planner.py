@@ -22,6 +22,8 @@ from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_t
 from acemerge.recipes.recipe import Recipe
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
+_COUNTER = "num_batches_tracked"  # of a batch norm: it says how long, not what was learnt
+_COUNTED = f"batch norms: their running statistics are averaged, of {_COUNTER} the largest is kept"
 _ROUNDED = (
     "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
     "merge unquantised checkpoints where there are any"
@@ -53,6 +55,8 @@ def make_plan(
     for job in _distinct(job for job in jobs if job.method):
         assert job.method is not None
         check_experts(job.method, job.own_weights)
+    if any(job.largest and any(job.sources) for job in jobs):
+        planner.warnings.append(_COUNTED)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
@@ -197,6 +201,8 @@ class _Planner:
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
                 raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+        if out.name.endswith(_COUNTER):
+            return replace(self._kept(out, role, "a counter of steps: the largest"), sources=sources, largest=True)
         reason = "an integer buffer: must agree, copied"
         return replace(self._kept(out, role, reason), sources=sources, must_agree=True)
 
