@@ -149,10 +149,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
 def _unwrapped(
     base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
 ) -> tuple[Sequence[Checkpoint], list[str]]:
-    """The experts without a wrapper's prefix on their names, and of which it was taken off."""
+    """The experts without a wrapper's part in their names, and of which it was taken off."""
     found = [without_wrapper(expert, base.tensors) for expert in experts]
-    taken_off = [(label, prefix) for label, (_, prefix) in zip(labels, found, strict=True) if prefix]
-    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off]
+    notes = [f"expert {label}: {about}" for label, (_, about) in zip(labels, found, strict=True) if about]
     return [expert for expert, _ in found], notes
 
 

@@ -224,6 +224,8 @@ class _Planner:
         own = [n for n in self.expert_names[i] if n not in self.base_names and _group(n) == body]
         if not own:
             return keep_base(name)
+        if any(".base_layer." in n for n in own):
+            return "merge its adapter into it with peft first (merge_and_unload) and save that"
         return f"it has {own[0]!r}, which the base lacks: save both with one version of the program that wrote them"
 
     def _in_backbone(self, name: str) -> bool:
