@@ -235,8 +235,10 @@ class _Planner:
     def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Job:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
         found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
-        if role.name in ("embedding", "output_head"):
+        if role.name in ("embedding", "output_head") and shape[1:] == out.shape[1:]:
             cure = "match the vocabularies by token with --vocabulary base or union"
+            if not is_whole(self.experts[self.labels.index(label)]):
+                cure = "merge it with peft into the base whose tokens it was trained with, and name that model"
             raise CheckpointError(f"expert {label}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {label}", found, "merge models of one size")
