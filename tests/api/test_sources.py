@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import acemerge
@@ -184,7 +185,10 @@ NO_ASSETS = (
 def _put_files(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"{folder.name}'s {name}")
+        if name.endswith(".safetensors"):
+            save_file({"linear.weight": torch.ones(3, 6)}, folder / name)
+        else:
+            (folder / name).write_text(f"{folder.name}'s {name}")
     return folder
 
 
@@ -193,11 +197,12 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     _put_files(base, ("tokenizer.json", "preprocessor_config.json", "additional_chat_templates/base.jinja"))
     _put_files(experts[1], (*ASSETS, *NO_ASSETS))
     report = acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
-    unmerged = "2_Dense has weights of its own, which are not merged: the output has those of expert e2"
-    assert unmerged in report.manifest["warnings"]
+    alone = "2_Dense is not in the base: the output has that of expert e2, as it is"
+    assert alone in report.manifest["warnings"]
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
-    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json"}
-    assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
+    heads = "heads/e2.safetensors"
+    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json", heads}
+    assert all((tmp_path / "out" / name).read_bytes() == (experts[1] / name).read_bytes() for name in ASSETS)
     manifest = verify(tmp_path / "out")
     assert manifest["outputs"].keys() >= set(ASSETS)
     acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
@@ -206,6 +211,32 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     acemerge.merge(experts[0], experts[1:], out=tmp_path / "out", overwrite=True)
     assert not templates.exists()
     assert not (tmp_path / "out" / "1_Pooling").exists()
+
+
+def test_dense_modules_behind_a_transformer_are_merged_as_linear_layers(tmp_path: Path) -> None:
+    """As sentence-transformers keeps them: in a folder, and a file, of their own."""
+    base, experts = PlainModel(tmp_path, experts=2).save()
+    dense = []
+    for seed, folder in enumerate((base, *experts)):
+        torch.manual_seed(seed)
+        dense.append({"linear.weight": torch.randn(3, 6), "linear.bias": torch.randn(3)})
+        _put_files(folder, ("modules.json", "2_Dense/config.json"))
+        save_file(dense[-1], folder / "2_Dense" / "model.safetensors")
+    report = acemerge.merge(base, experts, "task_arithmetic", out=tmp_path / "out", scale=0.5)
+    merged = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    first, *tuned = ({name: value.double() for name, value in module.items()} for module in dense)
+    weight = first["linear.weight"] + 0.5 * sum(m["linear.weight"] - first["linear.weight"] for m in tuned)
+    torch.testing.assert_close(merged["linear.weight"].double(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged["linear.bias"].double(), (tuned[0]["linear.bias"] + tuned[1]["linear.bias"]) / 2)
+    record = report.tensors["2_Dense/linear.weight"]
+    assert (record["role"], record["rule"]) == ("linear", "task_arithmetic")
+    assert not report.manifest["warnings"]
+    assert "2_Dense/linear.weight" not in load_folder(tmp_path / "out")
+    inputs = [entry["files"].keys() for entry in report.manifest["inputs"]]
+    assert inputs == [{"model.safetensors", "2_Dense/model.safetensors"}] * 3
+    assert verify(tmp_path / "out")["outputs"].keys() >= {"2_Dense/model.safetensors", "2_Dense/config.json"}
+    lora = acemerge.merge(base, experts, out=tmp_path / "lora", as_lora=2)
+    assert lora.tensors["2_Dense/linear.weight"]["reason"].endswith("not in the adapter")
 
 
 def test_templates_by_a_link_are_no_part_of_the_folder(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
-from acemerge.checkpoints.assets import is_asset, with_asset_folders
+from acemerge.checkpoints.assets import is_asset, module_weights, with_asset_folders
 from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.nearby import almost, paths_in, what_is_there
@@ -178,10 +178,20 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
     if kind.index in names:
         _check_index(root, places, kind)
     assets = tuple(name for name in with_asset_folders(root, names) if is_asset(name) and _is_file(root, name))
+    for name in module_weights(assets):
+        file = contained(root, name)
+        prints[file] = files.fingerprint(file)
+        places |= _module_places(name, read_header(file, float8=dequantize))
     float8 = find_float8(config, places, root)
     tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
     plain = {key: value for key, value in config.items() if key != QUANTISATION}
     return Checkpoint(path, tensors, plain, assets, places, prints, scales=float8.scales, float8=float8.about)
+
+
+def _module_places(file: str, infos: Sequence[TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a module behind the transformer, its folder before their names."""
+    named = [(f"{file.split('/')[0]}/{info.spec.name}", info) for info in infos]
+    return {name: replace(info, spec=replace(info.spec, name=name)) for name, info in named}
 
 
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import module_weights
+from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
@@ -132,7 +132,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base))
     calibration, unused = assign(plan)
     plan = replace(
         plan,
@@ -189,11 +189,11 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _unmerged_modules(wanted: str, owner: Checkpoint) -> list[str]:
-    """A note on each module behind the transformer that would have to be merged, too."""
-    whose = "the base" if wanted == "base" else f"expert {wanted}"
-    modules = module_weights(owner.assets)
-    return [f"{name} has weights of its own, which are not merged: the output has those of {whose}" for name in modules]
+def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:
+    """A note on each module behind the transformer that the base lacks."""
+    merged = {in_module(name)[0] for name in base.tensors}
+    names = [name.split("/")[0] for name in module_weights(owner.assets) if name not in merged]
+    return [f"{name} is not in the base: the output has that of expert {wanted}, as it is" for name in names]
 
 
 def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkpoint]) -> Checkpoint:
