@@ -11,6 +11,7 @@ from torch import nn
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.errors import CheckpointError
 from acemerge.models import architecture
 from acemerge.models.architecture import meta_model
 from acemerge.models.roles import find_roles, role_by_name, roles_by_name, roles_from_model
@@ -86,6 +87,20 @@ def test_the_names_tell_where_a_model_has_more_parts_than_its_checkpoint(monkeyp
     monkeypatch.setattr(architecture, "_PARTS", 500)
     assert meta_model(config, 200) == (None, "BertModel would have more than 800 parts")
     assert meta_model(config, 700)[1] == ""
+
+
+def test_what_takes_too_long_is_refused_and_not_told_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is built in time may depend on the machine: what is merged may not."""
+    import transformers
+
+    def endless(*_: object) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(architecture, "_SECONDS", 0.2)
+    monkeypatch.setattr(transformers.BertModel, "__init__", endless)
+    with pytest.raises(CheckpointError, match=r"describes a BertModel that was not built in 0\.2 seconds"):
+        find_roles({"architectures": ["BertModel"], "model_type": "bert"}, {})
 
 
 HOSTILE = {
