@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
@@ -273,7 +274,7 @@ def _names(checkpoint: Checkpoint) -> dict[Path, str]:
     root = files.resolve(checkpoint.path)
     if files.kind(root) != "folder":
         return {}
-    return {files.resolve(root / name): name for name in files.list_folder(root)}
+    return {files.resolve(root / name): name for name in with_asset_folders(root, files.list_folder(root))}
 
 
 def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

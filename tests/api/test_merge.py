@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import PlainModel, load_folder, write_checkpoint, write_sharded
+from builders import PlainModel, load_folder, write_adapter, write_checkpoint, write_sharded
 from conformance import DATA_FREE, RULES
 from crossed import crossed, spread
+from safetensors.torch import load_file, save_file
 
 import acemerge
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError
 
 
 def merge(plain: PlainModel, **options: Any) -> tuple[acemerge.MergeReport, dict[str, torch.Tensor]]:
@@ -237,6 +238,25 @@ def test_vocabularies_of_different_size(plain: PlainModel, policy: str) -> None:
 def test_a_model_of_another_size_is_refused(plain: PlainModel, name: str) -> None:
     plain.tuned[0][name] = torch.zeros([side + 1 for side in plain.tuned[0][name].shape])
     refused(plain, CheckpointError, f"expert e1: tensor '{name}' has shape .* merge models of one size")
+
+
+def test_a_model_of_another_width_is_no_other_vocabulary(plain: PlainModel) -> None:
+    narrow = {name: value[..., :5].contiguous() for name, value in plain.base.items() if value.is_floating_point()}
+    plain.tuned[0] |= narrow
+    said = r"embed_tokens\.weight' has shape \[11, 5\], but \[11, 6\] .*; merge models of one size"
+    refused(plain, CheckpointError, said)
+
+
+def test_an_adapter_with_more_tokens_is_sent_to_the_base_that_it_was_trained_on(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    up = (torch.zeros(2, 6), torch.zeros(8, 2))
+    lora = write_adapter(plain.root / "lora", {"layers.0.up": up})
+    more = {"base_model.model.embed_tokens.weight": torch.zeros(14, 6)}
+    save_file(load_file(lora / "adapter_model.safetensors") | more, lora / "adapter_model.safetensors")
+    for vocabulary in ("refuse", "union"):
+        with pytest.raises(AcemergeError, match=r"merge it .*with peft|with peft first") as failure:
+            acemerge.merge(base, [lora, experts[0]], vocabulary=vocabulary)
+        assert "--vocabulary" not in str(failure.value)
 
 
 def test_another_architecture_is_refused(plain: PlainModel) -> None:

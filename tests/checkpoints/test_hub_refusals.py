@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import PlainModel, write_sharded
+from builders import PlainModel, write_checkpoint, write_sharded
 from commands import failed, run
 from hub_server import ASSETS, TOKEN, FakeHub, Repository, contents, put
 from huggingface_hub import constants
@@ -113,6 +113,30 @@ def test_refusals(case: str, plain: PlainModel, hub: FakeHub, capsys: pytest.Cap
     name, message = REFUSED[case]
     failed(run(capsys, "merge", "--base", name, "--expert", "org/e1", "-o", "out"), 3, message)
     assert not Path("out").exists()
+
+
+def test_a_mistyped_path_is_a_path_first(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    put(hub, plain)
+    for name in ("math", "code"):
+        write_checkpoint(Path("llm") / name, plain.base)
+    for typed in ("llm/maths", "lmm/math"):
+        said = rf"{typed}: no such folder, and no such model on the Hub .*; did you mean llm/math\? Else check the name"
+        failed(run(capsys, "plan", "--base", typed, "--expert", "org/e1"), 3, said)
+    failed(
+        run(capsys, "plan", "--base", "llm/zzz", "--expert", "org/e1"), 3, "llm/zzz: no such folder, and no such model"
+    )
+    failed(
+        run(capsys, "plan", "--base", "./llm/maths", "--expert", "llm/code"),
+        3,
+        r"no such folder; did you mean llm/math\?",
+    )
+
+
+def test_a_repository_with_the_model_one_level_down(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.repositories["org/run"] = Repository()
+    hub.repositories["org/run"].commit({"README.md": b"", "checkpoint-20/model.safetensors": b""})
+    said = "org/run: is a trainer's folder.*name one of them, as org/run:checkpoint-20"
+    failed(run(capsys, "plan", "--base", "org/run", "--expert", "org/e1"), 3, said)
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -42,13 +42,13 @@ def parameter_slices(network: nn.Module, tensors: Mapping[str, TensorSpec]) -> d
     rename, state = checkpoint_renaming(network), network.state_dict()
     found = {}
     for name in tensors:
-        renamed, whole = rename(name)
+        renamed, converted = rename(name)
         spellings = [p + renamed for p in _PARTS] + [renamed.removeprefix(p) for p in _PARTS]
         parameter = next((spelling for spelling in spellings if spelling in state), None)
         slices = _FUSED.search(name)
-        if parameter is not None and whole and state[parameter].shape == tensors[name].shape:
+        if parameter is not None and not converted and state[parameter].shape == tensors[name].shape:
             found[name] = ParameterSlice(parameter)
-        elif parameter is not None and not whole and slices and state[parameter].ndim == 3:
+        elif parameter is not None and converted and slices and state[parameter].ndim == 3:
             found[name] = ParameterSlice(parameter, int(slices.group(1)))
     return found
 

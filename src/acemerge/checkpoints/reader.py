@@ -13,7 +13,7 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.checkpoints.header import FLOAT8
+from acemerge.checkpoints.header import FLOAT8, TensorInfo
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 
@@ -32,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a span lies in its file, and where in the buffer."""
+    """Where a span lies in its file, and where in the buffer; `parts` where it lies in several places of its files."""
 
     file: Path
     offset: int
@@ -41,6 +41,11 @@ class _Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     scaling: _Scaling | None = None
+    parts: tuple[_Place, ...] = ()
+
+    @property
+    def to_read(self) -> tuple[_Place, ...]:
+        return self.parts or ((self, self.scaling.place) if self.scaling else (self,))
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,17 @@ class Reader:
         found, at = [], 0
         for span in spans:
             info = self.checkpoint.places[span.name]
-            offset, shape, nbytes = info.offset, info.spec.shape, info.spec.nbytes
+            offset, shape, nbytes, parts = info.offset, info.spec.shape, info.spec.nbytes, info.parts
             if span.rows is not None:
                 first, end = span.rows
                 row = nbytes // shape[0]
+                each = len(parts) // shape[0]
+                parts = parts[first * each : end * each]
                 offset, shape, nbytes = offset + first * row, (end - first, *shape[1:]), (end - first) * row
             end_of = at + _aligned(nbytes)
             scaling = self._scaling(span, end_of)
-            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling))
+            pieces = tuple(_pieces(parts, at))
+            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling, pieces))
             at = end_of if scaling is None else end_of + _aligned(scaling.place.nbytes)
         return Places(found, at)
 
@@ -166,6 +174,13 @@ class Reader:
         return self._hashes[file]
 
 
+def _pieces(parts: Sequence[TensorInfo], at: int) -> Iterator[_Place]:
+    """The parts of one tensor, one behind the other in the buffer from `at`."""
+    for part in parts:
+        yield _Place(part.file, part.offset, part.spec.nbytes, at, part.spec.dtype, part.spec.shape)
+        at += part.spec.nbytes
+
+
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -173,7 +188,7 @@ def _aligned(nbytes: int) -> int:
 def _runs(found: Sequence[_Place]) -> Iterator[list[_Place]]:
     """Spans that follow each other in one file, to be read at once."""
     run: list[_Place] = []
-    for place in (each for p in found for each in ((p, p.scaling.place) if p.scaling else (p,))):
+    for place in (each for p in found for each in p.to_read):
         if place.nbytes == 0:
             continue
         follows = run and run[-1].file == place.file and run[-1].offset + run[-1].nbytes == place.offset

@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     page="concepts/policies.md",
 )
 def plan(asked: Options) -> None:
-    """Show which tensors get which rule and why, and what the merge takes; reads headers only."""
+    """Show which tensors get which rule and why, and what the merge takes; reads headers, and samples of weights."""
     from acemerge.engine.opening import open_recipe
+    from acemerge.planning.relatedness import check_related
 
     opened = open_recipe(asked.asked_recipe(), asked.out, asked.run_options())
+    if not asked.force:
+        check_related(opened.plan, opened.base, opened.experts)
     if asked.as_json:
         print_json(as_table(opened.plan))
     elif not asked.quiet:

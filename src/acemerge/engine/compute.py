@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
@@ -24,7 +25,6 @@ from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
 from acemerge.planning.pieces import Piece
-from acemerge.planning.planner import keep_base
 from acemerge.shapes import Float, Tensor
 
 
@@ -97,9 +97,11 @@ def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, pla
 
 def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Setting) -> Made:
     for model, name in job.of_experts:
-        if not torch.equal(base, values.take((model, name))):
-            what = f"integer tensor {job.name!r} differs from the base's"
-            raise CheckpointError(setting.who(model), what, keep_base(job.name))
+        value = values.take((model, name))
+        if job.largest:
+            base = torch.maximum(base, value)
+        elif not torch.equal(base, value):
+            raise differs_from_base(job, setting.who(model))
     if base.dtype.is_floating_point:
         if _is_mask(base):
             raise _SameInfinitiesError
@@ -252,11 +254,8 @@ def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Te
 
 def _check_copies(job: Job, values: Values, setting: Setting) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
-    firsts = {0: job.name} | dict(enumerate(job.sources, 1))
     for model, name in job.copies:
-        first = firsts[model]
+        first = job.first_spelling(model)
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
-            what = f"tensors {first!r} and {name!r} should be tied but differ"
-            cure = "set tie_word_embeddings to false in its config.json"
-            raise CheckpointError(setting.who(model), what, cure)
+            raise differ_though_tied(first, name, setting.who(model))

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS
+from acemerge.checkpoints.assets import HEADS, in_module
 from acemerge.checkpoints.folder import INDEX, Checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
@@ -90,28 +90,39 @@ class Layout:
 
     @cached_property
     def shards(self) -> list[tuple[str, list[TensorSpec]]]:
-        specs = [spec for job in self.plan.jobs for spec in job.stored]
+        specs = [spec for job in self.plan.jobs for spec in job.stored if not in_module(spec.name)[0]]
         return [(ADAPTER_MODEL, specs)] if self.plan.is_adapter else split_shards(specs, self.max_shard)
+
+    @cached_property
+    def modules(self) -> list[tuple[str, list[TensorSpec]]]:
+        """The files of what lies behind a transformer, as its dense layers. Wide types come first, as in shards."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in sorted((spec for job in self.plan.jobs for spec in job.stored), key=lambda s: -s.dtype.itemsize):
+            file, _ = in_module(spec.name)
+            if file:
+                found.setdefault(file, []).append(spec)
+        return list(found.items())
 
     @cached_property
     def jobs(self) -> list[Job]:
         if self.plan.is_adapter:
             return list(self.plan.jobs)
         by_name = {job.name: job for job in self.plan.jobs}
-        return [by_name[spec.name] for _, specs in self.shards for spec in specs]
+        return [by_name[spec.name] for _, specs in (*self.shards, *self.modules) for spec in specs]
 
     @cached_property
     def files(self) -> dict[str, list[TensorSpec]]:
-        """The shards, and one file of masks per expert where a rule makes masks."""
+        """The shards, the modules' files, and one file of masks per expert where a rule makes masks."""
         masks = [mask_spec(job.spec) for job in self.jobs if job.makes_masks]
         beside = {f"{MASKS}/{label}.safetensors": masks for label in self.plan.experts} if masks else {}
-        return dict(self.shards) | beside
+        modules = {file: [replace(s, name=in_module(s.name)[1]) for s in specs] for file, specs in self.modules}
+        return dict(self.shards) | modules | beside
 
     @cached_property
     def goes_to(self) -> dict[str, list[str]]:
         """For every tensor the shard of what is stored of it, then the files of its masks."""
-        masks = list(self.files)[len(self.shards) :]
-        shard = {spec.name: file for file, specs in self.shards for spec in specs}
+        masks = list(self.files)[len(self.shards) + len(self.modules) :]
+        shard = {spec.name: file for file, specs in (*self.shards, *self.modules) for spec in specs}
         return {
             job.name: [*(shard[spec.name] for spec in job.stored), *(masks if job.makes_masks else [])]
             for job in self.jobs
@@ -155,8 +166,8 @@ def write_weights(
     """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
     records = _Records({step.tensor: step.record for step in done.steps})
     waiting = [job for job in layout.jobs if job.name not in records.done]
-    if any(name.startswith(MASKS) for name in layout.files):
-        files.make_folder(output.path / MASKS)
+    for folder in {(output.path / name).parent for name in layout.files}:
+        files.make_folder(folder)
     with TensorFiles(output.path, layout.files, done.begun, layout.steps) as weights:
         for results in walk((p for job in waiting for p in pieces(job, job.entrywise)), merging(setting)):
             steps = []

@@ -14,10 +14,12 @@ from torch import nn
 
 from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.wrappers import unwrapped
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import whole_record
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
+from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import AnyMethod
 from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.output.manifest import build_manifest
@@ -98,6 +100,7 @@ def merge_state_dicts(
     what was done of every tensor.
     """
     asked = _asked(experts, method, weights, seed, rules, compute_dtype, params)
+    experts = [_without_wrapper(expert, base, i) for i, expert in enumerate(experts, 1)]
     merged, done = _merge_in_memory(base, experts, asked, roles_by_name(_all_specs([base, *experts]), {}))
     return (merged, done) if report else merged
 
@@ -130,11 +133,14 @@ def merge_models(
     """A new module with the merged weights, roles asked of `base`'s own modules. The inputs are untouched.
 
     The modules' parameters are what is merged: fused experts in memory are one matrix to the rule where a
-    checkpoint may hold their parts apart. Arguments as of `merge_state_dicts`.
+    checkpoint may hold their parts apart. Of a compiled or data-parallel model the module within is meant. Arguments as
+    of `merge_state_dicts`.
     """
     asked = _asked(experts, method, weights, seed, rules, compute_dtype, params)
+    base, *experts = (unwrapped_module(m, f"expert {i}" if i else "base") for i, m in enumerate([base, *experts]))
     merged = copy.deepcopy(base)
-    state, tuned = base.state_dict(), [expert.state_dict() for expert in experts]
+    state = base.state_dict()
+    tuned = [_without_wrapper(expert.state_dict(), state, i) for i, expert in enumerate(experts, 1)]
     roles = roles_from_model(base, _all_specs([state, *tuned]), type(base).__name__)
     values, done = _merge_in_memory(state, tuned, asked, roles)
     merged.load_state_dict(values, strict=False)  # tied spellings are left out; they share their storage
@@ -156,6 +162,32 @@ def _asked(
     if compute_dtype is not None:
         content["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     return make_recipe({**content, "rules": [dict(rule) for rule in rules]}, "merge")
+
+
+def unwrapped_module(module: nn.Module, who: str) -> nn.Module:
+    """The model itself, without what compiles or copies it. UsageError where its weights are elsewhere."""
+    while True:
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if "PeftModel" in kinds:
+            what = "is a PeftModel, whose adapter is not in its weights"
+            raise UsageError(who, what, "give what its merge_and_unload() returns, or merge the adapter's folder")
+        if kinds & {"FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}:
+            what = f"is a {type(module).__name__}, of whose weights each process has a part"
+            raise UsageError(who, what, "save it whole, and merge the folder")
+        inner = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+        found = next((inner[kind] for kind in kinds if kind in inner), None)
+        if found is None:
+            return module
+        module = module.get_submodule(found)
+
+
+def _without_wrapper(expert: Mapping[str, Tensor], base: Mapping[str, Tensor], number: int) -> Mapping[str, Tensor]:
+    """An expert under the base's names. CheckpointError where its weights have an adapter beside them."""
+    if any(".base_layer." in name or ".lora_A." in name for name in expert.keys() - base.keys()):
+        cure = "give what peft's merge_and_unload() returns, or merge the adapter's folder"
+        raise CheckpointError(f"expert {number}", "has the factors of a peft adapter beside its weights", cure)
+    names = unwrapped(expert.keys(), base.keys()).names
+    return {names.get(name, name): value for name, value in expert.items()} if names else expert
 
 
 def _all_specs(states: Sequence[Mapping[str, Tensor]]) -> dict[str, TensorSpec]:

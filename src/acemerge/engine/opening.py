@@ -13,18 +13,20 @@ from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationErr
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import module_weights
+from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
+from acemerge.engine.agreement import check_agreement
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError
+from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
@@ -183,13 +185,14 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         plan = as_adapter(plan, roles)
     read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
     twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
-    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base))
     calibration, unused = assign(plan)
     plan = replace(
         plan,
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
+    check_agreement(plan, (base, *experts), Setting(plan.recipe, plan.experts))
     origins = tuple(model.origin for model in located)
     most = allowed(plan, options.max_memory, options.workers)
     shard = options.max_shard_size
@@ -199,10 +202,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
 def _unwrapped(
     base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
 ) -> tuple[Sequence[Checkpoint], list[str]]:
-    """The experts without a wrapper's prefix on their names, and of which it was taken off."""
+    """The experts without a wrapper's part in their names, and of which it was taken off."""
     found = [without_wrapper(expert, base.tensors) for expert in experts]
-    taken_off = [(label, prefix) for label, (_, prefix) in zip(labels, found, strict=True) if prefix]
-    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off]
+    notes = [f"expert {label}: {about}" for label, (_, about) in zip(labels, found, strict=True) if about]
     return [expert for expert, _ in found], notes
 
 
@@ -214,9 +216,10 @@ def _matched(
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     roles, models, notes = find_roles(base.config, specs), [base], []
     for label, expert in zip(labels, experts, strict=True):
-        model, note = as_part(expert, label, base, roles)
+        model, part = as_part(expert, label, base, roles)
+        model, layout = as_stored(model, label, base, roles)
         models.append(model)
-        notes += [note] if note else []
+        notes += [note for note in (part, layout) if note]
     who = ["base", *(f"expert {label}" for label in labels)]
     apart, roles, tied = heads_apart(models, who, roles)
     return apart, roles, [*notes, *tied]
@@ -239,11 +242,11 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _unmerged_modules(wanted: str, owner: Checkpoint) -> list[str]:
-    """A note on each module behind the transformer that would have to be merged, too."""
-    whose = "the base" if wanted == "base" else f"expert {wanted}"
-    modules = module_weights(owner.assets)
-    return [f"{name} has weights of its own, which are not merged: the output has those of {whose}" for name in modules]
+def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:
+    """A note on each module behind the transformer that the base lacks."""
+    merged = {in_module(name)[0] for name in base.tensors}
+    names = [name.split("/")[0] for name in module_weights(owner.assets) if name not in merged]
+    return [f"{name} is not in the base: the output has that of expert {wanted}, as it is" for name in names]
 
 
 def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkpoint]) -> Checkpoint:

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from acemerge.engine.compute import task_vectors
-from acemerge.engine.execute import OnProgress, walker
+from acemerge.engine.execute import OnProgress, merging, walker
 from acemerge.engine.opening import Opened
-from acemerge.engine.work import Loaded, Place, Setting, Values, Work
+from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
 from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.planning.jobs import Merge
+from acemerge.planning.finite import check_finite
+from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.planning.relatedness import relations
 from acemerge.shapes import Float, Tensor
@@ -154,10 +155,22 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
             for view in seen:
                 before = views.get(view.job.name)
                 views[view.job.name] = replace(view, sums=view.sums + before.sums) if before else view
+        _check_rest(opened, [job for job in plan.jobs if job.name not in jobs], walk)
     found = tuple(replace(view, job=jobs[name]) for name, view in views.items())
     passed_over = tuple(job.name for job in plan.by_token)
     seen_all = Inspection(plan.recipe.base, plan.experts, found, passed_over, ())
     return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
+
+
+def _check_rest(opened: Opened, rest: Sequence[Job], walk: Walk) -> None:
+    """Find what a merge would refuse in what no task vectors are looked at of: kept tensors, rows by token, heads."""
+    for _ in walk((piece for job in rest for piece in pieces(job, job.entrywise)), merging(opened.setting)):
+        pass
+    for expert, label, heads in zip(opened.experts, opened.plan.experts, opened.plan.heads, strict=True):
+        for head in heads:
+            value = expert.read(head.spec.name)
+            if value.dtype.is_floating_point:
+                check_finite(value, head.spec.name, f"expert {label}")
 
 
 def _looking(setting: Setting) -> Work[Merge, list[View]]:

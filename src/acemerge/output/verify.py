@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS
+from acemerge.checkpoints.assets import HEADS, in_module
 from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
@@ -64,7 +64,8 @@ def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
     if missing:
         raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", _CURE)
     for name, info in checkpoint.places.items():
-        if name not in stored:
+        copied = in_module(name)[0] in manifest["outputs"]  # as it is, with another model's assets
+        if name not in stored and not copied:
             raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", _CURE)
         if info.spec.dtype.is_floating_point:
             value = checkpoint.read(name)

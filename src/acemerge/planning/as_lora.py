@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn.functional import pad
 
+from acemerge.checkpoints.assets import in_module
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
@@ -56,6 +57,7 @@ def _module(job: Merge, roles: Roles) -> str:
     # A tied head goes by its embedding's name, which the checkpoint need not have.
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
+    linear = linear and not in_module(job.name)[0]
     reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
     return parameter.removesuffix(".weight") if linear and reachable else ""
 

@@ -68,6 +68,10 @@ class _Tensor:
     def name(self) -> str:
         return self.spec.name
 
+    def first_spelling(self, model: int) -> str:
+        """What a model calls the tensor of which it has further copies."""
+        return self.sources[model - 1] if model else self.name
+
     @cached_property
     def of_experts(self) -> tuple[Input, ...]:
         """The experts' own tensors."""
@@ -119,7 +123,11 @@ class _ByRule(_Tensor):
 
 @dataclass(frozen=True, kw_only=True)
 class Keep(_Tensor):
-    """The base's own tensor. Experts that are named, as for an integer buffer, must have the same."""
+    """The base's own tensor. Experts that are named, as for an integer buffer, must have the same; `largest`: of a
+    counter of steps the largest of all.
+    """
+
+    largest: bool = False
 
     rule: ClassVar[str] = "base"
     makes_masks: ClassVar[bool] = False

@@ -23,6 +23,8 @@ from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_t
 from acemerge.recipes.recipe import Recipe
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
+_COUNTER = "num_batches_tracked"  # of a batch norm: it says how long, not what was learnt
+_COUNTED = f"batch norms: their running statistics are averaged, of {_COUNTER} the largest is kept"
 _ROUNDED = (
     "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
     "merge unquantised checkpoints where there are any"
@@ -51,6 +53,8 @@ def make_plan(
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
+    if any(isinstance(job, Keep) and job.largest and any(job.sources) for job in jobs):
+        planner.warnings.append(_COUNTED)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
@@ -133,7 +137,7 @@ class _Planner:
         if lacking and self._is_no_parameter(role):
             return Keep(out, role, _NO_PARAMETER)
         if lacking:
-            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", keep_base(name))
+            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", self._cure(lacking[0], name))
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
@@ -205,6 +209,8 @@ class _Planner:
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
                 raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+        if out.name.endswith(_COUNTER):
+            return Keep(out, role, "a counter of steps: the largest", sources, largest=True)
         return Keep(out, role, "an integer buffer: must agree, copied", sources)
 
     def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Keep:
@@ -216,8 +222,18 @@ class _Planner:
             return Keep(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
             what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {lacking[0]}", what, keep_base(out.name))
+            raise CheckpointError(f"expert {lacking[0]}", what, self._cure(lacking[0], out.name))
         return Keep(out, role, "no expert has it: the base's own")
+
+    def _cure(self, label: str, name: str) -> str:
+        """Of a tensor that an expert lacks: it may be there under a name of its own, and its values be lost."""
+        i, body = self.labels.index(label), _group(self.roles.identity[name])
+        own = [n for n in self.expert_names[i] if n not in self.base_names and _group(n) == body]
+        if not own:
+            return keep_base(name)
+        if any(".base_layer." in n for n in own):
+            return "merge its adapter into it with peft first (merge_and_unload) and save that"
+        return f"it has {own[0]!r}, which the base lacks: save both with one version of the program that wrote them"
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
@@ -226,8 +242,10 @@ class _Planner:
     def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Keep:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
         found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
-        if role.name in ("embedding", "output_head"):
+        if role.name in ("embedding", "output_head") and shape[1:] == out.shape[1:]:
             cure = "match the vocabularies by token with --vocabulary base or union"
+            if not is_whole(self.experts[self.labels.index(label)]):
+                cure = "merge it with peft into the base whose tokens it was trained with, and name that model"
             raise CheckpointError(f"expert {label}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {label}", found, "merge models of one size")
