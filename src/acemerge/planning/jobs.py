@@ -121,7 +121,7 @@ class Job:
         A rule that looks at the input side has to see them, to know whether the experts share it.
         """
         given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
-        given = given and not self.absent
+        given = given and not self.absent and len(self.spec.shape) == 2
         return self.method is not None and given and (self.method.needs.input_side or self._low_rank_pays)
 
     @property

@@ -237,7 +237,8 @@ class _Planner:
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
-        for name, stored in self.experts[i].tensors.items():
+        for name in _own_tensors(self.experts[i]):
+            stored = self.experts[i].tensors[name]
             spec = plain(stored, self.experts[i].config)
             identity = self.roles.identity[name]
             if identity in self.kept_apart:
