@@ -162,7 +162,7 @@ def _write(
             records = write_weights(opened.layout, setting, walks("merge", writes=True), output, done, journal)
             write_heads(plan, readers, output)
             if plan.is_adapter:
-                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
+                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan, opened.roles, opened.base.config))
             else:
                 write_assets(plan, opened.base, opened.assets_from, opened.models, output)
             _write_card(opened, records, output)

@@ -13,6 +13,7 @@ from torch import nn
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.models.architecture import meta_model, parts_of
 from acemerge.models.fused_experts import ExpertPart, expert_parts, stored_in_out
+from acemerge.models.lora_targets import Target, lora_targets
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
 
@@ -35,6 +36,7 @@ class Roles:
     the models of other types within this one: the beginning of their parameters' names, by their types. `tied` are all
     names of each parameter that has several, by their identity. `expert_parts` says of which parameter, fused in
     memory, an expert's matrix is a part; `stored_in_out` are the fused ones whose modules say (expert, in, out).
+    `lora_targets` are the weights that PEFT can put a LoRA on.
     """
 
     by_name: Mapping[str, Role]
@@ -45,6 +47,7 @@ class Roles:
     tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     expert_parts: Mapping[str, ExpertPart] = field(default_factory=dict)
     stored_in_out: frozenset[str] = frozenset()
+    lora_targets: Mapping[str, Target] = field(default_factory=dict)
 
     def group(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The names of each tensor by its identity, the one that loaders look for first."""
@@ -99,6 +102,7 @@ def roles_from_model(
         tied=_by_identity(tied, {*apart, *heads}),
         expert_parts=expert_parts(model, tensors),
         stored_in_out=stored_in_out(model),
+        lora_targets=lora_targets(model),
     )
 
 

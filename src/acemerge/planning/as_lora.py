@@ -16,6 +16,7 @@ from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult
+from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
 from acemerge.planning.jobs import OUTPUT_DTYPES, Job, Plan
@@ -39,6 +40,9 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
             "--as-lora", f"{masked} writes masks beside a model", "use another rule, or write a full model"
         )
     modules = {job.name: _module(job, roles) for job in plan.jobs}
+    if any(job.role.transposed for job in plan.jobs if modules[job.name]):  # PEFT turns all layers, or no parameter
+        by_module = {name for name, how in roles.lora_targets.items() if how == "module"}
+        modules = {name: module if f"{module}.weight" in by_module else "" for name, module in modules.items()}
     if not any(modules.values()):
         what = "has no linear layer that the experts change and an adapter could hold"
         raise CheckpointError(plan.recipe.base, what, "write a full model")
@@ -48,7 +52,9 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
         if modules[job.name]:
             jobs.append(replace(job, factors=_specs(job, modules[job.name], rank, dtype), entrywise=False))
         elif job.method:
-            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter"))
+            layer = job.role.name in ("linear", "conv1d") and roles.from_architecture
+            why = ", as PEFT puts no LoRA there" if layer else ""
+            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter{why}"))
     return replace(plan, jobs=tuple(jobs))
 
 
@@ -59,6 +65,7 @@ def _module(job: Job, roles: Roles) -> str:
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
     reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
+    reachable = reachable and (parameter in roles.lora_targets or not roles.from_architecture)
     return parameter.removesuffix(".weight") if job.method and linear and reachable else ""
 
 
@@ -99,13 +106,14 @@ def share_lost(records: Iterable[Mapping[str, Any]]) -> float:
     return sum(energy * share for energy, share in pairs) / energy if energy else 0.0
 
 
-def adapter_config(plan: Plan) -> bytes:
+def adapter_config(plan: Plan, roles: Roles, base_config: Mapping[str, Any]) -> bytes:
     """`adapter_config.json`: alpha is the rank, so that the factor on `B A` is 1."""
     inside = [(job, job.factors[0].name) for job in plan.jobs if job.factors]
     modules = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for _, name in inside]
+    parameters = [m for m in modules if roles.lora_targets.get(f"{m}.weight") == "parameter"]
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type(base_config),
         "base_model_name_or_path": plan.recipe.base,
         "inference_mode": True,
         "r": plan.recipe.as_lora,
@@ -114,6 +122,7 @@ def adapter_config(plan: Plan) -> bytes:
         "bias": "none",
         "fan_in_fan_out": any(job.role.transposed for job, _ in inside),
         "init_lora_weights": True,
-        "target_modules": modules,
+        "target_modules": [module for module in modules if module not in parameters],
+        **({"target_parameters": [f"{module}.weight" for module in parameters]} if parameters else {}),
     }
     return json.dumps(config, indent=2).encode() + b"\n"
