@@ -21,7 +21,17 @@ FAMILIES = (
     "kron_auto",
     "lora",
 )
-FAMILIES += ("masks", "mergekit_sum", "mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")
+FAMILIES += (
+    "masks",
+    "mergekit_sum",
+    "mergekit_overlap",
+    "mergekit_variants",
+    "sparse",
+    "spectral",
+    "sphere",
+    "svc",
+    "wudi",
+)
 install_import_hook(
     ["acemerge.inspection.statistics", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)],
     "beartype.beartype",

@@ -205,7 +205,8 @@ TIES = {
         ({"models": []}, "`models` is missing"),
         ({"base_model": None}, "ties needs a `base_model`"),
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),
-        ({"merge_method": "nearswap"}, "merge_method 'nearswap' is not supported yet"),
+        ({"merge_method": "nearswap", "parameters": {"t": 1}}, "models.0: unknown key 'weight'; a model has"),
+        ({"merge_method": "nearswap", "models": [model("f32/a")]}, "the parameter `t` is missing"),
         ({"modules": {"default": {}}}, "`modules` is not supported yet"),
         ({"chat_template": "chatml"}, "`chat_template: 'chatml'` is neither auto nor a template's text"),
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
@@ -264,6 +265,7 @@ def test_a_rule_needs_as_many_weights_and_densities_as_there_are_experts(shelf: 
 
 def test_the_rules_are_listed() -> None:
     assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce", "arcee_fusion"} <= METHODS.keys()
+    assert {"mergekit_multislerp", "mergekit_nearswap", "mergekit_ram"} <= METHODS.keys()
 
 
 # --- beside mergekit itself ----------------------------------------------------------------------------------
@@ -302,6 +304,13 @@ def recipes(d: str) -> dict[str, dict[str, Any]]:
         "nuslerp-rows": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False),
         "nuslerp-columns": of("nuslerp", a(weight=0.3), b(weight=0.5), nuslerp_flatten=False, nuslerp_row_wise=True),
         "sce": of("sce", a(), b(), c(), select_topk=0.3),
+        "multislerp": of("multislerp", a(weight=0.3), b(weight=1.5), c(weight=[0.2, 0.5]), base=False),
+        "multislerp-updates": of("multislerp", a(weight=0.3), b(weight=0.5), c(weight=-0.1), normalize_weights=False),
+        "multislerp-of-one": of("multislerp", a(weight=0.3)),
+        "nearswap": of("nearswap", a(), t=[{"filter": "mlp", "value": [0, 0.02]}, {"value": 0.01}]),
+        "ram": of("ram", a(), b(), c(), epsilon=0.01),
+        "ramplus": of("ramplus_tl", a(), b(), c(), epsilon=0.02, r=0.4, alpha=0.6),
+        "ramplus-defaults": of("ramplus_tl", a(), b()),
         "arcee-fusion": of("arcee_fusion", a()),
         "passthrough": of("passthrough", a(scale=[{"filter": "down", "value": 0.5}, {"value": 1}]), base=False),
     }

@@ -92,7 +92,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             dequantize=dequantize,
             quiet=quiet,
         )
-        asked = asked_recipe(recipe, keys, method, settings)
+        asked = asked_recipe(recipe, keys, method, settings, allow_pickle)
         if out is not None:
             check_output_apart(out, asked.models)
             check_free(out, overwrite)

@@ -139,7 +139,7 @@ def _merging_command(action: Action) -> None:
             "as_lora": as_lora,
             "calibration": calibration,
         }
-        asked = asked_recipe(recipe, keys, method, settings)
+        asked = asked_recipe(recipe, keys, method, settings, allow_pickle)
         options = RunOptions(
             device,
             max_shard_size,

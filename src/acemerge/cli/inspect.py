@@ -78,7 +78,7 @@ def register(app: typer.Typer, out_console: Console, err_console: Console) -> No
             dequantize=dequantize,
             quiet=quiet,
         )
-        opened = open_recipe(asked_recipe(recipe, keys, method, settings), None, options)
+        opened = open_recipe(asked_recipe(recipe, keys, method, settings, allow_pickle), None, options)
         with progress(err_console, quiet) as on_progress:
             seen = survey(opened, workers, on_progress)
         if as_json:

@@ -68,13 +68,17 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 
 def asked_recipe(
-    file: Path | None, keys: Mapping[str, Any], method: str | None, settings: Sequence[str] | None
+    file: Path | None,
+    keys: Mapping[str, Any],
+    method: str | None,
+    settings: Sequence[str] | None,
+    allow_pickle: bool = False,
 ) -> Recipe:
     """The recipe of a file with the options' keys over it, or of the options alone; those not given are None."""
     given = {key: value for key, value in keys.items() if value not in (None, [])}
     params = parse_settings(list(settings or []))
     if file is not None:
-        return load_recipe(file, given, method, params)
+        return load_recipe(file, given, method, params, allow_pickle)
     for key, option in (("base", "--base"), ("experts", "--expert")):
         if key not in given:
             raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")

@@ -17,6 +17,7 @@ from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
+from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.work import Setting
@@ -127,10 +128,17 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if recipe.slices:
         base, experts = stacked(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = _matched(base, experts, labels)
-    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
+    tokens = _tokens(recipe, opened[: len(recipe.models)])
+    plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    known = (
+        {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
+    )
+    losses = (
+        () if plan.is_adapter else asset_notes(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
+    )
+    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner), *losses)
     calibration, unused = assign(plan)
     plan = replace(
         plan,

@@ -15,8 +15,9 @@ from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.mergekit_overlap import MergekitNearswap, MergekitRam
 from acemerge.methods.mergekit_sum import MergekitSum
-from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
+from acemerge.methods.mergekit_variants import MergekitLinear, MergekitMultislerp, MergekitSce, MergekitSlerp
 from acemerge.methods.registry import METHODS, make, register, rule_name
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
@@ -77,7 +78,10 @@ for _rule in (
     MergekitLinear,
     MergekitSum,
     MergekitSlerp,
+    MergekitMultislerp,
     MergekitSce,
+    MergekitNearswap,
+    MergekitRam,
     ArceeFusion,
 ):
     register(_rule)
