@@ -21,7 +21,7 @@ from acemerge.output.masks import pack
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import Job, Piece
-from acemerge.planning.planner import keep_base
+from acemerge.planning.planner import keep_apart
 from acemerge.shapes import Float, Tensor
 
 
@@ -86,7 +86,7 @@ def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: P
         for model, name in job.inputs[1:]:
             if not torch.equal(base, values.take((model, name))):
                 what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(setting.who(model), what, keep_base(job.name))
+                raise CheckpointError(setting.who(model), what, keep_apart(job.name))
     elif base.dtype.is_floating_point:
         check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
     return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
@@ -215,6 +215,7 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
             what = f"tensors {first!r} and {name!r} should be tied but differ"
             cure = "set tie_word_embeddings to false in its config.json"
+            cure += "; of an adapter, merge it into its base with peft first" if model else ""
             raise CheckpointError(setting.who(model), what, cure)
 
 
