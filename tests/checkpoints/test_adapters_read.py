@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from builders import ADAPTER_FAMILIES, inputs_for, make_model
+from builders import ADAPTER_FAMILIES, inputs_for, make_model, write_adapter, write_checkpoint
 from peft_adapters import merged_by_peft, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acemerge
+from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError
+from acemerge.recipes.recipe import make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -204,4 +206,48 @@ def test_the_base_of_a_saved_module_alone_is_no_weight_of_the_adapter(tmp_path: 
     file = adapter / "adapter_model.safetensors"
     save_file(load_file(file) | {"base_model.model.lm_head.original_module.weight": torch.ones(40, 16)}, file)
     with pytest.raises(CheckpointError, match=r"original_module\.weight' is of a kind that cannot be read"):
+        acemerge.merge(base, [adapter])
+
+
+# --- what cannot be known is refused ---------------------------------------------------------------------------
+
+
+def test_what_a_base_ties_is_refused_where_it_is_not_known(tmp_path: Path) -> None:
+    """Without an architecture nobody says which names are tied."""
+    base = write_checkpoint(tmp_path / "base", {"embed_tokens.weight": torch.ones(5, 4)}, {"tie_word_embeddings": True})
+    adapter = write_adapter(tmp_path / "lora", {}, modules_to_save=["embed_tokens"])
+    tensors = {"base_model.model.embed_tokens.weight": torch.zeros(5, 4)}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"what its base ties to that is not known: .*; merge it into its base"):
+        acemerge.merge(base, [adapter])
+
+
+def test_a_copy_of_a_tied_module_on_an_expert_of_its_own_is_refused(tmp_path: Path) -> None:
+    base = _saved("qwen3", tmp_path / "base")
+    make_model("qwen3", seed=5).save_pretrained(tmp_path / "expert")
+    adapter = train(make_model("qwen3"), tmp_path / "lora", r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    recipe = {"base": str(base), "experts": [{"model": str(tmp_path / "expert"), "adapter": str(adapter)}]}
+    with pytest.raises(
+        CheckpointError, match=r"its adapter replaces 'lm_head\.weight', which its model ties; merge it"
+    ):
+        open_recipe(make_recipe(recipe), None, RunOptions())
+
+
+def test_experts_of_another_number_are_another_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model("qwen3_moe", num_experts=2).save_pretrained(base)
+    config = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
+    adapter = train(make_model("qwen3_moe"), tmp_path / "lora", r=2, **config)
+    with pytest.raises(CheckpointError, match=r"is of 4 experts, and the base has 2 matrices of them; name the base"):
+        acemerge.merge(base, [adapter])
+
+
+@pytest.mark.parametrize("parameters", [[], ["experts.down_proj"], ["experts.b", "experts.a"]], ids=str)
+def test_updates_of_parameters_that_are_not_named_are_refused(parameters: list[str], tmp_path: Path) -> None:
+    base = _saved("qwen3_moe", tmp_path / "base")
+    config = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    adapter = train(make_model("qwen3_moe"), tmp_path / "lora", r=2, **config)
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": parameters}))
+    with pytest.raises(CheckpointError, match=r"has 2 updates, and target_parameters names \d of them"):
         acemerge.merge(base, [adapter])
