@@ -251,3 +251,21 @@ def test_updates_of_parameters_that_are_not_named_are_refused(parameters: list[s
     file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": parameters}))
     with pytest.raises(CheckpointError, match=r"has 2 updates, and target_parameters names \d of them"):
         acemerge.merge(base, [adapter])
+
+
+# --- the whole product -----------------------------------------------------------------------------------------
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"(q|in|out)_proj": 3, r".*\.1\..*": 4}, "alpha_pattern": {r"^model\.layers\.0": 5}},
+}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("family", ADAPTER_FAMILIES)
+def test_every_family_with_every_feature(family: str, feature: str, tmp_path: Path) -> None:
+    base = _saved(family, tmp_path / "base")
+    config = {"target_modules": "all-linear", **OTHERS.get(family, {}), **FEATURES[feature]}
+    adapter = train(make_model(family), tmp_path / "lora", r=2, lora_alpha=3, **config)
+    assert _check_equal_to_peft(family, base, adapter, tmp_path / "out") >= 4
