@@ -241,7 +241,7 @@ def _write(
             output.kept = True
             write_heads(plan, readers, output)
             if plan.is_adapter:
-                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
+                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan, opened.roles, opened.base.config))
             else:
                 write_assets(plan, opened.base, opened.assets_from, opened.models, output)
             _write_card(opened, records, origins, output)

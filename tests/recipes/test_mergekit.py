@@ -195,7 +195,8 @@ TIES = {
         ({"models": []}, "`models` is missing"),
         ({"base_model": None}, "ties needs a `base_model`"),
         ({"merge_method": "tie"}, "merge_method 'tie' is not supported yet; did you mean `ties`?"),
-        ({"merge_method": "nearswap"}, "merge_method 'nearswap' is not supported yet"),
+        ({"merge_method": "nearswap", "parameters": {"t": 1}}, "models.0: unknown key 'weight'; a model has"),
+        ({"merge_method": "nearswap", "models": [model("f32/a")]}, "the parameter `t` is missing"),
         ({"modules": {"default": {}}}, "`modules` is not supported yet"),
         ({"chat_template": "chatml"}, "`chat_template: 'chatml'` is neither auto nor a template's text"),
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
@@ -254,6 +255,7 @@ def test_a_rule_needs_as_many_weights_and_densities_as_there_are_experts(shelf: 
 
 def test_the_rules_are_listed() -> None:
     assert {"mergekit_linear", "mergekit_sum", "mergekit_slerp", "mergekit_sce", "arcee_fusion"} <= METHODS.keys()
+    assert {"mergekit_multislerp", "mergekit_nearswap", "mergekit_ram"} <= METHODS.keys()
 
 
 def test_without_mergekit_the_integration_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

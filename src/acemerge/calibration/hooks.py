@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.models.roles import checkpoint_renaming
+from acemerge.models.renaming import checkpoint_renaming
 from acemerge.shapes import Tensor
 
 _FUSED = re.compile(r"\.experts\.(\d+)\.")

@@ -14,6 +14,7 @@ from acemerge.errors import CheckpointError
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
+_GENERATION = "generation_config.json"
 
 
 def read_template(checkpoint: Checkpoint) -> str | None:
@@ -44,6 +45,19 @@ def template_file(checkpoint: Checkpoint, template: str) -> tuple[str, bytes]:
         return TEMPLATE, template.encode(errors="replace")
     settings = _settings(checkpoint, _SETTINGS) | {"chat_template": template}
     return _SETTINGS, spelled(settings)
+
+
+def end_of_text(checkpoint: Checkpoint) -> dict[str, object]:
+    """What ends a text, of those keys that say it: `eos_token` of the tokenizer, `eos_token_id` in generating."""
+    found: dict[str, object] = {}
+    if _SETTINGS in checkpoint.assets:
+        token = _settings(checkpoint, _SETTINGS).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found |= {"eos_token": token} if isinstance(token, str) else {}
+    if _GENERATION in checkpoint.assets:
+        ids = _settings(checkpoint, _GENERATION).get("eos_token_id")
+        found |= {} if ids is None else {"eos_token_id": ids}
+    return found
 
 
 def _settings(checkpoint: Checkpoint, name: str) -> dict[str, object]:

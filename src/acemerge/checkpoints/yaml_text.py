@@ -30,6 +30,10 @@ class YamlError(ValueError):
     """Text that is no YAML, or YAML that is not read here; says where."""
 
 
+class SeveralDocumentsError(YamlError):
+    """Text that holds more than one document."""
+
+
 def parse_yaml(text: str) -> Any:
     """The one document of a text, None where there is none. Raises YamlError."""
     try:
@@ -55,7 +59,7 @@ class _Document:
         value = self._value(next(self.events), 0)
         next(self.events)
         if not isinstance(event := next(self.events), yaml.StreamEndEvent):
-            raise _error(event, "a second document begins; keep one")
+            raise SeveralDocumentsError(str(_error(event, "a second document begins; keep one")))
         return value
 
     def _value(self, event: Any, depth: int) -> Any:

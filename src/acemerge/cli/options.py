@@ -171,7 +171,7 @@ class Options:
         if weights and any(isinstance(expert, dict) for expert in given.get("experts", [])):
             raise UsageError("--weights", "an --expert has a weight, too", "give the weights in one place")
         if self.recipe is not None:
-            return load_recipe(self.recipe, given, self.method, params, weights)
+            return load_recipe(self.recipe, given, self.method, params, weights, self.allow_pickle)
         given["experts"] = with_weights(given["experts"], weights, "--weights")
         return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
 

@@ -12,7 +12,7 @@ from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError
 from acemerge.planning.jobs import Input, Job, Keep, Plan
-from acemerge.planning.planner import keep_base
+from acemerge.planning.planner import keep_apart
 from acemerge.shapes import Tensor
 
 _BLOCK = 32 << 20  # bytes of a tensor that are compared at once
@@ -37,12 +37,16 @@ def check_agreement(plan: Plan, models: Sequence[Checkpoint], setting: Setting) 
 
 def differs_from_base(job: Job, who: str) -> CheckpointError:
     what = f"integer tensor {job.name!r} differs from the base's"
-    return CheckpointError(who, what, "dequantise the models first" if len(job.spec.shape) > 1 else keep_base(job.name))
+    return CheckpointError(
+        who, what, "dequantise the models first" if len(job.spec.shape) > 1 else keep_apart(job.name)
+    )
 
 
 def differ_though_tied(first: str, copy: str, who: str) -> CheckpointError:
     what = f"tensors {first!r} and {copy!r} should be tied but differ"
-    return CheckpointError(who, what, "set tie_word_embeddings to false in its config.json")
+    cure = "set tie_word_embeddings to false in its config.json"
+    cure += "" if who == "base" else "; of an adapter, merge it into its base with peft first"
+    return CheckpointError(who, what, cure)
 
 
 def _same(readers: Sequence[Reader], job: Job, one: Input, other: Input) -> bool:

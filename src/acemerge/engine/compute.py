@@ -13,7 +13,7 @@ from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
-from acemerge.engine.updates import add_update
+from acemerge.engine.updates import add_update, own_factors
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError, shortage_of
 from acemerge.linalg.gram import energies
@@ -204,6 +204,7 @@ def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"],
     if update is not None:
         A, B, *magnitude = (values.take((i + 1, factor.name)).to(D.device, D.dtype) for factor in update.factors)
         seen = (D.mT, W0.mT) if update.transposed else (D, W0)
+        A, B = own_factors(A, B, update.stack)
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 

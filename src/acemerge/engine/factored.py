@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from acemerge.engine.updates import factors_of
+from acemerge.engine.updates import factors_of, own_factors
 from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
 from acemerge.linalg.lowrank import LowRank
@@ -73,6 +73,7 @@ def _factors(
         return nothing, nothing.new_zeros(0, columns)
     stored = [values.take((i + 1, factor.name)) for factor in update.factors]
     A, B = (factor.to(device, job.compute_dtype) for factor in stored)
+    A, B = own_factors(A, B, update.stack)
     U, V = factors_of(A, B, update.scaling, update.transposed)
     if is_finite(U) and is_finite(V):
         return U, V

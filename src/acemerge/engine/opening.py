@@ -21,6 +21,7 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
+from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
@@ -180,12 +181,19 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if recipe.slices:
         base, experts = stacked(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = _matched(base, experts, labels)
-    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
+    tokens = _tokens(recipe, opened[: len(recipe.models)])
+    plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
     read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
     twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
-    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base))
+    known = (
+        {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
+    )
+    losses = (
+        () if plan.is_adapter else asset_notes(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
+    )
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
     calibration, unused = assign(plan)
     plan = replace(
         plan,

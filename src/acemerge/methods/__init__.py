@@ -25,8 +25,9 @@ from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.mergekit_overlap import MergekitNearswap, MergekitRam
 from acemerge.methods.mergekit_sum import MergekitSum
-from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
+from acemerge.methods.mergekit_variants import MergekitLinear, MergekitMultislerp, MergekitSce, MergekitSlerp
 from acemerge.methods.registry import (
     METHODS,
     AnyMethod,
@@ -107,7 +108,10 @@ for _rule in (
     MergekitLinear,
     MergekitSum,
     MergekitSlerp,
+    MergekitMultislerp,
     MergekitSce,
+    MergekitNearswap,
+    MergekitRam,
     ArceeFusion,
 ):
     register(_rule)

@@ -98,6 +98,48 @@ class MergekitSlerp:
 
 
 @dataclass(frozen=True)
+class MergekitMultislerp:
+    """Multi-SLERP: the mean direction of the experts' weights, or of their task vectors, at their mean length.
+
+        u = sum_t w_t X_t / (||X_t|| + eps)
+        X = (sum_t w_t ||X_t||) u / ||u||
+
+    with the weights divided by their sum where `normalize`. `W = X` for weights, `M = X` for task vectors. Source:
+    mergekit, `multislerp`. Its step from u in the tangent space there is zero: the directions' mean has no part
+    at a right angle to itself. Where they cancel, the weighted sum is left; mergekit refuses that for more than two.
+    One expert is kept whole.
+    """
+
+    name: ClassVar[str] = "mergekit_multislerp"
+    source: ClassVar[str] = "mergekit 0.1.5"
+    needs: ClassVar[Needs] = Needs(base=True)
+
+    of: Annotated[Literal["weights", "updates"], Field(description="what is interpolated")] = "weights"
+    normalize: Annotated[bool, Field(description="divide the weights by their sum")] = True
+    eps: Annotated[float, Field(gt=0, le=1, description="a length below it counts as none")] = 1e-8
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
+        if len(deltas) == 1:
+            return LayerResult(deltas[0] * self.scale, LayerStats((Status.ONE_EXPERT,)))
+        base = layer.base if self.of == "weights" else None
+        models = Weights(deltas, torch.ones_like(layer.weights), base)
+        gram = models.gram()
+        norms, w = gram.diagonal().clamp_min(0).sqrt(), layer.weights
+        if self.normalize and abs(w.sum()) >= _NO_DIVISOR:
+            w = w / w.sum()
+        u = w / (norms + self.eps)
+        length = float((u @ gram @ u).clamp_min(0).sqrt())
+        cancels = length < self.eps
+        shares = w if cancels else u * (float((w * norms).sum()) / length)
+        status = Status.CANCELLED if cancels else Status.OK
+        return LayerResult(models.update(shares.tolist(), self.scale), LayerStats((status,)))
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return experts * (experts + 3) * rows * columns
+
+
+@dataclass(frozen=True)
 class MergekitSce:
     """SCE: keep the entries in which the experts differ most, weigh each expert by its energy, let signs vote.
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import FLOAT8, TensorInfo, TensorSpec
-from acemerge.models.roles import ExpertPart, Roles
+from acemerge.models.fused_experts import ExpertPart
+from acemerge.models.roles import Roles
 
 
 def as_stored(model: Checkpoint, label: str, base: Checkpoint, roles: Roles) -> tuple[Checkpoint, str]:
@@ -25,7 +26,7 @@ def as_stored(model: Checkpoint, label: str, base: Checkpoint, roles: Roles) -> 
     made = {**apart, **together}
     if not made:
         return model, ""
-    gone = {wholes[roles.expert_parts[name].whole] for name in apart} | taken
+    gone = {wholes[roles.expert_parts[name].parameter] for name in apart} | taken
     tensors = {name: spec for name, spec in model.tensors.items() if name not in gone}
     tensors |= {name: info.spec for name, info in made.items()}
     note = f"expert {label}: {len(made):,} tensors of its mixtures of experts are read in the base's layout"
@@ -37,8 +38,8 @@ def _apart(model: Checkpoint, base: Checkpoint, roles: Roles, wholes: Mapping[st
     made: dict[str, TensorInfo] = {}
     for name in base.tensors.keys() - model.tensors.keys():
         part = roles.expert_parts.get(name)
-        if part is not None and part.whole in wholes:
-            stored = model.places[wholes[part.whole]]
+        if part is not None and part.parameter in wholes:
+            stored = model.places[wholes[part.parameter]]
             info = _within(stored, part, base.tensors[name], roles.by_name[stored.spec.name].transposed)
             made |= {name: info} if info else {}
     return made
@@ -48,10 +49,10 @@ def _within(stored: TensorInfo, part: ExpertPart, wanted: TensorSpec, transposed
     """Where a matrix lies within the tensor of all experts; None where it is of another size."""
     rows, columns = wanted.shape if len(wanted.shape) == 2 else (0, 0)
     shape, dtype = stored.spec.shape, stored.spec.dtype
-    fits = shape[1:] == (part.of * rows, columns) and part.expert < shape[0] and not transposed
+    fits = shape[1:] == (part.parts * rows, columns) and part.number < shape[0] and not transposed
     if not fits or dtype in FLOAT8.values() or stored.parts:
         return None
-    before = (part.expert * part.of + part.place) * rows * columns
+    before = (part.number * part.parts + part.part) * rows * columns
     return TensorInfo(replace(wanted, dtype=dtype), stored.file, stored.offset + before * dtype.itemsize)
 
 
@@ -62,8 +63,8 @@ def _together(
     places: dict[str, dict[tuple[int, int], str]] = {}
     for name in model.tensors:
         part = roles.expert_parts.get(name)
-        if part is not None and part.whole not in wholes:
-            places.setdefault(part.whole, {})[part.expert, part.place] = name
+        if part is not None and part.parameter not in wholes:
+            places.setdefault(part.parameter, {})[part.number, part.part] = name
     made, taken = {}, set()
     for name, spec in base.tensors.items():
         found = places.get(roles.identity[name], {})
@@ -77,7 +78,7 @@ def _together(
 
 def _fill(parts: list[TensorInfo], found: Mapping[tuple[int, int], str], roles: Roles, whole: TensorSpec) -> bool:
     """Whether the matrices are all of a tensor: each expert's, in its shape, of one type."""
-    of = roles.expert_parts[next(iter(found.values()))].of
+    of = roles.expert_parts[next(iter(found.values()))].parts
     experts, *matrix = whole.shape
     every = found.keys() == {(expert, place) for expert in range(experts) for place in range(of)}
     shape = (matrix[0] // of, *matrix[1:])

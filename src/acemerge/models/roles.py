@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +11,9 @@ from torch import nn
 
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.models.architecture import meta_model, submodels_of
+from acemerge.models.fused_experts import ExpertPart, expert_parts, stored_in_out
+from acemerge.models.lora_targets import Target, lora_targets
+from acemerge.models.renaming import checkpoint_renaming
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
 LAYERS: tuple[RoleName, ...] = ("linear", "conv1d", "experts")  # weights of linear layers, and stacks of such
@@ -27,23 +29,15 @@ class Role:
 
 
 @dataclass(frozen=True)
-class ExpertPart:
-    """A matrix of one expert of a mixture: within `whole`, (experts, out, in), the `place`-th `of` so many by rows."""
-
-    whole: str
-    expert: int
-    place: int
-    of: int
-
-
-@dataclass(frozen=True)
 class Roles:
     """The role of every tensor name, and which names mean the same tensor.
 
     `identity` sends a name to that of the parameter it stands for: the two spellings of a tied head, `h.0.x` and
     `transformer.h.0.x` of one architecture, `LayerNorm.gamma` and `LayerNorm.weight` have one identity. `parts` are
-    the models of other types within this one: the beginning of their parameters' names, by their types. `expert_parts`
-    are the tensors that are a part of a parameter which holds all experts of a mixture.
+    the models of other types within this one: the beginning of their parameters' names, by their types. `tied` are all
+    names of each parameter that has several, by their identity. `expert_parts` says of which parameter, fused in
+    memory, an expert's matrix is a part; `stored_in_out` are the fused ones whose modules say (expert, in, out).
+    `lora_targets` are the weights that PEFT can put a LoRA on.
     """
 
     by_name: Mapping[str, Role]
@@ -51,7 +45,10 @@ class Roles:
     source: str
     from_architecture: bool
     parts: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     expert_parts: Mapping[str, ExpertPart] = field(default_factory=dict)
+    stored_in_out: frozenset[str] = frozenset()
+    lora_targets: Mapping[str, Target] = field(default_factory=dict)
 
     def group(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The names of each tensor by its identity, the one that loaders look for first."""
@@ -61,36 +58,61 @@ class Roles:
         return {identity: sorted(found, key=lambda name: name != identity) for identity, found in groups.items()}
 
 
-def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], untied: bool = False) -> Roles:
+def find_roles(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], untied: bool = False, apart: Collection[str] = ()
+) -> Roles:
     """Roles from the model that `config` describes, built without memory on the meta device.
 
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
-    and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them.
+    and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them, as are
+    parameters of the names `apart`.
     """
     model, why_not = meta_model(config, len(tensors))
     if model is None:
         config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
-    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied)
+    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied, apart)
 
 
-def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source: str, untied: bool = False) -> Roles:
+def roles_from_model(
+    model: nn.Module,
+    tensors: Mapping[str, TensorSpec],
+    source: str,
+    untied: bool = False,
+    apart: Collection[str] = (),
+) -> Roles:
     """Roles from the modules of `model`, whose checkpoint names may differ from its parameter names."""
     in_model = _roles_of_parameters(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     conv1d = any(role.name == "conv1d" for role in in_model.values())
-    rename, tied, mixtures = checkpoint_renaming(model), _tied_spellings(model), _mixtures(model)
-    by_name, identity, expert_parts = {}, {}, {}
+    rename, tied = checkpoint_renaming(model), _tied_spellings(model)
+    by_name, identity = {}, {}
     for name in sorted(tensors):
         parameter, pattern = rename(name)
         role = _fit_to_shape(in_model.get(parameter), tensors[name].shape, shapes.get(parameter, ()))
         by_name[name] = role or role_by_name(tensors[name], conv1d)
-        apart = untied and by_name[name].name == "output_head"
-        identity[name] = name if pattern else parameter if apart else tied.get(parameter, parameter)
-        number = _EXPERT.findall(name)
-        if pattern in mixtures and number:
-            expert_parts[name] = ExpertPart(parameter, int(number[-1]), *mixtures[pattern])
-    return Roles(by_name, identity, source, True, submodels_of(model), expert_parts)
+        alone = parameter in apart or (untied and by_name[name].name == "output_head")
+        identity[name] = name if pattern else parameter if alone else tied.get(parameter, parameter)
+    heads = [name for name, role in in_model.items() if untied and role.name == "output_head"]
+    return Roles(
+        by_name,
+        identity,
+        source,
+        from_architecture=True,
+        parts=submodels_of(model),
+        tied=_by_identity(tied, {*apart, *heads}),
+        expert_parts=expert_parts(model, tensors),
+        stored_in_out=stored_in_out(model),
+        lora_targets=lora_targets(model),
+    )
+
+
+def _by_identity(tied: Mapping[str, str], apart: Collection[str]) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, first in tied.items():
+        if name not in apart:
+            groups[first] = (*groups.get(first, ()), name)
+    return {first: names for first, names in groups.items() if len(names) > 1}
 
 
 def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
@@ -158,53 +180,8 @@ def _shapes_in_out(shapes: Sequence[tuple[int, ...]]) -> bool | None:
     return a == d if (a == d) != (b == c) else None
 
 
-# How transformers makes (experts, out, in) of matrices that are stored apart: all experts' first, then gate and up.
-_FUSING = [("MergeModulelist", 0), ("Concatenate", 1)]
-_EXPERT = re.compile(r"\bexperts\.(\d+)\.")
-
-
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
-
-
-def checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, str]]:
-    """Checkpoint name -> parameter name, as transformers itself does on loading; and the pattern of what is converted
-    then, empty where the tensor is all of the parameter as it is.
-    """
-    transforms = _transforms(model)
-    if transforms is None:  # an older transformers, or a plain nn.Module: names are the same
-        return lambda name: (name, "")
-    (renamings, converters), state = transforms, model.state_dict()
-    rename_key: Any = importlib.import_module("transformers.core_model_loading").rename_source_key
-    prefix = str(getattr(model, "base_model_prefix", ""))
-
-    def rename(name: str) -> tuple[str, str]:
-        parameter, pattern = rename_key(name, renamings, converters, prefix, state)
-        return str(parameter), str(pattern or "")
-
-    return rename
-
-
-def _transforms(model: nn.Module) -> tuple[list[Any], list[Any]] | None:
-    """How transformers renames and converts what it loads into a model of its own; None where it does not."""
-    try:
-        converter = importlib.import_module("transformers.core_model_loading").WeightConverter
-        found = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    except (ImportError, AttributeError):
-        return None
-    return [t for t in found if not isinstance(t, converter)], [t for t in found if isinstance(t, converter)]
-
-
-def _mixtures(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of the patterns of names whose tensors are put together, expert by expert, each one's place among how many."""
-    found: dict[str, tuple[int, int]] = {}
-    _, converters = _transforms(model) or ([], [])
-    for converter in converters:
-        steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-        patterns = converter.source_patterns
-        if steps == _FUSING or (steps == _FUSING[:1] and len(patterns) == 1):
-            found |= {pattern: (place, len(patterns)) for place, pattern in enumerate(patterns)}
-    return found
 
 
 def _tied_spellings(model: nn.Module) -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -15,6 +17,7 @@ from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, LowRankResult
+from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
 from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
@@ -38,6 +41,9 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
             "--as-lora", f"{masked} writes masks beside a model", "use another rule, or write a full model"
         )
     modules = {job.name: _module(job, roles) for job in plan.merged}
+    if any(job.role.transposed for job in plan.merged if modules[job.name]):  # PEFT turns all layers, or no parameter
+        by_module = {name for name, how in roles.lora_targets.items() if how == "module"}
+        modules = {name: module if f"{module}.weight" in by_module else "" for name, module in modules.items()}
     if not any(modules.values()):
         what = "has no linear layer that the experts change and an adapter could hold"
         raise CheckpointError(plan.recipe.base, what, "write a full model")
@@ -47,7 +53,9 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
         if modules[job.name]:
             jobs.append(replace(job, factors=_specs(job, modules[job.name], rank, dtype), entrywise=False))
         else:
-            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter"))
+            layer = job.role.name in ("linear", "conv1d") and roles.from_architecture
+            why = ", as PEFT puts no LoRA there" if layer else ""
+            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter{why}"))
     return replace(plan, jobs=tuple(jobs))
 
 
@@ -59,6 +67,7 @@ def _module(job: Merge, roles: Roles) -> str:
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
     linear = linear and not in_module(job.name)[0]
     reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
+    reachable = reachable and (parameter in roles.lora_targets or not roles.from_architecture)
     return parameter.removesuffix(".weight") if linear and reachable else ""
 
 
@@ -97,13 +106,14 @@ def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[
     return stored, Lost(whole.energy, short.stats.energy_lost)
 
 
-def adapter_config(plan: Plan) -> bytes:
+def adapter_config(plan: Plan, roles: Roles, base_config: Mapping[str, Any]) -> bytes:
     """`adapter_config.json`: alpha is the rank, so that the factor on `B A` is 1."""
     inside = [(job, job.factors[0].name) for job in plan.merged if job.factors]
     modules = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for _, name in inside]
+    parameters = [m for m in modules if roles.lora_targets.get(f"{m}.weight") == "parameter"]
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type(base_config),
         "base_model_name_or_path": plan.recipe.base,
         "inference_mode": True,
         "r": plan.recipe.as_lora,
@@ -112,6 +122,7 @@ def adapter_config(plan: Plan) -> bytes:
         "bias": "none",
         "fan_in_fan_out": any(job.role.transposed for job, _ in inside),
         "init_lora_weights": True,
-        "target_modules": modules,
+        "target_modules": [module for module in modules if module not in parameters],
+        **({"target_parameters": [f"{module}.weight" for module in parameters]} if parameters else {}),
     }
     return json.dumps(config, indent=2).encode() + b"\n"

@@ -178,7 +178,8 @@ class Merge(_ByRule):
         A rule that looks at the input side has to see them, to know whether the experts share it.
         """
         given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
-        return given and not self.absent and (self.method.needs.input_side or self._low_rank_pays)
+        given = given and not self.absent and len(self.spec.shape) == 2
+        return given and (self.method.needs.input_side or self._low_rank_pays)
 
     @property
     def keeps_low_rank(self) -> bool:

@@ -137,7 +137,7 @@ class _Planner:
         if lacking and self._is_no_parameter(role):
             return Keep(out, role, _NO_PARAMETER)
         if lacking:
-            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", self._cure(lacking[0], name))
+            raise self._lacks(lacking[0], name, "")
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
@@ -191,7 +191,7 @@ class _Planner:
         for label, fitted in zip(self.labels, self.fitted, strict=True):
             if identity in fitted.updates:
                 what = f"tensor {out.name!r} is kept apart for each expert, but its adapter has factors for it only"
-                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+                raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
         self.kept_apart.add(identity)
 
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
@@ -208,7 +208,7 @@ class _Planner:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
-                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+                raise CheckpointError(f"expert {label}", what, keep_apart(out.name))
         if out.name.endswith(_COUNTER):
             return Keep(out, role, "a counter of steps: the largest", sources, largest=True)
         return Keep(out, role, "an integer buffer: must agree, copied", sources)
@@ -221,19 +221,23 @@ class _Planner:
         if self._is_no_parameter(role):
             return Keep(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
-            what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {lacking[0]}", what, self._cure(lacking[0], out.name))
+            raise self._lacks(lacking[0], out.name, ", as all experts do")
         return Keep(out, role, "no expert has it: the base's own")
 
-    def _cure(self, label: str, name: str) -> str:
-        """Of a tensor that an expert lacks: it may be there under a name of its own, and its values be lost."""
-        i, body = self.labels.index(label), _group(self.roles.identity[name])
-        own = [n for n in self.expert_names[i] if n not in self.base_names and _group(n) == body]
-        if not own:
-            return keep_base(name)
-        if any(".base_layer." in n for n in own):
-            return "merge its adapter into it with peft first (merge_and_unload) and save that"
-        return f"it has {own[0]!r}, which the base lacks: save both with one version of the program that wrote them"
+    def _lacks(self, label: str, name: str, more: str) -> CheckpointError:
+        """The error of an expert without a tensor. No cure throws away values that an expert has."""
+        of = self.experts[self.labels.index(label)]
+        other = [n for n in _own_tensors(of) if self.roles.identity[n] not in self.base_names and self._in_backbone(n)]
+        wrapped = next((n for n in other if ".base_layer." in n or ".lora_" in n), "")
+        if wrapped:
+            more += f" and has {wrapped!r}: it was saved with an adapter in it"
+            cure = "merge that into it with peft (merge_and_unload) and save it again"
+        elif other:
+            more += f" and has {other[0]!r}, which the base lacks"
+            cure = "save both with save_pretrained of one version of transformers, so that their names agree"
+        else:
+            cure = keep_base(name) if more else f"fetch the expert again, or {keep_apart(name)}"
+        return CheckpointError(f"expert {label}", f"lacks tensor {name!r}{more}", cure)
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
@@ -262,7 +266,8 @@ class _Planner:
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
-        for name, stored in self.experts[i].tensors.items():
+        for name in _own_tensors(self.experts[i]):
+            stored = self.experts[i].tensors[name]
             spec = plain(stored, self.experts[i].config)
             identity = self.roles.identity[name]
             if identity in self.kept_apart:
@@ -280,8 +285,13 @@ def _distinct(jobs: Iterable[ByRule]) -> list[ByRule]:
 
 
 def keep_base(name: str) -> str:
-    """The cure that keeps the base's values of one tensor."""
+    """The cure that keeps the base's values of a tensor that no expert has."""
     return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
+
+
+def keep_apart(name: str) -> str:
+    """The cure that keeps the base's values in the output, and each expert's own beside it."""
+    return f"add the recipe rule {{match: {name}, action: heads}}: the base's stays, each expert's own goes to heads/"
 
 
 def _own_tensors(source: ModelHeader) -> list[str]:

@@ -50,6 +50,10 @@ def _view(stack: LayerStack, parts: Sequence[_Part], models: Sequence[Checkpoint
     """
     tensors, places, updates, prints = {}, {}, {}, dict(models[own].fingerprints)
     adapter = models[own].adapter
+    fused = [name for name in adapter.updates if name not in models[own].tensors] if adapter else []
+    if fused:
+        what = f"its adapter changes {fused[0]!r}, which its model stores in parts"
+        raise CheckpointError(str(models[own].path), what, "merge it into its model with peft first")
     layers = [None if of is None else Layers(models[i].tensors, of[0]) for i, of in parts]
     for name, part, there in stack.names(layers):
         model = models[parts[part][0]]

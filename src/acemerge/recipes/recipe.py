@@ -17,7 +17,7 @@ from acemerge.methods import Method, as_table
 from acemerge.models.depth import LayerStack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-from acemerge.recipes.yaml_file import KeyPath, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import KeyPath, expanded, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
@@ -143,23 +143,24 @@ def load_recipe(
     method: str | None = None,
     params: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    allow_pickle: bool = False,
 ) -> Recipe:
     """Read a recipe file. Relative folders in it are relative to the file; what is no folder may be a Hub id.
 
     `overrides` win over its keys, `method` over its rule, `params` over the rule's parameters and `weights` over those
-    of its experts.
+    of its experts. `allow_pickle` is for models whose headers a mergekit recipe's values depend on.
     """
     content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
-    if is_mergekit(content):
+    if is_mergekit(content, path):
         if weights is not None:
             raise UsageError(path, "--weights does not go with a mergekit recipe", "change the file")
-        return _from_mergekit(content, path, overrides, method, params)
+        return _from_mergekit(content, path, overrides, method, params, allow_pickle)
     if isinstance(content.get("base"), str):
         content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
     if isinstance(content.get("calibration"), str):  # never on the Hub
-        content["calibration"] = str(path.parent / content["calibration"])
+        content["calibration"] = str(path.parent / expanded(content["calibration"]))
     rule = with_params(method or content.get("method", "ace"), params or {})
     content = {**content, "method": rule, **overrides}
     if isinstance(content.get("experts"), list):
@@ -173,6 +174,7 @@ def _from_mergekit(
     overrides: Mapping[str, Any],
     method: str | None,
     params: Mapping[str, Any] | None,
+    allow_pickle: bool,
 ) -> Recipe:
     """A mergekit YAML decides models and rules itself: only options that leave them alone go with it."""
     decided = [key for key in ("base", "experts", "scale", "policy") if key in overrides]
@@ -181,7 +183,8 @@ def _from_mergekit(
         raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
-        return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path, dequantize=True).tensors
+        path = locate(model, allow_pickle, quiet=True).path
+        return open_checkpoint(path, allow_pickle, dequantize=True).tensors
 
     found = from_mergekit(content, path, lambda model: relative_to(path.parent, model), headers)
     return make_recipe({**found, **overrides}, path)

@@ -25,6 +25,10 @@ def read_yaml(path: Path, what: str, first_keys: str) -> dict[str, Any]:
         content = parse_yaml(files.read_small(path, _MAX_FILE).decode("utf-8"))
     except CheckpointError as failure:
         raise UsageError(path, failure.what, f"name the YAML file of the {what}") from None
+    except SeveralDocumentsError:
+        found = "holds several documents, as files of mergekit-multi do, which merge one after the other"
+        cure = "put each into a file of its own, merge them in turn, and give the folder of each to the next"
+        raise UsageError(path, found, cure) from None
     except ValueError as failure:  # of bytes that are no text, too
         raise UsageError(path, f"not valid YAML ({str(failure)[:160]})", "mend the file") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -36,9 +40,14 @@ def relative_to(folder: Path, path: str) -> str:
     """A path relative to the folder of the file that names it; a Hub id stays as it is where no such path exists."""
     if hub_id(path, folder) is not None:
         return path
+    return str(folder / expanded(path))
+
+
+def expanded(path: str) -> str:
+    """A path with the home folder in the place of `~`."""
     with contextlib.suppress(RuntimeError):  # ~nobody: left as it is, to be reported as missing
-        path = str(Path(path).expanduser())
-    return str(folder / path)
+        return str(Path(path).expanduser())
+    return path
 
 
 def explain(

@@ -217,7 +217,13 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, la
         if key in later and table[key] is not None:
             raise UsageError(where, f"`{key}` {NOT_YET}", "take it out, or merge with mergekit")
         if key not in known and key not in later:
-            raise UsageError(where, f"unknown key {key!r}", nearest(str(key), [*known, *later]))
+            choices = [*known, *later]
+            cure = (
+                nearest(str(key), choices)
+                if choices
+                else "a model has no parameters here: write it under the recipe's `parameters`"
+            )
+            raise UsageError(where, f"unknown key {key!r}", cure)
 
 
 def read_parameters(table: Any, known: Sequence[str], where: str) -> dict[str, ParameterValue]:

@@ -79,6 +79,22 @@ def _nuslerp(values: TensorParameters) -> MethodAndWeights:
     return {"name": "mergekit_slerp", "of": of, "along": along, "straight": 1.0}, values.each["weight"]
 
 
+def _multislerp(values: TensorParameters) -> MethodAndWeights:
+    of, normalize = "updates" if values.has_base else "weights", values.flag("normalize_weights")
+    weights = values.each["weight"]
+    if normalize and sum(weights) == 0:
+        raise UsageError(values.where, "the weights sum to zero", "change them, or set `normalize_weights: false`")
+    return {"name": "mergekit_multislerp", "of": of, "normalize": normalize, "eps": values.shared["eps"]}, weights
+
+
+def _nearswap(values: TensorParameters) -> MethodAndWeights:
+    return {"name": "mergekit_nearswap", "t": max(0, values.shared["t"])}, None
+
+
+def _ram(values: TensorParameters) -> MethodAndWeights:
+    return {"name": "mergekit_ram", **values.shared}, None
+
+
 def _model_stock(values: TensorParameters) -> MethodAndWeights:
     if values.flag("filter_wise"):
         raise UsageError(values.where, "`filter_wise: true` is not supported yet", "take it out")
@@ -120,6 +136,12 @@ RULES: dict[str, MergekitMethod] = {
     "linear": MergekitMethod({"weight": _NEEDED}, {"normalize": True}, "ignored", _linear),
     "slerp": MergekitMethod({}, {"t": _NEEDED}, "required", _slerp, experts=(2, 2), counts_base=True),
     "nuslerp": MergekitMethod({"weight": _NEEDED}, _NUSLERP, "optional", _nuslerp, experts=(2, 2)),
+    "multislerp": MergekitMethod(
+        {"weight": _NEEDED}, {"normalize_weights": True, "eps": 1e-8}, "optional", _multislerp
+    ),
+    "nearswap": MergekitMethod({}, {"t": _NEEDED}, "required", _nearswap, experts=(1, 1)),
+    "ram": MergekitMethod({}, {"epsilon": 1e-5}, "required", _ram),
+    "ramplus_tl": MergekitMethod({}, {"r": 0.1, "alpha": 0.2, "epsilon": 1e-5}, "required", _ram),
     "task_arithmetic": _sum("none"),
     "ties": _sum("largest", vote=True, normalize=True),
     "dare_linear": _sum("random", rescale=True),

@@ -26,7 +26,7 @@ from acemerge.recipes.mergekit.rules import RULES, MergekitMethod, MethodAndWeig
 from acemerge.recipes.mergekit.tokenizer import TOKENIZER_KEYS, read_tokenizer
 from acemerge.recipes.mergekit.values import LayerPosition, ParameterValue, varies
 
-_KEYS = ("merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
+_KEYS = ("merge_method", "name", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
 _LATER = ("modules",)
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,8 +34,20 @@ _DTYPES = ("float32", "bfloat16", "float16")
 Headers = Callable[[str], Mapping[str, TensorSpec]]
 
 
-def is_mergekit(content: Mapping[str, Any]) -> bool:
-    """Whether a YAML is mergekit's: it says `merge_method`, which no recipe of ours does."""
+_MOE_KEYS = ("gate_mode", "experts_per_token", "shared_experts", "source_model")
+
+
+def is_mergekit(content: Mapping[str, Any], where: object) -> bool:
+    """Whether a YAML is mergekit's: it says `merge_method`, which no recipe of ours does.
+
+    UsageError for a file of mergekit-moe, which makes a mixture of experts and merges nothing.
+    """
+    experts = content.get("experts")
+    listed = [expert for expert in experts if isinstance(expert, dict)] if isinstance(experts, list) else []
+    moe = any(key in content for key in _MOE_KEYS) or any("source_model" in expert for expert in listed)
+    if moe and "merge_method" not in content:
+        what = "is a file of mergekit-moe, which puts models side by side as a mixture of experts"
+        raise UsageError(where, what, "make it with mergekit-moe; acemerge merges models into one")
     return "merge_method" in content
 
 
