@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
-from acemerge.checkpoints.yaml_text import parse_yaml
+from acemerge.checkpoints.yaml_text import SeveralDocumentsError, parse_yaml
 from acemerge.errors import CheckpointError, UsageError, nearest
 
 _MAX_FILE = 1 << 20
