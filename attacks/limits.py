@@ -6,6 +6,7 @@ are those of another user then.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import resource
@@ -23,6 +24,8 @@ from attacks.merging import Case, in_process
 
 ROW, FULL = 29, 60
 _NOBODY = 65534
+# What a merge imports when it is asked for.
+_LATE = ("acemerge.api", "acemerge.cli.progress", "rich.live", "rich.progress", "rich.table", "colorsys")
 _LAYERS, _SIDE = 6, 256
 _TRUE = {"memory": "memory|allocate", "threads": "threads|memory", "files": "too many files|too many open files"}
 
@@ -94,6 +97,8 @@ def _command_line(
 ) -> None:
     from acemerge.cli.app import main as run
 
+    for name in _LATE:  # another user may not be let to where they lie
+        importlib.import_module(name)
     torch.set_num_threads(threads)
     words = ["merge", "--base", str(case.base), *(w for e in case.experts for w in ("--expert", str(e)))]
     with open(said, "w", buffering=1) as sys.stderr:

@@ -16,7 +16,7 @@ from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import find_roles
-from acemerge.planning import jobs
+from acemerge.planning import pieces
 
 LAYOUTS = {"apart": {}, "together": {"save_original_format": False}}
 
@@ -40,7 +40,7 @@ def test_any_layout_is_merged_into_that_of_the_base(
     models: dict[tuple[str, str], Path], of_base: str, of_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if of_rows:  # large tensors are read a few rows at a time
-        monkeypatch.setattr(jobs, "_PIECE", 1000)
+        monkeypatch.setattr(pieces, "_PIECE", 1000)
     base, other = models["base", of_base], models["two", "together" if of_base == "apart" else "apart"]
     report = acemerge.merge(base, [models["one", of_base], other], "average", out=tmp_path / "out")
     assert any("two" in warning and "layout" in warning for warning in report.manifest["warnings"])
@@ -74,6 +74,8 @@ def test_a_mixture_that_lacks_a_matrix_is_refused_and_none_of_it_is_given_up(
     weights = load_folder(models["one", "apart"])
     del weights["model.layers.0.mlp.experts.3.up_proj.weight"]
     write_checkpoint(tmp_path / "broken", weights)
-    with pytest.raises(acemerge.CheckpointError, match=r"lacks tensor .*gate_up_proj.*it has .*experts\.0") as refused:
+    with pytest.raises(
+        acemerge.CheckpointError, match=r"lacks tensor .*gate_up_proj.* and has .*experts\.0.*, which the base lacks"
+    ) as refused:
         acemerge.merge(models["base", "together"], [tmp_path / "broken"], "average", out=tmp_path / "out")
     assert "action: base" not in str(refused.value)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from builders import PlainModel, write_checkpoint
+from builders import PlainModel
 
 import acemerge
 from acemerge.engine.opening import RunOptions, open_recipe
@@ -61,21 +59,3 @@ def test_an_expert_that_is_the_base_is_known_at_the_end(plain: PlainModel) -> No
     assert warning.startswith("expert e2 is frozen: it is the base itself; leave it out")
     assert acemerge.merge(base, experts).manifest["warnings"] == [warning]
     assert acemerge.merge(base, experts, rules=[{"match": "*", "action": "base"}]).manifest["warnings"] == []
-
-
-@pytest.mark.parametrize(
-    ("keys", "warned"), [({}, True), ({"embeddings": "base"}, False), ({"vocabulary": "union"}, False)]
-)
-def test_tokens_of_ones_own_are_averaged_with_a_word(tmp_path: Path, keys: dict[str, str], warned: bool) -> None:
-    """Both have 8 rows; the expert uses the last one, which was spare."""
-    torch.manual_seed(0)
-    tensors = {"embed_tokens.weight": torch.randn(8, 4), "layers.0.up.weight": torch.randn(4, 4)}
-    folders = []
-    for name, count in (("base", 7), ("same", 7), ("more", 8)):
-        moved = {key: value + 0.1 * torch.randn_like(value) for key, value in tensors.items()}
-        folders.append(write_checkpoint(tmp_path / name, moved, {"vocab_size": 8}))
-        tokens = {f"t{i}": i for i in range(count)}
-        (folders[-1] / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}))
-    found = [line for line in planned(folders[0], folders[1:], **keys) if "lacks" in line]
-    said = "expert more has a token that the base lacks: rows are averaged all the same; vocabulary: union"
-    assert [line.startswith(said) for line in found] == ([True] if warned else [])

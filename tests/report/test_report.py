@@ -20,6 +20,7 @@ from torch.nn.functional import cosine_similarity as cosine
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import BEFORE, LookBack, look_back
+from acemerge.methods.stats import LayerStats, of_slices
 from acemerge.models.depth import layer_number
 from acemerge.output.manifest import load_manifest
 from acemerge.output.verify import verify

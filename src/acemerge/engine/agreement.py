@@ -32,7 +32,7 @@ def check_agreement(plan: Plan, models: Sequence[Checkpoint], setting: Setting) 
             for model, copy in job.copies:
                 first = job.first_spelling(model)
                 if not _same(readers, job, (model, first), (model, copy)):
-                    raise differ_though_tied(first, copy, setting.who(model))
+                    raise differ_though_tied(first, copy, setting.who(model), expert=model > 0)
 
 
 def differs_from_base(job: Job, who: str) -> CheckpointError:
@@ -42,10 +42,10 @@ def differs_from_base(job: Job, who: str) -> CheckpointError:
     )
 
 
-def differ_though_tied(first: str, copy: str, who: str) -> CheckpointError:
+def differ_though_tied(first: str, copy: str, who: str, expert: bool) -> CheckpointError:
     what = f"tensors {first!r} and {copy!r} should be tied but differ"
     cure = "set tie_word_embeddings to false in its config.json"
-    cure += "" if who == "base" else "; of an adapter, merge it into its base with peft first"
+    cure += "; of an adapter, merge it into its base with peft first" if expert else ""
     return CheckpointError(who, what, cure)
 
 

@@ -63,8 +63,8 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "mergekit_slerp": "slerp of two models",
         "mergekit_sce": "SCE: where experts differ most",
         "mergekit_multislerp": "slerp of any number, about their mean",
-        "mergekit_nearswap": "entries that are near the base's, swapped for the expert's",
-        "mergekit_ram": "RAM: the mean of those that changed an entry; RAM+ stronger where one did",
+        "mergekit_nearswap": "entries near the base's swapped for the expert's",
+        "mergekit_ram": "RAM: the mean of those that changed an entry",
         "arcee_fusion": "Arcee fusion: outliers of importance",
     },
 }

@@ -130,7 +130,7 @@ class MergekitMultislerp:
             w = w / w.sum()
         u = w / (norms + self.eps)
         length = float((u @ gram @ u).clamp_min(0).sqrt())
-        cancels = length < self.eps
+        cancels = length < max(self.eps, NULL * float(w.abs().sum()))
         shares = w if cancels else u * (float((w * norms).sum()) / length)
         status = Status.CANCELLED if cancels else Status.OK
         return LayerResult(models.update(shares.tolist(), self.scale), LayerStats((status,)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -48,12 +48,3 @@ def same_models(labels: Sequence[str], folders: Sequence[tuple[Path, ...]]) -> l
             found.append(f"experts {first[model]} and {label} are one model, which counts twice; leave one out")
         first.setdefault(model, label)
     return found
-
-
-def added_tokens(label: str, base: Mapping[str, int], expert: Mapping[str, int]) -> str | None:
-    """A note where an expert has tokens of its own, whose rows are averaged with those of models that lack them."""
-    count = len(expert.keys() - base.keys())
-    if not count:
-        return None
-    tokens = "a token that the base lacks" if count == 1 else f"{count:,} tokens that the base lacks"
-    return f"expert {label} has {tokens}: rows are averaged all the same; vocabulary: union gives it its own"

@@ -12,7 +12,6 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
-from acemerge.planning import surprises
 from acemerge.planning.jobs import Keep, MergeByToken, ModelHeader
 from acemerge.planning.policy import Decision
 from acemerge.recipes.recipe import Recipe
@@ -139,12 +138,6 @@ class VocabularyPlanner:
             if count:
                 cure = "vocabulary: base matches the rows by token"
                 warnings.append(f"expert {label}: {count:,} tokens have other ids than in the base; {cure}")
-            note = surprises.added_tokens(label, base, expert) if base and expert and self._averages() else None
-            warnings += [note] if note else []
-
-    def _averages(self) -> bool:
-        """Whether tensors with a row per token are there, and averaged row by row."""
-        return self.recipe.embeddings == "average" and bool(self._names())
 
 
 def by_token(
