@@ -43,6 +43,7 @@ from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
 from acemerge.output.identity import difference, digest, identity, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
+from acemerge.output.length import length_of, length_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.origin import Origin, origin_of
@@ -194,14 +195,19 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     return replace(report, pushed=address)
 
 
-def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The warnings, with what is only known when all was read: experts that are the base itself."""
+def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is only known when all was read: how far the merge goes, and with the other warnings one where that is too
+    far, and experts that are the base itself.
+    """
     labels, records = manifest["experts"], records_of(manifest)
     compared = any(energies_of(record, labels) for record in records.values())
     found = [str(advice) for advice in of_frozen(labels, total_energies(labels, records))] if compared else []
+    length = length_of(labels, records)
+    if length is not None and length.overshoots and len(labels) > 1:
+        found.append(length_warning(length, manifest["recipe"]))
     for warning in found:
         log.warning(warning, extra=_fields("warning"))
-    return {"warnings": [*manifest["warnings"], *found]}
+    return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}
 
 
 def _fields(event: str, **fields: Any) -> dict[str, Any]:

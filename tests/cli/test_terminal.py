@@ -188,7 +188,9 @@ def test_the_summary_names_three_things_to_look_at(plain: PlainModel) -> None:
     worst = max(gammas, key=lambda name: gammas[name])
     assert re.search(rf"^layers: .*gamma {gammas[worst]:.3g} in {worst}$", said(console), re.MULTILINE)
     assert lines[-1] == f"next: acemerge report {plain.root / 'out'}"
-    assert lines[1].startswith(f"{plain.root / 'out'}: ")
+    assert lines[1].startswith("warning: the merged update is ")
+    assert lines[2].startswith(f"{plain.root / 'out'}: ")
+    assert any(line.startswith("length: the merged update is ") for line in lines)
 
 
 def test_a_dominating_expert_comes_with_its_cure_and_fallbacks_are_counted(plain: PlainModel) -> None:

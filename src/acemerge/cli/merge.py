@@ -123,6 +123,7 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     were said before the merge.
     """
     from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.output.length import length_of
     from acemerge.output.shares import total_energies
 
     manifest = report.manifest
@@ -148,7 +149,9 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     energies = total_energies(labels, records)
     advice = [str(advice) for advice in of_energies(labels, energies)]
     experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
-    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
+    length = length_of(labels, records)
+    far = [] if length is None else [("length", str(length))]
+    pairs(console, [("experts", "; ".join(experts)), *far, ("layers", "; ".join(_layers(records))), _next(report)])
 
 
 def _layers(records: Records) -> list[str]:

@@ -78,10 +78,10 @@ def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     found = tuple(sum(parts) for parts in zip(*rows, strict=True)) if rows else None
     energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
     lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
+    merged = None if first.merged_energy is None else sum(r.merged_energy or 0.0 for r in records)
     infinite = any(r.infinite for r in records)
-    return replace(
-        first, stats=stats, energies=found, energy=energy, share_lost=lost, infinite=infinite, seconds=seconds
-    )
+    whole = replace(first, stats=stats, energies=found, merged_energy=merged, infinite=infinite, seconds=seconds)
+    return replace(whole, energy=energy, share_lost=lost)
 
 
 def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
@@ -120,7 +120,7 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
             same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
-        record = replace(record, stats=result.stats)
+        record = replace(record, stats=result.stats, merged_energy=float(energies(result.delta[None])))
         if isinstance(job, Merge) and job.factors is not None:
             return (*_in_adapter(job, result.delta, record), ())
         value = result.delta.add_(W0)
@@ -143,6 +143,7 @@ def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, pl
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
         return (*_unchanged(job, base, record), ())
+    record = replace(record, merged_energy=update.energy)
     if job.factors is not None:
         return (*_in_adapter(job, update, record), ())
     with place.space(job.spec.shape, job.compute_dtype) as W0:
@@ -158,6 +159,7 @@ def _in_adapter(
 
 def _unchanged(job: ByRule, base: Tensor, record: TensorRecord) -> tuple[tuple[Tensor, ...], TensorRecord]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
+    record = replace(record, merged_energy=0.0)
     if isinstance(job, Merge) and job.factors is not None:
         return _in_adapter(job, None, record)
     return (own_memory(rounded(base, job), base),), record

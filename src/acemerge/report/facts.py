@@ -15,6 +15,7 @@ from acemerge.inspection.spectra import spectra_of
 from acemerge.methods.status import Status, spelled
 from acemerge.models.depth import layer_number, places_in_layers
 from acemerge.models.roles import LAYERS
+from acemerge.output.length import Length, length_of
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
@@ -66,7 +67,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
         "seconds": _seconds(records),
         "scores": [] if scores is None else scores.points,
     }
-    answers = _answers(manifest, rows, labels, energies, advice, seen)
+    answers = _answers(manifest, rows, labels, energies, advice, seen, length_of(labels, records))
     notes = [] if seen is None else _left_out(seen, data["spectra"])
     left_out = max(0, len(rows) - _MOST_ROWS)
     return Facts(manifest, answers, advice, rows[:_MOST_ROWS], left_out, data, why_not, notes, scores)
@@ -159,6 +160,7 @@ def _answers(
     energies: Sequence[float],
     advice: Sequence[Advice],
     seen: LookBack | None,
+    length: Length | None,
 ) -> list[tuple[str, str]]:
     merged = sum(row["energy"] is not None for row in rows)
     files = len(manifest["outputs"])
@@ -175,5 +177,6 @@ def _answers(
         ("Did it work?", worked),
         ("Which layers are in conflict?", where),
         ("Which expert dominates?", largest_update(labels, energies)),
+        *([] if length is None else [("How far does it go?", f"{str(length)[:1].upper()}{str(length)[1:]}.")]),
         ("What would I change?", f"{cures[0][:1].upper()}{cures[0][1:]}." if cures else "Nothing stands out."),
     ]
