@@ -21,7 +21,6 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
-from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
@@ -38,6 +37,7 @@ from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
+from acemerge.planning.lost_assets import asset_notes
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
