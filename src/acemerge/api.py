@@ -33,6 +33,7 @@ from acemerge.engine.execute import (
 )
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
+from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
 from acemerge.errors import CheckpointError, UsageError, shortages
@@ -54,7 +55,6 @@ from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
 from acemerge.planning.as_lora import adapter_config
-from acemerge.planning.relatedness import check_related
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
