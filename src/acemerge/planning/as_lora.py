@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, LowRankResult
+from acemerge.methods.factors import nearest_factors
 from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
@@ -85,25 +86,25 @@ class Lost:
     share_lost: float
 
 
-def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], Lost]:
+def truncated(
+    job: Merge, factors: Sequence[TensorSpec], update: LowRankResult | Tensor | None
+) -> tuple[tuple[Tensor, ...], Lost]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
-    rank, its singular values shared by both; filled up with zeros. And what it lacks.
+    rank, its singular values shared by both; filled up with zeros. And what it lacks. `factors` are the job's.
     """
-    assert job.factors is not None
     if update is None:
-        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), Lost(0.0, 0.0)
-    if not job.factors:
+        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in factors), Lost(0.0, 0.0)
+    if not factors:
         energy = update.energy if isinstance(update, LowRankResult) else energies(update[None]).item()
         return (), Lost(energy, 1.0 if energy else 0.0)
     whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, LayerStats())
     whole = whole.transposed() if job.role.transposed else whole
-    short = whole.truncated(job.factors[0].shape[0])
-    assert short.right is not None
-    assert short.stats.energy_lost is not None
-    missing = job.factors[0].shape[0] - len(short.right)
-    A, B = pad(short.right, (0, 0, 0, missing)), pad(short.left, (0, missing))
-    stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip((A, B), job.factors, strict=True))
-    return stored, Lost(whole.energy, short.stats.energy_lost)
+    rank = factors[0].shape[0]
+    B, A, lost = nearest_factors(whole, rank)
+    missing = rank - len(A)
+    filled = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+    stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip(filled, factors, strict=True))
+    return stored, Lost(whole.energy, lost)
 
 
 def adapter_config(plan: Plan, roles: Roles, base_config: Mapping[str, Any]) -> bytes:
