@@ -1,4 +1,4 @@
-"""A recipe and the options of a run, checked and opened: from headers alone."""
+"""A recipe and the options of a run, checked and opened: from headers, and the few tensors that must be equal."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def make_options(given: Mapping[str, Any]) -> RunOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
+    """A recipe with its checkpoints opened and its plan made; what a rule merges is not read yet.
 
     `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
     `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
@@ -157,7 +157,7 @@ class Opened:
 
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
-    """Check the options, open the checkpoints and plan the merge, from headers alone."""
+    """Check the options, open the checkpoints and plan the merge; see the module."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
         check_output(out, options.overwrite, options.resume)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,14 +17,12 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, LowRankResult
 from acemerge.methods.factors import nearest_factors
+from acemerge.models.fused_experts import expert_number
 from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
 from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
-
-# The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
-_FUSED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def as_adapter(plan: Plan, roles: Roles) -> Plan:
@@ -67,7 +64,8 @@ def _module(job: Merge, roles: Roles) -> str:
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
     linear = linear and not in_module(job.name)[0]
-    reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
+    # A mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
+    reachable = parameter.endswith(".weight") and first.name != "embedding" and expert_number(job.name) is None
     reachable = reachable and (parameter in roles.lora_targets or not roles.from_architecture)
     return parameter.removesuffix(".weight") if linear and reachable else ""
 
