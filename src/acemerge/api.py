@@ -33,7 +33,9 @@ from acemerge.engine.execute import (
 )
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
+from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.work import Walk
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
@@ -54,7 +56,6 @@ from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
 from acemerge.planning.as_lora import adapter_config
-from acemerge.planning.relatedness import check_related
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
@@ -146,7 +147,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     if not options.force:
         check_related(plan, opened.base, opened.experts)
     about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
-    about |= {"calibration": data_of(opened)} if opened.calibration else {}
+    about |= {"calibration": data_of(plan, opened.calibration)} if opened.calibration else {}
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
@@ -177,8 +178,15 @@ def _dry_run(
     with opened.pipeline(options.workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
         walks = partial(walker, pipeline, on_progress=on_progress)
         setting = with_thresholds(opened.setting, opened.plan, walks("thresholds"))
-        setting = calibrated(setting, Calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
-        return dry_run(opened.plan, setting, walks("merge")), about_calibration(opened, setting, about)
+        setting = calibrated(setting, _calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
+        measured = about_calibration(opened.plan, opened.calibration, setting, about)
+        return dry_run(opened.plan, setting, walks("merge")), measured
+
+
+def _calibrating(
+    opened: Opened, folder: Path, about: Mapping[str, Any], walk: Walk, on_progress: OnProgress
+) -> Calibrating:
+    return Calibrating(opened.plan, opened.calibration, opened.devices[0], folder, about, walk, on_progress)
 
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
@@ -240,7 +248,7 @@ def _write(
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
             walks = partial(walker, pipeline, on_progress=on_progress)
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
-            calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
+            calibrating = _calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
             walk = walks("merge", writes=True)
             records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
@@ -263,7 +271,7 @@ def _write(
         (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
         for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
-    measured = about_calibration(opened, setting, done.identity)
+    measured = about_calibration(plan, opened.calibration, setting, done.identity)
     return build_manifest(plan, records, inputs, output.written, 0.0) | measured
 
 

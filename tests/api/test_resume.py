@@ -19,7 +19,7 @@ from builders import PlainModel
 import acemerge
 import acemerge.engine.execute
 import acemerge.engine.thresholds
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
 from acemerge.engine.work import Loaded
@@ -189,7 +189,7 @@ def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
 
 PROCESSORS = {
     "capability": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
-    "model": lambda patch: patch.setattr(files, "processor", lambda: "AnotherMaker 6 85"),
+    "model": lambda patch: patch.setattr(machine, "processor", lambda: "AnotherMaker 6 85"),
     "switches MKL_CBWR": lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"),
     "switches ONEDNN_MAX_CPU_ISA": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
 }

@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics
 
 from acemerge.evaluation.metrics import METRICS, bootstrap, interval
-from acemerge.evaluation.tables import Average, Evaluation, Row, Score, mean, normalised
+from acemerge.evaluation.tables import Evaluation, MeanScore, Row, Score, mean, normalised
 
 
 def accuracy_oracle(labels: Sequence[int], found: Sequence[int]) -> float:
@@ -127,7 +127,7 @@ def test_averages_over_tasks() -> None:
     one, two = (0.25 + 0.8 + 10 / 16) / 3, (0.75 + 1.2 + 10 / 25) / 3
     assert found.interval == pytest.approx(tuple(np.percentile([one, two], [2.5, 97.5])))
     assert normalised(merged, None) is None
-    assert normalised(experts, experts) == Average(1.0, (1.0, 1.0), 3)
+    assert normalised(experts, experts) == MeanScore(1.0, (1.0, 1.0), 3)
     useless = Row("experts", (_score("a", 0.0, [0.0]), *experts.scores[1:]))
     left = normalised(merged, useless)
     assert left is not None

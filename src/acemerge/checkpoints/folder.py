@@ -13,7 +13,7 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
 from acemerge.checkpoints.assets import is_asset, module_weights, with_asset_folders
-from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
+from acemerge.checkpoints.float8 import QUANTISATION, Float8Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.nearby import almost, paths_in, what_is_there
 from acemerge.checkpoints.pickles import read_pickle
@@ -81,7 +81,7 @@ class Checkpoint:
     places: Mapping[str, TensorInfo] = field(repr=False)
     fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
     adapter: Adapter | None = None
-    scales: Mapping[str, Scale] = field(default_factory=dict, repr=False)
+    scales: Mapping[str, Float8Scale] = field(default_factory=dict, repr=False)
     float8: str = ""
     absent: frozenset[str] = frozenset()
 

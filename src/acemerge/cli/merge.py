@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,9 +95,11 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
+    from acemerge.methods.base import parameter_fields
+
     found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for method in {id(job.method): job.method for job in plan.ruled}.values():
-        for key in dataclasses.fields(method):  # type: ignore[arg-type]
+        for key in parameter_fields(method):
             value, known = getattr(method, key.name), found[method.name][key.name]
             if value not in known:  # a list may be one
                 known.append(value)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from acemerge.engine.applying import apply_rule, layer_of
+from acemerge.engine.applying import apply_rule, rule_layer
 from acemerge.engine.compute import Computed, compute
 from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
@@ -114,7 +114,7 @@ def _merged(
         return []
     turn = jobs[0].transposed
     W0, deltas = (stack.W0.mT, stack.deltas.mT) if turn else (stack.W0, stack.deltas)
-    common = layer_of(jobs[0], range(deltas.shape[1]), setting, W0[0])
+    common = rule_layer(jobs[0], range(deltas.shape[1]), setting, W0[0])
     layers = [
         replace(common, seeds=expert_seeds(setting.recipe.seed, job.name, range(deltas.shape[1])), base=base)
         for job, base in zip(jobs, W0 if method.needs.base else [None] * len(W0), strict=True)

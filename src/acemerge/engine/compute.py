@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
@@ -122,7 +123,7 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
         result = apply(job, deltas, W0, used, setting)
         record = replace(record, stats=result.stats, merged_energy=float(energies(result.delta[None])))
         if isinstance(job, Merge) and job.factors is not None:
-            return (*_in_adapter(job, result.delta, record), ())
+            return (*_in_adapter(job, job.factors, result.delta, record), ())
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
@@ -145,15 +146,15 @@ def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, pl
         return (*_unchanged(job, base, record), ())
     record = replace(record, merged_energy=update.energy)
     if job.factors is not None:
-        return (*_in_adapter(job, update, record), ())
+        return (*_in_adapter(job, job.factors, update, record), ())
     with place.space(job.spec.shape, job.compute_dtype) as W0:
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
 def _in_adapter(
-    job: Merge, update: LowRankResult | Tensor | None, record: TensorRecord
+    job: Merge, factors: Sequence[TensorSpec], update: LowRankResult | Tensor | None, record: TensorRecord
 ) -> tuple[tuple[Tensor, ...], TensorRecord]:
-    stored, lost = truncated(job, update)
+    stored, lost = truncated(job, factors, update)
     return stored, replace(record, energy=lost.energy, share_lost=lost.share_lost)
 
 
@@ -161,7 +162,7 @@ def _unchanged(job: ByRule, base: Tensor, record: TensorRecord) -> tuple[tuple[T
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
     record = replace(record, merged_energy=0.0)
     if isinstance(job, Merge) and job.factors is not None:
-        return _in_adapter(job, None, record)
+        return _in_adapter(job, job.factors, None, record)
     return (own_memory(rounded(base, job), base),), record
 
 

@@ -1,4 +1,4 @@
-"""A recipe and the options of a run, checked and opened: from headers alone."""
+"""A recipe and the options of a run, checked and opened: from headers, and the few tensors that must be equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
@@ -21,10 +21,10 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
-from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
+from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError
 from acemerge.models.mixtures import as_stored
@@ -38,9 +38,9 @@ from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
+from acemerge.planning.lost_assets import lost_assets
 from acemerge.planning.planner import make_plan
-from acemerge.planning.shared_factors import shared_input_factors
-from acemerge.planning.slices import stacked
+from acemerge.planning.slices import as_sliced
 from acemerge.planning.surprises import same_models
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe
@@ -95,7 +95,7 @@ def make_options(given: Mapping[str, Any]) -> RunOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
+    """A recipe with its checkpoints opened and its plan made; what a rule merges is not read yet.
 
     `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
     `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
@@ -131,7 +131,7 @@ class Opened:
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
         """The threads that stream these checkpoints, and their readers."""
         nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
-        cached = files.stays_cached(nbytes)
+        cached = machine.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
         with Pipeline(readers, self.devices, workers, self._within_limit(len(readers), workers)) as pipeline:
             yield pipeline, readers
@@ -141,10 +141,10 @@ class Opened:
 
         ResourceError where that is too little for a tensor: without memory, libraries end the process as they like.
         """
-        left = files.address_space_left()
+        left = machine.address_space_left()
         if left is None:
             return self.budget
-        left -= threads_of(readers, workers, torch.get_num_threads()) * files.stack_size() + _LIBRARIES
+        left -= threads_of(readers, workers, torch.get_num_threads()) * machine.stack_size() + _LIBRARIES
         needed, name = largest(self.plan)
         if left < needed:
             what = f"there is not enough memory: {needed - left:,} bytes more than the limit (ulimit -v) leaves"
@@ -157,7 +157,7 @@ class Opened:
 
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
-    """Check the options, open the checkpoints and plan the merge, from headers alone."""
+    """Check the options, open the checkpoints and plan the merge; see the module."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
         check_output(out, options.overwrite, options.resume)
@@ -179,7 +179,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
     if recipe.slices:
-        base, experts = stacked(recipe.slices, base, experts, labels)
+        base, experts = as_sliced(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = _matched(base, experts, labels)
     tokens = _tokens(recipe, opened[: len(recipe.models)])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
@@ -191,7 +191,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
     )
     losses = (
-        () if plan.is_adapter else asset_notes(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
+        () if plan.is_adapter else lost_assets(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
     )
     notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
     calibration, unused = assign(plan)

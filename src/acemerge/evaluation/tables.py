@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Average:
+class MeanScore:
     """A mean over tasks and its 95 % interval."""
 
     value: float
@@ -53,7 +53,7 @@ class Average:
     tasks: int
 
 
-def mean(row: Row) -> Average | None:
+def mean(row: Row) -> MeanScore | None:
     """The mean score over the tasks that are no perplexities; None unless all of them are known."""
     if None in row.scores:
         return None
@@ -61,7 +61,7 @@ def mean(row: Row) -> Average | None:
     return _average([(score.score, score.draws) for score in scores])
 
 
-def normalised(row: Row, experts: Row | None) -> Average | None:
+def normalised(row: Row, experts: Row | None) -> MeanScore | None:
     """The mean over tasks of score / the expert's score (of a perplexity its inverse); None without any expert.
 
     Tasks whose expert scores nothing above 0 are left out. The experts' scores are taken as they are: the interval is
@@ -70,7 +70,7 @@ def normalised(row: Row, experts: Row | None) -> Average | None:
     if experts is None:
         return None
     if row is experts:
-        return Average(1.0, (1.0, 1.0), len(row.known()))
+        return MeanScore(1.0, (1.0, 1.0), len(row.known()))
     ratios = []
     for score, best in zip(row.scores, experts.scores, strict=True):
         if score is not None and best is not None and best.score > 0:
@@ -84,12 +84,12 @@ def _ratio(score: Score, best: float) -> tuple[float, Draws]:
     return score.score / best, score.draws / best
 
 
-def _average(parts: Sequence[tuple[float, Draws]]) -> Average | None:
+def _average(parts: Sequence[tuple[float, Draws]]) -> MeanScore | None:
     """Tasks are drawn independently of each other, so the i-th draws of all are a draw of their mean."""
     if not parts:
         return None
     draws = np.mean([draws for _, draws in parts], axis=0)
-    return Average(float(np.mean([value for value, _ in parts])), interval(draws), len(parts))
+    return MeanScore(float(np.mean([value for value, _ in parts])), interval(draws), len(parts))
 
 
 @dataclass(frozen=True)

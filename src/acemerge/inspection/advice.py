@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
 
+from acemerge.engine.relatedness import Relation
 from acemerge.inspection.statistics import Sums
 from acemerge.methods.status import Status, Statuses
-from acemerge.planning.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
 _DOMINATES = 4.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -163,6 +164,11 @@ class Method(Protocol):
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """Floating-point operations for one layer, a symmetric product at half the price of a general one."""
         ...
+
+
+def parameter_fields(rule: Method | type[Method]) -> tuple[dataclasses.Field[Any], ...]:
+    """A rule's parameters in their order: every rule is a dataclass of them."""
+    return dataclasses.fields(cast(Any, rule))
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.output.manifest import versions
 from acemerge.output.writer import FileSum
@@ -58,7 +58,7 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
 def _processor() -> dict[str, Any]:
     """What decides which of its own paths a library takes for a product."""
     switches = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
-    model = files.processor() or f"{platform.machine()} {platform.processor()}".strip()
+    model = machine.processor() or f"{platform.machine()} {platform.processor()}".strip()
     return {"model": model, "capability": torch.backends.cpu.get_cpu_capability(), "switches": switches}
 
 
