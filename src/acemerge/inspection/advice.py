@@ -70,13 +70,13 @@ def of_energies(
 
 
 def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
-    """Whose update is largest, beside what an equal share were."""
+    """Whose update is largest, beside what an equal share would be."""
     total = sum(energies)
     if not total:
         return "No expert changed anything."
     leader = max(range(len(labels)), key=lambda t: energies[t])
     share = energies[leader] / total
-    return f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
+    return f"{labels[leader]} has {share:.0%} of the energy; an equal share would be {1 / len(labels):.0%}."
 
 
 def of_statuses(tensors: Iterable[Statuses]) -> list[Advice]:

@@ -46,6 +46,16 @@ def load_adapter_code(config: Mapping[str, Any], names: Collection[str], base: s
     return [*heads, "", *lines, *_generate(config, helper)]
 
 
+def load_call(config: Mapping[str, Any], names: Collection[str], out: str, is_adapter: bool) -> str:
+    """The one call that loads the output `out`; empty where it takes more than one."""
+    folder = json.dumps(out)
+    if is_adapter:
+        return f"PeftModel.from_pretrained(base, {folder})"
+    if "modules.json" in names:
+        return f"SentenceTransformer({folder})"
+    return f"{class_name(config)}.from_pretrained({folder})" if config else ""
+
+
 def class_name(config: Mapping[str, Any]) -> str:
     """The class of transformers that the configuration names; AutoModelForCausalLM of any language model, AutoModel
     where none is named.
