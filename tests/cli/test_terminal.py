@@ -206,15 +206,16 @@ def test_the_summary_names_three_things_to_look_at(plain: PlainModel) -> None:
     ],
 )
 def test_the_summary_says_how_to_load_the_output(
-    plain: PlainModel, config: dict[str, object], options: dict[str, int], call: str
+    plain: PlainModel, config: dict[str, object], options: dict[str, int], call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(plain.root)
     base, experts = plain.save()
     (base / "config.json").write_text(json.dumps(config))
-    report = api.merge(base, experts, out=plain.root / "an out", report=True, **options)
+    report = api.merge(base, experts, out="an out", report=True, **options)
     load, score, look = (text for _, text in next_steps(report))
-    assert load == call.format(out=plain.root / "an out") + "; README.md there has it whole"
-    assert score == f"acemerge evaluate '{plain.root / 'an out'}' --tasks tasks.yaml"
-    assert look == f"open {plain.root / 'an out/report.html'}"
+    assert load == call.format(out="an out") + "; README.md there has it whole"
+    assert score == "acemerge evaluate 'an out' --tasks tasks.yaml"
+    assert look == "open an out/report.html"
 
 
 def test_a_dominating_expert_comes_with_its_cure_and_fallbacks_are_counted(plain: PlainModel) -> None:

@@ -178,7 +178,7 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
 
     assert report.out is not None
     outputs, out = report.manifest["outputs"], shlex.quote(str(report.out))
-    config = read_config(report.out / CONFIG) if CONFIG in outputs else {}
+    config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
     call = load_call(config, outputs, str(report.out), "stored" in report.manifest)
     page = report.out / REPORT
     return [
