@@ -280,7 +280,9 @@ def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], out
     shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
     if shares:
         output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
-    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode(errors="replace"))
+    names = opened.base.assets if plan.is_adapter else output.written
+    card = model_card(plan, records, opened.base.config, names, origins, bool(shares))
+    output.write_bytes(CARD, card.encode(errors="replace"))
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

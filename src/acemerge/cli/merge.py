@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,7 @@ def _values(known: Sequence[Any]) -> str:
 
 
 def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> None:
-    """What was done, and the three things to look at: experts, layers, what is next. `warned`: the warnings that
+    """What was done, and the three things to look at: experts, layers, what to do next. `warned`: the warnings that
     were said before the merge.
     """
     from acemerge.inspection.advice import largest_update, of_energies
@@ -152,7 +153,8 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
     length = length_of(labels, records)
     far = [] if length is None else [("length", str(length))]
-    pairs(console, [("experts", "; ".join(experts)), *far, ("layers", "; ".join(_layers(records))), _next(report)])
+    looked = [("experts", "; ".join(experts)), *far, ("layers", "; ".join(_layers(records)))]
+    pairs(console, [*looked, *next_steps(report)])
 
 
 def _layers(records: Records) -> list[str]:
@@ -172,13 +174,23 @@ def _layers(records: Records) -> list[str]:
     return found or ["nothing unusual"]
 
 
-def _next(report: MergeReport) -> tuple[str, str]:
+def next_steps(report: MergeReport) -> list[tuple[str, str]]:
+    """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
-    from acemerge.output.folder import REPORT
+    from acemerge.checkpoints.folder import CONFIG, read_config
+    from acemerge.output.folder import CARD, REPORT
+    from acemerge.output.loading import load_call
 
     assert report.out is not None
+    outputs, out = report.manifest["outputs"], shlex.quote(str(report.out))
+    config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
+    call = load_call(config, outputs, str(report.out), "stored" in report.manifest)
     page = report.out / REPORT
-    return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
+    return [
+        ("load", f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"),
+        ("score", f"acemerge evaluate {out} --tasks tasks.yaml"),
+        ("look", f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"),
+    ]
 
 
 def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
