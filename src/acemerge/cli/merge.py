@@ -48,6 +48,8 @@ def merge(asked: Options) -> None:
         report = api.run_opened(opened, out, options, on_progress)
     if asked.as_json:
         print_json(outcome(report))
+    elif report.part is not None and not asked.quiet:
+        after_part(stdout(), report)
     elif not asked.quiet:
         after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
 
@@ -70,6 +72,11 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
         *_parameters(plan),
         ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
     ]
+    if opened.part is not None:
+        own = opened.layout
+        facts.append(
+            ("part", f"{opened.part}: {len(own.jobs)} of the tensors, to {', '.join(name for name, _ in own.own)}")
+        )
     facts.append(("memory", f"{size(most)} at most"))
     facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
     facts += [("warning", warning) for warning in plan.warnings]
@@ -149,6 +156,14 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     advice = [str(advice) for advice in of_energies(labels, energies)]
     experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
     pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
+
+
+def after_part(console: Console, report: MergeReport) -> None:
+    """What a part did, and what is next."""
+    files = ", ".join(report.manifest["outputs"])
+    done = "was done" if report.was_complete else f"took {report.manifest['seconds']:.1f} s"
+    say(console, f"part {report.part} {done}: {len(report.tensors)} tensors in {files}")
+    pairs(console, [("next", f"the same with --finish instead of --shard, when all parts of {report.out} are done")])
 
 
 def _layers(records: Records) -> list[str]:

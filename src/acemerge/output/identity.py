@@ -92,15 +92,15 @@ def digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def difference(before: Any, now: Any, place: str = "") -> str | None:
-    """Where two identities first differ, and how, in words."""
+def difference(before: Any, now: Any, place: str = "", verbs: tuple[str, str] = ("was", "and is")) -> str | None:
+    """Where two identities first differ, and how, in words; `verbs` say what the two values are."""
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(before.keys() - now.keys())]:
-            found = difference(before.get(key), now.get(key), f"{place} {key}".strip())
+            found = difference(before.get(key), now.get(key), f"{place} {key}".strip(), verbs)
             if found:
                 return found
     if place.startswith("input"):
         return f"{place} was written to" if before and now else f"{place} was {'removed' if before else 'added'}"
-    return f"{place} was {json.dumps(before)} and is {json.dumps(now)}"
+    return f"{place} {verbs[0]} {json.dumps(before)} {verbs[1]} {json.dumps(now)}"
