@@ -146,7 +146,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
         manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
         return MergeReport(None, manifest | _with_surprises(manifest))
-    if options.shard is not None:
+    if opened.part is not None:
         return _part(opened, out, about, options, on_progress)
     with output_folder(out, options.overwrite, options.resume, options.finish) as output:
         done = Done(about)

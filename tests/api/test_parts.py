@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from acemerge.checkpoints import files
 from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
 from acemerge.output.verify import verify
 from acemerge.planning.parts import Part, parse_part, spread
-from attacks.faulty import failing, faulty
+from attacks.faulty import failing, faulty, killing, unfaulty
 from attacks.merging import Case, in_process, snapshot
 
 PARTIAL = ".acemerge.partial"
@@ -126,17 +128,27 @@ def test_parts_replace_an_earlier_output_when_all_are_done(case: Case) -> None:
     case.check_output(out)
 
 
-@pytest.mark.parametrize("k", range(0, 40, 4))
-def test_a_finish_that_fails_is_run_again(case: Case, out: Path, k: int, tmp_path: Path) -> None:
-    """Whichever of its steps on the disk fails: what the parts have done stays."""
-    with faulty(k, failing(errno.EIO)):
-        try:
-            case.merge(out, finish=True)
-        except AcemergeError as failure:
-            assert "\n" not in str(failure)  # noqa: PT017
-    if not (out / "acemerge.json").exists():
-        case.merge(out, finish=True)
-    case.check_output(out)
+@pytest.mark.parametrize("code", [errno.EIO, None], ids=["failed", "killed"])
+def test_a_finish_that_was_broken_off_is_run_again(tmp_path: Path, code: int | None) -> None:
+    """At whichever call to the system: what the parts have done stays until the whole is published."""
+    case, parts = Case(tmp_path, "emr"), tmp_path / "parts"
+    case.merge_earlier(parts)
+    in_parts(case, parts, 1, 2, 3, overwrite=True)
+    with faulty(-1, unfaulty) as calls:
+        case.merge(shutil.copytree(parts, tmp_path / "counted"), finish=True, overwrite=True)
+    for k in range(calls.count // 5, calls.count, calls.count // 5):
+        out = shutil.copytree(parts, tmp_path / f"at-{k}")
+        process = in_process(broken_finish, case, out, k, code)
+        process.join()
+        assert process.exitcode in (0, 3, 5) if code else process.exitcode == -signal.SIGKILL
+        published = run_of(out) == run_of(tmp_path / "reference") if (out / "acemerge.json").exists() else False
+        case.merge(out, **({"resume": True} if published else {"finish": True, "overwrite": True}))
+        case.check_output(out)
+
+
+def broken_finish(case: Case, out: Path, k: int, code: int | None) -> None:
+    with faulty(k, failing(code) if code else killing):
+        case.merge(out, finish=True, overwrite=True)
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -236,6 +248,28 @@ def test_another_machine_may_put_parts_together(case: Case, out: Path, monkeypat
     case.merge(out, finish=True)
     case.check_output(out)
     assert run_of(out) == run_of(case.folder / "reference")
+
+
+def test_what_an_accelerator_is_counts_but_not_for_putting_together(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_accelerator(patch: pytest.MonkeyPatch, name: str) -> None:
+        patch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        about = acemerge.output.identity._device("cuda")
+        patch.setattr(acemerge.output.identity, "_device", lambda _: about)
+
+    out = case.folder / "out"
+    with monkeypatch.context() as patch:
+        with_accelerator(patch, "A100")
+        in_parts(case, out, 1, 2)
+    with monkeypatch.context() as patch:
+        with_accelerator(patch, "H100")
+        refused(case, out, 'in part 1/3 accelerator is "A100" and not "H100"', shard="3/3")
+    with monkeypatch.context() as patch:
+        with_accelerator(patch, "A100")
+        in_parts(case, out, 3)
+    case.merge(out, finish=True)
+    case.check_output(out)
 
 
 def test_other_numbers_of_parts_do_not_mix(case: Case, out: Path) -> None:

@@ -62,11 +62,11 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     from acemerge.planning.costs import RESIDENT
     from acemerge.planning.estimate import measure_rates, plan_seconds
 
-    plan = opened.plan
+    plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
     seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
-    reads = size(plan.bytes_read + plan.bytes_reread)
+    reads = size(plan.bytes_read + opened.plan.bytes_reread)
     facts = [
         ("experts", ", ".join(plan.experts)),
         *_parameters(plan),
@@ -83,6 +83,11 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     say(console, "")
     pairs(console, facts)
     say(console, "")
+
+
+def _part_of(opened: Opened) -> Plan:
+    """The plan with what the part does of it."""
+    return dataclasses.replace(opened.plan, jobs=tuple(opened.layout.jobs), heads=tuple(() for _ in opened.plan.heads))
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:

@@ -36,7 +36,7 @@ def identity(
         "recipe": _pinned(recipe, origins),
         "input": inputs,
         "largest shard": max_shard,
-        "device": device,
+        **_device(device),
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "version": {name: value for name, value in versions().items() if name in ("acemerge", "torch")},
@@ -53,6 +53,15 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
     for i, origin in zip(recipe.adapters, origins[1 + len(experts) :], strict=True):
         experts[i - 1]["adapter"] = origin
     return {**recipe.model_dump(mode="json"), "base": origins[0], "experts": experts}
+
+
+def _device(name: str) -> dict[str, str]:
+    """Which one was asked for, and of an accelerator what it is: each kind rounds in its own way."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return {"device": name}
+    return {"device": name, "accelerator": torch.cuda.get_device_name(torch.device(name))}
 
 
 def _processor() -> dict[str, Any]:

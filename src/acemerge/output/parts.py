@@ -30,7 +30,7 @@ from acemerge.output.writer import PARTIAL, header_bytes
 from acemerge.planning.parts import SHARDS, Part, part_of_folder
 
 # What of a run's identity is of the machines that compute it, not of the one that puts its parts together.
-_OF_MACHINES = ("device", "threads", "processor")
+_OF_MACHINES = ("device", "accelerator", "threads", "processor")
 _TOLD = 8  # parts that an error names
 
 
@@ -109,7 +109,8 @@ def all_parts(path: Path, about: Mapping[str, Any]) -> tuple[list[Part], Mapping
         names = _listed([str(part) for part in missing])
         what = f"part {names} is missing" if len(missing) == 1 else f"parts {names} are missing"
         raise UsageError(path, what, f"run the merge with --shard {missing[0]}")
-    run = {**about, **{key: found[first].get(key) for key in _OF_MACHINES}}
+    run = {key: value for key, value in about.items() if key not in _OF_MACHINES}
+    run |= {key: found[first][key] for key in _OF_MACHINES if key in found[first]}
     _check_alike(path, found, run)
     return every, run
 
