@@ -42,7 +42,8 @@ def merge(asked: Options) -> None:
 
     options = asked.run_options()
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
-    if not asked.silent:
+    foretold = not asked.silent and not asked.finish  # what takes long is done then
+    if foretold:
         before(stderr(), opened, out, asked.resume)
     with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
@@ -51,7 +52,7 @@ def merge(asked: Options) -> None:
     elif report.part is not None and not asked.quiet:
         after_part(stdout(), report)
     elif not asked.quiet:
-        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and foretold else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
