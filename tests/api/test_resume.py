@@ -265,10 +265,10 @@ def test_a_full_disk_loses_nothing(case: Case, computed: list[str]) -> None:
 
 # What is done when all tensors are computed, and what may go wrong there.
 BEHIND = {
-    "card": ("acemerge.api.model_card", KeyError("a defect")),
-    "picture": ("acemerge.api.shares_picture", ZeroDivisionError()),
-    "configuration": ("acemerge.api.write_assets", CheckpointError("config.json", "is odd", "mend it")),
-    "heads": ("acemerge.api.write_heads", CheckpointError("score", "is nan", "mend it")),
+    "card": ("acemerge.engine.beside.model_card", KeyError("a defect")),
+    "picture": ("acemerge.engine.beside.shares_picture", ZeroDivisionError()),
+    "configuration": ("acemerge.engine.beside.write_assets", CheckpointError("config.json", "is odd", "mend it")),
+    "heads": ("acemerge.engine.beside.write_heads", CheckpointError("score", "is nan", "mend it")),
     "manifest": ("acemerge.api.build_manifest", ValueError("a defect")),
     "publishing": ("acemerge.api.to_bytes", RecursionError()),
 }

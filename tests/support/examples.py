@@ -5,7 +5,8 @@ Every block of code is one of these, or its page fails:
     sh, shell   commands; also what is indented. What `PROGRAMS` knows is run, or as much of it as can be.
     python      run, all of a page in one module
     text        what the block before it prints, letter by letter but for seconds
-    yaml        a recipe, which is merged, or the tasks of an evaluation, which are read
+    yaml        a recipe, which is merged, the tasks of an evaluation, which are read, or a job of Kubernetes, whose
+                commands are parsed
 
 A block that cannot be run has the reason in a comment before it, `<!-- not run: REASON -->`. Its commands are then
 parsed by their own parsers, its Python is compiled, its recipe read.
@@ -129,6 +130,10 @@ def _text(block: Block, module: types.ModuleType, printed: str) -> str:
 
 def _yaml(block: Block, module: types.ModuleType, printed: str) -> str:
     content = yaml.safe_load(block.text)
+    if "apiVersion" in content:
+        for container in content["spec"]["template"]["spec"]["containers"]:
+            _acemerge(shlex.split(container["command"][-1]), False)
+        return ""
     if "tasks" in content:
         asked = Path("page-tasks.yaml")  # the page's commands have tasks of their own, whose data is there
         asked.write_text(block.text)

@@ -284,13 +284,16 @@ def remove_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies."""
+def lock(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies.
+
+    Several may hold it `shared`, and nobody else then. They leave the file, which one of them may still hold.
+    """
     while True:
         with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_same_file(descriptor, path):
                 break
         except BlockingIOError:
@@ -305,8 +308,9 @@ def lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(AcemergeError):
-            remove(path)
+        if not shared:
+            with contextlib.suppress(AcemergeError):
+                remove(path)
         close(descriptor)
 
 

@@ -254,12 +254,13 @@ def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> Non
     """CheckpointError when a weight file was written since it was opened.
 
     Size and times tell. Where only a time differs, the file may have been touched, copied or linked: it is hashed
-    again and compared with what was read.
+    again and compared with what was read, if that was hashed.
     """
     for path, before in checkpoint.fingerprints.items():
         now = files.fingerprint(path)
         if now == before:
             continue
-        same = now[0] == before[0] and hashes[path].in_order and files.sha256(path) == hashes[path].sha256
+        read = hashes.get(path)
+        same = read and now[0] == before[0] and read.in_order and files.sha256(path) == read.sha256
         if not same:
             raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")

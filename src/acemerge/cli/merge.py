@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -42,14 +43,17 @@ def merge(asked: Options) -> None:
 
     options = asked.run_options()
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
-    if not asked.silent:
+    foretold = not asked.silent and not asked.finish  # what takes long is done then
+    if foretold:
         before(stderr(), opened, out, asked.resume)
     with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
     if asked.as_json:
         print_json(outcome(report))
+    elif report.part is not None and not asked.quiet:
+        after_part(stdout(), report)
     elif not asked.quiet:
-        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and foretold else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
@@ -60,22 +64,32 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     from acemerge.planning.costs import RESIDENT
     from acemerge.planning.estimate import measure_rates, plan_seconds
 
-    plan = opened.plan
+    plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
     seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
-    reads = size(plan.bytes_read + plan.bytes_reread)
+    reads = size(plan.bytes_read + opened.plan.bytes_reread)
     facts = [
         ("experts", ", ".join(plan.experts)),
         *_parameters(plan),
         ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
     ]
+    if opened.part is not None:
+        own = opened.layout
+        facts.append(
+            ("part", f"{opened.part}: {len(own.jobs)} of the tensors, to {', '.join(name for name, _ in own.own)}")
+        )
     facts.append(("memory", f"{size(most)} at most"))
     facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")
     pairs(console, facts)
     say(console, "")
+
+
+def _part_of(opened: Opened) -> Plan:
+    """The plan with what the part does of it."""
+    return dataclasses.replace(opened.plan, jobs=tuple(opened.layout.jobs), heads=tuple(() for _ in opened.plan.heads))
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -155,6 +169,14 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     far = [] if length is None else [("length", str(length))]
     looked = [("experts", "; ".join(experts)), *far, ("layers", "; ".join(_layers(records)))]
     pairs(console, [*looked, *next_steps(report)])
+
+
+def after_part(console: Console, report: MergeReport) -> None:
+    """What a part did, and what is next."""
+    files = ", ".join(report.manifest["outputs"])
+    done = "was done" if report.was_complete else f"took {report.manifest['seconds']:.1f} s"
+    say(console, f"part {report.part} {done}: {len(report.tensors)} tensors in {files}")
+    pairs(console, [("next", f"the same with --finish instead of --shard, when all parts of {report.out} are done")])
 
 
 def _layers(records: Records) -> list[str]:

@@ -90,7 +90,8 @@ def outcome(report: MergeReport) -> dict[str, Any]:
     )
     return {
         "out": str(report.out),
-        "manifest": str(report.out / MANIFEST),
+        "manifest": None if report.part else str(report.out / MANIFEST),
+        "part": report.part,
         "was_complete": report.was_complete,
         "experts": manifest["experts"],
         "tensors": len(report.tensors),

@@ -39,6 +39,7 @@ from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.lost_assets import lost_assets
+from acemerge.planning.parts import Part, check_parts, parse_part
 from acemerge.planning.planner import make_plan
 from acemerge.planning.slices import as_sliced
 from acemerge.planning.surprises import same_models
@@ -72,11 +73,18 @@ class RunOptions:
     quiet: bool = False
     push: str | None = None
     report: bool = False
+    shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
+    finish: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        return self.shard is not None or self.finish
 
 
 _WRONG = {
     "workers": ("is not a number of workers", "use 1 or more"),
     "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
+    "shard": ("is no part of a merge", "write K/N with K from 1 to N, as 2/3"),
     "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
 }
 
@@ -113,6 +121,7 @@ class Opened:
     max_shard: int
     budget: int
     calibration: tuple[Assigned, ...] = ()
+    part: Part | None = None
 
     @property
     def setting(self) -> Setting:
@@ -125,7 +134,7 @@ class Opened:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.plan, self.max_shard)
+        return Layout(self.plan, self.max_shard, self.part)
 
     @contextlib.contextmanager
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
@@ -158,9 +167,10 @@ class Opened:
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge; see the module."""
+    _check_together(options)
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-        check_output(out, options.overwrite, options.resume)
+        check_output(out, options.overwrite, options.resume, options.in_parts)
     devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
@@ -185,6 +195,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
+    if options.in_parts:
+        whole = Layout(plan, options.max_shard_size)
+        check_parts(plan, options.shard, len(whole.shards) + len(whole.modules))
     read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
     twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
     known = (
@@ -204,7 +217,16 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     origins = tuple(model.origin for model in located)
     most = allowed(plan, options.max_memory, options.workers)
     shard = options.max_shard_size
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration)
+    part = options.shard
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration, part)
+
+
+def _check_together(options: RunOptions) -> None:
+    """UsageError where a part is asked for something that only all parts together have."""
+    beside = {"finish": options.finish, "push": options.push is not None, "report": options.report}
+    for name in (name for name, given in beside.items() if given and options.shard is not None):
+        cure = "give it by itself" if name == "finish" else "give it with --finish"
+        raise UsageError(f"--shard {options.shard}", f"a part has no use for --{name}", cure)
 
 
 def _unwrapped(
