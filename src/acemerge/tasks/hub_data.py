@@ -50,10 +50,10 @@ def check_configuration(text: str, is_card: bool, where: str) -> None:
         content = parse_yaml(block[1] if block else text)
     except YamlError as failure:
         raise UsageError(where, f"cannot be read ({failure})", _CURE) from None
-    configs = content.get("configs") if isinstance(content, dict) else None
+    configs: Any = content.get("configs") if isinstance(content, dict) else None
     for config in configs if isinstance(configs, list) else [configs]:
-        for key in _OF_FILES if isinstance(config, dict) else ():
-            for name in _texts(config.get(key)):
+        if isinstance(config, dict):
+            for name in _texts([config.get(key) for key in _OF_FILES]):
                 _check_inside(name, where)
 
 
