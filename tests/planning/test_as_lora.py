@@ -109,7 +109,8 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     assert code == 0
     manifest = verify(out)
     assert f"adapter of 2 layers, rank 2, {manifest['share_lost']:.2%} of the energy lost in all" in said
-    assert "3 tensors changed that a LoRA of linear layers cannot hold" in said
+    lost = [name for name, record in manifest["tensors"].items() if record["share_lost"] == 1]
+    assert f"3 tensors changed that a LoRA of linear layers cannot hold, all of it lost: {', '.join(lost)}" in said
     assert {file.name for file in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "merge.svg", "acemerge.json"
     }  # fmt: skip

@@ -82,6 +82,23 @@ def places(path: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
+def folders_within(path: Path, most: int = 1000) -> set[tuple[int, int]]:
+    """Device and inode of a folder and of those in it, as far as they can be read; links are not followed.
+
+    No more than the first `most`.
+    """
+    found: set[tuple[int, int]] = set()
+    waiting = deque([path])
+    while waiting and len(found) < most:
+        folder = waiting.popleft()
+        with contextlib.suppress(OSError, ValueError):
+            state = os.lstat(folder)
+            if stat.S_ISDIR(state.st_mode):
+                found.add((state.st_dev, state.st_ino))
+                waiting.extend(folder / name for name in sorted(os.listdir(folder)))
+    return found
+
+
 def resolve(path: Path) -> Path:
     """The absolute path with every link followed."""
     with reading(path):

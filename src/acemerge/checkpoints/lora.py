@@ -22,6 +22,7 @@ from acemerge.checkpoints.folder import (
 )
 from acemerge.checkpoints.header import TensorInfo, TensorSpec, read_header
 from acemerge.checkpoints.pickles import read_pickle
+from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
 from acemerge.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_MODEL = ADAPTER
@@ -50,10 +51,12 @@ def base_of(path: Path) -> str | None:
 
 
 def open_expert(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
-    """Open a checkpoint, or an adapter: headers and configuration only.
+    """Open a checkpoint, an adapter or a pipeline: headers and configuration only.
 
-    Raises CheckpointError for what neither is, and for an adapter that cannot be read in full.
+    Raises CheckpointError for what none of them is, and for an adapter that cannot be read in full.
     """
+    if is_pipeline(path):
+        return open_pipeline(path)
     return open_adapter(path, allow_pickle) if is_adapter(path) else open_checkpoint(path, allow_pickle, dequantize)
 
 

@@ -93,11 +93,16 @@ class Layout:
     @cached_property
     def shards(self) -> list[tuple[str, list[TensorSpec]]]:
         specs = [spec for job in self.plan.jobs for spec in job.stored if not in_module(spec.name)[0]]
-        return [(ADAPTER_MODEL, specs)] if self.plan.is_adapter else split_shards(specs, self.max_shard)
+        if self.plan.is_adapter:
+            return [(ADAPTER_MODEL, specs)]
+        return split_shards(specs, self.max_shard) if specs or not self.modules else []  # a pipeline has none
 
     @cached_property
     def modules(self) -> list[tuple[str, list[TensorSpec]]]:
-        """The files of what lies behind a transformer, as its dense layers. Wide types come first, as in shards."""
+        """The files of what lies behind a transformer, as its dense layers, and of a pipeline's components.
+
+        Wide types come first, as in shards.
+        """
         found: dict[str, list[TensorSpec]] = {}
         for spec in sorted((spec for job in self.plan.jobs for spec in job.stored), key=lambda s: -s.dtype.itemsize):
             file, _ = in_module(spec.name)

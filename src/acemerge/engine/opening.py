@@ -294,13 +294,15 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
     target = files.resolve(files.output_path(out))
-    there = files.places(target)
+    there, inside = files.places(target), files.folders_within(target)
     for path in inputs:
         source = files.resolve(Path(path))
         known = files.places(source)
+        # By device and inode, which a bind mount has of what is mounted: around either, or anywhere in both.
         same = (target in there and there[target] in known.values()) or (
             source in known and known[source] in there.values()
         )
+        same = same or bool(inside & files.folders_within(source))
         if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
