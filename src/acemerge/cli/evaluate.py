@@ -117,7 +117,7 @@ def show(console: Console, found: Evaluation, out: Path | None, missing: str | N
 
     from acemerge.evaluation.tables import LEGEND
 
-    header, rows = found.cells()
+    header, rows = found.marked()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):
         table.add_column(Text(column), justify="right" if i else "left", overflow="fold")

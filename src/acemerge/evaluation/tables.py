@@ -125,15 +125,38 @@ class Evaluation:
             rows.append([row.name, *cells, *(_cell(a.value, a.interval) if a else "-" for a in averages)])
         return header, rows
 
-    def markdown(self) -> str:
+    def marked(self) -> tuple[list[str], list[list[str]]]:
+        """The same, where columns of perplexities say so and the best of several models is marked in each column."""
         header, rows = self.cells()
+        others = [i for i, row in enumerate(self.rows) if row.name != EXPERTS]
+        for column, values in enumerate(self._columns(), 1):
+            known = {i: value for i in others if (value := values[i]) is not None}
+            if len(others) > 1 and known:
+                best = max(known.values())
+                for i in (i for i, value in known.items() if value == best):
+                    rows[i][column] += " *"
+        lower = {score.task for row in self.rows for score in row.known() if score.is_perplexity}
+        return [f"{name} (perplexity)" if name in lower else name for name in header], rows
+
+    def _columns(self) -> list[list[float | None]]:
+        """Of every column the rows' figures, of which the largest is the best; of perplexities they are negative."""
+        columns = zip(*(row.scores for row in self.rows), strict=True)
+        averages = [mean(row) for row in self.rows], [normalised(row, self.experts) for row in self.rows]
+        return [
+            *([None if s is None else -s.score if s.is_perplexity else s.score for s in scores] for scores in columns),
+            *([None if a is None else a.value for a in column] for column in averages),
+        ]
+
+    def markdown(self) -> str:
+        header, rows = self.marked()
         lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return f"{text}\n\n{LEGEND}\n"
 
 
 LEGEND = (
-    "Percent, with 95 % bootstrap intervals over examples; perplexities as they are, and no part of the mean. "
+    "Percent, with 95 % bootstrap intervals over examples; perplexities as they are, the lower the better, and no part "
+    "of the mean. `*` marks the best of a column, the experts' own row aside. "
     "`of experts`: mean over tasks of score / the score of the task's own expert."
 )
 
