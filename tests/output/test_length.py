@@ -48,7 +48,7 @@ def test_a_merge_that_overshoots_is_told_how_to_come_back(models: tuple[Path, li
     base, experts = models
     (warning,) = acemerge.merge(base, experts, "task_arithmetic", scale=1.5).manifest["warnings"]
     assert warning.startswith(
-        "the merged update is 1.7 times as long as the longest expert's, 1.5 times what all would"
+        "the merged update overshoots, 1.7 times the longest expert's, 1.5 times all at right angles"
     )
     assert "--scale 1, or another rule" in warning
     assert acemerge.merge(base, experts, "task_arithmetic", scale=1.0).manifest["warnings"] == []  # the cure cures

@@ -119,7 +119,7 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     card = (out / "README.md").read_text()
     assert "# LoRA adapter of rank 2, merged from 2 experts by ace" in card
     assert f"It lacks {manifest['share_lost']:.2%} of the merged update's energy." in card
-    assert 'PeftModel.from_pretrained(AutoModel.from_pretrained("base"), "path/to/this/folder")' in card
+    assert "PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)" in card
 
 
 def test_factors_are_rounded_to_the_type_that_is_asked_for(plain: PlainModel) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -166,9 +166,9 @@ class Method(Protocol):
         ...
 
 
-def parameter_fields(rule: Method | type[Method]) -> tuple[dataclasses.Field[Any], ...]:
-    """A rule's parameters in their order: every rule is a dataclass of them."""
-    return dataclasses.fields(cast(Any, rule))
+def parameter_fields(rule: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The parameters of a rule, or of its class, in their order: every rule is a dataclass of them."""
+    return dataclasses.fields(rule)
 
 
 @runtime_checkable

@@ -33,9 +33,9 @@ class Length:
         return self.merged > _TWICE * self.longest or self.merged > _BEYOND * self.orthogonal
 
     def __str__(self) -> str:
-        beside = f"{self.merged / self.longest:.2g} times as long as the longest expert's"
-        added = f"{self.merged / self.orthogonal:.2g} times what all would add up to at right angles"
-        return f"the merged update is {beside}, {added}; {self.worst_ratio:.2g} times in {self.worst}"
+        beside = f"{self.merged / self.longest:.2g} times the longest expert's"
+        added = f"{self.merged / self.orthogonal:.2g} times all at right angles"
+        return f"{beside}, {added}; most in {self.worst}, {self.worst_ratio:.2g} times"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,4 +65,5 @@ def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
     method = str(recipe.get("method", {}).get("name", ""))
     eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
     scale = length.orthogonal / length.merged * float(recipe.get("scale") or 1.0)
-    return f"{length}: it may be in nobody's direction; {eps}--scale {scale:.2g}, or another rule is nearer to them"
+    cure = f"{eps}--scale {scale:.2g}, or another rule is nearer to them"
+    return f"the merged update overshoots, {length}: it may be in nobody's direction; {cure}"

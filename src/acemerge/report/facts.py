@@ -187,6 +187,6 @@ def _answers(
         ("Did it work?", worked),
         ("Which layers are in conflict?", where),
         ("Which expert dominates?", largest_update(labels, energies)),
-        *([] if length is None else [("How far does it go?", f"{str(length)[:1].upper()}{str(length)[1:]}.")]),
+        *([] if length is None else [("How far does it go?", f"The merged update is {length}.")]),
         ("What would I change?", f"{cures[0][:1].upper()}{cures[0][1:]}." if cures else "Nothing stands out."),
     ]
