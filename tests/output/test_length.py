@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from math import sqrt
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_a_merge_that_overshoots_is_told_how_to_come_back(models: tuple[Path, li
     assert acemerge.merge(base, experts, "task_arithmetic", scale=1.0).manifest["warnings"] == []  # the cure cures
     (warning,) = acemerge.merge(base, experts, "ace", scale=2.0).manifest["warnings"]
     assert "a larger eps, as --set eps=1e-2" in warning
+
+
+def test_the_scale_that_is_advised_is_of_the_rules_own(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Eight equal experts: 0.3 times the sum is 2.4 times the longest, and still under what right angles would give."""
+    base, (first, _) = models
+    eight = [shutil.copytree(first, tmp_path / f"e{i}") for i in range(8)]
+    warnings = acemerge.merge(base, eight, "task_arithmetic").manifest["warnings"]
+    assert any("--scale 0.25, or another rule" in warning for warning in warnings)
+    again = acemerge.merge(base, eight, "task_arithmetic", scale=0.25).manifest["warnings"]
+    assert not any("overshoots" in warning for warning in again)
 
 
 @pytest.mark.parametrize("whole", [True, False])
