@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("anchored", {}),
     ("kron", EXACT["kron"]),
     ("kron_auto", EXACT["kron_auto"]),
+    ("trust", {"over": "tsv_m", "step": 0.1}),
     ("actmat", {"lam": 1e-2}),
     ("swudi_a", {}),
     ("tsv_m", {}),
@@ -92,9 +93,9 @@ def test_a_merge_is_the_base_and_what_the_factors_give(
     out = tmp_path / "out"
     report = acemerge.merge(trained.base, trained.adapters, rule, out, weights=weights, **params)
     found = load_folder(out)[f"{LAYER}.weight"] - trained.W0.double()
-    from_factors = acemerge.merge_factors(trained.pairs, rule, weights=weights, **params)
+    from_factors = acemerge.merge_factors(trained.pairs, rule, weights=weights, base=trained.W0, **params)
     assert relative_error(found, from_factors.delta()) < 1e-6
-    full = acemerge.merge_deltas(trained.deltas(), rule, weights=weights, **params)
+    full = acemerge.merge_deltas(trained.deltas(), rule, weights=weights, base=trained.W0, **params)
     assert relative_error(found, full.delta) < 1e-4
     record = report.tensors[f"{LAYER}.weight"]
     assert {key: record[key] for key in from_factors.stats} == from_factors.stats
@@ -113,7 +114,7 @@ def test_adapters_of_different_layers_are_merged(rule: str, params: dict[str, An
     for i, (name, (A, B)) in enumerate(zip(W0, pairs, strict=True)):
         deltas = torch.zeros(2, OUT, IN, dtype=torch.float64)
         deltas[i] = B.double() @ A.double()
-        full = acemerge.merge_deltas(deltas, rule, **params)
+        full = acemerge.merge_deltas(deltas, rule, base=W0[name], **params)
         assert relative_error(merged[name] - W0[name].double(), full.delta) < 1e-4
 
 
@@ -126,7 +127,7 @@ def test_their_rounding_is_no_update(rule: str, trained: Trained, tmp_path: Path
     assert report.tensors[f"{LAYER}.weight"]["rank"] == sum(RANKS)
 
 
-@pytest.mark.parametrize("rule", ["ace", "tsv_m", "average"])
+@pytest.mark.parametrize("rule", ["ace", "tsv_m", "average", "kron_auto"])
 @pytest.mark.parametrize(("family", "split"), [("llama", False), ("gpt2", False), ("gpt2", True)])
 def test_every_layer_of_a_model_whichever_way_it_is_stored(rule: str, family: str, split: bool, tmp_path: Path) -> None:
     base = tmp_path / "base"
@@ -148,8 +149,9 @@ def test_every_layer_of_a_model_whichever_way_it_is_stored(rule: str, family: st
         W0, name = before[f"{module}.weight"].double(), f"{module}.weight"
         products = [own[module][1].double() @ own[module][0].double() if module in own else None for own in factors]
         D = torch.stack([torch.zeros_like(W0.T if turned else W0) if P is None else P for P in products])
-        parts = D.split(len(D[0]) // 3, 1) if split and module.endswith("c_attn") else [D]
-        delta = torch.cat([acemerge.merge_deltas(part, rule).delta for part in parts])
+        rows = len(D[0]) // 3 if split and module.endswith("c_attn") else len(D[0])
+        parts = list(zip(D.split(rows, 1), (W0.T if turned else W0).split(rows), strict=True))
+        delta = torch.cat([acemerge.merge_deltas(part, rule, base=own).delta for part, own in parts])
         torch.testing.assert_close(found[name].double(), W0 + (delta.T if turned else delta), rtol=0, atol=1e-5)
         assert ("projections" in report.tensors[name]) == (len(parts) > 1 and rule != "average")
 
@@ -158,12 +160,14 @@ def test_every_layer_of_a_model_whichever_way_it_is_stored(rule: str, family: st
 
 
 class Large(TorchDispatchMode):
-    """Counts the results of torch's operations that have as many entries as the layer, views left out."""
+    """Counts the results of torch's operations that have as many entries as the layer; views, of what was `given` too,
+    are left out.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.count = 0
-        self._seen: set[int] = set()
+        self._seen = {value.untyped_storage().data_ptr() for value in given}
 
     def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         result = func(*args, **(kwargs or {}))
@@ -192,7 +196,7 @@ def large_tensors(trained: Trained, rule: str, **params: Any) -> int:
     """How many tensors of the layer's size a merge of it makes."""
     plan, held = trained.plan(rule, **params), Held(trained)
     setting, place = Setting(plan.recipe, plan.experts), Place(torch.device("cpu"))
-    with Large() as large:
+    with Large(held.values.values()) as large:
         compute(Piece(plan.jobs[0]), held, setting, place)
     return large.count
 

@@ -52,6 +52,7 @@ RULES = {
     "svc": Traits(rotates=True, rank=True, params=(("over", "task_arithmetic"),)),
     "knots": Traits(rank=True),
     "core_space": Traits(rotates=True, rank=True),
+    "trust": Traits(rotates=True, rank=True),
     "ace": Traits(scales=False, rank=True),
     "ace_auto": Traits(returns=True, rotates=True, rank=True),
     "anchored": Traits(rotates=True, rank=True),

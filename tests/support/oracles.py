@@ -325,14 +325,43 @@ def kron(
     return torch.linalg.solve(system, right.flatten()).view_as(D[0])
 
 
-def kron_auto(
-    deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 1.0, keep: float = 0.25, fewest: int = 64
+def dissent(deltas: Tensor, weights: Sequence[float] | None = None) -> float:
+    """1 less the energy of the mean of the updates over the mean of their energies, each by its share of the energy."""
+    D, w = deltas.double(), factors(len(deltas), weights).abs()
+    n = D.flatten(1).square().sum(1)
+    p = w * n / (w * n).sum()
+    return float(1 - torch.einsum("t,tij->ij", p, D).square().sum() / (p * n).sum())
+
+
+def weights_size(deltas: Tensor, base: Tensor, weights: Sequence[float] | None = None) -> float:
+    """The energy of the base and the mean one of the updates."""
+    w = factors(len(deltas), weights).abs()
+    return float(base.double().square().sum() + (w * deltas.double().flatten(1).square().sum(1)).sum() / w.sum())
+
+
+def trust(
+    X: Tensor, deltas: Tensor, base: Tensor, weights: Sequence[float] | None = None, step: float = 0.25
 ) -> Tensor:
+    moved = dissent(deltas, weights) * X.double().square().sum() / weights_size(deltas, base, weights)
+    return X.double() / (1 + moved / step**2).sqrt()
+
+
+def kron_auto(
+    deltas: Tensor, weights: Sequence[float] | None = None, lam: float = 1.0, keep: float = 0.25, fewest: int = 64,
+    base: Tensor | None = None, step: float = 0.25,
+) -> Tensor:  # fmt: skip
     """The dense system, as `kron`'s."""
     D, w = deltas.double(), factors(len(deltas), weights)
     if len(D) == 1:
         return D[0]
     sides = two_sides(D, max(fewest, int(keep * min(D.shape[1:]))))
+    if base is not None:
+        r = dissent(D, weights) * D.flatten(1).square().sum(1) / weights_size(D, base, weights)
+        even = (r**2 / (r**2 + step**4)).tolist()
+        sides = [
+            tuple((1 - e) * side + e * torch.eye(len(side), dtype=torch.float64) for side in pair)
+            for e, pair in zip(even, sides, strict=True)
+        ]
     L, R = (
         sum(f * side for f, side in zip(w, each, strict=True)) / w.sum() ** 0.5
         + 0.1 * w.sum() ** 0.5 * torch.eye(len(each[0]), dtype=torch.float64)
@@ -343,7 +372,8 @@ def kron_auto(
     X = torch.linalg.solve(H + lam * torch.kron(L, R), B.flatten())
     b, h = X @ B.flatten(), X @ H @ X
     n = sum(f * (d * (A @ d @ S)).sum() for f, d, (A, S) in zip(w, D, sides, strict=True))
-    return (b / h * b**2 / (h * n) * X).view_as(D[0])
+    N = (b / h * b**2 / (h * n) * X).view_as(D[0])
+    return N if base is None else trust(N, D, base, weights, step)
 
 
 def ace(

@@ -31,7 +31,7 @@ def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting:
 def rule_layer(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
     """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
     layer = setting.layer(job, used, W0.device)
-    return replace(layer, base=W0) if job.method.needs.base else layer
+    return replace(layer, base=W0) if job.method.needs.wants_base else layer
 
 
 def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
@@ -44,5 +44,8 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
 
 def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
     """The rule on each of the projections that share a weight."""
-    results = [method.merge(part, layer) for part in fused.split(deltas)]
+    bases = fused.split(layer.base) if layer.base is not None else [None] * len(fused.split(deltas))
+    results = [
+        method.merge(part, replace(layer, base=base)) for part, base in zip(fused.split(deltas), bases, strict=True)
+    ]
     return LayerResult(fused.join([r.delta for r in results]), of_projections([r.stats for r in results]))

@@ -117,7 +117,7 @@ def _merged(
     common = rule_layer(jobs[0], range(deltas.shape[1]), setting, W0[0])
     layers = [
         replace(common, seeds=expert_seeds(setting.recipe.seed, job.name, range(deltas.shape[1])), base=base)
-        for job, base in zip(jobs, W0 if method.needs.base else [None] * len(W0), strict=True)
+        for job, base in zip(jobs, W0 if method.needs.wants_base else [None] * len(W0), strict=True)
     ]
     if isinstance(method, Together) and not (method.needs.matrix and deltas.ndim > 4):
         results = method.merge_together(deltas, layers)

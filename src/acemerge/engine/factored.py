@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 from acemerge.engine.updates import factors_of, own_factors
 from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
+from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.methods.stats import of_projections
@@ -18,6 +19,8 @@ from acemerge.output.records import TensorRecord, about
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
 from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
+
+_ROWS = 1024  # of the base that are looked at at once, in the compute type
 
 
 def merge_factors_of(
@@ -41,17 +44,33 @@ def merge_factors_of(
         return None, record
     layer = setting.layer(job, used, device)
     seen = updates.transposed() if job.transposed else updates
+    W0 = values.take((0, job.name)) if job.method.needs.base_energy else None
+    if W0 is not None and job.transposed:
+        W0 = W0.mT
     if job.fused:
-        merged = _by_projection(job.method, job.fused, seen, layer, job.compute_dtype)
+        merged = _by_projection(job.method, job.fused, seen, layer, W0, job.compute_dtype)
     else:
-        merged = merge_low_rank(job.method, seen, layer, job.compute_dtype)
+        merged = merge_low_rank(job.method, seen, _on_base(layer, W0, job.compute_dtype), job.compute_dtype)
     return merged.transposed() if job.transposed else merged, replace(record, stats=merged.stats)
 
 
-def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer, dtype: torch.dtype) -> LowRankResult:
+def _on_base(layer: Layer, W0: Tensor | None, dtype: torch.dtype) -> Layer:
+    if W0 is None:
+        return layer
+    energy = sum(float(energies(rows.to(layer.weights.device, dtype)[None])) for rows in W0.split(_ROWS))
+    return replace(layer, base_energy=energy)
+
+
+def _by_projection(
+    method: Method, fused: Fused, updates: LowRank, layer: Layer, W0: Tensor | None, dtype: torch.dtype
+) -> LowRankResult:
     """The rule on each of the projections that share a weight: each has rows of its own and factors of its own."""
-    lefts = zip(*(fused.split(U) for U in updates.left), strict=True)
-    parts = [merge_low_rank(method, LowRank(left, updates.right), layer, dtype) for left in lefts]
+    lefts = list(zip(*(fused.split(U) for U in updates.left), strict=True))
+    bases = [None] * len(lefts) if W0 is None else fused.split(W0)
+    parts = [
+        merge_low_rank(method, LowRank(left, updates.right), _on_base(layer, base, dtype), dtype)
+        for left, base in zip(lefts, bases, strict=True)
+    ]
     stats = of_projections([part.stats for part in parts])
     rights = [part.right for part in parts if part.right is not None]
     if len(rights) < len(parts):

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import (
     AnyMethod,
@@ -50,7 +51,8 @@ def merge_deltas(
     with `name` and its parameters, or an instance of a rule.
 
     The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. `base` is `W_0`
-    for the rules that merge weights (slerp, karcher); without it they merge the task vectors. `moments` are what the
+    for the rules that merge weights (slerp, karcher), which without it merge the task vectors, and for those that
+    ask how large the weights are (kron_auto, trust), which without it go as far as the updates say. `moments` are what the
     rules with data need: input second moments (T, in, in) for regmean, squared gradients (T, out, in) for fisher.
     `seed` is for the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's scale in
     it, and `.stats`.
@@ -64,9 +66,7 @@ def merge_deltas(
     if rule.needs.matrix and deltas.ndim != 3:
         what = f"{rule.name} needs matrices, not shape {list(deltas.shape[1:])}"
         raise UsageError("deltas", what, "give shape (T, out, in) or use an elementwise method")
-    if base is not None and base.shape != deltas.shape[1:]:
-        what = f"has shape {list(base.shape)}, the task vectors {list(deltas.shape[1:])}"
-        raise UsageError("base", what, "give the layer that the task vectors start from")
+    _check_base(base, deltas.shape[1:])
     _check_moments(rule, deltas, moments)
     for where, values in (("deltas", deltas), ("base", base), ("moments", moments)):
         if values is not None:
@@ -88,6 +88,7 @@ def merge_factors(
     method: AnyMethod = "ace",
     *,
     weights: Sequence[float] | None = None,
+    base: Float[Tensor, "out in"] | Array | None = None,
     seed: int = 0,
     compute_dtype: torch.dtype | None = None,
     **params: Any,
@@ -97,7 +98,7 @@ def merge_factors(
     For LoRA U_t is `scaling * B` and V_t is `A`. The result is that of `merge_deltas` on the products; average,
     task_arithmetic, ace, ace_auto, anchored, kron, kron_auto, actmat, swudi_a, knots, core_space and the spectral rules
     do not form them where the ranks together are fewer than a side of the layer. For the others they are formed, and
-    `stats.statuses` says so. Rules that merge weights merge the task vectors.
+    `stats.statuses` says so. Rules that merge weights merge the task vectors; `base` is for kron_auto and trust.
 
     Where two or more experts share the row space of V_t, as with a frozen A, the input side says nothing of the tasks:
     ace, actmat and the like then merge the transposes, and `stats.shared_input_side` is True.
@@ -107,6 +108,10 @@ def merge_factors(
     """
     rule = as_rule(method, params)
     _check_factors(factors)
+    base = None if base is None else _tensor("base", base)
+    _check_base(base, (len(factors[0][0]), factors[0][1].shape[1]))
+    if base is not None:
+        _check_finite("base", base)
     if rule.needs.calibration:
         cure = "give the products of the factors to merge_deltas, with `moments`"
         raise UsageError(f"method {rule.name}", "needs what was measured on data", cure)
@@ -117,10 +122,18 @@ def merge_factors(
         tuple(_in_range(f"factors {t}", pair[side].detach(), dtype).to(device) for t, pair in enumerate(factors, 1))
         for side in (0, 1)
     )
+    if base is not None:
+        layer = replace(layer, base_energy=float(energies(base.detach().to(device, dtype)[None])))
     with _refusals(rule, dtype):
         result = merge_low_rank(rule, LowRank(left, right), layer, dtype)
     _check_result(rule, dtype, result.left, *([] if result.right is None else [result.right]))
     return result
+
+
+def _check_base(base: Tensor | None, shape: Sequence[int]) -> None:
+    if base is not None and list(base.shape) != list(shape):
+        what = f"has shape {list(base.shape)}, the task vectors {list(shape)}"
+        raise UsageError("base", what, "give the layer that the task vectors start from")
 
 
 def _tensor(where: str, values: Any) -> Tensor:

@@ -67,12 +67,17 @@ class Spiked:
 
 
 def spiked_sides(
-    D: Float[Tensor, "out in"], sizes: tuple[int, int], weight: float, k: int, dtype: torch.dtype
+    D: Float[Tensor, "out in"],
+    sizes: tuple[int, int],
+    weight: float,
+    k: int,
+    dtype: torch.dtype,
+    even: float = 0.0,
 ) -> tuple[Spiked, Float[Tensor, "out in"]] | None:
     """`A = sqrt(w) (D D^T)^(1/2)` and `S = sqrt(w) (D^T D)^(1/2)`, each over its mean eigenvalue, the trace over its
     size in `sizes`, with all eigenvalues beyond the k largest at their mean: what rounding and chance make of small
-    directions is not told apart, and A and S are k directions and a multiple of I. With them goes `A D S`. D is not
-    zero and has no more columns than rows.
+    directions is not told apart, and A and S are k directions and a multiple of I. The share `even` of both is I
+    instead, `(1 - e) A + e sqrt(w) I`. With them goes `A D S`. D is not zero and has no more columns than rows.
 
     With `D = U diag(s) V^T` the roots are `U diag(s) U^T` and `V diag(s) V^T`. None in float32 where it would not do:
     more than a thousandth of the sum of the singular values is of those that the rounding of a Gram matrix reaches.
@@ -85,14 +90,15 @@ def spiked_sides(
     top, V = s[-k:], V[:, -k:]
     rest = float(s.sum() - top.sum())
     floors = [rest / (size - len(top)) if size > len(top) else 0.0 for size in sizes]
-    out, columns = (weight**0.5 * size / float(s.sum()) for size in sizes)  # mean eigenvalue one
+    to_mean = [(1 - even) * weight**0.5 * size / float(s.sum()) for size in sizes]  # mean eigenvalue one
+    a, b = (floor * factor + even * weight**0.5 for floor, factor in zip(floors, to_mean, strict=True))
     U = D @ (V / top).to(dtype)
-    spikes = [(top - floor).clamp_min(0).sqrt() for floor in floors]
-    faint = floors[0] * floors[1]
-    wanted = (U * (top * (top.square() - faint)).to(dtype)) @ V.T.to(dtype)
-    wanted.add_(D, alpha=faint).mul_(out * columns * peak)
-    P, Q = U.mul_((spikes[0] * out**0.5).to(dtype)), (V * (spikes[1] * columns**0.5)).to(dtype)
-    return Spiked(P, Q, (floors[0] * out, floors[1] * columns)), wanted
+    spikes = [(top - floor).clamp_min(0) * factor for floor, factor in zip(floors, to_mean, strict=True)]
+    more = spikes[0] * spikes[1] + spikes[0] * b + spikes[1] * a  # than a b, on the k directions
+    wanted = (U * (top * more).to(dtype)) @ V.T.to(dtype)
+    wanted.add_(D, alpha=a * b).mul_(peak)
+    P, Q = U.mul_(spikes[0].sqrt().to(dtype)), (V * spikes[1].sqrt()).to(dtype)
+    return Spiked(P, Q, (a, b)), wanted
 
 
 def spiked_sum(sides: Sequence[Spiked], products: torch.dtype | None = None) -> Map:

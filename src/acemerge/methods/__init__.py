@@ -45,6 +45,7 @@ from acemerge.methods.sphere import Karcher, ModelStock, Slerp
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.methods.svc import Svc
+from acemerge.methods.trust import Trust
 from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
@@ -113,5 +114,6 @@ for _rule in (
     MergekitNearswap,
     MergekitRam,
     ArceeFusion,
+    Trust,
 ):
     register(_rule)

@@ -35,6 +35,9 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "knots": "KnOTS: merged in the left directions in common",
         "core_space": "core space: merged in the directions of either side",
     },
+    "Around another rule": {
+        "trust": "another rule's update, no longer than its fit holds",
+    },
     "Sparse: with votes or chance": {
         "ties": "TIES: trim, elect a sign, average those that agree",
         "dare_linear": "DARE: drop entries by chance, then sum",

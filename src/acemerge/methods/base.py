@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from acemerge.errors import UsageError
+from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.methods.stats import LayerStats
@@ -33,7 +34,8 @@ class Layer:
 
     `weights` (T,) are float64 on the device of the task vectors. `seeds` start one stream of random numbers per
     expert. `thresholds` (T,) are the magnitudes that a rule with `needs.keep` trims at; None asks for this
-    tensor's own. `base` is `W_0` for rules that merge weights, not updates; None stands for zeros. `frame`, for rules
+    tensor's own. `base` is `W_0` for rules that merge weights, not updates, for which None stands for zeros, and for
+    those that need its energy; where only that is known, it is `base_energy`. `frame`, for rules
     with such `needs.factors`, tells of which larger matrices the task vectors are the cores. `moments` (T, ...) are
     what was measured of each expert on data of its own, for rules with `needs.calibration`: see there for their shape.
     None where nothing of this layer was seen.
@@ -43,12 +45,19 @@ class Layer:
     seeds: tuple[int, ...]
     thresholds: tuple[float, ...] | None = None
     base: Float[Tensor, "*shape"] | None = None
+    base_energy: float | None = None
     frame: Frame | None = None
     moments: Float[Tensor, "T *moment"] | None = None
 
     def sides(self, deltas: Float[Tensor, "T out in"]) -> tuple[int, int]:
         """(out, in) of the layer, whose task vectors or their cores are `deltas`."""
         return (deltas.shape[1], deltas.shape[2]) if self.frame is None else self.frame.shape
+
+    def energy_of_base(self) -> float | None:
+        """`||W_0||_F^2`, None where nothing is known of it."""
+        if self.base is None or self.base_energy is not None:
+            return self.base_energy
+        return float(energies(self.base[None]))
 
     def part(self, i: int) -> Layer:
         """The same for the i-th matrix of a stack."""
@@ -105,7 +114,8 @@ class Needs:
     """What a rule asks of its input.
 
     `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
-    `Layer.base`. `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
+    `Layer.base`, `base_energy`: it asks for `Layer.energy_of_base`.
+    `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
     `Layer.thresholds`. `entrywise`: an entry of the result depends on the same entry of the input alone, and all
     that is said of it is the status, so that a tensor may be merged in pieces. `weights` and `most_experts` bound
     what it is defined for, `experts` says how many exactly. `moves_equals`: the result is not the base's even where
@@ -124,6 +134,7 @@ class Needs:
 
     matrix: bool = False
     base: bool = False
+    base_energy: bool = False
     keep: float | None = None
     entrywise: bool = False
     weights: Literal["any", "not negative", "not cancelling"] = "any"
@@ -135,6 +146,10 @@ class Needs:
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
     calibration: Calibration | None = None
+
+    @property
+    def wants_base(self) -> bool:
+        return self.base or self.base_energy
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,21 +71,29 @@ class System:
 
 
 def system(
-    tall: Upright, keep: float, pooled_keep: float, damping: float, dtype: torch.dtype, products: Products = "float32"
+    tall: Upright,
+    keep: float,
+    pooled_keep: float,
+    damping: float,
+    dtype: torch.dtype,
+    products: Products = "float32",
+    even: Sequence[float] | None = None,
 ) -> System:
     """In `dtype`, or in float64 where float32 would not do, as for updates of low rank: `B.dtype` tells. `damping` is
-    the d of L and R, `pooled_keep` their `keep`. In float32 `products` may be coarser.
+    the d of L and R, `pooled_keep` their `keep`. In float32 `products` may be coarser. `even` are the experts' shares
+    of I in A_t and S_t, none if not given.
     """
     k = kept_directions(keep, min(tall.sizes))
     sides: list[Spiked] = []
     B = torch.zeros_like(tall.experts[0], dtype=dtype, memory_format=torch.contiguous_format)
     wanted = pull = 0.0
     size = max(largest_entry(D) for D in tall.experts)
-    for expert, weight in zip(tall.experts, tall.weights, strict=True):
+    shares_of_even = even or [0.0] * len(tall.experts)
+    for expert, weight, share in zip(tall.experts, tall.weights, shares_of_even, strict=True):
         D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
-        found = spiked_sides(D, tall.sizes, weight, k, dtype)
+        found = spiked_sides(D, tall.sizes, weight, k, dtype, share)
         if found is None:
-            return system(tall, keep, pooled_keep, damping, torch.float64, products)
+            return system(tall, keep, pooled_keep, damping, torch.float64, products, even)
         side, own = found
         sides.append(side)
         B.add_(own)

@@ -39,8 +39,8 @@ def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 def _needs(inner: Method, factors: Literal["frame", "left frame"]) -> Needs:
-    weights, most = inner.needs.weights, inner.needs.most_experts
-    return Needs(True, weights=weights, most_experts=most, work=_WORK, factors=factors)
+    weights, most, energy = inner.needs.weights, inner.needs.most_experts, inner.needs.base_energy
+    return Needs(True, base_energy=energy, weights=weights, most_experts=most, work=_WORK, factors=factors)
 
 
 _OverUpdates = Annotated[Over, AfterValidator(_check)]
@@ -161,7 +161,7 @@ def common_left(
 
 def own_entries(layer: Layer) -> Layer:
     """The layer as the other rule sees it: what is known of its entries does not hold for turned updates."""
-    return replace(layer, thresholds=None, base=None, frame=None)
+    return replace(layer, thresholds=None, base=None, base_energy=layer.energy_of_base(), frame=None)
 
 
 def basis_operations(experts: int, long: int, short: int) -> int:

@@ -55,7 +55,8 @@ class LayerStats(Mapping[str, Any]):
 
     Of ace: `gamma`, None where it is undefined, `branch`, `eps`, and `refined` singular values. `log_energy_variance`
     is `var(log n_t)`. `condition` and `rank` are the system's, `float64_spectra` counts the spectra not left to
-    float32. `steps`, `residual` and `last_step` are of iterations. `own_l1` and `masked_l1` give the scales of emr.
+    float32. `steps`, `residual` and `last_step` are of iterations. `relative_step` is how far a
+    rule would move the weights beside the weights themselves. `own_l1` and `masked_l1` give the scales of emr.
     `side` is the one that second moments were estimated on, `energy_lost` what a truncation took.
     """
 
@@ -74,6 +75,7 @@ class LayerStats(Mapping[str, Any]):
     steps: int | None = _said(_number)
     residual: float | None = _said(_number)
     last_step: float | None = _said(_number)
+    relative_step: float | None = _said(_number)
     agreement: float | None = _said(_number)
     cosine: float | None = _said(_number)
     share: float | None = _said(_number)
