@@ -75,7 +75,7 @@ def merge(  # with parameters of the rule
 def merge(
     base: str | Path,
     experts: Sequence[str | Path],
-    method: AnyMethod = "ace",
+    method: AnyMethod = "auto",
     out: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:

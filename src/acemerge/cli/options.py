@@ -58,7 +58,7 @@ class Options:
     ] = None
     method: Annotated[
         str | None,
-        option(RULE, "merge rule, see `acemerge methods`; auto: the one recommended [default: ace]", metavar="NAME"),
+        option(RULE, "merge rule, see `acemerge methods` [default: auto, the one recommended]", metavar="NAME"),
     ] = None
     settings: Annotated[
         list[str] | None, option(RULE, "a parameter of the rule; repeat for each", "--set", metavar="KEY=VALUE")
@@ -178,7 +178,7 @@ class Options:
         if self.recipe is not None:
             return load_recipe(self.recipe, given, self.method, params, weights, self.allow_pickle)
         given["experts"] = with_weights(given["experts"], weights, "--weights")
-        return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
+        return make_recipe({**given, "method": {"name": self.method or "auto", **params}}, "command line")
 
 
 # What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those

@@ -83,7 +83,7 @@ def merge_state_dicts(
 def merge_state_dicts(
     base: Mapping[str, Tensor],
     experts: Sequence[Mapping[str, Tensor]],
-    method: AnyMethod = "ace",
+    method: AnyMethod = "auto",
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
@@ -121,7 +121,7 @@ def merge_models(
 def merge_models(
     base: nn.Module,
     experts: Sequence[nn.Module],
-    method: AnyMethod = "ace",
+    method: AnyMethod = "auto",
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
