@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from acemerge.errors import UsageError
+from acemerge.methods.elementwise import Average
 from acemerge.methods.spectral import SPECTRAL_WORK
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
@@ -107,8 +108,7 @@ def _low_rank_entries(job: Merge, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
     _, rows, columns = job.matrices
     (p, q), work = _cores(job), job.method.needs.work
-    system = min(max(p, q), experts * min(p, q))  # the largest square matrix that comes of cores
-    on_cores = (experts + work.tensors + work.each * experts) * p * q + work.squares * system**2
+    on_cores = experts * p * q + max(work.entries(experts, *turned) for turned in ((p, q), (q, p)))
     return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
@@ -143,6 +143,16 @@ def largest(plan: Plan) -> tuple[int, str]:
     return max(found, default=(0, ""))
 
 
+def _averaged(plan: Plan) -> int:
+    """The bytes of the piece that takes most where every tensor is averaged, by ranges of rows."""
+    by_rows = plan.recipe.nonfinite == "error"
+    averaged = [
+        replace(job, method=Average(), entrywise=by_rows, fused=None) if isinstance(job, Merge) else job
+        for job in plan.jobs
+    ]
+    return largest(replace(plan, jobs=tuple(averaged)))[0]
+
+
 def peak_memory(plan: Plan) -> int:
     """Bytes that the process takes at most where nothing is read ahead of the largest tensor."""
     return RESIDENT + largest(plan)[0]
@@ -158,7 +168,9 @@ def budget(plan: Plan, limit: int | None) -> int:
         if RESIDENT + needed > limit:
             rule = next(job.rule for job in plan.jobs if job.name == name)
             what = f"tensor {name!r} by {rule} needs {RESIDENT + needed:,} bytes, more than {limit:,}"
-            cure = "allow more, or give the tensor a rule that needs less, as average, in the recipe's rules"
+            cure = "allow more"
+            if RESIDENT + _averaged(plan) <= limit:
+                cure += ", or give tensors of its size a rule that needs less, as average, in the recipe's rules"
             raise UsageError("--max-memory", what, cure)
         return limit - RESIDENT
     tensors = [job.spec.count * job.compute_dtype.itemsize for job in plan.jobs]
