@@ -51,6 +51,8 @@ def compare(
     from acemerge.tasks.task_file import load_tasks
 
     named = [name for name in models or [] if not _is_recipe(name)]
+    if asked.base or asked.expert:
+        asked.check_models()
     found, given = load_tasks(tasks), dict(zip(expert_labels(named), named, strict=True))
     recipe = _recipe([name for name in models or [] if _is_recipe(name)], asked)
     check_output_apart(out, list(given.values()))

@@ -185,9 +185,9 @@ class Options:
 # whose result machines may want.
 LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
-    "allow_pickle", "dequantize", "device", "workers", "max_memory",
+    "allow_pickle", "dequantize", "device", "workers", "max_memory", "calibration",
 )  # fmt: skip
-CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
+CHOOSING = ("weights", "scale", "split_qkv", "seed")
 WRITING = (
     "force",
     "out",

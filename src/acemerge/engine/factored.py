@@ -15,7 +15,7 @@ from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
 from acemerge.output.records import TensorRecord, about
-from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
+from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite
 from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
@@ -80,5 +80,5 @@ def _factors(
     if setting.recipe.nonfinite == "skip-expert":
         return None
     for factor, value in zip(update.factors, stored, strict=True):
-        check_finite(value, factor.name, label, LEAVE_OUT)
-    raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
+        check_finite(value, factor.name, label, cure_of(setting.labels))
+    raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", cure_of(setting.labels))
