@@ -207,9 +207,9 @@ def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"],
         D.zero_()
     update = job.updates[i] if job.updates else None
     if update is not None:
-        A, B, *magnitude = (values.take((i + 1, factor.name)).to(D.device, D.dtype) for factor in update.factors)
+        A, B, *magnitude = (values.take((i + 1, factor.name)) for factor in update.factors)
+        A, B, *magnitude = (f.to(D.device, D.dtype) for f in (*own_factors(A, B, update.stack), *magnitude))
         seen = (D.mT, W0.mT) if update.transposed else (D, W0)
-        A, B = own_factors(A, B, update.stack)
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 

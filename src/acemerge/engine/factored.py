@@ -72,8 +72,7 @@ def _factors(
         nothing = torch.zeros(rows, 0, dtype=job.compute_dtype, device=device)
         return nothing, nothing.new_zeros(0, columns)
     stored = [values.take((i + 1, factor.name)) for factor in update.factors]
-    A, B = (factor.to(device, job.compute_dtype) for factor in stored)
-    A, B = own_factors(A, B, update.stack)
+    A, B = (factor.to(device, job.compute_dtype) for factor in own_factors(stored[0], stored[1], update.stack))
     U, V = factors_of(A, B, update.scaling, update.transposed)
     if is_finite(U) and is_finite(V):
         return U, V

@@ -17,6 +17,9 @@ from acemerge.planning.pieces import Piece, pieces
 RESIDENT = 315_000_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
+# Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
+# matrices with other factors, of up to twice as many bytes.
+SHARED = 3
 # Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
 _COUNTED = 16
 
@@ -38,6 +41,7 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
+    shared = SHARED * sum(factor.nbytes for factor in job.shared.values()) if isinstance(job, Merge) else 0
     if isinstance(job, Keep):
         beside = job.widens * 4 * piece.count
     elif isinstance(job, Merge) and job.keeps_low_rank:
@@ -46,7 +50,7 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
         beside = whole + _low_rank_entries(job, experts) * torch.float64.itemsize
     else:
         beside = _beside_task_vectors(job, piece, experts)
-    return Cost(waiting, waiting + beside + written, written)
+    return Cost(waiting + shared, waiting + shared + beside + written, written)
 
 
 def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
@@ -58,7 +62,7 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
     if isinstance(job, MergeByToken) and job.vocabulary.lending is not None:  # all are read before the first is made
         differencing = waiting + deltas + 2 * count * width
     if isinstance(job, Merge) and any(job.updates):  # factors are read and widened beside them, DoRA works on a copy
-        factors = sum(f.count * width for update in job.updates if update for f in update.factors)
+        factors = sum(f.count * width // update.sharers for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
     if job.method.needs.keep is not None:
