@@ -39,7 +39,7 @@ from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
 from acemerge.output.folder import MANIFEST, OutputFolder, output_folder
-from acemerge.output.identity import difference, digest, identity, with_same_bytes
+from acemerge.output.identity import difference, digest, identity, whole_files, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.length import length_of, length_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
@@ -159,8 +159,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
                 return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
             done = read_journal(out, opened.layout.files) or done
             models = list(zip(opened.origins, opened.models, strict=True))
-            # What was measured on data came of models that were not hashed.
-            before = with_same_bytes(done.identity, about, models, {} if opened.calibration else done.read)
+            before = with_same_bytes(done.identity, about, models, done.read)
             _check_same_run(out, before, about)
             done = replace(done, identity=about)
         if options.finish:
@@ -246,9 +245,11 @@ def _write(
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
             walks = partial(walker, pipeline, on_progress=on_progress)
-            setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
+            setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal, readers)
             calibrating = _calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
+            if opened.calibration:  # networks are loaded by others, which hash nothing
+                journal.have_read(whole_files(opened.models[1:]))
             walk = walks("merge", writes=True)
             records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
             output.kept = True

@@ -145,7 +145,7 @@ def test_an_input_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
-@pytest.mark.parametrize("method", ["ace", "average"])
+@pytest.mark.parametrize("method", ["ace", "average", "ties"])
 def test_an_input_that_was_put_back_byte_for_byte_is_gone_on_with(
     case: Case, computed: list[str], method: str, tmp_path: Path
 ) -> None:
@@ -168,6 +168,37 @@ def test_an_input_that_was_put_back_byte_for_byte_is_gone_on_with(
     case.merge(out, resume=True)
     assert len(computed) == 1
     case.check_output(out)
+
+
+def test_thresholds_hold_for_inputs_that_were_put_back(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They came of all that was read, twice, before the first tensor was written."""
+    out, shards = case.folder / "out", sorted(case.experts[1].glob("*.safetensors"))
+    interrupt(case, out, 0)
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes())
+    monkeypatch.setattr(acemerge.engine.thresholds, "_counts", None)
+    case.merge(out, resume=True)
+    case.check_output(out)
+
+
+def test_what_was_read_again_of_an_input_that_was_written_to_proves_nothing(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second look at an expert need not have seen what was hashed at the first."""
+    out, shard = case.folder / "out", next(case.experts[1].glob("*.safetensors"))
+    counts = acemerge.engine.thresholds._counts
+    content = shard.read_bytes()
+
+    def changing(*arguments: Any) -> Any:
+        shard.write_bytes(content[:-1] + b"\x01")
+        found = counts(*arguments)
+        shard.write_bytes(content)
+        return found
+
+    monkeypatch.setattr(acemerge.engine.thresholds, "_counts", changing)
+    interrupt(case, out, 2)
+    with pytest.raises(UsageError, match=rf"cannot go on: input .*two {shard.name} was written to"):
+        case.merge(out, resume=True)
 
 
 def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from task_builders import sentences, write_tasks, write_tsv
 
 import acemerge
 from acemerge.calibration import calibrate
+from acemerge.engine import execute
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.manifest import load_manifest
@@ -129,7 +131,7 @@ def test_what_cannot_be_run_is_refused(family: Path) -> None:
         family / "lora", {"roberta.encoder.layer.0.intermediate.dense": (torch.ones(1, 16), torch.ones(24, 1))}
     )
     write_tasks(family, {"kind": "regression", "name": "lora", "data": "tone.tsv", "text": "s"})
-    with pytest.raises(UsageError, match=r"expert lora: is an adapter .*; merge it with its base alone first"):
+    with pytest.raises(UsageError, match=r"expert lora: is an adapter .*; merge it into its base alone by"):
         acemerge.merge(family / "base", [adapter], "regmean", calibration=str(family / "tasks.yaml"))
     write_tasks(
         family, {"kind": "images", "name": "topic", "data": "."}, {"kind": "images", "name": "tone", "data": "."}
@@ -137,3 +139,45 @@ def test_what_cannot_be_run_is_refused(family: Path) -> None:
     with pytest.raises((UsageError, CheckpointError)):
         merge(family, "regmean")
     assert not (family / "out").exists()
+
+
+def test_the_expert_that_is_advised_is_found_from_where_the_task_file_lies(
+    family: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path on the command line is relative to where the command is run, one in a task file to that file."""
+    monkeypatch.chdir(family)
+    (family / "of").mkdir()
+    task = {"kind": "classification", "data": str(family / "topic.tsv"), "text": "s"}
+    write_tasks(family / "of", {**task, "name": "topic"})
+    ask = ["plan", "--base", "base", "--expert", "./topic", "--expert", "./tone", "--method", "regmean"]
+    ask += ["--calibration", "of/tasks.yaml"]
+    told = run(capsys, *ask)
+    found = re.search(r"add one with `expert: (.*?)`", told[2])
+    assert found, told
+    write_tasks(family / "of", {**task, "name": "topic"}, {**task, "name": "other", "expert": found[1]})
+    assert run(capsys, *ask)[0] == 0
+
+
+def test_a_calibrated_run_goes_on_with_inputs_that_were_put_back(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A measurement is of the whole file, though the merge has read but the beginning of it."""
+    merge(family, "regmean", "whole")
+    real, done = execute.TensorFiles.end_of_tensor, []
+
+    def stopped(self: Any, names: Any) -> Any:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(names)
+        return real(self, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execute.TensorFiles, "end_of_tensor", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            merge(family, "regmean", "out")
+    weights = family / "tone/model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # far behind what was merged
+    with pytest.raises(UsageError, match=r"tone model\.safetensors was written to"):
+        merge(family, "regmean", "out", resume=True)
+    weights.write_bytes(content)
+    merge(family, "regmean", "out", resume=True)
+    assert (family / "out/model.safetensors").read_bytes() == (family / "whole/model.safetensors").read_bytes()

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acemerge
+from acemerge.checkpoints.reader import Reader
+from acemerge.engine import pipeline
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError
 from acemerge.recipes.recipe import make_recipe
@@ -79,6 +81,27 @@ def test_one_of_the_experts_is_what_peft_merges(family: str, which: tuple[str, .
         make_model(family), tmp_path / "lora", r=2, target_modules=[], target_parameters=parameters, rank_pattern=ranks
     )
     assert _check_equal_to_peft(family, base, adapter, tmp_path / "out") >= len(which)
+
+
+@pytest.mark.parametrize("together", [256, 1], ids=["in batches", "one by one"])
+def test_what_all_experts_share_is_read_once(together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The factors of a fused parameter, for each of the experts that the base has apart, in their own order."""
+    base = _saved("qwen3_moe", tmp_path / "base")
+    config = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    adapter = train(make_model("qwen3_moe"), tmp_path / "lora", r=2, **config)
+    read: list[str] = []
+    real = Reader.read
+
+    def noted(self: Reader, places: Any, buffer: Any) -> Any:
+        if self.checkpoint.adapter:
+            read.extend(f"{place.file.name} at {place.offset}" for place in places.found)
+        return real(self, places, buffer)
+
+    monkeypatch.setattr(Reader, "read", noted)
+    monkeypatch.setattr(pipeline, "_BATCH_PIECES", together)
+    acemerge.merge(base, [adapter, adapter], "ace", tmp_path / "out")
+    assert len(read) == 2 * len(load_file(adapter / "adapter_model.safetensors"))  # once for either expert
+    assert len(set(read)) == len(read) / 2
 
 
 def test_square_experts_are_turned_as_their_module_says(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from builders import write_checkpoint
 from crossed import spread
-from memory_probe import added_by
+from memory_probe import added_by, allocated_by
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
@@ -127,6 +127,18 @@ def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None
     assert int(done.stdout) < bound < 0.6 * (experts + 1) * nbytes  # it cannot have held all of them
 
 
+def _update(shape: tuple[int, ...], seed: int, graded: bool) -> torch.Tensor:
+    """With `graded`, one whose faint directions float32 does not tell apart: rules that see matrices repeat their work
+    in float64 then, for which the plan must have room, and which is the most that they take.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    faint = 0.002 * torch.randn(shape, generator=generator)
+    if not graded:
+        return faint
+    left, right = (torch.randn(size, 4, generator=generator) for size in shape)
+    return 0.02 * left @ right.T + 0.1 * faint
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @spread(
     name=["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "svc", "iso_cts"],
@@ -135,6 +147,21 @@ def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
     counted = make(name, {}).needs.work.entries(3, *sides) * 4
     assert added_by(name, 3, sides) < counted + 30_000_000  # threads and blocks; the plan allows 500 MB
+
+
+@spread(
+    name=["ace", "actmat", "ace_auto", "anchored", "kron", "kron_auto"],
+    sides=[(640, 640), (1280, 640), (1920, 480), (640, 2560), (520, 1040)],
+    unlike=[False, True],
+)
+def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int], unlike: bool) -> None:
+    """For updates that are repeated in float64, of one length or of very different ones, and no more by a quarter."""
+    counted = make(name, {}).needs.work.entries(3, *sides) * 4
+    deltas = torch.stack([_update(sides, seed, graded=True) * (0.05**seed if unlike else 1) for seed in range(1, 4)])
+    taken = allocated_by(name, deltas)
+    assert taken <= counted
+    if name.startswith("kron"):
+        assert counted <= 1.25 * taken
 
 
 # --- what the plan says --------------------------------------------------------------------------------------
@@ -159,16 +186,10 @@ _CELLS = [
 
 
 def _write_layout(folder: Path, layout: str, seed: int, graded: bool) -> Path:
-    """With `graded`, updates whose faint directions float32 does not tell apart: rules that see matrices repeat their
-    work in float64 then, for which the plan must have room, and which is the most that they take.
-    """
     tensors = {}
     for i, (name, shape) in enumerate(LAYOUTS[layout].items()):
         base = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
-        moved = 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        if graded and len(shape) == 2:
-            left, right = (torch.randn(size, 4, generator=torch.Generator().manual_seed(seed + i)) for size in shape)
-            moved = 0.02 * left @ right.T + 0.1 * moved
+        moved = _update(shape, 1000 * seed + i, graded and len(shape) == 2)
         tensors[name] = base + moved if seed else base
         tensors[name] = tensors[name] if graded else tensors[name].bfloat16()
     return write_checkpoint(folder, tensors)

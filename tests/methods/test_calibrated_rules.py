@@ -103,7 +103,7 @@ def test_measurements_that_are_missing_or_do_not_fit_are_refused() -> None:
             make("knots", {"over": rule})
     with pytest.raises(UsageError, match="average does not use them"):
         acemerge.merge_deltas(deltas, "average", moments=torch.ones(3, 8, 8))
-    with pytest.raises(UsageError, match=r"method regmean: needs calibration data; .*--calibration"):
+    with pytest.raises(UsageError, match=r"regmean: needs data, .*; merge their folders with `calibration`"):
         acemerge.merge_state_dicts({}, [{}], "regmean")
 
 

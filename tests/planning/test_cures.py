@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from builders import PlainModel, load_folder, write_checkpoint
+from builders import PlainModel, load_folder, write_adapter, write_checkpoint
+from commands import run
 from safetensors.torch import load_file
 
 import acemerge
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.recipes.recipe import make_recipe
+from acemerge.tasks.networks import MERGE_ALONE
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 
 UP = "layers.0.up.weight"
 
@@ -110,3 +114,123 @@ def test_a_head_that_is_no_copy_of_its_embedding(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tuned", own, config | {"tie_word_embeddings": False})
     acemerge.merge(tmp_path / "base", [tmp_path / "tuned"], "average", tmp_path / "out")
     torch.testing.assert_close(load_folder(tmp_path / "out")["lm_head.weight"], own["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "cure", "followed"),
+    [
+        ({"vocabulary": "base", "embeddings": "rule"}, "use embeddings average", {"embeddings": "average"}),
+        ({"vocabulary": "assets"}, "set missing_tokens to base or mean", {"missing_tokens": "mean"}),
+        ({"missing_tokens": "mean"}, "set vocabulary to base, union or assets", {"vocabulary": "union"}),
+        (
+            {"vocabulary": "base", "missing_tokens": "mean", "nonfinite": "skip-expert"},
+            "leave nonfinite out, or leave out the expert that is not finite",
+            {"nonfinite": "error"},
+        ),
+        ({"split_qkv": True, "policy": "paper"}, "leave it out, or use policy default", {"policy": "default"}),
+        ({"as_lora": 2, "vocabulary": "base"}, "leave `vocabulary` out, or write a full model", {"as_lora": None}),
+        (
+            {"rules": [{"match": "*", "method": "ties", "weights": [1, 2]}]},
+            "give one weight each",
+            {"rules": [{"match": "*", "method": "ties", "weights": [1]}]},
+        ),
+        (
+            {"rules": [{"match": "*"}]},
+            "give one of the two",
+            {"rules": [{"match": "*", "action": "base"}]},
+        ),
+        (
+            {"slices": [{"base": [0, 2], "experts": []}]},
+            "give one each, null for an expert that is no part of it",
+            {"slices": [{"base": [0, 2], "experts": [None]}]},
+        ),
+        (
+            {"slices": [{"base": [0, 2], "base_from": 2, "experts": [[0, 2]]}]},
+            "count them from 1, and name the base by 0",
+            {"slices": [{"base": [0, 2], "base_from": 1, "experts": [[0, 2]]}]},
+        ),
+        (
+            {"slices": [{"base": [0, 2], "experts": [[0, 1]]}]},
+            r"give \[first, end\) of as many layers each",
+            {"slices": [{"base": [0, 2], "experts": [[1, 3]]}]},
+        ),
+    ],
+)
+def test_what_does_not_go_together_in_a_recipe(wrong: dict[str, Any], cure: str, followed: dict[str, Any]) -> None:
+    """The error is one of ours, without the whole recipe in it; what it advises is taken."""
+    recipe = {"base": "b", "experts": ["e"], **wrong}
+    with pytest.raises(UsageError, match=f"; {cure}$"):
+        make_recipe(recipe)
+    make_recipe(recipe | followed)
+
+
+def test_an_adapter_by_itself_keeps_all_of_its_update(plain: PlainModel) -> None:
+    base, _ = plain.save()
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    adapter = write_adapter(plain.root / "lora", {UP.removesuffix(".weight"): (A, B)})
+    found = re.search(r"by --method (\w+)", MERGE_ALONE)
+    assert found
+    acemerge.merge(base, [adapter], found[1], plain.root / "alone")
+    torch.testing.assert_close(load_folder(plain.root / "alone")[UP], plain.base[UP] + B @ A)
+
+
+def test_a_scale_that_overflows(plain: PlainModel) -> None:
+    """Each cure in turn, until there is an output, or the scale alone is left to change."""
+    base, experts = plain.save()
+    asked: dict[str, Any] = {"scale": 1e40, "dtype": "float16"}
+    cures = []
+    while asked["scale"] > 1:
+        with pytest.raises(NumericalError) as failure:
+            acemerge.merge(base, experts, "average", **asked)
+        cures.append(failure.value.cure)
+        asked |= {
+            "use --compute-dtype float64": {"compute_dtype": "float64"},
+            "write --dtype bfloat16 or float32": {"dtype": "bfloat16"},
+            "use a smaller scale": {"scale": 1.0},
+        }[failure.value.cure]
+    assert len(set(cures)) == len(cures) == 3  # none came twice
+    acemerge.merge(base, experts, "average", **asked)
+
+
+def test_an_average_is_not_advised_where_it_is_what_takes_too_much(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    with pytest.raises(UsageError, match=r"by average needs [\d,]+ bytes, more than 1; allow more$"):
+        acemerge.merge(base, experts, "average", max_memory=1)
+
+
+def test_one_expert_that_is_not_finite_is_not_to_be_left_out(plain: PlainModel) -> None:
+    plain.tuned[0][UP][1, 2] = float("nan")
+    base, experts = plain.save()
+    with pytest.raises(CheckpointError, match=r"; fetch it again$"):
+        acemerge.merge(base, experts[:1], "average")
+    with pytest.raises(CheckpointError, match=r"or leave the expert out with --nonfinite skip-expert$"):
+        acemerge.merge(base, experts, "average")
+    acemerge.merge(base, experts, "average", nonfinite="skip-expert")
+
+
+def test_whether_the_weights_of_a_model_are_finite(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    plain.base[UP][1, 2] = float("nan")
+    base, _ = plain.save()
+    command = re.search(r"acemerge (.*) tells", ARE_WEIGHTS_FINITE)
+    assert command
+    told = run(capsys, *command[1].replace("MODEL", str(base)).split())
+    assert told[0] == 3
+    assert f"base: tensor '{UP}' is nan at [1, 2]" in told[2]
+
+
+def test_options_of_other_commands_are_said_to_be(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    base, (expert, *_) = plain.save()
+    pickled = plain.root / "pickled"
+    pickled.mkdir()
+    torch.save(plain.tuned[0], pickled / "pytorch_model.bin")
+    (plain.root / "tasks.yaml").write_text("tasks: [{name: a, kind: perplexity, data: ./a.txt}]")
+    words = ("--base", base, "--expert", pickled)
+    _, _, said = run(capsys, "merge", *words, "-o", plain.root / "out")
+    assert said.endswith("add --allow-pickle to read it as plain data\n")
+    _, _, said = run(capsys, "evaluate", pickled, "--tasks", plain.root / "tasks.yaml")
+    assert "(--allow-pickle is an option of acemerge merge, " in said
+    assert run(capsys, "convert", pickled, plain.root / "converted", "--allow-pickle", "--quiet")[0] == 0
+    # A rule that wants data may be looked at, too: what is refused is the file.
+    words = ("--base", base, "--expert", expert, "--method", "regmean")
+    _, _, said = run(capsys, "inspect", *words, "--calibration", plain.root / "nowhere.yaml")
+    assert "nowhere.yaml: no such file" in said

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from multiprocessing.connection import Connection
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import acemerge
 from attacks.merging import CONTEXT  # one server for all, which has imported torch already
@@ -34,6 +36,18 @@ def _measure(name: str, experts: int, sides: tuple[int, int], answer: Connection
     before = _kilobytes("VmRSS")
     acemerge.merge_deltas(deltas, name)
     answer.send((_kilobytes("VmHWM") - before) * 1024)
+
+
+def allocated_by(name: str, deltas: torch.Tensor) -> int:
+    """Bytes that torch's allocator had given out at once, beside the task vectors: what a rule's own tensors take, to
+    the byte, and workspaces of LAPACK's.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        acemerge.merge_deltas(deltas, name)
+    assert found.profiler is not None
+    events = found.profiler.kineto_results.events()
+    steps = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in steps))
 
 
 def _kilobytes(key: str) -> int:

@@ -30,7 +30,7 @@ WRONG = {
     "missing key": ("tasks: [{kind: images, name: a}]", "'tasks.0.images.data' is missing"),
     "unknown metric": (f"tasks: [{{{GOOD}, metrics: [acc]}}]", "metrics"),
     "metric of another kind": (f"tasks: [{{{GOOD}, metrics: [pearson]}}]", "metrics"),
-    "a label twice": (f"tasks: [{{{GOOD}, labels: [x, x]}}]", "every entry may stand there once"),
+    "a label twice": (f"tasks: [{{{GOOD}, labels: [x, x]}}]", "an entry stands there twice; leave one out"),
     "two of one name": (f"tasks: [{{{GOOD}}}, {{{GOOD}}}]", "two tasks are named 'a'"),
     "a name that is a path": ("tasks: [{kind: perplexity, name: ../x, data: d.txt}]", "name"),
     "a head that is a path": (f"tasks: [{{{GOOD}, head: ../x}}]", "head"),
@@ -38,7 +38,7 @@ WRONG = {
     "three texts": ("tasks: [{kind: regression, name: a, data: d, text: [a, b, c], label: y}]", "text"),
     "part of a text": ("tasks: [{kind: perplexity, name: a, data: d.txt, limit: 5}]", "name the column by `text`"),
     "windows apart": ("tasks: [{kind: perplexity, name: a, data: d, context: 8, stride: 9}]", "leave tokens out"),
-    "no gap": ("tasks: [{kind: zero_shot, name: a, data: d, templates: [a photo]}]", "one {} for the class"),
+    "no gap": ("tasks: [{kind: zero_shot, name: a, data: d, templates: [a photo]}]", "write {} there, once"),
     "code": ("tasks: !!python/object/apply:os.system ['true']", "not valid YAML"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Task
 
 
@@ -48,7 +49,7 @@ def squared_gradients(
         for name, total in totals.items():
             if not total.isfinite().all():
                 what = f"the gradients of tensor {name!r} are not finite"
-                raise NumericalError("calibration", what, "acemerge verify tells if the expert's weights are")
+                raise NumericalError("calibration", what, ARE_WEIGHTS_FINITE)
             yield name, total / count
         waiting = {name: count for name, count in waiting.items() if name not in names}
 

@@ -19,6 +19,7 @@ from acemerge.errors import CheckpointError, NumericalError, UsageError
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model, open_model
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Task
 
 _LIMIT = 4 << 30  # bytes of sums that are kept at once: the data is run again for those that find no room
@@ -87,8 +88,8 @@ def run_through(feed: Feed, on_examples: OnExamples = lambda *_: None) -> None:
         for rows in feed.batches():
             with contextlib.suppress(SeenEnough), reported():
                 if not feed.forward(rows).isfinite().all():
-                    what, cure = "the model's scores are not finite", "acemerge verify tells if its weights are"
-                    raise NumericalError("calibration", what, cure)
+                    what = "the model's scores are not finite"
+                    raise NumericalError("calibration", what, ARE_WEIGHTS_FINITE)
             done += len(rows)
             on_examples(done, len(feed.lengths))
 

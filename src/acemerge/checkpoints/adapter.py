@@ -46,6 +46,11 @@ class Update:
         return self.A.shape[0] // (self.stack.count if self.stack else 1)
 
     @property
+    def sharers(self) -> int:
+        """How many tensors have a part in the factors."""
+        return self.stack.count * self.stack.parts if self.stack and self.stack.number is not None else 1
+
+    @property
     def factors(self) -> tuple[TensorSpec, ...]:
         return (self.A, self.B) if self.magnitude is None else (self.A, self.B, self.magnitude)
 

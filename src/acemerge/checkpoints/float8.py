@@ -97,7 +97,7 @@ def check_quantisation(config: Mapping[str, Any], path: Path, dequantize: bool) 
         raise CheckpointError(path, "the checkpoint is quantised and its weights are rotated", _UNQUANTISED)
     if not dequantize:
         what = f"the checkpoint is quantised ({method})"
-        cure = f"{_UNQUANTISED}, or add --dequantize (to acemerge merge, plan or convert)"
+        cure = f"{_UNQUANTISED}, or add --dequantize"
         raise CheckpointError(path, what, cure)
 
 

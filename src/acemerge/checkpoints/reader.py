@@ -216,10 +216,10 @@ class FileHash:
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
 
-    def first_bytes(self) -> tuple[str, int] | None:
-        """Hash and number of the bytes until now; None where some were read out of their order, and not hashed."""
+    def first_bytes(self) -> tuple[str, int]:
+        """Hash and number of the bytes until now. Of those that were read again, the first time counts."""
         with self._lock:
-            return (self._digest.copy().hexdigest(), self.position) if self.in_order else None
+            return self._digest.copy().hexdigest(), self.position
 
     @property
     def sha256(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import sys
 import traceback
@@ -70,6 +71,8 @@ def terminated(*_: object) -> NoReturn:
     raise SystemExit(128 + signal.SIGTERM)
 
 
+_OPTION, _COMMAND = re.compile(r"(?<![\w-])--[a-z][a-z-]*"), re.compile(r"\bacemerge ([a-z-]+)")
+
 # What is told of in words of its own; anything else is a defect of ours.
 _TOLD = (AcemergeError, typer.TyperException, typer.Abort, OSError, KeyboardInterrupt, SystemExit)
 
@@ -90,6 +93,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
                 raise
             traceback.print_exc()
         line, code = _line_of(told)
+        if isinstance(told, AcemergeError):
+            line += _not_taken(told.cure, arguments)
         with contextlib.suppress(OSError):  # nobody may be there to read it, nor room for it where it goes
             _say(line, code, arguments)
     sys.exit(code if isinstance(code, int) else 0)
@@ -101,6 +106,22 @@ def _say(text: str, code: int, arguments: list[str]) -> None:
     else:
         sys.stderr.write(f"acemerge: error: {text}\n")
     sys.stderr.flush()
+
+
+def _not_taken(cure: str, arguments: list[str]) -> str:
+    """Which commands take the options that a cure names, where the one that was run does not."""
+    takes = {
+        name: {option for parameter in found.params for option in parameter.opts}
+        for name, found in typer.main.get_group(app).commands.items()
+    }
+    run = [word for word in arguments if word in takes][:1]
+    own = {option for name in (*run, *_COMMAND.findall(cure)) for option in takes.get(name, ())}
+    notes = []
+    for option in dict.fromkeys(_OPTION.findall(cure)):
+        others = [name for name in takes if option in takes[name]]
+        if option not in own and others:
+            notes.append(f" ({option} is an option of acemerge {', '.join(others)})")
+    return "".join(notes)
 
 
 def _line_of(failure: BaseException) -> tuple[str, int]:

@@ -9,7 +9,7 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.evaluate import TaskFile, score
-from acemerge.cli.options import RULE, TELLING, Options, needed, option
+from acemerge.cli.options import RULE, TELLING, Options, option
 from acemerge.cli.text import say, stderr
 from acemerge.errors import UsageError
 
@@ -42,7 +42,7 @@ def compare(
     methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
 ) -> None:
     """Score models side by side; with --methods, merge by each rule first."""
-    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+    out = asked.output
 
     from acemerge.engine.opening import check_output_apart
     from acemerge.evaluation.compare import by_methods, merge_all, merged_folders, rows, with_experts
@@ -51,6 +51,8 @@ def compare(
     from acemerge.tasks.task_file import load_tasks
 
     named = [name for name in models or [] if not _is_recipe(name)]
+    if asked.base or asked.expert:
+        asked.check_models()
     found, given = load_tasks(tasks), dict(zip(expert_labels(named), named, strict=True))
     recipe = _recipe([name for name in models or [] if _is_recipe(name)], asked)
     check_output_apart(out, list(given.values()))

@@ -35,7 +35,7 @@ def extract_lora(
 ) -> None:
     """Make a LoRA adapter of a full fine-tune, and say what of it is lost."""
     base = needed(asked.base, "--base", "name the model that it comes from with --base")
-    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+    out = asked.output
 
     from acemerge import extract
 

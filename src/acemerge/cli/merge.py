@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from acemerge.cli.command import command
-from acemerge.cli.options import MERGING, Options, needed
+from acemerge.cli.options import MERGING, Options
 from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
 from acemerge.cli.verify import verified
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 )
 def merge(asked: Options) -> None:
     """Merge a base and its experts into one folder."""
-    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+    out = asked.output
 
     from acemerge import api
     from acemerge.cli.progress import progress

@@ -145,6 +145,11 @@ class Options:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
         return make_options({name: value for name, value in given.items() if value is not None})
 
+    @property
+    def output(self) -> Path:
+        """The output folder; UsageError where none is named."""
+        return needed(self.out, "-o", "name the output folder with -o OUT")
+
     def check_models(self) -> None:
         """UsageError where neither a recipe file nor options name models: known before anything is imported."""
         if self.recipe is None:
@@ -185,9 +190,9 @@ class Options:
 # whose result machines may want.
 LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
-    "allow_pickle", "dequantize", "device", "workers", "max_memory",
+    "allow_pickle", "dequantize", "device", "workers", "max_memory", "calibration",
 )  # fmt: skip
-CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
+CHOOSING = ("weights", "scale", "split_qkv", "seed")
 WRITING = (
     "force",
     "out",

@@ -9,7 +9,7 @@ import typer
 
 from acemerge.cli import evaluate
 from acemerge.cli.command import command
-from acemerge.cli.options import READING, RULE, SAYING, Options, needed, option
+from acemerge.cli.options import READING, RULE, SAYING, Options, option
 from acemerge.cli.text import say, size, stderr, stdout, table
 from acemerge.errors import UsageError
 
@@ -49,27 +49,26 @@ def reproduce(
     found = load_pack(pack, variant)
     rules = chosen_of(list(found.rules), methods, "methods")
     subset = Asked(found, rules, chosen_of(found.task_names, tasks, "tasks"), limit)
-    if not dry_run:
-        needed(asked.out, "-o", "name the output folder with -o OUT")
-    inputs = find_inputs(found, subset.tasks, asked.out, asked.allow_pickle)
+    out = asked.out if dry_run else asked.output
+    inputs = find_inputs(found, subset.tasks, out, asked.allow_pickle)
     missing = sum(entry.to_fetch() for entry in inputs)
     if dry_run or not asked.quiet:
         _list(stdout(), found.title, inputs, missing)
-    if asked.out is None or dry_run:
+    if out is None or dry_run:
         return
     if missing and not yes and not _may_fetch(stderr(), missing):
         say(stderr(), "nothing was fetched")
         return
     with evaluate.examples_progress(stderr(), asked.quiet) as on_progress:
-        result = run(subset, inputs, asked.out, asked.run_options(), _tell(asked), on_progress)
+        result = run(subset, inputs, out, asked.run_options(), _tell(asked), on_progress)
     if not asked.quiet:
         if subset.subset:
             say(stdout(), f"A subset: {subset.subset}.")
         header, lines = cells(result.lines)
         if lines:
             table(stdout(), header, lines, numeric=("published", "ours", "difference"))
-        evaluate.show(stdout(), result.evaluation, asked.out, result.missing)
-        say(stdout(), f"{asked.out / TABLE}: published beside ours, with all sources and inputs")
+        evaluate.show(stdout(), result.evaluation, out, result.missing)
+        say(stdout(), f"{out / TABLE}: published beside ours, with all sources and inputs")
 
 
 def _tell(asked: Options) -> Callable[[str], None]:

@@ -11,7 +11,7 @@ from acemerge.linalg.gram import energies
 from acemerge.methods import Status
 from acemerge.models.vocabulary import in_order, lent_rows, rows_of
 from acemerge.output.records import TensorRecord, about
-from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import MergeByToken
 from acemerge.shapes import Float, Tensor
 
@@ -33,7 +33,7 @@ def averaged_by_token(job: MergeByToken, base: Tensor, values: Values, setting: 
     for i, (weight, label) in enumerate(zip(job.weights, setting.labels, strict=True)):
         Wt = values.take((i + 1, job.sources[i]))
         if setting.recipe.nonfinite == "error":
-            check_finite(Wt, job.sources[i], f"expert {label}", LEAVE_OUT)
+            check_finite(Wt, job.sources[i], f"expert {label}", cure_of(setting.labels))
         elif not is_finite(Wt):
             skipped.append(label)
             continue

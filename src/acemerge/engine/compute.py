@@ -23,7 +23,7 @@ from acemerge.methods.status import of_all
 from acemerge.output.packed_masks import pack
 from acemerge.output.records import TensorRecord, about
 from acemerge.planning.as_lora import truncated
-from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite, own_memory, rounded
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
 from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Tensor
@@ -63,6 +63,8 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
         cure = "use --compute-dtype float64"
+        if isinstance(job, ByRule) and job.compute_dtype == torch.float64:
+            cure = "give the tensor another rule, as average, in the recipe's rules"
         where = f"tensor {job.name!r}"
         raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
     return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
@@ -205,9 +207,9 @@ def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"],
         D.zero_()
     update = job.updates[i] if job.updates else None
     if update is not None:
-        A, B, *magnitude = (values.take((i + 1, factor.name)).to(D.device, D.dtype) for factor in update.factors)
+        A, B, *magnitude = (values.take((i + 1, factor.name)) for factor in update.factors)
+        A, B, *magnitude = (f.to(D.device, D.dtype) for f in (*own_factors(A, B, update.stack), *magnitude))
         seen = (D.mT, W0.mT) if update.transposed else (D, W0)
-        A, B = own_factors(A, B, update.stack)
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 
@@ -222,10 +224,10 @@ def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values,
             value = values.take((model, name))
             if skip and not is_finite(value):
                 return False
-            check_finite(value, name, label, LEAVE_OUT, piece.first_row)
+            check_finite(value, name, label, cure_of(setting.labels), piece.first_row)
     if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
         if not skip:
-            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
+            raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", cure_of(setting.labels))
         return False
     return True
 

@@ -167,12 +167,15 @@ def dry_run(plan: Plan, setting: Setting, walk: Walk) -> Records:
     return records.done
 
 
-def find_thresholds(plan: Plan, setting: Setting, walk: Walk, done: Done, journal: Journal) -> Setting:
+def find_thresholds(
+    plan: Plan, setting: Setting, walk: Walk, done: Done, journal: Journal, readers: Sequence[Reader]
+) -> Setting:
     """The setting with its thresholds, those of an interrupted run if it got as far."""
     if "thresholds" in done.findings:
         return replace(setting, thresholds=dict(done.findings["thresholds"]))
     setting = with_thresholds(setting, plan, walk)
     if setting.thresholds:
+        journal.have_read(_read_by(readers))
         journal.found({"thresholds": [[keep, list(values)] for keep, values in setting.thresholds.items()]})
     return setting
 
@@ -211,13 +214,18 @@ def write_weights(
 
 
 def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:
-    """How far every file was read, and the hash of that; of one with several readers by the one that is behind."""
+    """How far every file was read, and the hash of that; of one with several readers by the one that is behind.
+
+    Bytes that were read again were not hashed again: they are those of the first time while nobody has written to the
+    file since it was opened, which its time of change tells. Else it is not known what was used.
+    """
     found: dict[str, FileSum | None] = {}
-    for path, hashed in (each for reader in readers for each in reader.so_far().items()):
-        first = hashed.first_bytes()
-        new = None if first is None else FileSum(*first)
-        old = found.get(str(path), new)
-        found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
+    for reader in readers:
+        for path, hashed in reader.so_far().items():
+            same = hashed.in_order or files.fingerprint(path) == reader.checkpoint.fingerprints[path]
+            new = FileSum(*hashed.first_bytes()) if same else None
+            old = found.get(str(path), new)
+            found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
     return found
 
 

@@ -16,7 +16,7 @@ from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
 from acemerge.output.records import TensorRecord, about
-from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
+from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite
 from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
@@ -91,13 +91,12 @@ def _factors(
         nothing = torch.zeros(rows, 0, dtype=job.compute_dtype, device=device)
         return nothing, nothing.new_zeros(0, columns)
     stored = [values.take((i + 1, factor.name)) for factor in update.factors]
-    A, B = (factor.to(device, job.compute_dtype) for factor in stored)
-    A, B = own_factors(A, B, update.stack)
+    A, B = (factor.to(device, job.compute_dtype) for factor in own_factors(stored[0], stored[1], update.stack))
     U, V = factors_of(A, B, update.scaling, update.transposed)
     if is_finite(U) and is_finite(V):
         return U, V
     if setting.recipe.nonfinite == "skip-expert":
         return None
     for factor, value in zip(update.factors, stored, strict=True):
-        check_finite(value, factor.name, label, LEAVE_OUT)
-    raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
+        check_finite(value, factor.name, label, cure_of(setting.labels))
+    raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", cure_of(setting.labels))

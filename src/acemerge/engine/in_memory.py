@@ -156,12 +156,19 @@ def _asked(
     compute_dtype: torch.dtype | str | None,
     params: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe of a merge of models that have no names but their numbers."""
+    """The recipe of a merge of models that have no names but their numbers. UsageError for a rule that wants data."""
     named = with_weights([str(i) for i in range(1, len(experts) + 1)], weights)
-    content = {"base": "base", "experts": named, "method": with_params(method, params), "seed": seed}
+    content: dict[str, Any] = {"base": "base", "experts": named, "method": with_params(method, params), "seed": seed}
     if compute_dtype is not None:
         content["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
-    return make_recipe({**content, "rules": [dict(rule) for rule in rules]}, "merge")
+    content |= {"rules": [dict(rule) for rule in rules], "calibration": "of folders only"}
+    recipe = make_recipe(content, "merge").model_copy(update={"calibration": None})
+    built = (recipe.build_method(), *(rule.method.build() for rule in recipe.rules if rule.method))
+    for rule in built:
+        if rule.needs.calibration:
+            cure = "merge their folders with `calibration`, or layers by merge_deltas with `moments`"
+            raise UsageError(f"method {rule.name}", "needs data, by which no model in memory is measured", cure)
+    return recipe
 
 
 def unwrapped_module(module: nn.Module, who: str) -> nn.Module:

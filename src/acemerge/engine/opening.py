@@ -193,8 +193,8 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     (base, *experts), roles, matching = _matched(base, experts, labels)
     tokens = _tokens(recipe, opened[: len(recipe.models)])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
-    if plan.is_adapter:
-        plan = as_adapter(plan, roles)
+    if recipe.as_lora is not None:
+        plan = as_adapter(plan, roles, recipe.as_lora)
     if options.in_parts:
         whole = Layout(plan, options.max_shard_size)
         check_parts(plan, options.shard, len(whole.shards) + len(whole.modules))

@@ -64,7 +64,7 @@ def compute_part(
                 walks = partial(walker, pipeline, on_progress=on_progress)
                 setting = opened.setting
                 if not was_done:
-                    setting = find_thresholds(opened.plan, setting, walks("thresholds"), done, journal)
+                    setting = find_thresholds(opened.plan, setting, walks("thresholds"), done, journal, readers)
                 walk = walks("merge", writes=True)
                 records = write_weights(layout, setting, walk, output, done, journal, readers)
             inputs = _hashes(opened, part, done)

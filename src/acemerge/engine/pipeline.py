@@ -16,12 +16,13 @@ from typing import Generic
 
 import torch
 
+from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
 from acemerge.linalg.threads import check_room, pool_of
-from acemerge.planning.costs import Cost, cost, in_flight, together
-from acemerge.planning.jobs import AnyJob, Input
+from acemerge.planning.costs import SHARED, Cost, cost, in_flight, together
+from acemerge.planning.jobs import AnyJob, Input, Merge
 from acemerge.planning.pieces import Load, Piece
 from acemerge.shapes import Tensor
 
@@ -71,6 +72,26 @@ class _Read:
 
     tensors: Mapping[tuple[int, str], Stored]
     buffer: Tensor
+
+
+class _Kept:
+    """Tensors of one model that several pieces share, the longest unused first. For its reading thread."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Stored] = {}
+
+    def of(self, sizes: Mapping[str, int], limit: int, read: Callable[[str], Stored]) -> dict[str, Stored]:
+        """The tensors of these names and bytes, those read that are not there. Others stay while the limit in bytes has
+        room for them, too.
+        """
+        room = limit - sum(sizes.values())
+        for name in reversed([name for name in self._tensors if name not in sizes]):  # the last used first
+            room -= self._tensors[name].values.nbytes
+            if room < 0:
+                del self._tensors[name]
+        for name in sizes:
+            self._tensors[name] = self._tensors.pop(name) if name in self._tensors else read(name)
+        return {name: self._tensors[name] for name in sizes}
 
 
 class _Inputs:
@@ -146,6 +167,7 @@ class Pipeline:
         self._readers, self._devices, self._limit = readers, devices, limit
         self._buffers = Buffers()
         self._assigned = [0] * len(devices)
+        self._kept = [_Kept() for _ in readers]
         of_torch = torch.get_num_threads()
         check_room(threads_of(len(readers), workers, of_torch))
         self._lanes: dict[Load, _Lane]
@@ -215,16 +237,36 @@ class Pipeline:
         for i, piece in enumerate(batch.pieces):
             for model, name in piece.job.inputs:
                 wanted.setdefault(model, {})[i, name] = Span(name, piece.rows)
-        reads = {m: self._reading[m].submit(self._read, self._readers[m], spans) for m, spans in wanted.items()}
+        shared = _shared(batch)
+        reads = {m: self._reading[m].submit(self._read, m, spans, shared.get(m, [])) for m, spans in wanted.items()}
         i = self._assigned.index(min(self._assigned))  # by bytes, not by count: tensors differ a thousandfold
         self._assigned[i] += batch.cost.working
         place = Place(self._devices[i], self._buffers)
         return self._lanes[batch.load].pools[i].submit(_compute, batch, _Inputs(reads, self._buffers), place, work)
 
-    def _read(self, reader: Reader, spans: Mapping[tuple[int, str], Span]) -> _Read:
-        places = reader.places(list(spans.values()))
+    def _read(self, model: int, spans: Mapping[tuple[int, str], Span], shared: Sequence[TensorSpec]) -> _Read:
+        """`shared` has a factor once for every piece that it is one of."""
+        reader, sizes = self._readers[model], {spec.name: spec.nbytes for spec in shared}
+
+        def whole(name: str) -> Stored:
+            places = reader.places([Span(name)])
+            return reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))[0]
+
+        kept = self._kept[model].of(sizes, SHARED * sum(spec.nbytes for spec in shared), whole) if sizes else {}
+        own = {key: span for key, span in spans.items() if span.name not in kept}
+        places = reader.places(list(own.values()))
         buffer = self._buffers.take(places.nbytes)
-        return _Read(dict(zip(spans, reader.read(places, buffer), strict=True)), buffer)
+        found = dict(zip(own, reader.read(places, buffer), strict=True))
+        return _Read(found | {key: kept[span.name] for key, span in spans.items() if span.name in kept}, buffer)
+
+
+def _shared(batch: Batch[AnyJob]) -> dict[int, list[TensorSpec]]:
+    """The factors that pieces share with others, by the model that has them; one for every piece."""
+    found: dict[int, list[TensorSpec]] = {}
+    for job in (piece.job for piece in batch.pieces):
+        for (model, _), spec in job.shared.items() if isinstance(job, Merge) else ():
+            found.setdefault(model, []).append(spec)
+    return found
 
 
 def _compute(batch: Batch[AnyJob], inputs: _Inputs, place: Place, work: Work[AnyJob, Result]) -> Result:

@@ -21,6 +21,7 @@ from acemerge.evaluation.metrics import Array, bootstrap
 from acemerge.evaluation.tables import Score
 from acemerge.tasks.harness_file import is_task_file, read_task
 from acemerge.tasks.networks import Model, load_whole
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import LmEval
 
 _INSTALL = "pip install 'acemerge[lm]'"
@@ -116,7 +117,7 @@ def _score(found: Mapping[str, Any], asked: Any, task: LmEval, resamples: int, s
         raise UsageError(where, f"of {metric} less is better, which no table here has", "name another `metric:`")
     values = [sample[metric] for sample in found["samples"][name] if sample["filter"] == kept]
     if not values or not np.isfinite(numbers[key]):
-        raise NumericalError(where, f"lm_eval's {metric} is {numbers[key]}", "acemerge verify tells if the weights are")
+        raise NumericalError(where, f"lm_eval's {metric} is {numbers[key]}", ARE_WEIGHTS_FINITE)
     aggregate = asked.aggregation()[metric]
 
     def statistic(rows: Array) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,7 +32,12 @@ class Experts(Protocol):
 
 def as_given(deltas: Float[Tensor, "T out in"]) -> Experts:
     """The task vectors themselves."""
-    return lambda t, dtype, room=None: deltas[t].to(dtype)
+    return lambda t, dtype, room=None: in_type(deltas[t], dtype, room)
+
+
+def in_type(D: Float[Tensor, "out in"], dtype: torch.dtype, room: Tensor | None) -> Float[Tensor, "out in"]:
+    """D itself where it is in this type, else a copy, in the room where there is one."""
+    return D.to(dtype) if room is None or D.dtype == dtype else room.copy_(D)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Problem:
 
     The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
     `c = f (1 / in) 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
+    `residual_of` makes the X (out, in) whose residual is wanted: with the fit, so that what it is made from need not be
+    kept beside what comes of it.
     """
 
     targets: Experts
@@ -56,6 +62,7 @@ class Problem:
     prior: float | None = None
     ones: Tensor | None = None
     measured: bool = False
+    residual_of: Callable[[], Tensor] | None = None
 
     def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
         """`X 1 / in`."""
@@ -77,13 +84,13 @@ class Fit:
     """The solution M, what is known of its system matrix and whether M is accurate enough.
 
     `repeated`: it is, in float64, for the type that was asked for was not enough.
-    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
+    `residual` is, where the problem names X, `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
     """
 
     M: Float[Tensor, "out in"]
     diagnosis: Diagnosis
     trusted: bool
-    residual: Callable[[Tensor], Tensor]
+    residual: Float[Tensor, "out in"] | None = None
     repeated: bool = False
 
 
@@ -142,9 +149,12 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         origin = None
     M = inverse(B) if origin is None else inverse(B).add_(origin)
     trusted = inverse.diagnosis.trusts(A, B, M)
-    if prior is not None:
-        M = with_rank_one(M, inverse(prior[None])[0], problem.ones)
-    return Fit(M, inverse.diagnosis, trusted, partial(primal_residual, problem, A, B, origin))
+    row, diagnosis = None if prior is None else inverse(prior[None])[0], inverse.diagnosis
+    del inverse
+    if row is not None:
+        M = with_rank_one(M, row, problem.ones)
+    wanted = trusted and problem.residual_of is not None
+    return Fit(M, diagnosis, trusted, primal_residual(problem, A, B, origin) if wanted else None)
 
 
 def primal_residual(
@@ -152,14 +162,15 @@ def primal_residual(
     A: Float[Tensor, "in in"],
     B: Float[Tensor, "out in"],
     origin: Float[Tensor, "out in"] | None,
-    X: Float[Tensor, "out in"],
-) -> Float[Tensor, "out in"]:
-    """`Fit.residual` from the system matrix A and the right-hand side `B + origin A`."""
+) -> Float[Tensor, "out in"] | None:
+    """`Fit.residual` from the system matrix A and the right-hand side `B + origin A`, None where none is wanted."""
+    if problem.residual_of is None:
+        return None
     residual, room = B.clone(), torch.empty_like(B)
     for t, pull in enumerate(problem.pulls or ()):
         if pull:
             residual.sub_(problem.targets(t, B.dtype, room), alpha=pull)
-    share = torch.mul(X.to(B.dtype), -1 / len(problem.weights), out=room)
+    share = room.copy_(problem.residual_of()).mul_(-1 / len(problem.weights))
     return residual.addmm_(share if origin is None else share.add_(origin), A)
 
 
@@ -189,13 +200,12 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         row = inverse((means * problem.prior)[None])  # c^T A^(-1) = f (F 1 / in)^T (F F^T + e I)^(-1) F
         M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0], problem.ones)
 
-    def residual(X: Tensor) -> Tensor:
-        wide = X.to(dtype)
-        products = torch.cat([wide @ problem.sources(t, dtype).T for t in range(T)], 1) * per_row  # X F^T
-        mixed = _times((own - products / T) * per_row, problem.sources, T, columns, dtype)
-        return mixed.sub_(wide, alpha=ridge / T)
-
-    return Fit(M, inverse.diagnosis, trusted, residual)
+    if problem.residual_of is None or not trusted:
+        return Fit(M, inverse.diagnosis, trusted)
+    wide = problem.residual_of().to(dtype)
+    products = torch.cat([wide @ problem.sources(t, dtype).T for t in range(T)], 1) * per_row  # X F^T
+    mixed = _times((own - products / T) * per_row, problem.sources, T, columns, dtype)
+    return Fit(M, inverse.diagnosis, trusted, mixed.sub_(wide, alpha=ridge / T))
 
 
 def _row_products(sources: Experts, T: int, out: int, dtype: torch.dtype, device: torch.device) -> Tensor:

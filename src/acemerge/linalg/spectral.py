@@ -109,6 +109,7 @@ def _right_singular(X: Tensor, k: int, floor: float, share: float = 0.0) -> tupl
     k = min(k, X.shape[1])
     values, vectors = torch.linalg.eigh(symmetric_product(X))
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    del vectors
     floor = max(floor, share * float(s[0]))
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
     if good >= k or good == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -61,7 +60,7 @@ def _stack(problems: Sequence[Problem], device: torch.device) -> list[Fit | None
     found = zip(problems, regular.tolist(), conditions.tolist(), norms.tolist(), strict=True)
     for i, (problem, well, condition, norm) in enumerate(found):
         diagnosis = Diagnosis(True, condition, n, norm)
-        fits.append(Fit(M[i], diagnosis, True, partial(primal_residual, problem, A[i], B[i], None)) if well else None)
+        fits.append(Fit(M[i], diagnosis, True, primal_residual(problem, A[i], B[i], None)) if well else None)
     return fits
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Fit, Problem
+from acemerge.linalg.least_squares import Fit, Problem, in_type
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
@@ -25,12 +26,15 @@ _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to
 
 @dataclass(frozen=True)
 class _Active:
-    """The experts that count, the factors on their second moments and the branch they are merged in."""
+    """The experts that count, the factors on their second moments, the branch they are merged in and how many singular
+    values are refined there.
+    """
 
     deltas: Float[Tensor, "T out in"]
     scales: Float[Tensor, " T"]
     gamma: float | None
     heterogeneous: bool
+    refined: int
     layer: Layer
 
 
@@ -59,7 +63,7 @@ class Ace(LeastSquaresRule[_Active]):
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(10, 8), factors="frame", input_side=True
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
@@ -81,27 +85,28 @@ class Ace(LeastSquaresRule[_Active]):
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
         a = second_moment_scales(deltas, weights, layer.frame) if hetero else weights
+        refined = int(self.k_frac * min(layer.sides(deltas))) if hetero and self.ablation == "E4" else 0
         problem = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
-        return problem, _Active(deltas, a, gamma, hetero, layer)
+        problem = replace(problem, residual_of=partial(deltas.sum, 0) if refined else None)
+        return problem, _Active(deltas, a, gamma, hetero, refined, layer)
 
     def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], LayerStats]:
-        deltas, sides, hetero = kept.deltas, kept.layer.sides(kept.deltas), kept.heterogeneous
-        refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
         M, in_float64 = fit.M, 0
-        if refined:
-            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, kept.scales, kept.layer.frame).add_(M)
-            leading = leading_polar(direction, refined)
+        if fit.residual is not None:
+            direction = add_mean_rows(fit.residual, kept.deltas, kept.scales, kept.layer.frame).add_(M)
+            leading = leading_polar(direction, kept.refined)
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
-        branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if hetero else "homogeneous"
-        return M, LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=refined, float64_spectra=in_float64)
+        branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if kept.heterogeneous else "homogeneous"
+        stats = LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=kept.refined)
+        return M, replace(stats, float64_spectra=in_float64)
 
     def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
         frame, columns = layer.frame, deltas.shape[2]
 
         def centred(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return centre(deltas[t].to(dtype), frame, room)
+            return centre(in_type(deltas[t], dtype, room), frame, room)
 
         return Problem(
             targets=centred,

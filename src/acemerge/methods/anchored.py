@@ -36,7 +36,7 @@ class Anchored(LeastSquaresRule[None]):
     name: ClassVar[str] = "anchored"
     source: ClassVar[str] = "acemerge"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(10, 5), factors="frame", input_side=True
     )
 
     lam: Annotated[

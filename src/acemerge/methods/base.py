@@ -86,6 +86,13 @@ class LayerResult:
             object.__setattr__(self, "stats", _stats_from(self.stats))
 
 
+@runtime_checkable
+class Work(Protocol):
+    """The memory that a rule takes beside the task vectors, in entries of float32."""
+
+    def entries(self, experts: int, rows: int, columns: int) -> int: ...
+
+
 @dataclass(frozen=True)
 class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
@@ -142,7 +149,7 @@ class Needs:
     experts: int | None = None
     moves_equals: bool = False
     masks: bool = False
-    work: Workspace = Workspace()
+    work: Work = Workspace()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
     calibration: Calibration | None = None

@@ -83,22 +83,10 @@ def system(
     the d of L and R, `pooled_keep` their `keep`. In float32 `products` may be coarser. `even` are the experts' shares
     of I in A_t and S_t, none if not given.
     """
-    k = kept_directions(keep, min(tall.sizes))
-    sides: list[Spiked] = []
-    B = torch.zeros_like(tall.experts[0], dtype=dtype, memory_format=torch.contiguous_format)
-    wanted = pull = 0.0
-    size = max(largest_entry(D) for D in tall.experts)
-    shares_of_even = even or [0.0] * len(tall.experts)
-    for expert, weight, share in zip(tall.experts, tall.weights, shares_of_even, strict=True):
-        D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
-        found = spiked_sides(D, tall.sizes, weight, k, dtype, share)
-        if found is None:
-            return system(tall, keep, pooled_keep, damping, torch.float64, products, even)
-        side, own = found
-        sides.append(side)
-        B.add_(own)
-        wanted += dot(D, own)
-        pull += float(own.norm())
+    found = _spiked(tall, keep, dtype, even or [0.0] * len(tall.experts))
+    if found is None:  # what was made of it is gone
+        return system(tall, keep, pooled_keep, damping, torch.float64, products, even)
+    sides, B, wanted, pull, size = found
     total = sum(tall.weights)
     shares, d = [(w / total) ** 0.5 for w in tall.weights], damping * total**0.5
     exact, rounding = spiked_sum(sides), 16 * torch.finfo(dtype).eps * pull
@@ -108,6 +96,54 @@ def system(
         return System(exact, pooled_inverse(leading, shares, d), None, B, wanted, rounding, size)
     coarse, pooled = spiked_sum(sides, torch.bfloat16), pooled_inverse(leading, shares, d, torch.bfloat16)
     return System(coarse, pooled, exact, B, wanted, rounding, size)
+
+
+def _spiked(
+    tall: Upright, keep: float, dtype: torch.dtype, even: Sequence[float]
+) -> tuple[list[Spiked], Float[Tensor, "out in"], float, float, float] | None:
+    """Both sides of every expert, `B`, `wanted`, the norms of the terms of B together and `size`; None where `dtype`
+    would not do.
+    """
+    k = kept_directions(keep, min(tall.sizes))
+    sides: list[Spiked] = []
+    B = torch.zeros_like(tall.experts[0], dtype=dtype, memory_format=torch.contiguous_format)
+    wanted = pull = 0.0
+    size = max(largest_entry(D) for D in tall.experts)
+    for expert, weight, share in zip(tall.experts, tall.weights, even, strict=True):
+        D = expert.to(dtype).contiguous() / size  # a transpose as it is would slow all that follows
+        found = spiked_sides(D, tall.sizes, weight, k, dtype, share)
+        if found is None:
+            return None
+        side, own = found
+        sides.append(side)
+        B.add_(own)
+        wanted += dot(D, own)
+        pull += float(own.norm())
+    return sides, B, wanted, pull, size
+
+
+@dataclass(frozen=True)
+class KeptWork:
+    """What a rule with a weight on both sides holds at its peak, all of it in float64: what is `carried` through the
+    steps of conjugate gradients with what an application of either map makes, or before that what the last expert's
+    sides come from.
+    """
+
+    keep: float
+    pooled_keep: float
+    carried: int  # tensors of the layer's size
+
+    def entries(self, experts: int, rows: int, columns: int) -> int:
+        n, m = sorted((rows, columns))
+        k, pooled = (min(n, kept_directions(share, n)) for share in (self.keep, self.pooled_keep))
+        K = experts * pooled
+        sides = experts * k * (m + n) + (experts * pooled * (m + n) if pooled < k else 0)
+        made = sides + 4 * m * n + 2 * m * k + 5 * n * n
+        inverses = [size * size if size <= K else size * K + K * K for size in (m, n)]
+        maps = sides + n * n + experts * k * m + sum(inverses)
+        factored = maps + m * n + 2 * max(min(m, K), min(n, K)) ** 2
+        solved = maps + self.carried * m * n + 3 * experts * k * n
+        return 2 * max(made, factored, solved)
 
 
 def kept_directions(keep: float, shorter: int) -> int:

@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.two_sided import Map, conjugate_gradients, solving_dtype
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
-from acemerge.methods.both_sides import Products, operations, reached, system, upright
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.both_sides import KeptWork, Products, operations, reached, system, upright
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -54,7 +54,7 @@ class Kron:
 
     @property
     def needs(self) -> Needs:
-        work = Workspace(26, 8, "longer", each=4)
+        work = KeptWork(self.keep, self.keep * _PRECONDITIONED, 8)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:

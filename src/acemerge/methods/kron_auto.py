@@ -10,8 +10,8 @@ from pydantic import Field
 
 from acemerge.linalg.gram import energies
 from acemerge.linalg.two_sided import conjugate_gradients, dot, solving_dtype
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
-from acemerge.methods.both_sides import Upright, operations, reached, system, upright
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.both_sides import KeptWork, Upright, operations, reached, system, upright
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.trust import STEP, Disturbance, Step, disturbance, shortening
 from acemerge.shapes import Float, Tensor
@@ -63,7 +63,7 @@ class KronAuto:
 
     @property
     def needs(self) -> Needs:
-        work = Workspace(24, 8, "longer", each=4)
+        work = KeptWork(self.keep, self.keep, 10)
         return Needs(matrix=True, base_energy=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:

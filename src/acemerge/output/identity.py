@@ -97,6 +97,15 @@ def with_same_bytes(
     return same
 
 
+def whole_files(models: Sequence[Checkpoint]) -> dict[str, FileSum | None]:
+    """The hash of every weight file; None of one that was written to since it was opened."""
+    found: dict[str, FileSum | None] = {}
+    for path, before in (each for model in models for each in model.fingerprints.items()):
+        total = FileSum(files.sha256(path), before[0])
+        found[str(path)] = total if files.fingerprint(path) == before else None
+    return found
+
+
 def digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 

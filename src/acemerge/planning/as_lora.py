@@ -25,14 +25,12 @@ from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
 
 
-def as_adapter(plan: Plan, roles: Roles) -> Plan:
-    """The plan where the output is an adapter of the recipe's rank, with factors A and B of every linear layer.
+def as_adapter(plan: Plan, roles: Roles, rank: int) -> Plan:
+    """The plan where the output is an adapter of this rank, with factors A and B of every linear layer.
 
     Other tensors that are merged stay in the plan, with no factors: what changes of them is lost. Raises UsageError for
     a rule that writes more than a model, CheckpointError where no layer is left.
     """
-    rank = plan.recipe.as_lora
-    assert rank is not None
     masked = next((job.rule for job in plan.merged if job.makes_masks), None)
     if masked:
         raise UsageError(

@@ -12,6 +12,7 @@ from acemerge.errors import UsageError
 from acemerge.methods import Calibration
 from acemerge.models.quiet import need_transformers
 from acemerge.planning.jobs import ByRule, Plan
+from acemerge.tasks.networks import MERGE_ALONE
 from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
 
@@ -43,7 +44,8 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
     owners = [_owner(task, named) for task in tasks]
     for i, (label, model) in enumerate(named):
         if i not in owners:
-            cure = f"add one with `expert: {model}`, or with `head: {label}`"
+            there = model if hub_id(model) else files.resolve(Path(model))  # a task file's paths are relative to itself
+            cure = f"add one with `expert: {there}`, or with `head: {label}`"
             raise UsageError(recipe.calibration, f"no task belongs to expert {label}", cure)
     assigned = tuple(
         Assigned(label, model, tuple(t for t, owner in zip(tasks, owners, strict=True) if owner == i))
@@ -74,7 +76,7 @@ def _check(plan: Plan, wanting: Sequence[ByRule]) -> None:
             raise UsageError("calibration", why, f"leave {what} out, or use a rule without data")
     for label, adapter in plan.adapters.items():
         what = f"is an adapter ({adapter}), which is not run by itself"
-        raise UsageError(f"expert {label}", what, "merge it with its base alone first, and name that folder")
+        raise UsageError(f"expert {label}", what, MERGE_ALONE)
     stored = [job.name for job in wanting if job.role.transposed and not job.transposed and not _is_entrywise(job)]
     if stored:
         what = f"tensor {stored[0]!r} is merged as it is stored, its inputs are the rows"

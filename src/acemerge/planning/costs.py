@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from acemerge.errors import UsageError
+from acemerge.methods.elementwise import Average
 from acemerge.methods.spectral import SPECTRAL_WORK
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
@@ -16,6 +17,9 @@ from acemerge.planning.pieces import Piece, pieces
 RESIDENT = 315_000_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
+# Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
+# matrices with other factors, of up to twice as many bytes.
+SHARED = 3
 # Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
 _COUNTED = 16
 
@@ -37,6 +41,7 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
+    shared = SHARED * sum(factor.nbytes for factor in job.shared.values()) if isinstance(job, Merge) else 0
     if isinstance(job, Keep):
         beside = job.widens * 4 * piece.count
     elif isinstance(job, Merge) and job.keeps_low_rank:
@@ -45,7 +50,7 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
         beside = whole + _low_rank_entries(job, experts) * torch.float64.itemsize
     else:
         beside = _beside_task_vectors(job, piece, experts)
-    return Cost(waiting, waiting + beside + written, written)
+    return Cost(waiting + shared, waiting + shared + beside + written, written)
 
 
 def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
@@ -57,7 +62,7 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
     if isinstance(job, MergeByToken) and job.vocabulary.lending is not None:  # all are read before the first is made
         differencing = waiting + deltas + 2 * count * width
     if isinstance(job, Merge) and any(job.updates):  # factors are read and widened beside them, DoRA works on a copy
-        factors = sum(f.count * width for update in job.updates if update for f in update.factors)
+        factors = sum(f.count * width // update.sharers for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
     if job.method.needs.keep is not None:
@@ -107,8 +112,9 @@ def _low_rank_entries(job: Merge, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
     _, rows, columns = job.matrices
     (p, q), work = _cores(job), job.method.needs.work
-    system = min(max(p, q), experts * min(p, q))  # the largest square matrix that comes of cores
-    on_cores = (experts + work.tensors + work.each * experts) * p * q + work.squares * system**2
+    one_sided = job.method.needs.factors == "left frame"  # its squares are of the side that is turned, p
+    turns = ((q, p),) if one_sided else ((p, q), (q, p))
+    on_cores = experts * p * q + max(work.entries(experts, *sides) for sides in turns)
     return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
@@ -143,6 +149,16 @@ def largest(plan: Plan) -> tuple[int, str]:
     return max(found, default=(0, ""))
 
 
+def _averaged(plan: Plan) -> int:
+    """The bytes of the piece that takes most where every tensor is averaged, by ranges of rows."""
+    by_rows = plan.recipe.nonfinite == "error"
+    averaged = [
+        replace(job, method=Average(), entrywise=by_rows, fused=None) if isinstance(job, Merge) else job
+        for job in plan.jobs
+    ]
+    return largest(replace(plan, jobs=tuple(averaged)))[0]
+
+
 def peak_memory(plan: Plan) -> int:
     """Bytes that the process takes at most where nothing is read ahead of the largest tensor."""
     return RESIDENT + largest(plan)[0]
@@ -158,7 +174,9 @@ def budget(plan: Plan, limit: int | None) -> int:
         if RESIDENT + needed > limit:
             rule = next(job.rule for job in plan.jobs if job.name == name)
             what = f"tensor {name!r} by {rule} needs {RESIDENT + needed:,} bytes, more than {limit:,}"
-            cure = "allow more, or give the tensor a rule that needs less, as average, in the recipe's rules"
+            cure = "allow more"
+            if RESIDENT + _averaged(plan) <= limit:
+                cure += ", or give tensors of its size a rule that needs less, as average, in the recipe's rules"
             raise UsageError("--max-memory", what, cure)
         return limit - RESIDENT
     tensors = [job.spec.count * job.compute_dtype.itemsize for job in plan.jobs]

@@ -10,7 +10,12 @@ from acemerge.errors import CheckpointError, NumericalError
 from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
-LEAVE_OUT = "fetch it again, or leave the expert out with --nonfinite skip-expert"
+_FETCH = "fetch it again"
+
+
+def cure_of(experts: Sequence[str]) -> str:
+    """The cure for an expert that is not finite: one of several can be left out."""
+    return f"{_FETCH}, or leave the expert out with --nonfinite skip-expert" if len(experts) > 1 else _FETCH
 
 
 def is_finite(values: Tensor) -> bool:
@@ -21,7 +26,7 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def check_finite(values: Tensor, name: str, where: str, cure: str = "fetch it again", first_row: int = 0) -> None:
+def check_finite(values: Tensor, name: str, where: str, cure: str = _FETCH, first_row: int = 0) -> None:
     """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
     if is_finite(values):
         return
@@ -46,12 +51,13 @@ def rounded(value: Tensor, job: Job, dtype: torch.dtype | None = None) -> Tensor
     if value.dtype.is_floating_point and not _fits(value, dtype) and not is_finite(result):
         where = f"tensor {job.name!r}"
         if not is_finite(value):
-            cure = "use --compute-dtype float64 or a smaller scale"
+            cure = "use a smaller scale" if value.dtype == torch.float64 else "use --compute-dtype float64"
             raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         largest = value.abs().max().item()
         kind = str(dtype).removeprefix("torch.")
         what = f"its largest magnitude {largest:g} overflows {kind}"
-        raise NumericalError(where, what, "write --dtype bfloat16 or float32")
+        cure = "write --dtype bfloat16 or float32" if dtype == torch.float16 else "use a smaller scale"
+        raise NumericalError(where, what, cure)
     return result.contiguous()
 
 

@@ -51,8 +51,8 @@ class _Tensor:
 
     `sources[i]` is the tensor's name in the i-th expert, empty where it has none of its own and starts from the base's.
     `copies` are further spellings of a tied tensor, whose bytes must agree. `widens`: inputs in fp8 are float32 in
-    memory of their own when they are taken. `bytes_in` are those of all inputs, `compute_dtype` is the type of the
-    work.
+    memory of their own when they are taken. `bytes_in` are those of all inputs, of what others share its part,
+    `compute_dtype` is the type of the work.
     """
 
     spec: TensorSpec
@@ -160,6 +160,16 @@ class Merge(_ByRule):
     def inputs(self) -> tuple[Input, ...]:
         factors = tuple((i, f.name) for i, update in enumerate(self.updates, 1) if update for f in update.factors)
         return (*self.of_its_shape, *factors)
+
+    @cached_property
+    def shared(self) -> Mapping[Input, TensorSpec]:
+        """The factors that lie with those of other tensors: of all experts of a mixture, where this is one's matrix."""
+        return {
+            (i, factor.name): factor
+            for i, update in enumerate(self.updates, 1)
+            if update and update.stack and update.stack.number is not None
+            for factor in update.factors
+        }
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:

@@ -101,12 +101,14 @@ class _Planner:
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""
         specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.of_its_shape]
-        if isinstance(job, Merge):
-            specs += [factor for update in job.updates if update for factor in update.factors]
+        nbytes = sum(spec.nbytes for spec in specs)
+        for update in (update for update in job.updates if update) if isinstance(job, Merge) else ():
+            specs += update.factors
+            nbytes += sum(factor.nbytes for factor in update.factors) // update.sharers
         wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
         dtype = torch.float64 if wide else torch.float32
         widens = any(spec.dtype in FLOAT8.values() for spec in specs)
-        return replace(job, bytes_in=sum(spec.nbytes for spec in specs), compute_dtype=dtype, widens=widens)
+        return replace(job, bytes_in=nbytes, compute_dtype=dtype, widens=widens)
 
     def job(self, name: str) -> Job:
         spec, role = self.base.tensors[name], self.roles.by_name[name]

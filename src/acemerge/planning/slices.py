@@ -33,7 +33,7 @@ def as_sliced(
     for i, layers in (part for parts in (of_base, *of_experts) for part in parts):
         if layers is not None and layers[1] > depths[i]:
             what = f"has no layer {layers[1] - 1}, only 0 to {depths[i] - 1}"
-            raise UsageError("slices", f"{who[i]} {what}", "change `layer_range`")
+            raise UsageError("slices", f"{who[i]} {what}", "change the slice's range, mergekit's `layer_range`")
     origins = [(models[part.base_from].config, layer) for part in slices for layer in range(*part.base)]
     views = [_view(stack, parts, models, i) for i, parts in enumerate((of_base, *of_experts))]
     return replace(views[0], config=stacked_config(base.config, origins)), tuple(views[1:])

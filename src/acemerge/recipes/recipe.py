@@ -68,10 +68,13 @@ class Recipe(Strict):
         skip = self.missing_tokens == "skip"
         if self.vocabulary != "refuse" and self.embeddings == "rule" and skip:
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
-        if (self.vocabulary == "assets" and skip) or (self.vocabulary == "refuse" and not skip):
-            raise ValueError("missing_tokens base or mean goes with vocabulary base, union or assets")
+        if self.vocabulary == "assets" and skip:
+            raise ValueError("vocabulary: with assets no row may be missing; set missing_tokens to base or mean")
+        if self.vocabulary == "refuse" and not skip:
+            raise ValueError("missing_tokens goes with a vocabulary; set vocabulary to base, union or assets")
         if not skip and self.nonfinite != "error":
-            raise ValueError("missing_tokens: an expert whose rows are lent to others cannot be skipped")
+            what = "missing_tokens: an expert whose rows are lent to others cannot be skipped"
+            raise ValueError(f"{what}; leave nonfinite out, or leave out the expert that is not finite")
         if self.vocabulary == "union" and self.assets != "base":
             raise ValueError("vocabulary: with union the tokenizer is the base's with more tokens; leave assets out")
         return self
@@ -85,7 +88,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _the_paper_splits_nothing(self) -> Recipe:
         if self.split_qkv and self.policy == "paper":
-            raise ValueError("split_qkv is not what the paper did: leave it out, or use policy default")
+            raise ValueError("split_qkv is not what the paper did; leave it out, or use policy default")
         return self
 
     @property
@@ -102,14 +105,19 @@ class Recipe(Strict):
     def _a_weight_for_each(self) -> Recipe:
         for rule in self.rules:
             if rule.weights is not None and len(rule.weights) != len(self.experts):
-                raise ValueError(f"rule {rule.match!r} has {len(rule.weights)} weights for {len(self.experts)} experts")
+                counts = f"{len(rule.weights)} weights for {len(self.experts)} experts"
+                raise ValueError(f"rule {rule.match!r} has {counts}; give one weight each")
         return self
 
     @model_validator(mode="after")
     def _slices_of_these_models(self) -> Recipe:
         for part in self.slices:
-            if len(part.experts) != len(self.experts) or part.base_from > len(self.experts):
-                raise ValueError(f"a slice has {len(part.experts)} ranges for {len(self.experts)} experts")
+            if len(part.experts) != len(self.experts):
+                counts = f"{len(part.experts)} ranges for {len(self.experts)} experts"
+                raise ValueError(f"a slice has {counts}; give one each, null for an expert that is no part of it")
+            if part.base_from > len(self.experts):
+                what = f"a slice's base_from is {part.base_from}, and there are {len(self.experts)} experts"
+                raise ValueError(f"{what}; count them from 1, and name the base by 0")
         return self
 
     def slice_of(self, name: str) -> SliceSpec | None:
@@ -249,4 +257,4 @@ def _explain(failure: ValidationError, where: object) -> UsageError:
         models: dict[str, type[BaseModel]] = {"experts": ExpertSpec, "rules": TensorRule, "slices": SliceSpec}
         return models.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
 
-    return explain(failure, where, owner, "name at least one expert", "see the README's recipe")
+    return explain(failure, where, owner, "name at least one expert", "see docs/recipes.md")

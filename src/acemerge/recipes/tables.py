@@ -58,9 +58,10 @@ class TensorRule(Strict):
     @model_validator(mode="after")
     def _one_of_the_two(self) -> TensorRule:
         if (self.method is None) == (self.action is None):
-            raise ValueError("give either `method` or `action`")
+            has = "neither `method` nor" if self.method is None else "both `method` and"
+            raise ValueError(f"has {has} `action`; give one of the two")
         if self.weights is not None and self.method is None:
-            raise ValueError("weights go with a `method`")
+            raise ValueError("has weights and no `method`; leave them out, or give a method")
         return self
 
 
@@ -85,5 +86,5 @@ class SliceSpec(Strict):
     @model_validator(mode="after")
     def _of_one_length(self) -> SliceSpec:
         if self.length < 1 or any(own and own[1] - own[0] != self.length for own in self.experts):
-            raise ValueError("the ranges of a slice must have one length, 1 or more")
+            raise ValueError("its ranges differ in length, or are empty; give [first, end) of as many layers each")
         return self

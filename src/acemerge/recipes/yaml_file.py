@@ -55,7 +55,8 @@ def explain(
 ) -> UsageError:
     """The first problem of a validation, with the nearest right key for a wrong one.
 
-    `owner` is the model that a key's place belongs to, `fill` the cure of an empty list, `see` that of a wrong value.
+    `owner` is the model that a key's place belongs to, `fill` the cure of an empty list, `see` that of a wrong value
+    where a check of our own does not say one, as `WHAT; CURE`.
     """
     # A misspelt key is also a missing one: say what is there before what is not.
     first = min(failure.errors(), key=lambda error: error["type"] != "extra_forbidden")
@@ -67,8 +68,11 @@ def explain(
         return UsageError(where, f"the key {place!r} is missing", "add it")
     if first["type"] == "too_short":
         return UsageError(where, f"{place!r} is empty", fill)
-    message = first["msg"].removeprefix("Value error, ")
-    said = f"{message[0].lower()}{message[1:_LONGEST_MESSAGE]}"
+    if first["type"] == "value_error":  # of our own, which say the cure, too
+        what, semicolon, cure = str(first["ctx"]["error"]).rpartition("; ")
+        what, cure = (what, cure) if semicolon else (cure, see)
+        return UsageError(where, f"{place!r}: {what}" if place else what, cure)
+    said = f"{first['msg'][0].lower()}{first['msg'][1:_LONGEST_MESSAGE]}"
     return UsageError(where, f"{place!r}: {said}, not {_shown(first['input'])!r}", see)
 
 

@@ -66,12 +66,16 @@ class Model:
         return network.eval().to(self.device)
 
 
+# Most rules are for several experts, and leave of a single update a part.
+MERGE_ALONE = "merge it into its base alone by --method average, which keeps all of it, and name that folder"
+
+
 def open_model(name: str, device: torch.device, quiet: bool = True) -> Model:
     """A folder or Hub id, its headers checked. CheckpointError for an adapter or for what is no model."""
     path = locate(name, allow_pickle=False, quiet=quiet, heads=True).path
     # transformers would follow an adapter to whatever base its file names.
     if is_adapter(path):
-        raise CheckpointError(name, "is an adapter", "merge it with its base first: --base BASE --expert ADAPTER")
+        raise CheckpointError(name, "is an adapter", MERGE_ALONE)
     checkpoint = open_checkpoint(path)
     if CONFIG not in checkpoint.assets:
         raise CheckpointError(name, f"has no {CONFIG}", "evaluate a folder that from_pretrained loads")

@@ -12,7 +12,7 @@ import torch
 
 from acemerge.errors import NumericalError, UsageError
 from acemerge.shapes import Float, Int, Tensor
-from acemerge.tasks.predict import OnBatch
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, OnBatch
 
 _LARGEST = 307 * np.log(10)  # a broken merge is still a row of the table
 
@@ -77,7 +77,7 @@ def text_losses(
                 counts.append(len(losses))
             on_batch(len(sums), len(found))
     if not np.isfinite(sums).all():
-        raise NumericalError("tasks", "the model's losses are not finite", "acemerge verify tells if its weights are")
+        raise NumericalError("tasks", "the model's losses are not finite", ARE_WEIGHTS_FINITE)
     return Losses(np.array(sums), np.array(counts))
 
 

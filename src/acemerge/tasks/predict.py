@@ -17,6 +17,8 @@ from acemerge.tasks.networks import Inputs, Logits
 
 # Told after every batch: how many examples are done, of how many.
 OnBatch = Callable[[int, int], None]
+# Of any model, where `acemerge verify` is of merges.
+ARE_WEIGHTS_FINITE = "acemerge inspect --base MODEL --expert MODEL tells whether its weights are"
 Batches = Callable[[Sequence[int]], Inputs]  # the examples of these numbers
 
 
@@ -89,5 +91,5 @@ def score(
     scores = torch.empty_like(sorted_scores)
     scores[torch.tensor(order)] = sorted_scores
     if not scores.isfinite().all():
-        raise NumericalError("tasks", "the model's scores are not finite", "acemerge verify tells if its weights are")
+        raise NumericalError("tasks", "the model's scores are not finite", ARE_WEIGHTS_FINITE)
     return scores.numpy()

@@ -60,7 +60,9 @@ class _Text(_Task):
     def _names_or_numbers(self) -> _Text:
         labelled = [] if self.label is None else [self.label]
         if len({type(column) for column in (*self.columns, *labelled)}) > 1:
-            raise ValueError("columns: give all by name, or all by number where the file has no line of names")
+            raise ValueError(
+                "has columns by name and by number; give all by name, or all by number where there is no line of names"
+            )
         return self
 
     @property
@@ -79,7 +81,7 @@ class _Labelled(_Strict):
     @classmethod
     def _each_once(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and len(set(value)) < len(value):
-            raise ValueError("every entry may stand there once")
+            raise ValueError("an entry stands there twice; leave one out")
         return value
 
 
@@ -116,7 +118,9 @@ class ZeroShot(_Seen):
     def _with_a_gap(cls, value: list[str]) -> list[str]:
         for template in value:
             if template.count("{}") != 1:
-                raise ValueError("a template has one {} for the class")
+                raise ValueError(
+                    f"the template {template[:40]!r} has not one place for the class; write {{}} there, once"
+                )
         return value
 
 
@@ -134,7 +138,9 @@ class Perplexity(_Task):
         if self.limit is not None and self.text is None:
             raise ValueError("limit: a file of text has no examples; name the column by `text`")
         if self.stride > self.context:
-            raise ValueError("stride: windows would leave tokens out; use at most `context`")
+            raise ValueError(
+                f"with a stride of {self.stride} windows would leave tokens out; use at most `context`, {self.context}"
+            )
         return self
 
 
@@ -176,7 +182,7 @@ class Tasks(_Strict):
         names = [task.name for task in self.tasks]
         twice = [name for name in names if names.count(name) > 1]
         if twice:
-            raise ValueError(f"two tasks are named {twice[0]!r}")
+            raise ValueError(f"two tasks are named {twice[0]!r}; rename one")
         return self
 
 
