@@ -18,10 +18,11 @@ INDEX = "rules/index.md"
 _LIST = """# The rules
 
 Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
-`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md), `--method auto`.
+`acemerge methods NAME` what the page of a rule says. The recommended one, `auto`, is [`{auto}`]({auto}.md).
 
-`scale` is a parameter of all of them: a factor on the merged update. The chance in `dare_linear`, `dare_ties` and
-`della` comes from `--seed`, the tensor's name and the expert's place alone: the same bytes, whatever the workers.
+`scale` is a parameter of all of them: a factor on the merged update. The random choices of `dare_linear`, `dare_ties`
+and `della` depend on `--seed`, the tensor's name and the expert's place alone, so the bytes are the same for any number
+of workers.
 A rule of your own is [one class and one line](../add_a_method.md).
 
 """

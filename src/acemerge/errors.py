@@ -46,7 +46,7 @@ class NumericalError(AcemergeError):
 
 
 class ResourceError(AcemergeError):
-    """The machine, or a limit on this process, has not enough of something: a merge can be gone on with."""
+    """The machine, or a limit on this process, has not enough of something: a merge can be resumed."""
 
     exit_code = 4
 
@@ -75,7 +75,7 @@ _NO_MEMORY = re.compile(
 _ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 _NO_THREAD = re.compile("can't start new thread|thread creation failed|thread constructor failed", re.IGNORECASE)
 _PROCESS = "the process"
-_GO_ON = "a merge goes on with --resume"
+_GO_ON = "--resume continues the merge"
 
 
 def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceError | None:

@@ -93,7 +93,6 @@ def test_conv1d_as_stored_is_the_papers_own(tmp_path: Path) -> None:
         ("roberta", "roberta.encoder.layer.0.output.dense.bias", "roberta.encoder.layer.0.output.dense.weight"),
         ("llama", "model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"),
         ("llama", "lm_head.weight", "model.layers.1.self_attn.q_proj.weight"),
-        ("clip", "text_projection.weight", "visual_projection.weight"),
     ],
 )
 def test_the_papers_policy(family: str, kept: str, by_rule: str, tmp_path: Path) -> None:
@@ -102,6 +101,16 @@ def test_the_papers_policy(family: str, kept: str, by_rule: str, tmp_path: Path)
     assert report.tensors[kept]["rule"] == "base"
     assert torch.equal(load_folder(tmp_path / "out")[kept], load_folder(base)[kept])
     assert report.tensors[by_rule]["rule"] == "ace"
+
+
+def test_the_papers_policy_averages_the_text_projection(tmp_path: Path) -> None:
+    base, experts, _ = _save_experts(tmp_path, "clip")
+    report = acemerge.merge(base, experts, out=tmp_path / "out", policy="paper")
+    name = "text_projection.weight"
+    mean = torch.stack([load_folder(expert)[name] for expert in experts]).mean(0)
+    assert report.tensors[name]["rule"] == "average"
+    assert relative_error(load_folder(tmp_path / "out")[name], mean) < 1e-6
+    assert report.tensors["visual_projection.weight"]["rule"] == "ace"
 
 
 def test_the_papers_policy_refuses_a_family_it_never_ran(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import oracles
 import pytest
 import torch
 import transformers
-from builders import load_folder, make_model, perturb
+from builders import load_folder, make_model, perturb, write_checkpoint
 from oracles import relative_error
 
 import acemerge
@@ -123,3 +123,42 @@ def test_the_rule_gets_the_projections_one_by_one(tmp_path: Path) -> None:
     assert len(report.tensors[name]["projections"]) == 3
     with pytest.raises(UsageError, match="split_qkv"):
         acemerge.merge(tmp_path / "base", experts, policy="paper", split_qkv=True)
+
+
+def test_projections_that_are_stored_apart_are_merged_as_one_where_asked(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes, names = (6, 4, 4), [f"layers.0.self_attn.{which}_proj.weight" for which in "qkv"]
+    base, *noise = (torch.randn(14, 8, generator=generator) for _ in range(4))
+    whole = [base, *(base + 0.1 * part for part in noise)]
+    apart, fused = [], []
+    for i, W in enumerate(whole):
+        apart.append(write_checkpoint(tmp_path / f"apart{i}", dict(zip(names, W.split(sizes), strict=True))))
+        fused.append(write_checkpoint(tmp_path / f"fused{i}", {"layers.0.self_attn.qkv_proj.weight": W}))
+    report = acemerge.merge(apart[0], apart[1:], "ace", out=tmp_path / "joined", join_qkv=True)
+    joined = torch.cat([load_folder(tmp_path / "joined")[name] for name in names])
+    acemerge.merge(fused[0], fused[1:], "ace", out=tmp_path / "whole")
+    assert relative_error(joined, *load_folder(tmp_path / "whole").values()) < 1e-6
+    deltas = torch.stack(whole[1:]).double() - whole[0].double()
+    assert relative_error(joined, whole[0] + oracles.ace(deltas)) < 1e-5
+    acemerge.merge(apart[0], apart[1:], "ace", out=tmp_path / "single")
+    single = torch.cat([load_folder(tmp_path / "single")[name] for name in names])
+    assert relative_error(single, joined) > 0.01
+    for name, part, moved in zip(names, deltas.split(sizes, dim=1), joined.sub(whole[0]).split(sizes), strict=True):
+        record = report.tensors[name]
+        assert record["reason"].endswith("q, k and v as one")
+        assert record["energies"] == pytest.approx(part.square().sum((1, 2)).tolist(), rel=1e-5)
+        assert report.records[name].merged_energy == pytest.approx(moved.square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split_qkv": True}, "join_qkv does not go with split_qkv"),
+        ({"nonfinite": "skip-expert"}, "join_qkv does not go with nonfinite"),
+        ({}, "no query, key and value are stored apart"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    models = [write_checkpoint(tmp_path / str(i), {"layers.0.up.weight": i * torch.ones(2, 2)}) for i in range(2)]
+    with pytest.raises(UsageError, match=message):
+        acemerge.merge(models[0], models[1:], "ace", out=tmp_path / "out", join_qkv=True, **options)

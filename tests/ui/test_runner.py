@@ -135,6 +135,19 @@ def test_one_piece_of_work_runs_at_a_time_and_tells_how_far_it_is() -> None:
     assert after.seconds <= state.seconds  # the second stage has just begun
 
 
+def test_the_last_of_every_kind_is_known_also_of_what_failed_before_it_began() -> None:
+    runner = Runner()
+    runner.refuse("merge", UsageError("base", "none is picked", "pick one"), ["nothing"])
+    runner.start("plan", lambda _: "planned", ["e1"])
+    finished(runner)
+    failed, planned = runner.last("merge"), runner.last("plan")
+    assert failed is not None
+    assert (failed.phase, failed.error, failed.of) == ("failed", "base: none is picked; pick one", ["nothing"])
+    assert planned is runner.state
+    assert (planned.number, planned.result, planned.of) == (2, "planned", ["e1"])
+    assert runner.last("inspect") is None
+
+
 @pytest.mark.parametrize(
     ("failure", "message"),
     [

@@ -19,6 +19,7 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.survey import survey
 from acemerge.methods import METHODS
 from acemerge.methods.about import parameters, summary
+from acemerge.methods.registry import rule_name
 from acemerge.recipes.recipe import load_recipe, make_recipe
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
@@ -123,10 +124,15 @@ def test_every_rule_takes_its_own_defaults_as_they_are_shown(rule: str, shelf: F
 
 def test_rules_are_offered_by_family_and_those_with_data_are_not() -> None:
     offered = rules()
-    families = [shown.partition(":")[0] for shown in offered.values()]
+    families = [shown.partition(" · ")[0] for shown in offered.values()]
     assert len(set(families)) == sum(a != b for a, b in zip(["", *families], families, strict=False))
     assert not {"regmean", "fisher", "mergekit_sum"} & offered.keys()
     assert {"ace", "ties", "slerp"} <= offered.keys()
+    assert [name for name, shown in offered.items() if "recommended" in shown] == [rule_name("auto")]
+
+
+def test_the_recommended_rule_is_what_is_taken_where_none_is_picked(shelf: Folders) -> None:
+    assert picked("e1").content(shelf)["method"] == {"name": rule_name("auto")}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,11 @@ def test_rules_are_offered_by_family_and_those_with_data_are_not() -> None:
         ("e1: is a stranger; or merge all the same with --force", f"with “{view.FORCE}” ticked"),
         (
             "`lm_head` differs; match rows with --vocabulary union",
-            ">lm_head differs; match rows with vocabulary union<",
+            ">lm_head differs; match rows with vocabulary union (on the command line)<",
+        ),
+        (
+            "it overshoots; a larger eps, as --set eps=1e-2, --scale 0.22, or another",
+            "as eps = 1e-2, a scale of 0.22, or another<",
         ),
     ],
 )
@@ -149,6 +159,7 @@ def test_what_a_rule_says_of_itself() -> None:
     assert list(found) == ["eps", "tau", "k_frac", "ablation", "scale"]
     assert found["eps"].default == 1e-5
     assert found["eps"].meaning == "ridge on every second moment"
+    assert all(p.meaning for name in rules() for p in parameters(METHODS[name]))
     assert found["ablation"].choices == ("E1", "E2", "E3", "E4")
     assert {p.name: p.choices for p in parameters(METHODS["mergekit_sum"])}["vote"] == (False, True)
     assert summary(METHODS["ace"]).startswith("ACE-Merging, exactly as published")
@@ -163,7 +174,7 @@ def test_what_a_rule_says_of_itself() -> None:
         (picked("e1", weights="one"), "weights: 'one' are no numbers; write"),
         (picked("e1", weights="1 2"), "weights: 2 weights for 1 experts; give one for each"),
         (picked("e1", weights="nan"), "page: 'experts.0.ExpertSpec.weight'|page: 'experts.0.weight'"),
-        (picked("e1", values={"eps": "much"}), "method 'ace', parameter 'eps': .* not 'much'; see"),
+        (picked("e1", rule="ace", values={"eps": "much"}), "method 'ace', parameter 'eps': .* not 'much'; see"),
         (picked("e1", rule="nothing"), "method 'nothing': no such rule; "),
         (Choice("./outside", ["./models/e1"]), "./outside: lies outside the folders named at start; use one inside"),
         (picked("../outside"), "./models/../outside: lies outside"),
@@ -179,7 +190,7 @@ def test_a_wrong_choice_is_one_line(choice: Choice, message: str, shelf: Folders
 
 
 def test_what_is_shown_of_an_inspection_and_a_plan_is_what_was_found(shelf: Folders) -> None:
-    opened = steps.open_choice(picked("e1", "e2", "e3"), shelf)
+    opened = steps.open_choice(picked("e1", "e2", "e3", rule="ace"), shelf)
     seen = survey(opened, 1)
     html = view.inspection(seen)
     for expert in seen.table()["experts"]:

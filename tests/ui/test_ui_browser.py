@@ -65,6 +65,8 @@ class Desk:
             entry.send_keys(name)
             wait(self.driver, f"document.querySelectorAll('#{field} ul [role=option]').length === 1")
             entry.send_keys(Keys.ENTER)
+            # Gradio answers the key when it gets to it: the next one, sent before, would undo the pick.
+            wait(self.driver, f"document.querySelector('#{field} input').value !== {name!r}")
         entry.send_keys(Keys.ESCAPE, Keys.TAB)
 
     def write(self, field: str, text: str) -> None:
@@ -117,6 +119,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 def test_from_the_first_look_to_the_report(desk: Desk) -> None:
     driver = desk.driver
     desk.pick("base", "base")
+    wait(driver, "document.querySelector('#recipe').innerText.includes('experts: none is picked')")
+    wait(driver, "['look', 'plan', 'merge'].every(b => document.getElementById(b).disabled)")
+    assert "(recommended)" in driver.execute_script("return document.querySelector('#rule input').value")
     desk.pick("experts", "e1", "e3")
     desk.write("weights", "1, 0.5")
     desk.press("look")
@@ -178,6 +183,8 @@ def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:
     wait(desk.driver, "document.querySelector('#merged').innerText.includes('outside the folders')")
     assert len(desk.text("merged").strip().splitlines()) == 1
     assert list((desk.folder / "outside").iterdir()) == []
+    desk.write("out", "models/other")
+    wait(desk.driver, "document.querySelector('#merged').innerText.trim() === ''")
 
 
 def test_a_merge_is_stopped_and_found_again_after_the_page_was_loaded_anew(
@@ -197,6 +204,8 @@ def test_a_merge_is_stopped_and_found_again_after_the_page_was_loaded_anew(
     assert HOSTILE in desk.text("merged")
     desk.press("stop-merge")
     wait(desk.driver, "document.querySelector('#merged').innerText.includes('Nothing of it was kept.')")
+    desk.pick("base", "base")  # nothing is picked on a page that was loaded anew
+    desk.pick("experts", "e1")
     wait(desk.driver, "document.getElementById('merge').disabled === false")
 
 

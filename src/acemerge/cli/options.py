@@ -54,7 +54,7 @@ class Options:
         ),
     ] = None
     weights: Annotated[
-        str | None, option(MODELS, "the experts' weights, in their order, as 1,0.5", metavar="W,W,...")
+        str | None, option(MODELS, "the experts' weights, in their order, such as 1,0.5", metavar="W,W,...")
     ] = None
     method: Annotated[
         str | None,
@@ -67,6 +67,9 @@ class Options:
     policy: Annotated[Literal["default", "paper"] | None, option(RULE, "which tensors get the rule")] = None
     split_qkv: Annotated[
         bool | None, option(RULE, "give the rule q, k and v one by one where they share a weight", "--split-qkv")
+    ] = None
+    join_qkv: Annotated[
+        bool | None, option(RULE, "give the rule q, k and v as one where they are stored apart", "--join-qkv")
     ] = None
     seed: Annotated[int | None, option(RULE, "seed of the rules that use chance")] = None
     calibration: Annotated[
@@ -96,7 +99,7 @@ class Options:
         None
     )
     overwrite: Annotated[bool, option(OUTPUT, "replace what the output folder holds", "--overwrite")] = False
-    resume: Annotated[bool, option(OUTPUT, "go on where a killed or interrupted run stopped", "--resume")] = False
+    resume: Annotated[bool, option(OUTPUT, "continue where a killed or interrupted run stopped", "--resume")] = False
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"] | None,
         option(OUTPUT, "type of the output [default: the base's]"),
@@ -120,10 +123,10 @@ class Options:
     max_memory: Annotated[
         str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]", metavar="SIZE")
     ] = None
-    every: Annotated[bool, option(SAYING, "name every tensor, not layers together", "--all")] = False
+    every: Annotated[bool, option(SAYING, "list every tensor, without grouping layers", "--all")] = False
     as_json: Annotated[bool, option(SAYING, "print one JSON object, and nothing else on stdout", "--json")] = False
     log_format: Annotated[
-        Literal["text", "json"], option(SAYING, "how the work is told of on stderr: json has a line an event")
+        Literal["text", "json"], option(SAYING, "what stderr gets: words, or one line of JSON for each event")
     ] = "text"
     quiet: Annotated[bool, option(SAYING, "print nothing but errors", "--quiet")] = False
     debug: Annotated[bool, option(SAYING, "show the traceback of an error", "--debug")] = False
@@ -192,7 +195,7 @@ LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
     "allow_pickle", "dequantize", "device", "workers", "max_memory", "calibration",
 )  # fmt: skip
-CHOOSING = ("weights", "scale", "split_qkv", "seed")
+CHOOSING = ("weights", "scale", "split_qkv", "join_qkv", "seed")
 WRITING = (
     "force",
     "out",

@@ -10,7 +10,7 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.options import RUNNING, Options, option
-from acemerge.cli.text import say, stdout
+from acemerge.cli.text import is_live, say, stderr, stdout
 
 
 @command(
@@ -30,6 +30,8 @@ def ui(
     port: Annotated[int | None, option(RUNNING, "port to listen at [default: 7860, or a free one]")] = None,
 ) -> None:
     """Merge in a browser, on this machine: pick models and a rule, look, merge, open the report."""
+    if is_live(stderr()):
+        say(stderr(), "starting, which takes some seconds ...")
     from acemerge.ui.folders import Folders
     from acemerge.ui.server import Server
 

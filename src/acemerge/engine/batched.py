@@ -68,7 +68,7 @@ def small_job(piece: Piece[Job]) -> Merge | None:
         return None
     if job.factors is not None or job.method.needs.calibration:  # of an adapter; or with measurements of its own
         return None
-    return job if all(job.sources) and not (any(job.updates) or job.copies or job.fused) else None
+    return job if all(job.sources) and not (any(job.updates) or job.copies or job.fused or job.joined) else None
 
 
 def _kind(job: Merge) -> tuple[object, ...]:

@@ -95,6 +95,8 @@ def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, pla
         return averaged_by_token(job, base, values, setting, place)
     if isinstance(job, Merge) and job.factored:
         return _from_factors(job, base, values, setting, place)
+    if isinstance(job, Merge) and job.joined:
+        return _of_one_weight(job, base, values, setting, place)
     return _merged(Piece(job, piece.rows), base, values, setting, place)
 
 
@@ -128,6 +130,33 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
             return (*_in_adapter(job, job.factors, result.delta, record), ())
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
+
+
+def _of_one_weight(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+    """A projection that is merged with others as one weight: all of it is made, and its own rows are kept."""
+    T, own = len(setting.labels), job.rows_of(job.name)
+    with place.space((T + 1, *job.as_one.spec.shape), job.compute_dtype) as space:
+        W0, deltas = space[T], space[:T]
+        for part in job.joined:
+            _fill(part, values, setting, W0[job.rows_of(part.name)], deltas[:, job.rows_of(part.name)])
+        n = energies(deltas)
+        record = replace(about(job), energies=tuple(energies(deltas[:, own]).tolist()))
+        if not (n > 0).any() and not job.method.needs.moves_equals:
+            return (*_unchanged(job, base, record), ())
+        result = apply(job.as_one, deltas, W0, range(T), setting)
+        M = result.delta[own]
+        record = replace(record, stats=result.stats, merged_energy=float(energies(M[None])))
+        return (own_memory(rounded(M + W0[own], job), space),), record, ()
+
+
+def _fill(part: Merge, values: Values, setting: Setting, W0: Tensor, deltas: Tensor) -> None:
+    """A projection's base and task vectors, into rows of the weight that it is part of. All must be finite."""
+    W0.copy_(values.take((0, part.name)))
+    for i, D in enumerate(deltas):
+        _difference(part, i, values, W0, D)
+        if not math.isfinite(energies(D[None]).item()):
+            check_finite(W0, part.name, "base")
+            check_finite(values.take((i + 1, part.sources[i])), part.sources[i], f"expert {setting.labels[i]}")
 
 
 def all_task_vectors(

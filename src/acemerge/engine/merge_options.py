@@ -24,6 +24,7 @@ class MergeOptions(TypedDict, total=False):
     missing_tokens: Literal["skip", "base", "mean"]
     orientation: Literal["input", "stored"]
     split_qkv: bool
+    join_qkv: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     compute_dtype: Literal["float32", "float64"]
     nonfinite: Literal["error", "skip-expert"]

@@ -111,8 +111,9 @@ def parameters(rule: type[Method]) -> list[Parameter]:
 
 
 def _meaning(hint: Any) -> str:
-    about = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, FieldInfo)]
-    return (about[0].description or "") if about else ""
+    """Its description; where its type has bounds of its own, these come first and say nothing."""
+    notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, FieldInfo)]
+    return next((note.description for note in notes if note.description), "")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -55,9 +55,12 @@ class Ace(LeastSquaresRule[_Active]):
 
     Source: arXiv 2603.02945 (CVPR 2026). Departures, all where the paper's formula is undefined: experts
     with no update or no weight drop out; one expert is homogeneous; k = 0 leaves `pre` unrefined; null
-    directions of the refinement, those of `leading_polar`, add nothing. `eps` is in units of the squared update:
-    the paper uses 4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t,
-    and may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
+    directions of the refinement, those of `leading_polar`, add nothing; an update whose rows are all alike, z_t = 0,
+    has no say in a heterogeneous layer, where the authors' code gives it a ridge of eps / 1e-12. That code adds 1e-12
+    to n_t in the logarithm and to gamma's denominator, as is done here, and to z_t and mean n_t, which is not. `eps`
+    is in units of the squared update: the paper uses 4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others,
+    the authors' code 1e-2 for every family. A weight multiplies S_t and R_t, and may not be negative.
+    `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "ace"

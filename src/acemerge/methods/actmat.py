@@ -33,9 +33,9 @@ class Actmat(LeastSquaresRule[None]):
 
         M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = D_t^T D_t / n_t^(p/2)
 
-    Source: arXiv 2604.01329. Tensors with a side above 20,000 (vocabularies) are averaged. A relative ridge
-    `lam * mean(diag(sum G_t)) I`, 1e-5 to 1e-4, and p of 1 or 2 have been seen to help. A weight multiplies
-    G_t, and may not be negative. Directions in which no expert moved stay at the base.
+    Source: arXiv 2604.01329. Tensors with a side above 20,000 (vocabularies) are averaged; one of exactly 20,000 is
+    not. A relative ridge `lam * mean(diag(sum G_t)) I`, 1e-5 to 1e-4, and p of 1 or 2 have been seen to help. A weight
+    multiplies G_t, and may not be negative. Directions in which no expert moved stay at the base.
     """
 
     name: ClassVar[str] = "actmat"
@@ -65,8 +65,9 @@ class Tact(LeastSquaresRule[None]):
 
         M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = trim(D_t)^T trim(D_t) / n_t^(p/2)
 
-    where trim keeps the top `keep` of a tensor's entries by magnitude; the target keeps all of D_t.
-    Source: arXiv 2604.01329. Weights, vocabularies and options as in `actmat`.
+    where trim keeps the top `keep` of a tensor's n entries by magnitude, `int(keep n)` of them and at least one, with
+    all that equal the smallest of these; the target keeps all of D_t. Source: arXiv 2604.01329. Weights, vocabularies
+    and options as in `actmat`.
     """
 
     name: ClassVar[str] = "tact"

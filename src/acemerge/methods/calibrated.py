@@ -81,8 +81,9 @@ class Fisher:
     over the N examples of expert t's own data; see `--calibration`. Source: Matena and Raffel 2022 (arXiv 2111.09832).
     Departures: y_n is the data's label, and only where there is none drawn from the model's own answer, which the paper
     always does; only what the policy gives to the rule, linear layers by default, is weighted, where the paper weighs
-    every tensor. A weight multiplies an expert's terms, and may not be negative. A tensor without gradients is
-    averaged, and the status says so.
+    every tensor. F_t counts as it is, where FusionBench by default divides it by its norm over all of an expert's
+    tensors, and squares the gradient of a batch's sum. A weight multiplies an expert's terms, and may not be negative.
+    A tensor without gradients is averaged, and the status says so.
     """
 
     name: ClassVar[str] = "fisher"

@@ -63,8 +63,10 @@ class Emr:
         W_t     ~= W_0 + lambda_t mask_t M
 
     Source: Huang et al. 2024, EMR-Merging (arXiv 2405.17461). The merged model holds M; masks and scales are
-    written beside it, see `acemerge.expert_weights`. A weight multiplies its D_t in M and in the mask; the expert that
-    is given back is D_t itself. A sum that is zero but for rounding has no sign.
+    written beside it, see `acemerge.expert_weights`. Weights and `scale` are not the paper's: a weight multiplies its
+    D_t in M and in the mask, `scale` multiplies M alone, and the expert that is given back is D_t itself, whatever
+    they are. Departures from the authors' code: lambda_t is of all entries alike, as in the paper, where the code adds
+    up means of each tensor; a sum that is zero but for rounding has no sign, where the code takes minus.
     """
 
     name: ClassVar[str] = "emr"

@@ -128,10 +128,11 @@ class IsoCts:
         U_c = top k left singular vectors of sum_t D_t;  U_t s_t V_t^T = svd_q((I - U_c U_c^T) D_t)
         M = mean(all s) polar([U_1 .. U_T U_c]) polar([V_1 .. V_T V_c])^T
 
-    Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Departures: experts with no update
-    drop out of T; q is at most r // T; null directions have no singular vectors and count as zeros in the mean. They
-    are those of the sum, as in `iso_c`, those in which (I - U_c U_c^T) D_t has less than 2^-21 ||D_t||_F, times the
-    condition of the sum where U_c holds all of it, and those of the polar factors, as in `tsv_m`.
+    Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Departures: experts with no update drop
+    out of T; q is at most r // T, where rounding up would leave k below zero; null directions have no singular vectors
+    and count as zeros in the mean. They are those of the sum, as in `iso_c`, those in which (I - U_c U_c^T) D_t has
+    less than 2^-21 ||D_t||_F, times the condition of the sum where U_c holds all of it, and those of the polar factors,
+    as in `tsv_m`.
     """
 
     name: ClassVar[str] = "iso_cts"

@@ -3,7 +3,7 @@
 Every file is written as `NAME.acemerge.partial` and synced. Only when all are there are they renamed into place, the
 manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
 earlier output as it was; a failure while renaming puts it back. What an interrupted run has written stays beside
-its journal, until it is gone on with or done away with.
+its journal, until it is continued or done away with.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_MANIFEST = 512 << 20
 LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".acemerge.old"
-# After these a run can be gone on with: nothing is wrong with what it was asked to do.
+# After these a run can be continued: nothing is wrong with what it was asked to do.
 RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
 
 
@@ -231,7 +231,7 @@ def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bo
 
 @contextlib.contextmanager
 def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: bool = False) -> Iterator[OutputFolder]:
-    """Hold `path` for one run. A failure removes what was not published, unless the run can be gone on with.
+    """Hold `path` for one run. A failure removes what was not published, unless the run can be continued.
 
     With `resume`, what an interrupted run left is kept; `in_parts`, what parts have written. Raises UsageError for a
     link or a folder that is not empty (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder
@@ -267,12 +267,12 @@ def check_contents(path: Path, overwrite: bool, resume: bool, in_parts: bool) ->
     """UsageError where a folder holds something that is not to be replaced, or an unfinished run of the other kind."""
     names = set(files.list_folder(path)) - {LOCK}
     if in_parts and JOURNAL in names:
-        cure = "go on with it by --resume, or choose another folder"
+        cure = "continue it with --resume, or choose another folder"
         raise UsageError(path, "holds an unfinished merge that is not done in parts", cure)
     if SHARDS in names and MANIFEST not in names and not overwrite:
         if in_parts:
             return
-        cure = "go on with --shard and --finish, or add --overwrite to start again"
+        cure = "continue with --shard and --finish, or add --overwrite to start again"
         raise UsageError(path, "holds parts of an unfinished merge", cure)
     if overwrite or not names or (resume and names & {JOURNAL, JOURNAL + PARTIAL, MANIFEST}):
         return

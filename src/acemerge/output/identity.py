@@ -1,4 +1,4 @@
-"""What a run is, so that only the same run is gone on with."""
+"""What a run is, so that only the same run is continued."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of an unfinished run is done: one line per step, so that a killed run can be gone on with.
+"""What of an unfinished run is done: one line per step, so that a killed run can be continued.
 
 A line says which tensor was finished and, for every file written to, how many bytes there were then and their
 SHA-256. Going on, the files are hashed again and cut to the last step that they prove. A line that was torn, or
@@ -112,7 +112,7 @@ def _journal(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done | None:
-    """What an unfinished run in `folder` has done; None where there is none, or none that can be gone on with.
+    """What an unfinished run in `folder` has done; None where there is none, or none that can be continued.
 
     Only files of these `names` are opened, whatever the journal says. `within` is the folder therein that has the
     journal.

@@ -63,9 +63,13 @@ def _layers(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tupl
 
 def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
     """What an overshooting merge is told, with cures that fit its rule."""
+    return f"the merged update overshoots, {length}: it may be in nobody's direction; {length_cure(length, recipe)}"
+
+
+def length_cure(length: Length, recipe: Mapping[str, Any]) -> str:
+    """What brings it back to the experts' length, by its rule's own means."""
     method = str(recipe.get("method", {}).get("name", ""))
     eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
     given = recipe.get("scale") or recipe.get("method", {}).get("scale") or getattr(METHODS.get(method), "scale", 1.0)
     scale = min(length.orthogonal, _TWICE * length.longest) / length.merged * float(given)
-    cure = f"{eps}--scale {scale:.2g}, or another rule is nearer to them"
-    return f"the merged update overshoots, {length}: it may be in nobody's direction; {cure}"
+    return f"{eps}--scale {scale:.2g}, or another rule is nearer to them"

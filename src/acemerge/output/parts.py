@@ -38,7 +38,7 @@ _TOLD = 8  # parts that an error names
 def part_output(path: Path, part: Part, names: Iterable[str], overwrite: bool) -> Iterator[OutputFolder]:
     """The output folder, held for one part that writes files of these `names`.
 
-    A failure removes these, unless the part can be gone on with. Raises as `output_folder` does.
+    A failure removes these, unless the part can be continued. Raises as `output_folder` does.
     """
     check_output(path, overwrite, in_parts=True)
     files.make_folder(path)

@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor, hashed on the way, so that a file can be gone on with.
+"""Writing safetensors files tensor by tensor, hashed on the way, so that a file can be continued.
 
 A file is written as `NAME.acemerge.partial` and synced when it is complete; giving it its name is another step.
 """

@@ -41,6 +41,9 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     An expert's own values are let go of when its task vector is there.
     """
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
+    if isinstance(job, Merge) and job.joined:  # all of the weight is made, and its own rows are written
+        whole_cost = cost(Piece(job.as_one), experts)
+        return Cost(waiting, whole_cost.working + written, written)
     shared = SHARED * sum(factor.nbytes for factor in job.shared.values()) if isinstance(job, Merge) else 0
     if isinstance(job, Keep):
         beside = job.widens * 4 * piece.count
@@ -135,6 +138,8 @@ def piece_operations(piece: Piece[Job], experts: int) -> int:
     job = piece.job
     if isinstance(job, Keep):
         return 0
+    if isinstance(job, Merge) and job.joined:
+        return piece_operations(Piece(job.as_one), experts)
     if isinstance(job, Merge) and job.keeps_low_rank:
         return _low_rank_operations(job, experts)
     slices, rows, columns = job.matrices

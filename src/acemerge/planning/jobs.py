@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -147,19 +147,35 @@ class Merge(_ByRule):
     """A tensor of the same shape in all models, merged by a rule.
 
     `updates[i]` is what an adapter adds to the i-th expert's own. `entrywise`: every entry of the result depends on the
-    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `factors`: where the output is
-    an adapter, the A and B that it holds of this tensor, none where it cannot; None where the tensor itself is stored.
+    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `joined`: projections that it
+    gets as one weight, this one among them, in their order; each job computes them all and stores its own rows.
+    `factors`: where the output is an adapter, the A and B that it holds of this tensor, none where it cannot; None
+    where the tensor itself is stored.
     """
 
     updates: tuple[Update | None, ...] = ()
     entrywise: bool = False
     fused: Fused | None = None
+    joined: tuple[Merge, ...] = ()
     factors: tuple[TensorSpec, ...] | None = None
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
         factors = tuple((i, f.name) for i, update in enumerate(self.updates, 1) if update for f in update.factors)
-        return (*self.of_its_shape, *factors)
+        others = (part for part in self.joined if part.name != self.name)
+        return (*self.of_its_shape, *factors, *(found for part in others for found in part.of_its_shape))
+
+    @cached_property
+    def as_one(self) -> Merge:
+        """The weight that projections which are joined make together: its rows are theirs, in their order."""
+        rows = sum(part.spec.shape[0] for part in self.joined)
+        return replace(self, spec=replace(self.spec, shape=(rows, self.spec.shape[1])), joined=())
+
+    def rows_of(self, name: str) -> slice:
+        """Where a projection's rows lie in that weight."""
+        sizes = {part.name: part.spec.shape[0] for part in self.joined}
+        first = sum(size for other, size in list(sizes.items())[: list(sizes).index(name)])
+        return slice(first, first + sizes[name])
 
     @cached_property
     def shared(self) -> Mapping[Input, TensorSpec]:

@@ -18,6 +18,7 @@ from acemerge.models.roles import LAYERS, Role, Roles
 from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
+from acemerge.planning.joined import with_joined
 from acemerge.planning.policy import Decision, Policy
 from acemerge.planning.surprises import of_recipe
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
@@ -54,6 +55,8 @@ def make_plan(
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
+    if recipe.join_qkv:
+        jobs = with_joined(jobs)
     if any(isinstance(job, Keep) and job.largest and any(job.sources) for job in jobs):
         planner.warnings.append(_COUNTED)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))

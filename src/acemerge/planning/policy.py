@@ -98,6 +98,8 @@ class Policy:
         """What the ACE paper's own runs did: every 2-D tensor but a few, as stored; the rest averaged."""
         if any(fnmatchcase(spec.name, pattern) for pattern in family.kept):
             return Decision("base", f"policy paper, {family.name}: not merged")
+        if any(fnmatchcase(spec.name, pattern) for pattern in family.averaged):
+            return Decision("merge", f"policy paper, {family.name}: averaged", self._average)
         if len(spec.shape) == 2:
             return self._merge(f"policy paper, {family.name}: 2-D")
         return Decision("merge", f"policy paper, {family.name}: not 2-D, averaged", self._average)
@@ -105,14 +107,17 @@ class Policy:
 
 @dataclass(frozen=True)
 class _PaperFamily:
-    """A model family of the paper's experiments; tensors whose name matches `kept` stay at the base."""
+    """A model family of the paper's experiments; tensors whose name matches `kept` stay at the base, those of
+    `averaged` get no rule.
+    """
 
     name: str
-    kept: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+    averaged: tuple[str, ...] = ()
 
 
 _PAPER_FAMILIES = (
-    (("clip", "vit"), _PaperFamily("ViT", ("*text_projection*",))),
+    (("clip", "vit"), _PaperFamily("ViT", averaged=("*text_projection*",))),
     (("roberta",), _PaperFamily("RoBERTa", ("*classifier*", "*bias", "*LayerNorm*", "*embeddings*"))),
     (("gpt2",), _PaperFamily("GPT-2", ("*score*",))),
 )

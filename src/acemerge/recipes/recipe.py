@@ -37,6 +37,7 @@ class Recipe(Strict):
     missing_tokens: Literal["skip", "base", "mean"] = "skip"
     orientation: Literal["input", "stored"] = "input"
     split_qkv: bool = False
+    join_qkv: bool = False
     dtype: OutputDtype = "auto"
     compute_dtype: ComputeDtype = "float32"
     nonfinite: Literal["error", "skip-expert"] = "error"
@@ -89,6 +90,17 @@ class Recipe(Strict):
     def _the_paper_splits_nothing(self) -> Recipe:
         if self.split_qkv and self.policy == "paper":
             raise ValueError("split_qkv is not what the paper did; leave it out, or use policy default")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_joined_is_a_full_weight(self) -> Recipe:
+        if not self.join_qkv:
+            return self
+        skips = self.nonfinite != "error"
+        beside = {"split_qkv": self.split_qkv, "as_lora": self.as_lora is not None, "nonfinite: skip-expert": skips}
+        for name, given in beside.items():
+            if given:
+                raise ValueError(f"join_qkv does not go with {name}: leave one of them out")
         return self
 
     @property

@@ -16,7 +16,7 @@ from acemerge.inspection.spectra import spectra_of
 from acemerge.methods.status import Status, spelled
 from acemerge.models.depth import layer_number, places_in_layers
 from acemerge.models.roles import LAYERS
-from acemerge.output.length import Length, length_of
+from acemerge.output.length import Length, length_cure, length_of
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
@@ -50,7 +50,9 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
     energies = total_energies(labels, records)
     parts = places_in_layers(records.keys())
     rows = [_row(name, parts[name], record, labels, seen) for name, record in records.items()]
-    advice = [Advice(warning, "") for warning in manifest.get("warnings", ())]
+    length = length_of(labels, records)
+    cure = "" if length is None else length_cure(length, manifest["recipe"])
+    advice = [_with_cure(warning, cure) for warning in manifest.get("warnings", ())]
     said = [record.stats for record in records.values() if record.stats.statuses != (Status.NO_UPDATE,)]
     advice += of_statuses(stats.statuses for stats in said)
     gammas = [stats.largest(lambda part: part.gamma) for stats in said if stats.branch or stats.slices]
@@ -70,7 +72,7 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
         "seconds": _seconds(records),
         "scores": [] if scores is None else scores.points,
     }
-    answers = _answers(manifest, rows, labels, energies, advice, seen, length_of(labels, records))
+    answers = _answers(manifest, rows, labels, energies, advice, seen, length)
     notes = [] if seen is None else _left_out(seen, data["spectra"])
     left_out = max(0, len(rows) - _MOST_ROWS)
     filled = frozenset(key for row in rows for key, value in row.items() if value not in (None, ""))
@@ -145,6 +147,12 @@ def _cosines(labels: Sequence[str], seen: LookBack) -> list[dict[str, Any]]:
         for i, a in enumerate(names)
         for j, b in enumerate(names)
     ]
+
+
+def _with_cure(warning: str, cure: str) -> Advice:
+    """A line of the manifest; where this is how it ends, its cure stands apart."""
+    what = warning.removesuffix(f"; {cure}")
+    return Advice(what, "" if what == warning else cure)
 
 
 def _left_out(seen: LookBack, spectra: Mapping[str, Any]) -> list[str]:

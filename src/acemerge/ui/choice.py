@@ -11,18 +11,29 @@ import yaml
 from acemerge.errors import UsageError
 from acemerge.methods import METHODS, load_installed, make
 from acemerge.methods.about import families, parameters
+from acemerge.methods.registry import rule_name
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.ui.folders import Folders
 
 
 def rules() -> dict[str, str]:
-    """The rules to choose from, by family, and what the page calls them. Those that are there for mergekit's recipes
-    belong to files, and those that ask for data to task files.
+    """The rules to choose from, by family, and what the page calls them; the recommended one is marked. Those that are
+    there for mergekit's recipes belong to files, and those that ask for data to task files.
     """
     load_installed()
     named = [name for name in METHODS if not name.startswith("mergekit_")]
     offered = {name: METHODS[name] for name in named if make(name, {}).needs.calibration is None}
-    return {rule.name: f"{family}: {rule.name}" for family, found in families(offered).items() for rule in found}
+    mark = {rule_name("auto"): " (recommended)"}
+    return {
+        rule.name: f"{_short(family)} · {rule.name}{mark.get(rule.name, '')}"
+        for family, found in families(offered).items()
+        for rule in found
+    }
+
+
+def _short(family: str) -> str:
+    """A family's name without what explains it, for lists that are narrow on a phone."""
+    return family.partition(":")[0].partition(",")[0]
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class Choice:
 
     base: str | None
     experts: Sequence[str]
-    rule: str = "ace"
+    rule: str = "auto"
     weights: str = ""
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,7 +82,5 @@ class Choice:
     def _method(self) -> dict[str, Any]:
         """The rule and those of its parameters that differ from their defaults, as the values that they stand for."""
         method = make(self.rule, {name: value for name, value in self.values.items() if value not in (None, "")})
-        values = {p.name: getattr(method, p.name) for p in parameters(METHODS[self.rule])}
-        return {"name": self.rule} | {
-            p.name: values[p.name] for p in parameters(METHODS[self.rule]) if values[p.name] != p.default
-        }
+        values = {p: getattr(method, p.name) for p in parameters(type(method))}
+        return {"name": method.name} | {p.name: value for p, value in values.items() if value != p.default}

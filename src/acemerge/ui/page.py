@@ -11,13 +11,13 @@ from acemerge.cli.text import size
 from acemerge.errors import AcemergeError
 from acemerge.methods import METHODS
 from acemerge.methods.about import Parameter, parameters, summary
+from acemerge.methods.registry import rule_name
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders
 from acemerge.ui.runner import Runner, State, line
 
 _TICK = 0.5  # seconds between looks at how far the work is
-_BEGIN_WITH = "ace"
 _BASE = "the model that all experts were fine-tuned from"
 _EXPERTS = "the fine-tuned models, or LoRA adapters"
 _WEIGHTS = "one for each expert, in their order; where it is empty all have 1"
@@ -25,6 +25,7 @@ _WEIGHTS = "one for each expert, in their order; where it is empty all have 1"
 
 def build(folders: Folders, runner: Runner) -> gr.Blocks:
     """The page over these folders, showing the work of this runner."""
+    first = rule_name("auto")
     with gr.Blocks(title="acemerge", analytics_enabled=False) as page:
         gr.HTML(f"<h1>Merge models</h1>{view.roots(folders.roots)}")
         with gr.Column(elem_classes="step"):
@@ -34,18 +35,18 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
                 experts = gr.Dropdown([], value=[], label="Experts", info=_EXPERTS, multiselect=True, elem_id="experts")
             weights = gr.Textbox(label="Weights", info=_WEIGHTS, placeholder="1, 0.5, 1", elem_id="weights")
             with gr.Row(elem_classes="buttons"):
-                look = gr.Button("Inspect", elem_id="look")
+                look = gr.Button("Inspect", interactive=False, elem_id="look")
                 stop_look = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-look")
                 again = gr.Button("Look for models again")
             found, inspected = gr.HTML(elem_id="found"), gr.HTML(elem_id="inspected")
         with gr.Column(elem_classes="step"):
             gr.HTML("<h2>2. Rule</h2>")
             offered = [(shown, name) for name, shown in rules().items()]
-            rule = gr.Dropdown(offered, value=_BEGIN_WITH, label="Rule", elem_id="rule")
-            about = gr.HTML(_about(_BEGIN_WITH))
-            slots = _Slots()
+            rule = gr.Dropdown(offered, value=first, label="Rule", elem_id="rule")
+            about = gr.HTML(_about(first))
+            slots = _Slots(first)
             with gr.Row(elem_classes="buttons"):
-                planning = gr.Button("Plan", elem_id="plan")
+                planning = gr.Button("Plan", interactive=False, elem_id="plan")
             planned = gr.HTML(elem_id="planned")
         with gr.Column(elem_classes="step"):
             gr.HTML("<h2>3. Merge</h2>")
@@ -53,7 +54,7 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
             overwrite = gr.Checkbox(label=view.REPLACE, elem_id="overwrite")
             force = gr.Checkbox(label=view.FORCE)
             with gr.Row(elem_classes="buttons"):
-                merge = gr.Button("Merge", variant="primary", elem_id="merge")
+                merge = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
                 stop_merge = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-merge")
             merged = gr.HTML(elem_id="merged")
         with gr.Column(elem_classes="step"):
@@ -61,54 +62,112 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
             recipe = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="recipe")
         timer = gr.Timer(_TICK, active=False)
 
-        picked = [base, experts, weights, rule, *slots.inputs]
-        live = [inspected, planned, merged, look, planning, merge, stop_look, stop_merge, timer]
-
-        def choice(*values: Any) -> Choice:
-            return Choice(values[0], values[1] or [], values[3], values[2] or "", slots.values(values[3], values[4:]))
-
-        def start(what: str, work: Callable[[], Callable[..., Any]]) -> list[Any]:
-            try:
-                runner.start(what, work())
-            except Exception as error:
-                return _with(_live(runner.state), what, view.failure(line(error)))
-            return _live(runner.state)
-
-        def inspect_now(*values: Any) -> list[Any]:
-            return start("inspect", lambda: steps.inspect(choice(*values), folders))
-
-        def merge_now(out: str, overwrite: bool, force: bool, *values: Any) -> list[Any]:
-            return start("merge", lambda: steps.merge(choice(*values), folders, out, overwrite, force))
-
-        def plan_now(*values: Any) -> list[Any]:
-            return start("plan", lambda: steps.plan(choice(*values), folders))
-
-        def recipe_now(*values: Any) -> str:
-            try:
-                return choice(*values).yaml(folders)
-            except AcemergeError as error:
-                return f"# {view.plain(str(error))}\n"
-
-        def models() -> list[Any]:
-            listing = folders.find()
-            names = [(f"{f.name} ({', '.join(filter(None, (f.kind, size(f.nbytes))))})", f.name) for f in listing.found]
-            return [gr.Dropdown(choices=names), gr.Dropdown(choices=names), view.listing(listing)]
-
-        def stop() -> list[Any]:
-            runner.stop()
-            return _live(runner.state)
-
+        work = _Work(folders, runner, slots)
+        entered = [out, overwrite, force, base, experts, weights, rule, *slots.inputs]
+        areas, buttons = [inspected, planned, merged], [look, planning, merge]
+        live = [*areas, *buttons, stop_look, stop_merge, timer]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        gr.on([page.load, again.click], models, None, [base, experts, found], **quiet)
-        gr.on([page.load, timer.tick], lambda: _live(runner.state), None, live, **quiet)
-        gr.on([stop_look.click, stop_merge.click], stop, None, live, **quiet)
+        # What decides about the buttons goes through one queue, so that of two answers the later one knows the later
+        # picks: otherwise the look at page load may end behind the first pick, and leave the buttons disabled.
+        in_order: dict[str, Any] = quiet | {"concurrency_id": "buttons", "concurrency_limit": 1}
+        gr.on([page.load, again.click], work.models, None, [base, experts, found], **quiet)
         rule.change(lambda name: [_about(name), *slots.of(name)], rule, [about, *slots.inputs], **quiet)
-        look.click(inspect_now, picked, live, **quiet)
-        planning.click(plan_now, picked, live, **quiet)
-        merge.click(merge_now, [out, overwrite, force, *picked], live, **quiet)
-        changes = [page.load, *(component.change for component in picked)]
-        gr.on(changes, recipe_now, picked, recipe, trigger_mode="always_last", **quiet)
+        gr.on([page.load, timer.tick], work.live, entered, live, **in_order)
+        gr.on([stop_look.click, stop_merge.click], work.stop, entered, live, **in_order)
+        look.click(work.inspect, entered, live, **in_order)
+        planning.click(work.plan, entered, live, **in_order)
+        merge.click(work.merge, entered, live, **in_order)
+        page.load(work.recipe, entered, recipe, **quiet)
+        changes = [component.change for component in entered]
+        gr.on(changes, work.follow, entered, [recipe, *areas, *buttons], trigger_mode="always_last", **in_order)
     return page
+
+
+_AREAS = ("inspect", "plan", "merge")
+
+
+class _Work:
+    """What happens on the page. Each takes all that was entered, and gives what is to be shown then."""
+
+    def __init__(self, folders: Folders, runner: Runner, slots: _Slots) -> None:
+        self._folders, self._runner, self._slots = folders, runner, slots
+
+    def models(self) -> list[Any]:
+        """The two menus, and what was found."""
+        listing = self._folders.find()
+        names = [(f"{f.name} ({', '.join(filter(None, (f.kind, size(f.nbytes))))})", f.name) for f in listing.found]
+        return [gr.Dropdown(choices=names), gr.Dropdown(choices=names), view.listing(listing)]
+
+    def inspect(self, *entered: Any) -> list[Any]:
+        return self._start("inspect", lambda: steps.inspect(self._choice(entered), self._folders), entered)
+
+    def plan(self, *entered: Any) -> list[Any]:
+        return self._start("plan", lambda: steps.plan(self._choice(entered), self._folders), entered)
+
+    def merge(self, *entered: Any) -> list[Any]:
+        out, overwrite, force = entered[:3]
+        choice = self._choice(entered)
+        return self._start("merge", lambda: steps.merge(choice, self._folders, out, overwrite, force), entered)
+
+    def stop(self, *entered: Any) -> list[Any]:
+        self._runner.stop()
+        return self.live(*entered)
+
+    def live(self, *entered: Any) -> list[Any]:
+        """The areas, buttons and timer as they are at this moment."""
+        state = self._runner.state
+        running = state.what if state is not None and state.phase == "running" else ""
+        areas = [view.state(state) if state is not None and state.what == area else gr.skip() for area in _AREAS]
+        stops = [gr.Button(visible=running == what) for what in ("inspect", "merge")]
+        return [*areas, *self._buttons(entered), *stops, gr.Timer(active=_is_busy(state))]
+
+    def follow(self, *entered: Any) -> list[Any]:
+        """Recipe, areas and buttons after something was entered: an error stays while what caused it does."""
+        return [self.recipe(*entered), *(self._mended(what, entered) for what in _AREAS), *self._buttons(entered)]
+
+    def recipe(self, *entered: Any) -> str:
+        try:
+            return self._choice(entered).yaml(self._folders)
+        except AcemergeError as error:
+            return f"# {view.plain(str(error))}\n"
+
+    def _choice(self, entered: Sequence[Any]) -> Choice:
+        base, experts, weights, rule, *values = entered[3:]
+        return Choice(base, experts or [], rule, weights or "", self._slots.values(rule, values))
+
+    def _start(self, what: str, work: Callable[[], Callable[..., Any]], entered: Sequence[Any]) -> list[Any]:
+        concerns = _concerns(what, entered)
+        try:
+            try:
+                self._runner.start(what, work(), concerns)
+            except Exception as error:
+                self._runner.refuse(what, error, concerns)
+        except AcemergeError as busy:  # as from another window
+            shown = self.live(*entered)
+            shown[_AREAS.index(what)] = view.failure(line(busy))
+            return shown
+        return self.live(*entered)
+
+    def _mended(self, what: str, entered: Sequence[Any]) -> Any:
+        state = self._runner.last(what)
+        if state is None or state.phase != "failed":
+            return gr.skip()
+        return view.state(state) if state.of == _concerns(what, entered) else ""
+
+    def _buttons(self, entered: Sequence[Any]) -> list[Any]:
+        """There is something to do when a base and an expert are picked, and nothing else is done."""
+        base, experts = entered[3:5]
+        ready = bool(base and experts) and not _is_busy(self._runner.state)
+        return [gr.Button(interactive=ready) for _ in _AREAS]
+
+
+def _is_busy(state: State | None) -> bool:
+    return state is not None and state.is_busy
+
+
+def _concerns(what: str, entered: Sequence[Any]) -> list[Any]:
+    """What of all that was entered this work depends on: the output's three fields are the merge's."""
+    return list(entered if what == "merge" else entered[3:])
 
 
 def _about(rule: str) -> str:
@@ -118,12 +177,11 @@ def _about(rule: str) -> str:
 class _Slots:
     """As many text fields and as many menus as any rule has parameters; those that a rule has no use for are hidden."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: str) -> None:
         of_all = [parameters(METHODS[name]) for name in rules()]
         texts = max(len(_free(found)) for found in of_all)
         menus = max(len(found) - len(_free(found)) for found in of_all)
-        first = _BEGIN_WITH
-        with gr.Row():
+        with gr.Row(elem_classes="parameters"):
             shown = enumerate([*_texts(first, texts), *_menus(first, menus)], 1)
             fields = [(gr.Textbox if i <= texts else gr.Dropdown)(**s, elem_id=f"parameter-{i}") for i, s in shown]
         self._texts, self._menus = fields[:texts], fields[texts:]
@@ -171,21 +229,3 @@ def _menus(rule: str, slots: int) -> list[dict[str, Any]]:
         for p in found
     ]
     return shown + [{"value": None, "choices": [], "visible": False}] * (slots - len(found))
-
-
-_AREAS = ("inspect", "plan", "merge")
-
-
-def _live(state: State | None) -> list[Any]:
-    """The areas, buttons and timer as they are in this state."""
-    busy = state is not None and state.is_busy
-    running = state.what if state is not None and state.phase == "running" else ""
-    areas = [view.state(state) if state is not None and state.what == area else gr.skip() for area in _AREAS]
-    buttons = [gr.Button(interactive=not busy) for _ in _AREAS]
-    stops = [gr.Button(visible=running == what) for what in ("inspect", "merge")]
-    return [*areas, *buttons, *stops, gr.Timer(active=busy)]
-
-
-def _with(live: list[Any], what: str, html: str) -> list[Any]:
-    """The same with `html` in the area of this kind of work."""
-    return [html if i == _AREAS.index(what) else shown for i, shown in enumerate(live)]

@@ -20,7 +20,8 @@ Phase = Literal["running", "stopping", "done", "failed", "stopped"]
 class State:
     """Of the last piece of work. `result` is there when it is done, `error` when it failed.
 
-    `seconds` since its present stage began, a stage being what `progress` counts from its beginning to its end.
+    `seconds` since its present stage began, a stage being what `progress` counts from its beginning to its end. `of` is
+    what was picked for it.
     """
 
     number: int
@@ -30,6 +31,7 @@ class State:
     seconds: float = 0.0
     result: Any = None
     error: str = ""
+    of: Any = None
 
     @property
     def is_busy(self) -> bool:
@@ -41,7 +43,9 @@ class Stopped(Exception):  # noqa: N818
 
 
 class Runner:
-    """Runs one piece of work at a time. `state` is None until the first; `results` are those of all that is done."""
+    """Runs one piece of work at a time. `state` is the last one's, None until the first; `last` has that of every kind,
+    and `results` are those of all that is done.
+    """
 
     def __init__(self) -> None:
         self.results: dict[int, Any] = {}
@@ -49,6 +53,7 @@ class Runner:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._state: State | None = None
+        self._before: dict[str, State] = {}
         self._stage_began = 0.0
 
     @property
@@ -56,16 +61,31 @@ class Runner:
         with self._lock:
             return self._state
 
-    def start(self, what: str, work: Callable[[OnProgress], Any]) -> None:
+    def last(self, what: str) -> State | None:
+        """Where the last work of this kind stands, or how it ended."""
+        with self._lock:
+            return self._state if self._state is not None and self._state.what == what else self._before.get(what)
+
+    def start(self, what: str, work: Callable[[OnProgress], Any], of: Any = None) -> None:
         """Begin; UsageError while something else runs. `work` tells of its progress, which is where it is stopped."""
         with self._lock:
-            if self._state is not None and self._state.is_busy:
-                raise UsageError("page", f"{self._state.what} is running", "wait for it, or stop it")
+            self._next(what, "running", of)
             self._stop.clear()
             self._stage_began = time.monotonic()
-            self._state = State((self._state.number if self._state else 0) + 1, what, "running")
             self._thread = threading.Thread(target=self._run, args=(work,), name=f"acemerge-ui-{what}")
             self._thread.start()
+
+    def refuse(self, what: str, failure: BaseException, of: Any = None) -> None:
+        """Work that failed before it began; UsageError while something else runs."""
+        with self._lock:
+            self._next(what, "failed", of, error=line(failure))
+
+    def _next(self, what: str, phase: Phase, of: Any, error: str = "") -> None:
+        if self._state is not None and self._state.is_busy:
+            raise UsageError("page", f"{self._state.what} is running", "wait for it, or stop it")
+        if self._state is not None:
+            self._before[self._state.what] = self._state
+        self._state = State((self._state.number if self._state else 0) + 1, what, phase, error=error, of=of)
 
     def stop(self) -> None:
         """Ask the work to end at its next tensor. What it has written by then is done away with."""

@@ -26,7 +26,7 @@ def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]
     """A table whose first column names its rows."""
     heads = "".join(f'<th scope="col"{_right(c in numeric)}>{escape(c)}</th>' for c in columns)
     body = "".join(f"<tr>{_row(row, columns, numeric)}</tr>" for row in rows)
-    title = f"<caption>{escape(caption)}</caption>"
+    title = f"<caption><span>{escape(caption)}</span></caption>"
     return f'<div class="scroll"><table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -47,10 +47,15 @@ _BOXES |= {"with --force": f"with “{FORCE}” ticked"}
 
 
 def plain(text: str) -> str:
-    """Advice without a command line's signs: options that the page has are its boxes, others go by their names."""
+    """Advice without a command line's signs. What the page has goes by its own name: a box, a field of the rule; of
+    what it has not, it is said where it is.
+    """
     for option, box in _BOXES.items():
         text = text.replace(option, box)
-    return re.sub(r"`|(?<![\w-])--(?=[a-z])", "", text)
+    text = re.sub(r"--set (\w+)=", r"\1 = ", text.replace("`", ""))
+    text = re.sub(r"--scale (?=[\d.])", "a scale of ", text)
+    named, options = re.subn(r"(?<![\w-])--(?=[a-z])", "", text)
+    return f"{named} (on the command line)" if options else named
 
 
 def failure(line: str) -> str:
@@ -69,7 +74,7 @@ def listing(found: Listing) -> str:
     """How many checkpoints there are, and what was passed over."""
     count = len(found.found)
     text = f"{count} checkpoint{'' if count == 1 else 's'} found" if count else "No checkpoints with safetensors found"
-    lines = "".join(f"<li>{escape(line)}</li>" for line in found.passed_over)
+    lines = "".join(f"<li>{escape(plain(line))}</li>" for line in found.passed_over)
     more = (
         f"<details><summary>{len(found.passed_over)} passed over</summary><ul>{lines}</ul></details>" if lines else ""
     )
@@ -132,7 +137,7 @@ def plan(found: Plan) -> str:
     kinds = Counter((job.role.name, job.rule, job.reason) for job in found.jobs)
     first = {(job.role.name, job.rule, job.reason): job.name for job in reversed(found.jobs)}
     rows = [(role, rule, count, why, first[role, rule, why]) for (role, rule, why), count in kinds.most_common()]
-    columns = ("tensors that are", "get", "count", "why", "the first")
+    columns = ("kind", "rule", "tensors", "why", "the first of them")
     heads = sum(len(expert) for expert in found.heads)
     beside = f" {heads} task head{'' if heads == 1 else 's'} will be kept in <code>heads/</code>." if heads else ""
     takes = (
@@ -141,7 +146,7 @@ def plan(found: Plan) -> str:
         f"peak memory about {size(expected_memory(found))}."
     )
     warnings = _warnings([(warning, "") for warning in found.warnings])
-    return f"<p>{takes}{beside}</p>{warnings}{table('What gets which rule', columns, rows, numeric=('count',))}"
+    return f"<p>{takes}{beside}</p>{warnings}{table('What gets which rule', columns, rows, numeric=('tensors',))}"
 
 
 def running(state: State) -> str:
@@ -203,7 +208,12 @@ def _next(done: Merged) -> str:
     """How to load the output and to score it."""
     said = {"load": "Load it in Python", "score": "Score it in a terminal"}
     steps = ((said[what], text) for what, text in next_steps(done.report) if what in said)
-    return "".join(f"<p>{title}: <code>{escape(text)}</code></p>" for title, text in steps)
+    return "".join(f"<p>{title}{_call(text)}</p>" for title, text in steps)
+
+
+def _call(text: str) -> str:
+    """What is to be typed, or a sentence's end where there is no such thing."""
+    return f" {escape(text)}." if text.startswith("as ") else f": <code>{escape(text)}</code>"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -218,7 +228,7 @@ def roots(paths: Sequence[Path]) -> str:
 
 def about(text: str, source: str) -> str:
     """A rule in a sentence, and where it is from."""
-    return f'<p class="note">{escape(text)} <cite>{escape(source)}</cite></p>'
+    return f'<p class="note">{escape(plain(text))} <cite>Source: {escape(source)}</cite></p>'
 
 
 def state(found: State) -> str:
