@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+# Two processes of one thread, each with a file at a time.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup test lint docs torture demo clean
 
@@ -14,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -30,10 +32,10 @@ $(VENV)/.docs: $(STAMP)
 		--editable '.[docs]'
 	touch $@
 
-# Every attack at its full count, and the tests that take minutes: about half an hour on two cores.
+# Every attack at its full count, and all tests, also those that take minutes or repeat: about an hour on two cores.
 torture: setup
 	$(VENV)/bin/python -m attacks
-	$(VENV)/bin/python -m pytest -m torture
+	$(PYTEST) -m '' --hypothesis-profile torture
 
 demo: setup
 	$(VENV)/bin/acemerge demo

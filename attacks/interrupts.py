@@ -1,4 +1,4 @@
-"""Row 24: SIGINT and SIGTERM at random moments: exit 130, one line that says how to go on, and --resume does."""
+"""Row 24: SIGINT and SIGTERM at random moments: 130 or 143, one line that says how to go on, and --resume does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attacks.merging import Case, in_process
 
 ROW, FULL = 24, 100
 _LAYERS, _SIDE = 100, 48
-_INTERRUPTED = 130
+_STOPPED = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
 
 def attack(folder: Path, count: int, seed: int) -> Tally:
@@ -48,8 +48,9 @@ def _interrupt(case: Case, number: signal.Signals, delay: float) -> None:
     process.join(20)
     said = errors.read_text()
     if process.exitcode != 0:
-        check(process.exitcode == _INTERRUPTED, f"exit code {process.exitcode}, {said!r}")
-        check("interrupted" in said and "--resume" in said and said.count("\n") == 1, f"said {said!r}")
+        code, what = _STOPPED[number]
+        check(process.exitcode == code, f"exit code {process.exitcode}, {said!r}")
+        check(what in said and "--resume" in said and said.count("\n") == 1, f"said {said!r}")
         check(not (out / "acemerge.json").exists(), "published all the same")
     case.merge(out, resume=True)
     case.check_output(out)
@@ -57,9 +58,10 @@ def _interrupt(case: Case, number: signal.Signals, delay: float) -> None:
 
 def _command_line(case: Case, out: Path, errors: Path, ready: Path) -> None:
     from acemerge.cli.app import main as run
+    from acemerge.cli.app import terminated
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminated)
     words = ["merge", "--base", str(case.base), *(w for e in case.experts for w in ("--expert", str(e)))]
     with open(errors, "w", buffering=1) as sys.stderr:
         ready.touch()

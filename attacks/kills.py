@@ -8,6 +8,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+from acemerge.output.folder import OLD
 from acemerge.output.verify import verify
 from attacks.faulty import faulty, killing, unfaulty
 from attacks.harness import Tally, check, clean, main
@@ -52,7 +53,7 @@ def _kill_and_resume(case: Case, k: int, over: bool, rng: random.Random) -> None
     if (out / "acemerge.json").exists():
         verify(out)  # whatever has a manifest is a whole model
     elif over:
-        old = {name.removesuffix(".old") for name in published(out, {f"{n}.old": b"" for n in earlier})}
+        old = {name.removesuffix(OLD) for name in published(out, {f"{n}{OLD}": b"" for n in earlier})}
         check(old | published(out, earlier).keys() == earlier.keys(), "a file of the earlier output is gone")
     if killed and rng.random() < 0.3:  # and once more while going on
         _run_until_killed(case, out, rng.randrange(1, 60), {"resume": True, "overwrite": over})

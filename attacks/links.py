@@ -174,14 +174,14 @@ _OUTPUTS: tuple[tuple[str, str, Must], ...] = (
     (".acemerge.lock", "file", "refuse"),
     (".acemerge.lock", "nothing", "refuse"),
     ("model.safetensors", "file", "either"),
-    ("model.safetensors.partial", "file", "either"),
-    ("model.safetensors.partial", "nothing", "either"),
-    ("model.safetensors.old", "file", "either"),
+    ("model.safetensors.acemerge.partial", "file", "either"),
+    ("model.safetensors.acemerge.partial", "nothing", "either"),
+    ("model.safetensors.acemerge.old", "file", "either"),
     ("acemerge.json", "file", "either"),
-    ("acemerge.json.partial", "file", "either"),
-    ("acemerge.json.old", "file", "either"),
+    ("acemerge.json.acemerge.partial", "file", "either"),
+    ("acemerge.json.acemerge.old", "file", "either"),
     ("config.json", "file", "either"),
-    ("README.md.partial", "folder", "either"),
+    ("README.md.acemerge.partial", "folder", "either"),
 )
 FULL = len(_FINE) + len(_LEAVING) + len(_OUTPUTS)
 

@@ -9,26 +9,22 @@ import contextlib
 import io
 import json
 import os
-import sys
-import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
-from acemerge.cli import text as show
+from acemerge.cli import plan
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.recipes.recipe import make_recipe
 from attacks import models
 from attacks.harness import Must, Tally, check, clean, main
-from attacks.trap import watching
+from attacks.trap import confined
 
 ROW = 6
-_EVENTS = ("open", "os.listdir", "os.scandir")
 
 # Never a tensor's name: a way up or out, or a character that ends or changes a line.
 _FORBIDDEN = (
@@ -86,29 +82,8 @@ def _working_in(folder: Path) -> Iterator[None]:
 def _trap_is_alive(tally: Tally, bait: Path, good: Path) -> None:
     """That a file outside is opened must be seen, or nothing that follows says anything."""
     seen = Tally()
-    clean(seen, "bait", _within(good, bait.read_bytes))
+    clean(seen, "bait", confined(good, bait.read_bytes))
     clean(tally, "the trap", partial(check, len(seen.broken) == 1, "is dead"), must="accept")
-
-
-def _within(folder: Path, call: Callable[[], object]) -> Callable[[], object]:
-    """`call` with a breach for whatever it opens or lists outside `folder`."""
-    code = [str(Path(path).resolve()) for path in {*sys.path, sysconfig.get_path("stdlib")} if path]
-
-    def judge(event: str, arguments: tuple[Any, ...]) -> str:
-        if event not in _EVENTS or not isinstance(arguments[0], str | bytes | os.PathLike):
-            return ""  # a descriptor that is open already
-        path = os.path.realpath(os.fsdecode(arguments[0]).replace("\0", ""))
-        inside = any(path == home or path.startswith(home + os.sep) for home in (str(folder), *code))
-        return "" if inside or path.startswith("/proc/self/") else f"{event} of {path}"
-
-    def watched() -> None:
-        with watching(judge) as seen:
-            try:
-                call()
-            finally:
-                check(not seen, f"went out of the folder: {seen[:3]}")
-
-    return watched
 
 
 # --- the places of a name -----------------------------------------------------------------------------------
@@ -118,16 +93,16 @@ def _as_tensor(tally: Tally, folder: Path, name: str, must: Must) -> None:
     """A tensor of this name; where it may be one, it is planned, merged and shown as well."""
     place = folder / "tensor"
     models.write_single(place, {name: ("F32", (2, 2)), "layers.0.weight": ("F32", (2, 2))})
-    clean(tally, f"tensor {name[:60]!r}", _within(place, partial(open_checkpoint, place)), must)
+    clean(tally, f"tensor {name[:60]!r}", confined(place, partial(open_checkpoint, place)), must)
     if must == "accept":
-        clean(tally, f"plan of tensor {name[:60]!r}", _within(place, partial(_plan, place)), must="accept")
+        clean(tally, f"plan of tensor {name[:60]!r}", confined(place, partial(_plan, place)), must="accept")
         clean(tally, f"merge of tensor {name[:60]!r}", lambda: _merge(place, place, folder / "named"), must="accept")
 
 
 def _plan(place: Path) -> None:
     recipe = make_recipe({"base": str(place), "experts": [str(place)], "method": "average"})
     text = io.StringIO()
-    show.plan(Console(file=text, width=2000), open_recipe(recipe, None, RunOptions()).plan)
+    plan.show(Console(file=text, width=2000), open_recipe(recipe, None, RunOptions()).plan)
     check(bool(text.getvalue()), "no plan was shown")
 
 
@@ -137,7 +112,7 @@ def _merge(base: Path, expert: Path, out: Path) -> None:
         for path in sorted(out.rglob("*"), reverse=True):
             path.unlink()
         out.rmdir()
-    _within(base.parent, lambda: acemerge.merge(base, [expert], method="average", out=out))()
+    confined(base.parent, lambda: acemerge.merge(base, [expert], method="average", out=out))()
     check(open_checkpoint(out).tensors == open_checkpoint(base).tensors, "other tensors came out")
     left = {path.name for path in out.rglob("*")}
     check(left == {"model.safetensors", "config.json", "README.md", "acemerge.json"}, f"left {sorted(left)}")
@@ -154,7 +129,7 @@ def _in_index(tally: Tally, folder: Path, name: str) -> None:
     for kind, weight_map in maps.items():
         models.overwrite(path, json.dumps({"weight_map": weight_map}).encode())
         label = f"{kind} {name[:60]!r} of a weight map"
-        clean(tally, label, _within(place, partial(open_checkpoint, place)), must="refuse")
+        clean(tally, label, confined(place, partial(open_checkpoint, place)), must="refuse")
 
 
 if __name__ == "__main__":

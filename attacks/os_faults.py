@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from acemerge.errors import AcemergeError
+from acemerge.output.folder import OLD
 from acemerge.output.verify import verify
 from attacks.faulty import CODES, Fault, failing, faulty, short, unfaulty
 from attacks.harness import Tally, check, clean, main
@@ -56,7 +57,7 @@ def _fail_and_go_on(case: Case, k: int, fault: Fault, lasting: bool) -> None:
     elif (out / "acemerge.json").exists():
         verify(out)  # while nothing works any more, nothing half done may look finished
     else:
-        kept = {name.removesuffix(".old") for name in snapshot(out)}
+        kept = {name.removesuffix(OLD) for name in snapshot(out)}
         check(earlier.keys() <= kept, "a file of the earlier output is gone")
     try:
         case.merge(out, resume=True, overwrite=True)

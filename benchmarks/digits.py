@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from text8.fitting import rules_for
 
 import acemerge
 from acemerge.demo import DIGIT, TASKS, Digits, Task, accuracy, load_digits, make_expert, with_head
-from acemerge.methods import make
-from acemerge.tasks.networks import quiet_transformers
+from acemerge.models.quiet import quiet_transformers
 
 _FURTHER = (
     Task("transposed", lambda x: x.transpose(1, 2), lambda y: y),
@@ -43,6 +43,7 @@ _CONSTANTS = {"lam": (0.3, 3.0), "scale": (0.8, 1.2)}  # `keep` is all in layers
 Run = tuple[str, str, dict[str, Any]]  # what it is called, the rule, and more of the recipe
 
 
+@quiet_transformers()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="digits", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="of `acemerge demo -o FOLDER`")
@@ -54,7 +55,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    quiet_transformers()
     folder, data = arguments.folder, load_digits()
     tasks = (*TASKS, *further(folder, data)) if arguments.eight else TASKS
 
@@ -71,7 +71,9 @@ def main() -> None:
             return scores(split(out, folder / "base") if arguments.fused else out, asked)
 
     alone = {task.name: scores(expert_of(folder, task), [task])[0] for task in tasks}
-    rules = arguments.rules.split(",") if arguments.rules else data_free(arguments.groups or len(tasks))
+    found = rules_for(arguments.groups or len(tasks))
+    data_free = [rule for rule, needs in found.items() if not needs.masks and needs.calibration is None]
+    rules = arguments.rules.split(",") if arguments.rules else data_free
     runs: list[Run] = by_role() if arguments.roles else [(rule, rule, {}) for rule in rules]
     if arguments.groups:
         groups = list(itertools.combinations(tasks, arguments.groups))
@@ -138,16 +140,6 @@ def split(model: Path, base: Path) -> Path:
     save_file(weights, file, metadata={"format": "pt"})
     shutil.copy(base / "config.json", model)
     return model
-
-
-def data_free(experts: int) -> list[str]:
-    """What takes so many and gives one model; mergekit's own variants are left out."""
-    known = {name: make(name, {}).needs for name in acemerge.METHODS if not name.startswith("mergekit_")}
-    return [
-        name
-        for name, needs in known.items()
-        if not needs.masks and needs.calibration is None and (needs.most_experts or experts) >= experts
-    ]
 
 
 def of_experts(scores: Sequence[float], best: Sequence[float]) -> float:

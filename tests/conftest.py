@@ -1,41 +1,39 @@
-"""Shapes are checked at run time in every test: the hook must come before acemerge is imported."""
+"""What all tests run under: one thread each, shapes checked at run time, and a fake Hub for who asks for one."""
 
 import os
 from collections.abc import Iterator
 
 os.environ.setdefault("GOMP_SPINCOUNT", "50000")  # as the command line has it; before torch is imported
+for library in ("OMP", "MKL", "OPENBLAS"):  # pytest-xdist fills the processors; for child processes, too
+    os.environ[f"{library}_NUM_THREADS"] = "1"
 
-from jaxtyping import install_import_hook
+from shape_check import check_shapes  # noqa: E402
 
-FAMILIES = (
-    "ace",
-    "ace_auto",
-    "actmat",
-    "anchored",
-    "calibrated",
-    "election",
-    "elementwise",
-    "factors",
-    "fusion",
-    "kron",
-    "kron_auto",
-    "lora",
-)
-FAMILIES += ("masks", "mergekit_sum", "mergekit_variants", "sparse", "spectral", "sphere", "svc", "wudi")
-install_import_hook(
-    ["acemerge.inspection.statistics", "acemerge.linalg", *(f"acemerge.methods.{name}" for name in FAMILIES)],
-    "beartype.beartype",
-)
+check_shapes()  # before acemerge is imported
 
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 
+pytest.register_assert_rewrite("every_rule")  # whose assertions tell what they compared, as those of a test
+
+import torch  # noqa: E402
 from builders import PlainModel  # noqa: E402
 from hub_server import FakeHub  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
-torch.set_num_threads(2)
+settings.register_profile("test", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("torture", max_examples=100, deadline=None)
+settings.load_profile("test")
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """For what torch does with several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from calibration import calibration_file
 from experts import base_folder, expert
+from fitting import rules_for
 from intervals import Hits, interval, shares
 from packages import default_cache
 from picture import draw
@@ -138,12 +139,6 @@ def chosen(arguments: argparse.Namespace) -> Iterator[Run]:
     for rule in rules:
         for name, values in varied.get(rule, {}).items():
             yield from ((rule, {name: value}) for value in values)
-
-
-def rules_for(experts: int) -> list[str]:
-    """All that take so many; mergekit's own variants of them are left out."""
-    known = {name: make(name, {}).needs for name in acemerge.METHODS if not name.startswith("mergekit_")}
-    return [name for name, needs in known.items() if (needs.most_experts or experts) >= experts]
 
 
 def merged_models(out: Path, base: Path, labels: list[str], temporary: Path) -> dict[str, Path]:

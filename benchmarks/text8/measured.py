@@ -31,7 +31,7 @@ from acemerge import demo
 from acemerge.linalg.two_sided import conjugate_gradients, dot
 from acemerge.methods import make
 from acemerge.methods.base import Layer
-from acemerge.tasks.networks import quiet_transformers
+from acemerge.models.quiet import quiet_transformers
 
 _EXAMPLES = 512
 _HELD_OUT = 1000
@@ -54,6 +54,7 @@ class Asked:
     accuracy: Callable[[], float]
 
 
+@quiet_transformers()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="measured", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--digits", type=Path, metavar="FOLDER", help="of `acemerge demo -o FOLDER`, in text8's place")
@@ -62,7 +63,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    quiet_transformers()
     base, tasks = digits(arguments.digits) if arguments.digits else text8(arguments.cache, arguments.seed)
     best = [scored(task, task.expert) for task in tasks]
     print(f"| | {' | '.join(task.name for task in tasks)} | of experts |\n|---|{'--:|' * (len(tasks) + 1)}")

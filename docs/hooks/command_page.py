@@ -7,7 +7,8 @@ from typing import Any
 import typer
 from markdown_text import prose, row
 
-from acemerge.cli.app import app
+from acemerge.cli.app import COMMANDS, app
+from acemerge.cli.command import grouped
 
 PATH = "command-line.md"
 
@@ -15,6 +16,7 @@ PATH = "command-line.md"
 def command_page() -> dict[str, str]:
     """Path under docs/ -> Markdown."""
     group: Any = typer.main.get_command(app)
+    examples = {command.name: command.examples for command in COMMANDS}
     lines = [
         "# Command line",
         "",
@@ -29,11 +31,8 @@ def command_page() -> dict[str, str]:
         context = typer.Context(command, info_name=f"acemerge {name}")
         usage = " ".join(command.collect_usage_pieces(context))
         lines += [f"## acemerge {name}", "", command.help, "", "```text", f"acemerge {name} {usage}", "```", ""]
-        lines += ["| argument or option | meaning |", "|---|---|"]
-        lines += [
-            row(f"`{record[0].strip()}`", prose(record[1]))
-            for p in command.params
-            if (record := p.get_help_record(context))
-        ]
-        lines += [""]
+        for title, records in grouped(command, context).items():
+            lines += [f"| {title} | meaning |", "|---|---|"]
+            lines += [*(row(f"`{names.strip()}`", prose(text)) for names, text in records), ""]
+        lines += ["```sh", *examples[name], "```", ""]
     return {PATH: "\n".join(lines)}

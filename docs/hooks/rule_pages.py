@@ -10,18 +10,16 @@ import yaml
 from markdown_text import from_docstring, prose, row
 
 from acemerge import METHODS, Method
-from acemerge.methods import make
-from acemerge.methods.about import Parameter, parameters, summary
+from acemerge.methods import make, rule_name
+from acemerge.methods.about import Parameter, families, parameters, summary
 
 INDEX = "rules/index.md"
 
 _LIST = """# The rules
 
 Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
-`acemerge methods NAME` what the page of a rule says.
+`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md), `--method auto`.
 
-| rule | what it does | source |
-|---|---|---|
 """
 
 _PAGE = """# {name}
@@ -81,8 +79,11 @@ def rule_page(rule: type[Method]) -> str:
 
 
 def _index(rules: Mapping[str, type[Method]]) -> str:
-    rows = (row(f"[`{name}`]({name}.md)", prose(summary(rule)), prose(rule.source)) for name, rule in rules.items())
-    return _LIST + "\n".join(rows) + "\n"
+    parts = []
+    for family, found in families(rules).items():
+        rows = (row(f"[`{r.name}`]({r.name}.md)", prose(summary(r)), prose(r.source)) for r in found)
+        parts.append("\n".join([f"## {family}", "", "| rule | what it does | source |", "|---|---|---|", *rows, ""]))
+    return _LIST.format(auto=rule_name("auto")) + "\n".join(parts)
 
 
 def _parameter(rule: type[Method], parameter: Parameter) -> str:

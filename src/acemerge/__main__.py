@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import os
 import signal
+import sys
 from typing import NoReturn
 
 # Of <malloc.h>.
@@ -22,10 +24,18 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
-    from acemerge.cli.app import main as run
+    try:
+        from acemerge.cli.app import main as run
+        from acemerge.cli.app import terminated
+    except Exception as failure:
+        _explain(failure)
+        raise
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminated)
+    for stream in (sys.stdout, sys.stderr):  # a name may hold half a character, which no terminal can be sent
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     run()
 
 
@@ -39,9 +49,24 @@ def _keep_freed_memory() -> None:
             mallopt(knob, nbytes)
 
 
-def _quit(*_: object) -> NoReturn:
-    os.write(2, b"acemerge: error: interrupted: nothing was done; run the same command again\n")
-    os._exit(130)
+def _explain(failure: Exception) -> None:
+    """End with one line where the libraries could not be loaded for lack of memory, by whatever they say of it."""
+    import resource
+
+    from acemerge.errors import shortage_of
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY and not isinstance(failure, ModuleNotFoundError)
+    if limited or shortage_of(failure):
+        within = f" within {limit:,} bytes of address space (ulimit -v)" if limited else ""
+        os.write(2, f"acemerge: error: memory: there is not enough to start{within}; allow more\n".encode())
+        os._exit(4)
+
+
+def _quit(number: int, _: object) -> NoReturn:
+    what = "terminated" if number == signal.SIGTERM else "interrupted"
+    os.write(2, f"acemerge: error: {what}: nothing was done; run the same command again\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -2,64 +2,85 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, overload
 
-from acemerge.calibration.run import Calibrating, about_calibration, calibrated, data_of
+import torch
+from typing_extensions import Unpack
+
+from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.engine.execute import OnProgress, Records, dry_run, find_thresholds, walker, write_heads, write_weights
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.execute import (
+    OnProgress,
+    Progress,
+    Records,
+    check_heads,
+    dry_run,
+    find_thresholds,
+    walker,
+    write_heads,
+    write_weights,
+)
+from acemerge.engine.merge_options import MergeOptions
+from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
 from acemerge.engine.thresholds import with_thresholds
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, UsageError, shortages
+from acemerge.inspection.advice import of_frozen
+from acemerge.linalg.threads import check_room
+from acemerge.methods import AnyMethod
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
-from acemerge.output.identity import difference, digest, identity
+from acemerge.output.identity import difference, digest, identity, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
-from acemerge.output.origin import origin_of
+from acemerge.output.merge_report import MergeReport
+from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
-from acemerge.output.shares import layer_shares
+from acemerge.output.records import records_of
+from acemerge.output.shares import energies_of, layer_shares, total_energies
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
 from acemerge.planning.as_lora import adapter_config
 from acemerge.planning.relatedness import check_related
-from acemerge.recipes.recipe import Recipe, make_recipe, with_params
+from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
 
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None for a dry run.
-
-    `pushed` is the address on the Hub where it was uploaded.
-    """
-
-    out: Path | None
-    manifest: Mapping[str, Any]
-    pushed: str | None = None
-
-    @property
-    def tensors(self) -> Mapping[str, Mapping[str, Any]]:
-        """For every tensor: role, rule, reason, status and the rule's own numbers."""
-        tensors: Mapping[str, Mapping[str, Any]] = self.manifest["tensors"]
-        return tensors
+log = logging.getLogger(__name__)
 
 
+@overload
 def merge(
     base: str | Path,
     experts: Sequence[str | Path],
-    method: str | Mapping[str, Any] = "ace",
+    method: AnyMethod = ...,
+    out: str | Path | None = ...,
+    **options: Unpack[MergeOptions],
+) -> MergeReport: ...
+@overload
+def merge(  # with parameters of the rule
+    base: str | Path,
+    experts: Sequence[str | Path],
+    method: AnyMethod = ...,
+    out: str | Path | None = ...,
+    **options: Any,
+) -> MergeReport: ...
+def merge(
+    base: str | Path,
+    experts: Sequence[str | Path],
+    method: AnyMethod = "ace",
     out: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:
@@ -68,42 +89,57 @@ def merge(
     Args:
         base: the model that all experts were fine-tuned from, by its folder or its Hub id (`org/name@revision`).
         experts: the same of each expert.
-        method: a rule's name, or a table with `name` and its parameters.
-        options: fields of the recipe (`scale`, `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`,
-            `overwrite`, `max_shard_size`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights`
-            for the experts, and parameters of the rule (`eps=1e-4`).
+        method: a rule's name, a table with `name` and its parameters, or an instance of a rule.
+        options: those of `MergeOptions`, and parameters of the rule (`eps=1e-4`): fields of the recipe (`scale`,
+            `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`, `overwrite`, `resume`, `max_shard_size`,
+            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights` for the experts,
+            and `on_progress`, a function that is told how far the merge is, by a `Progress`.
 
-    Raises AcemergeError: UsageError, CheckpointError, NumericalError or WriteError.
+    Raises AcemergeError: UsageError, CheckpointError, NumericalError, ResourceError or WriteError.
     """
     run_fields = {name: options.pop(name) for name in list(options) if name in RunOptions.__dataclass_fields__}
     if isinstance(experts, str | Path):
         raise UsageError("experts", f"{experts} is one path", "give a list of paths")
-    weights = options.pop("weights", None) or [1.0] * len(experts)
-    if len(weights) != len(experts):
-        raise UsageError("weights", f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    on_progress = options.pop("on_progress", None) or _nobody
+    if not callable(on_progress):
+        what = f"{on_progress!r} cannot be called"
+        raise UsageError("on_progress", what, "give a function of one argument")
+    weighted = with_weights([str(path) for path in experts], options.pop("weights", None))
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
     if isinstance(own.get("calibration"), Path):
         own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)
-    pairs = [{"model": str(path), "weight": weight} for path, weight in zip(experts, weights, strict=True)]
-    recipe = make_recipe({"base": str(base), "experts": pairs, "method": spec, **own}, "merge")
-    return run_recipe(recipe, None if out is None else Path(out), RunOptions(**run_fields))
+    recipe = make_recipe({"base": str(base), "experts": weighted, "method": spec, **own}, "merge")
+    target = None if out is None else files.output_path(out)
+    return run_recipe(recipe, target, make_options(run_fields), on_progress)
 
 
-def run_recipe(
-    recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
-) -> MergeReport:
+def _nobody(_: Progress) -> None:
+    pass
+
+
+def run_recipe(recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
     if out is None and options.push is not None:
         raise UsageError("push", "there is no output to upload", "name the output folder with `out`")
-    return run_opened(open_recipe(recipe, out, options), out, options, on_progress)
+    with shortages():
+        opened = open_recipe(recipe, out, options)
+    return run_opened(opened, out, options, on_progress)
 
 
-def run_opened(
-    opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = lambda _: None
-) -> MergeReport:
+def run_opened(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Execute what was opened and planned; with `push`, verify the output and upload it."""
+    with shortages():
+        return _run(opened, out, options, on_progress)
+
+
+def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     plan, started = opened.plan, time.perf_counter()
+    check_room(torch.get_num_threads())
+    on_progress = _logged(on_progress)
+    log.info("%d tensors of %d experts", len(plan.jobs), len(plan.experts), extra=_fields("started", out=out))
+    for warning in plan.warnings:
+        log.warning(warning, extra=_fields("warning"))
     if options.report:
         check_libraries()
     if not options.force:
@@ -113,17 +149,23 @@ def run_opened(
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
-        return MergeReport(None, build_manifest(plan, records, unread, {}, _since(started)) | measured)
+        manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
+        return MergeReport(None, manifest | _with_surprises(manifest))
     with output_folder(out, options.overwrite, options.resume) as output:
         done = Done(about)
         if options.resume:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
-                return _finished(out, verify(out), options, on_progress)
+                log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
+                return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
             done = read_journal(out, opened.layout.files) or done
-            _check_same_run(out, done.identity, about)
+            models = list(zip(opened.origins, opened.models, strict=True))
+            # What was measured on data came of models that were not hashed.
+            before = with_same_bytes(done.identity, about, models, {} if opened.calibration else done.read)
+            _check_same_run(out, before, about)
+            done = replace(done, identity=about)
         manifest = _write(opened, output, done, options, on_progress)
-        manifest |= {"seconds": _since(started), "run": digest(about)}
+        manifest |= {"seconds": _since(started), "run": digest(about), **_with_surprises(manifest)}
         output.publish(to_bytes(manifest))
         return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
@@ -140,11 +182,44 @@ def _dry_run(
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
+    report = MergeReport(out, manifest)
+    written = _fields("finished", out=out, bytes=report.bytes_written, seconds=manifest["seconds"])
+    log.info("%s is complete: %d tensors", out, len(report.tensors), extra=written)
     if options.report:
         write_report(out, on_progress=on_progress)
     if options.push is None:
-        return MergeReport(out, manifest)
-    return MergeReport(out, manifest, upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet))
+        return report
+    address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
+    log.info("uploaded to %s", address, extra=_fields("pushed", address=address))
+    return replace(report, pushed=address)
+
+
+def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The warnings, with what is only known when all was read: experts that are the base itself."""
+    labels, records = manifest["experts"], records_of(manifest)
+    compared = any(energies_of(record, labels) for record in records.values())
+    found = [str(advice) for advice in of_frozen(labels, total_energies(labels, records))] if compared else []
+    for warning in found:
+        log.warning(warning, extra=_fields("warning"))
+    return {"warnings": [*manifest["warnings"], *found]}
+
+
+def _fields(event: str, **fields: Any) -> dict[str, Any]:
+    """What a logged event is, and its figures, for handlers that want more than words."""
+    return {"event": event, "fields": fields}
+
+
+def _logged(on_progress: OnProgress) -> OnProgress:
+    """The same, and every step is logged, too."""
+    if not log.isEnabledFor(logging.DEBUG):
+        return on_progress
+
+    def told(now: Progress) -> None:
+        message = "%s: %d of %d %s, %s", now.stage, now.done, now.total, now.unit, now.name
+        log.debug(*message, extra=_fields("progress", **asdict(now)))
+        on_progress(now)
+
+    return told
 
 
 def _write(
@@ -152,6 +227,8 @@ def _write(
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return that."""
     plan = opened.plan
+    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
+    check_heads(plan, opened.experts)
     journal = output.begin(done)
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
@@ -159,18 +236,22 @@ def _write(
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
             calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
-            records = write_weights(opened.layout, setting, walks("merge", writes=True), output, done, journal)
+            walk = walks("merge", writes=True)
+            records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
+            output.kept = True
             write_heads(plan, readers, output)
             if plan.is_adapter:
-                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan))
+                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan, opened.roles, opened.base.config))
             else:
                 write_assets(plan, opened.base, opened.assets_from, opened.models, output)
-            _write_card(opened, records, output)
+            _write_card(opened, records, origins, output)
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
         journal.close()
+    output.kept = False  # of inputs that changed under way nothing is of use
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
+    output.kept = True
     sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
     inputs = [
         (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
@@ -180,13 +261,12 @@ def _write(
     return build_manifest(plan, records, inputs, output.written, 0.0) | measured
 
 
-def _write_card(opened: Opened, records: Records, output: OutputFolder) -> None:
+def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: OutputFolder) -> None:
     plan = opened.plan
-    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
     shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
     if shares:
         output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
-    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode())
+    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode(errors="replace"))
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:
@@ -194,7 +274,7 @@ def _names(checkpoint: Checkpoint) -> dict[Path, str]:
     root = files.resolve(checkpoint.path)
     if files.kind(root) != "folder":
         return {}
-    return {files.resolve(root / name): name for name in files.list_folder(root)}
+    return {files.resolve(root / name): name for name in with_asset_folders(root, files.list_folder(root))}
 
 
 def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

@@ -23,8 +23,8 @@ from torch import nn
 from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.errors import AcemergeError, UsageError
+from acemerge.models.quiet import quiet_transformers
 from acemerge.shapes import Float, Tensor
-from acemerge.tasks.networks import quiet_transformers
 
 # ACE's ridge is in units of the squared update, and these updates are far larger than a language model's:
 # the last row shows what choosing it does.
@@ -225,14 +225,14 @@ def run_demo(folder: Path, console: Console) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     data = load_digits()
-    quiet_transformers()
-    say(f"1,797 handwritten digits from scikit-learn; {_TRAIN:,} to train, {len(data.digits) - _TRAIN} held out")
-    make_experts(folder, data, say)
-    experts = [scores_of(folder / "experts" / task.name, folder, data)[i] for i, task in enumerate(TASKS)]
-    rows = [("each expert, alone", experts), ("base", scores_of(folder / "base", folder, data))]
-    for name, options in RULES:
-        out = merge_by_command(folder, name, options, say)
-        rows.append((name, scores_of(out, folder, data)))
+    with quiet_transformers():
+        say(f"1,797 handwritten digits from scikit-learn; {_TRAIN:,} to train, {len(data.digits) - _TRAIN} held out")
+        make_experts(folder, data, say)
+        experts = [scores_of(folder / "experts" / task.name, folder, data)[i] for i, task in enumerate(TASKS)]
+        rows = [("each expert, alone", experts), ("base", scores_of(folder / "base", folder, data))]
+        for name, options in RULES:
+            out = merge_by_command(folder, name, options, say)
+            rows.append((name, scores_of(out, folder, data)))
     console.print(score_table(rows, experts))
     say(f"{time.perf_counter() - started:.0f} s; the models are in {folder}")
     say(f"open {folder / 'merged-ace' / 'acemerge.json'} to see what was done to each tensor")

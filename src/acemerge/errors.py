@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
+import re
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -41,13 +45,63 @@ class NumericalError(AcemergeError):
     exit_code = 4
 
 
+class ResourceError(AcemergeError):
+    """The machine, or a limit on this process, has not enough of something: a merge can be gone on with."""
+
+    exit_code = 4
+
+
 class WriteError(AcemergeError):
     """The output could not be written."""
 
     exit_code = 5
 
 
+_LONGEST = 200  # no name is longer, and looking for what is like a megabyte takes minutes
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """`did you mean X?` for the closest of `choices`, else the list of them."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:_LONGEST], choices, n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else f"use one of: {', '.join(choices)}"
+
+
+# What libraries say when there is no memory, none of them by a type of its own.
+_NO_MEMORY = re.compile(
+    "can't allocate memory|cannot allocate memory|not enough memory|out of memory|bad[_ ]alloc"
+    "|failed to map segment|unable to allocate|error return without exception set",
+    re.IGNORECASE,
+)
+_ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
+_NO_THREAD = re.compile("can't start new thread|thread creation failed|thread constructor failed", re.IGNORECASE)
+_PROCESS = "the process"
+_GO_ON = "a merge goes on with --resume"
+
+
+def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceError | None:
+    """The typed error where a failure says that memory, threads or open files ran out; `where` is what needed them."""
+    said = str(failure)
+    code = failure.errno if isinstance(failure, OSError) else None
+    if code in (errno.EMFILE, errno.ENFILE) or (isinstance(failure, RuntimeError) and "Too many open files" in said):
+        return ResourceError(where, "too many files are open", f"raise the limit (ulimit -n): {_GO_ON}")
+    if isinstance(failure, RuntimeError) and _NO_THREAD.search(said):
+        what = "no more threads can be started"
+        return ResourceError(where, what, f"raise the limit on processes or on memory (ulimit -u, -v): {_GO_ON}")
+    known = isinstance(failure, RuntimeError | ImportError | OSError | SystemError) and _NO_MEMORY.search(said)
+    if isinstance(failure, MemoryError) or code == errno.ENOMEM or known:
+        asked = _ASKED_FOR.search(said)
+        what = f"there is not enough memory{f': {asked[1]} could not be had' if asked else ''}"
+        return ResourceError(where, what, f"allow more, or use fewer --workers or a smaller --max-memory: {_GO_ON}")
+    return None
+
+
+@contextlib.contextmanager
+def shortages(where: object = _PROCESS) -> Iterator[None]:
+    """Turn what libraries raise for lack of memory, threads or open files into a ResourceError."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError, ImportError, SystemError) as failure:
+        found = shortage_of(failure, where)
+        if found is None:
+            raise
+        raise found from failure

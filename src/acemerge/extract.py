@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acemerge.api import MergeReport, run_opened
+from acemerge.api import run_opened
+from acemerge.checkpoints.files import output_path
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.output.merge_report import MergeReport
 from acemerge.recipes.recipe import make_recipe
 
 
@@ -21,7 +23,7 @@ def extract_lora(
     """
     if rank < 1:
         raise UsageError("--rank", f"{rank} is not a rank", "use 1 or more")
-    options, out = options or RunOptions(), Path(out)
+    options, out = options or RunOptions(), output_path(out)
     content = {"base": str(base), "experts": [str(model)], "method": "average", "as_lora": rank}
     opened = open_recipe(make_recipe(content, "extract-lora"), out, options)
     if opened.plan.adapters:

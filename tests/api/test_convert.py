@@ -69,7 +69,7 @@ def test_the_manifest_says_what_was_done(shards: Path, tmp_path: Path, capsys: p
     assert len(manifest["inputs"][0]["files"]) == 2
     assert manifest["experts"] == []
     assert {(record["rule"], record["status"]) for record in manifest["tensors"].values()} == {("base", "kept")}
-    assert "# in as safetensors" in (tmp_path / "out/README.md").read_text()
+    assert "# `in` as safetensors" in (tmp_path / "out/README.md").read_text()
 
 
 def test_one_file_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import PlainModel, load_folder, write_checkpoint, write_sharded
+from builders import PlainModel, load_folder, write_adapter, write_checkpoint, write_sharded
 from conformance import DATA_FREE, RULES
+from crossed import crossed, spread
+from safetensors.torch import load_file, save_file
 
 import acemerge
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError
 
 
 def merge(plain: PlainModel, **options: Any) -> tuple[acemerge.MergeReport, dict[str, torch.Tensor]]:
@@ -82,8 +84,10 @@ def test_embeddings_can_be_chosen(plain: PlainModel, choice: str, rule: str) -> 
     assert report.tensors["embed_tokens.weight"]["rule"] == rule
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("method", [name for name in DATA_FREE if name != "mergekit_linear"])  # a sum of the weights
+@spread(
+    method=[name for name in DATA_FREE if name != "mergekit_linear"],  # a sum of the weights
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+)
 def test_when_nothing_was_tuned_the_bases_bytes_come_back(tmp_path: Path, method: str, dtype: torch.dtype) -> None:
     plain = PlainModel(tmp_path, dtype)
     plain.base["layers.0.up.weight"][0, 0] = -0.0
@@ -195,7 +199,7 @@ def test_an_unchanged_state_dict_is_copied_not_shared(plain: PlainModel) -> None
 
 def test_a_missing_tensor_is_refused_or_kept_by_the_recipe(plain: PlainModel) -> None:
     del plain.tuned[1]["layers.0.up.weight"]
-    refused(plain, CheckpointError, r"expert e2: lacks tensor 'layers.0.up.weight'; add the recipe rule")
+    refused(plain, CheckpointError, r"expert e2: lacks tensor 'layers.0.up.weight'; fetch .* or add the recipe rule")
     report, merged = merge(plain, rules=[{"match": "layers.0.up.weight", "action": "base"}])
     assert torch.equal(merged["layers.0.up.weight"], plain.base["layers.0.up.weight"])
     assert report.manifest["recipe"]["rules"][0]["match"] == "layers.0.up.weight"
@@ -236,6 +240,25 @@ def test_a_model_of_another_size_is_refused(plain: PlainModel, name: str) -> Non
     refused(plain, CheckpointError, f"expert e1: tensor '{name}' has shape .* merge models of one size")
 
 
+def test_a_model_of_another_width_is_no_other_vocabulary(plain: PlainModel) -> None:
+    narrow = {name: value[..., :5].contiguous() for name, value in plain.base.items() if value.is_floating_point()}
+    plain.tuned[0] |= narrow
+    said = r"embed_tokens\.weight' has shape \[11, 5\], but \[11, 6\] .*; merge models of one size"
+    refused(plain, CheckpointError, said)
+
+
+def test_an_adapter_with_more_tokens_is_sent_to_the_base_that_it_was_trained_on(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    up = (torch.zeros(2, 6), torch.zeros(8, 2))
+    lora = write_adapter(plain.root / "lora", {"layers.0.up": up})
+    more = {"base_model.model.embed_tokens.weight": torch.zeros(14, 6)}
+    save_file(load_file(lora / "adapter_model.safetensors") | more, lora / "adapter_model.safetensors")
+    for vocabulary in ("refuse", "union"):
+        with pytest.raises(AcemergeError, match=r"merge it .*with peft|with peft first") as failure:
+            acemerge.merge(base, [lora, experts[0]], vocabulary=vocabulary)
+        assert "--vocabulary" not in str(failure.value)
+
+
 def test_another_architecture_is_refused(plain: PlainModel) -> None:
     base, experts = plain.save()
     write_checkpoint(base, plain.base, {"model_type": "bert"})
@@ -259,10 +282,12 @@ def test_an_integer_weight_for_a_float_is_refused(plain: PlainModel) -> None:
     refused(plain, CheckpointError, "expert e1: tensor 'layers.0.up.weight' is torch.int8.*dequantise")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("where", ["base", "e2"])
-@pytest.mark.parametrize("name", ["layers.0.up.weight", "layers.0.norm.weight", "embed_tokens.weight"])
+@crossed(
+    name=["layers.0.up.weight", "layers.0.norm.weight", "embed_tokens.weight"],
+    where=["base", "e2"],
+    dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    value=[float("nan"), float("inf"), float("-inf")],
+)
 def test_values_that_are_not_finite(tmp_path: Path, name: str, where: str, dtype: torch.dtype, value: float) -> None:
     plain = PlainModel(tmp_path, dtype)
     model = plain.base if where == "base" else plain.tuned[1]
@@ -290,6 +315,37 @@ def test_a_head_that_is_not_finite_is_refused(plain: PlainModel) -> None:
     refused(plain, CheckpointError, "expert e1: tensor 'score.weight' is nan")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"workers": "2", "max_shard_size": 1000},
+        {"device": torch.device("cpu"), "max_memory": "8GB", "overwrite": "yes"},
+        {"max_shard_size": "0.1 MiB", "max_memory": 8 * 10**9},
+    ],
+)
+def test_options_mean_what_they_say(plain: PlainModel, options: dict[str, Any]) -> None:
+    _, plainly = merge(plain)
+    _, merged = merge(plain, **{"overwrite": True, **options})
+    assert all(torch.equal(merged[name], value) for name, value in plainly.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "--workers: 0 is not a number of workers; use 1 or more"),
+        ({"workers": "two"}, "--workers: 'two' is not a number of workers"),
+        ({"max_shard_size": "big"}, "--max-shard-size: 'big' is not a size in bytes; write for example 5GB or 512MiB"),
+        ({"max_shard_size": 0}, "--max-shard-size: 0 is not a size"),
+        ({"max_memory": -1}, "--max-memory: -1 is not a size"),
+        ({"max_memory": 8}, "--max-memory: tensor .* more than 8; allow more"),
+        ({"device": 3}, "--device: 3 is wrong: input should be a valid string; see `acemerge merge --help`"),
+        ({"resume": "perhaps"}, "--resume: 'perhaps' is wrong: input should be a valid boolean"),
+    ],
+)
+def test_wrong_options_are_named(plain: PlainModel, options: dict[str, Any], message: str) -> None:
+    refused(plain, UsageError, message, **options)
+
+
 def test_usage_errors(plain: PlainModel) -> None:
     base, experts = plain.save()
     with pytest.raises(UsageError, match="at least one expert"):
@@ -298,9 +354,5 @@ def test_usage_errors(plain: PlainModel) -> None:
         acemerge.merge(base, experts, epz=1)
     with pytest.raises(UsageError, match="unknown device"):
         acemerge.merge(base, experts, device="tpu")
-    with pytest.raises(UsageError, match="not a size"):
-        acemerge.merge(base, experts, max_shard_size="big")
-    with pytest.raises(UsageError, match="number of workers"):
-        acemerge.merge(base, experts, workers=0)
     with pytest.raises(UsageError, match="needs a matrix"):
         acemerge.merge(base, experts, rules=[{"match": "*norm*", "method": "ace"}])

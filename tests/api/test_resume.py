@@ -23,7 +23,7 @@ from acemerge.checkpoints import files
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
 from acemerge.engine.work import Loaded
-from acemerge.errors import CheckpointError, UsageError, WriteError
+from acemerge.errors import CheckpointError, ResourceError, UsageError, WriteError
 from acemerge.output.journal import _check
 from acemerge.output.verify import verify
 from attacks.faulty import failing, faulty, unfaulty
@@ -145,6 +145,31 @@ def test_an_input_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
+@pytest.mark.parametrize("method", ["ace", "average"])
+def test_an_input_that_was_put_back_byte_for_byte_is_gone_on_with(
+    case: Case, computed: list[str], method: str, tmp_path: Path
+) -> None:
+    case = Case(tmp_path / "again", method)
+    out, shards = case.folder / "out", sorted(case.experts[1].glob("*.safetensors"))
+    interrupt(case, out, 3)
+    content = [shard.read_bytes() for shard in shards]
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data[:-1] + b"\x01")
+    with pytest.raises(UsageError, match=rf"cannot go on: input .*two {shards[0].name} was written to"):
+        case.merge(out, resume=True)
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data)
+    (case.base / "config.json").write_bytes((case.base / "config.json").read_bytes())
+    computed.clear()
+    interrupt(case, out, 0, resume=True)  # and what is known of the inputs stays known
+    for shard, data in zip(shards, content, strict=True):
+        shard.write_bytes(data)
+    computed.clear()
+    case.merge(out, resume=True)
+    assert len(computed) == 1
+    case.check_output(out)
+
+
 def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:
     out = case.folder / "out"
     interrupt(case, out, 2)
@@ -153,15 +178,33 @@ def test_a_configuration_that_was_written_to_is_refused(case: Case) -> None:
         case.merge(out, resume=True)
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
     out = case.folder / "out"
     interrupt(case, out, 2)
     torch.set_num_threads(1)
-    try:
-        with pytest.raises(UsageError, match="cannot go on: threads was 2 and is 1"):
+    with pytest.raises(UsageError, match="cannot go on: threads was 2 and is 1"):
+        case.merge(out, resume=True)
+
+
+PROCESSORS = {
+    "capability": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
+    "model": lambda patch: patch.setattr(files, "processor", lambda: "AnotherMaker 6 85"),
+    "switches MKL_CBWR": lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"),
+    "switches ONEDNN_MAX_CPU_ISA": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
+}
+
+
+@pytest.mark.parametrize("what", PROCESSORS)
+def test_the_processor_decides_bytes_and_so_whether_to_go_on(case: Case, what: str) -> None:
+    out = case.folder / "out"
+    interrupt(case, out, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        PROCESSORS[what](patch)
+        with pytest.raises(UsageError, match=f"cannot go on: processor {what} was .* and is .*; undo the change"):
             case.merge(out, resume=True)
-    finally:
-        torch.set_num_threads(2)
+    case.merge(out, resume=True)
+    case.check_output(out)
 
 
 @pytest.mark.parametrize("damage", ["torn line", "altered line", "no line", "altered shard", "short shard", "no shard"])
@@ -184,7 +227,7 @@ def test_damage_costs_work_but_no_byte(case: Case, computed: list[str], damage: 
 
 
 def test_a_journal_cannot_lead_out_of_the_folder(case: Case) -> None:
-    out, outside = case.folder / "out", case.folder / "outside.partial"
+    out, outside = case.folder / "out", case.folder / "outside.acemerge.partial"
     outside.write_bytes(b"precious")
     interrupt(case, out, 2)
     journal = out / ".acemerge.journal"
@@ -220,6 +263,107 @@ def test_a_full_disk_loses_nothing(case: Case, computed: list[str]) -> None:
     case.check_output(out)
 
 
+# What is done when all tensors are computed, and what may go wrong there.
+BEHIND = {
+    "card": ("acemerge.api.model_card", KeyError("a defect")),
+    "picture": ("acemerge.api.shares_picture", ZeroDivisionError()),
+    "configuration": ("acemerge.api.write_assets", CheckpointError("config.json", "is odd", "mend it")),
+    "heads": ("acemerge.api.write_heads", CheckpointError("score", "is nan", "mend it")),
+    "manifest": ("acemerge.api.build_manifest", ValueError("a defect")),
+    "publishing": ("acemerge.api.to_bytes", RecursionError()),
+}
+
+
+@pytest.mark.parametrize("step", BEHIND)
+@pytest.mark.parametrize("over", [False, True])
+def test_what_fails_behind_the_last_tensor_costs_no_weights(
+    case: Case, computed: list[str], step: str, over: bool
+) -> None:
+    out, (name, failure) = case.folder / "out", BEHIND[step]
+    earlier = case.merge_earlier(out) if over else {}
+
+    def broken(*_: object) -> None:
+        raise failure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(name, broken)
+        with pytest.raises(type(failure)):
+            case.merge(out, overwrite=over)
+    assert snapshot(out).items() >= earlier.items()
+    computed.clear()
+    case.merge(out, resume=True, overwrite=over)
+    assert computed == []
+    case.check_output(out)
+
+
+@pytest.mark.parametrize("card", ["license: mit\ndate: 2024-13-45", "license: !!bool maybe", "license: {<<: *a}"])
+def test_a_card_that_cannot_be_read_costs_nothing(case: Case, card: str) -> None:
+    (case.base / "README.md").write_text(f"---\n{card}\n---\n")
+    case.merge(case.folder / "out")
+    case.check_output(case.folder / "out")
+
+
+NO_MEMORY = {
+    "Python": MemoryError(),
+    "torch": RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."
+    ),
+    "a device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "a map": OSError(errno.ENOMEM, "Cannot allocate memory"),
+    "C++": RuntimeError("std::bad_alloc"),
+}
+
+
+@pytest.mark.parametrize("who", NO_MEMORY)
+def test_no_memory_is_said_and_loses_nothing(
+    case: Case, computed: list[str], who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls = case.folder / "out", 0
+
+    def compute(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise NO_MEMORY[who]
+        return real(*arguments)
+
+    real = acemerge.engine.execute.compute_all
+    monkeypatch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acemerge.engine.execute, "compute_all", compute)
+        with pytest.raises(ResourceError, match=r"there is not enough memory.*; allow more, or .*--resume") as caught:
+            case.merge(out)
+    assert caught.value.exit_code == 4
+    computed.clear()
+    case.merge(out, resume=True)
+    assert 0 < len(computed) < 4
+    case.check_output(out)
+
+
+def test_a_tensor_that_does_not_fit_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stored(*_: object) -> None:
+        raise NO_MEMORY["torch"]
+
+    monkeypatch.setattr(acemerge.engine.pipeline._ValuesOf, "take", stored)
+    with pytest.raises(
+        ResourceError, match=r"tensor '.*weight': there is not enough memory: 4096 bytes could not be had"
+    ):
+        case.merge(case.folder / "out", method="average")
+
+
+def test_no_threads_and_no_files_are_said(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = case.folder / "out"
+    with faulty(1, failing(errno.EMFILE), lasting=True), pytest.raises(ResourceError, match="too many files are open"):
+        case.merge(out)
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    with pytest.raises(ResourceError, match="no more threads can be started; raise the limit"):
+        case.merge(out)
+
+
 def test_a_run_that_cannot_succeed_leaves_nothing(plain: PlainModel) -> None:
     plain.tuned[1]["layers.0.up.weight"][0, 0] = float("nan")
     base, experts = plain.save()
@@ -244,19 +388,38 @@ def test_a_second_writer_is_told_to_wait(case: Case) -> None:
         case.merge(out, overwrite=True)
 
 
+# The command line, which says when it is amid the import of torch, and stays there.
+_HELD_IN_TORCH = """
+import sys, time
+class Held:
+    def find_spec(name, path=None, target=None):
+        if name == "torch.functional":
+            print("torch", flush=True)
+            time.sleep(60)
+sys.meta_path.insert(0, Held)
+from acemerge.__main__ import main
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_torch_is_imported(case: Case, number: signal.Signals) -> None:
-    """130 and one line, never a traceback, though an import may swallow exceptions. Later ones: attacks/interrupts."""
+    """One line and an exit code, never a traceback, though an import may swallow exceptions. Later ones:
+    attacks/interrupts.
+    """
     words = ["merge", "--base", str(case.base), "--expert", str(case.experts[0]), "-o", str(case.folder / "out")]
     process = subprocess.Popen(
-        [sys.executable, "-m", "acemerge", *words],
+        [sys.executable, "-c", _HELD_IN_TORCH, *words],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(0.6)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "torch\n"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert errors == "acemerge: error: interrupted: nothing was done; run the same command again\n"
+    _, errors = process.communicate(timeout=120)
+    what, code = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}[number]
+    assert process.returncode == code
+    assert errors.startswith(f"acemerge: error: {what}: nothing ")
+    assert errors.count("\n") == 1

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
@@ -23,6 +27,108 @@ def test_a_wrappers_prefix_is_taken_off_and_reported(tmp_path: Path, prefix: str
     expected = load_folder(tmp_path / "plain")
     assert all(torch.equal(value, expected[name]) for name, value in load_folder(tmp_path / "out").items())
     assert report.manifest["warnings"] == [f"expert wrapped: read without the prefix {prefix!r} of its names"]
+
+
+def _each_layer(name: str, wrapper: str) -> str:
+    return re.sub(r"(layers\.\d+)\.", rf"\1.{wrapper}.", name)
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "activations computed again": lambda name: _each_layer(name, "_checkpoint_wrapped_module"),
+    "FSDP": lambda name: "_fsdp_wrapped_module." + _each_layer(name, "_fsdp_wrapped_module"),
+    "each layer compiled": lambda name: _each_layer(name, "_orig_mod"),
+    "all at once": lambda name: "module." + _each_layer(name, "_fsdp_wrapped_module._checkpoint_wrapped_module"),
+    "Lightning with DeepSpeed": lambda name: "_forward_module." + name,
+    "a head for values beside it": lambda name: "pretrained_model." + name,
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_wrappers_within_names_and_of_trainers_are_taken_off(tmp_path: Path, wrapper: str) -> None:
+    plain = PlainModel(tmp_path, experts=2)
+    base, experts = plain.save()
+    named = {WRAPPED[wrapper](name): value for name, value in plain.tuned[0].items()}
+    beside = {"v_head.summary.weight": torch.zeros(1, 6)} if "beside" in wrapper else {}
+    wrapped = write_checkpoint(tmp_path / "wrapped", named | beside)
+    report = acemerge.merge(base, [wrapped, experts[1]], out=tmp_path / "out")
+    acemerge.merge(base, experts, out=tmp_path / "plain")
+    expected, found = load_folder(tmp_path / "plain"), load_folder(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert sum("of its names" in w or "within its names" in w for w in report.manifest["warnings"]) == 1
+    assert [*report.manifest["heads"].get("wrapped", {})] == list(beside)
+
+
+def test_a_base_that_has_a_wrapper_in_its_names_keeps_it(tmp_path: Path) -> None:
+    plain = PlainModel(tmp_path)
+    _, experts = plain.save()
+    named = {name.replace("layers.0.", "layers.0._orig_mod."): value for name, value in plain.base.items()}
+    base = write_checkpoint(tmp_path / "compiled", named)
+    acemerge.merge(base, experts, out=tmp_path / "out")
+    acemerge.merge(tmp_path / "base", experts, out=tmp_path / "plain")
+    expected = load_folder(tmp_path / "plain")
+    found = load_folder(tmp_path / "out")
+    assert found.keys() == named.keys()
+    assert all(torch.equal(value, expected[name.replace("_orig_mod.", "")]) for name, value in found.items())
+
+
+class Two(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def _compiled_within(model: Two) -> Two:
+    model.body = torch.compile(model.body)
+    return model
+
+
+IN_MEMORY: dict[str, Callable[[Two], nn.Module]] = {
+    "compiled": torch.compile,
+    "data-parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model)),
+    "compiled within": _compiled_within,
+}
+
+
+@pytest.mark.parametrize("how", IN_MEMORY)
+def test_models_in_memory_are_taken_out_of_their_wrappers(how: str) -> None:
+    wrap = IN_MEMORY[how]
+    expected = acemerge.merge_models(Two(0), [Two(1), Two(2)], "average").state_dict()
+    found = acemerge.merge_models(Two(0), [wrap(Two(1)), Two(2)], "average")
+    assert type(found) is Two
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+    states = [model.state_dict() for model in (Two(0), wrap(Two(1)), Two(2))]
+    merged = acemerge.merge_state_dicts(states[0], states[1:], "average")
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
+    base = acemerge.merge_models(wrap(Two(0)), [Two(1), Two(2)], "average").state_dict()
+    assert [torch.equal(*pair) for pair in zip(base.values(), expected.values(), strict=True)] == [True] * 6
+
+
+def test_a_model_with_an_adapter_on_it_is_named() -> None:
+    import peft
+
+    tuned = peft.get_peft_model(Two(1), peft.LoraConfig(target_modules=["head"]))
+    with pytest.raises(UsageError, match=r"expert 1: is a PeftModel.*merge_and_unload"):
+        acemerge.merge_models(Two(0), [tuned, Two(2)], "average")
+    with pytest.raises(CheckpointError, match=r"expert 1: has the factors of a peft adapter.*merge_and_unload"):
+        acemerge.merge_state_dicts(Two(0).state_dict(), [tuned.state_dict()], "average")
+
+
+def test_weights_that_an_adapter_was_left_in_are_told_apart(tmp_path: Path) -> None:
+    plain = PlainModel(tmp_path)
+    base, experts = plain.save()
+    left = {name.replace("up.weight", "up.base_layer.weight"): value for name, value in plain.tuned[0].items()}
+    write_checkpoint(experts[0], left)
+    with pytest.raises(
+        CheckpointError,
+        match=r"lacks tensor 'layers\.0\.up\.weight' and has .*: it was saved with an adapter in it; merge that",
+    ):
+        acemerge.merge(base, experts)
 
 
 def test_a_prefix_that_is_the_bases_own_stays(tmp_path: Path) -> None:
@@ -82,7 +188,10 @@ NO_ASSETS = (
 def _put_files(folder: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"{folder.name}'s {name}")
+        if name.endswith(".safetensors"):
+            save_file({"linear.weight": torch.ones(3, 6)}, folder / name)
+        else:
+            (folder / name).write_text(f"{folder.name}'s {name}")
     return folder
 
 
@@ -91,11 +200,12 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     _put_files(base, ("tokenizer.json", "preprocessor_config.json", "additional_chat_templates/base.jinja"))
     _put_files(experts[1], (*ASSETS, *NO_ASSETS))
     report = acemerge.merge(base, experts, out=tmp_path / "out", assets="e2")
-    unmerged = "2_Dense has weights of its own, which are not merged: the output has those of expert e2"
-    assert unmerged in report.manifest["warnings"]
+    alone = "2_Dense is not in the base: the output has that of expert e2, as it is"
+    assert alone in report.manifest["warnings"]
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
-    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json"}
-    assert all((tmp_path / "out" / name).read_text() == f"e2's {name}" for name in ASSETS)
+    heads = "heads/e2.safetensors"
+    assert written == {*ASSETS, "model.safetensors", "README.md", "merge.svg", "acemerge.json", heads}
+    assert all((tmp_path / "out" / name).read_bytes() == (experts[1] / name).read_bytes() for name in ASSETS)
     manifest = verify(tmp_path / "out")
     assert manifest["outputs"].keys() >= set(ASSETS)
     acemerge.merge(base, experts, out=tmp_path / "out", overwrite=True)
@@ -104,6 +214,32 @@ def test_every_file_beside_the_weights_follows_whoever_is_named(tmp_path: Path) 
     acemerge.merge(experts[0], experts[1:], out=tmp_path / "out", overwrite=True)
     assert not templates.exists()
     assert not (tmp_path / "out" / "1_Pooling").exists()
+
+
+def test_dense_modules_behind_a_transformer_are_merged_as_linear_layers(tmp_path: Path) -> None:
+    """As sentence-transformers keeps them: in a folder, and a file, of their own."""
+    base, experts = PlainModel(tmp_path, experts=2).save()
+    dense = []
+    for seed, folder in enumerate((base, *experts)):
+        torch.manual_seed(seed)
+        dense.append({"linear.weight": torch.randn(3, 6), "linear.bias": torch.randn(3)})
+        _put_files(folder, ("modules.json", "2_Dense/config.json"))
+        save_file(dense[-1], folder / "2_Dense" / "model.safetensors")
+    report = acemerge.merge(base, experts, "task_arithmetic", out=tmp_path / "out", scale=0.5)
+    merged = load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")
+    first, *tuned = ({name: value.double() for name, value in module.items()} for module in dense)
+    weight = first["linear.weight"] + 0.5 * sum(m["linear.weight"] - first["linear.weight"] for m in tuned)
+    torch.testing.assert_close(merged["linear.weight"].double(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged["linear.bias"].double(), (tuned[0]["linear.bias"] + tuned[1]["linear.bias"]) / 2)
+    record = report.tensors["2_Dense/linear.weight"]
+    assert (record["role"], record["rule"]) == ("linear", "task_arithmetic")
+    assert not report.manifest["warnings"]
+    assert "2_Dense/linear.weight" not in load_folder(tmp_path / "out")
+    inputs = [entry["files"].keys() for entry in report.manifest["inputs"]]
+    assert inputs == [{"model.safetensors", "2_Dense/model.safetensors"}] * 3
+    assert verify(tmp_path / "out")["outputs"].keys() >= {"2_Dense/model.safetensors", "2_Dense/config.json"}
+    lora = acemerge.merge(base, experts, out=tmp_path / "lora", as_lora=2)
+    assert lora.tensors["2_Dense/linear.weight"]["reason"].endswith("not in the adapter")
 
 
 def test_templates_by_a_link_are_no_part_of_the_folder(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from acemerge.engine.convert import open_conversion
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.output.verify import verify
-from acemerge.planning import jobs
+from acemerge.planning import pieces
 
 BLOCK = (4, 3)  # no side of the plain model's layers is a multiple of both
 FP8: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": list(BLOCK)}
@@ -104,7 +104,7 @@ def test_a_merge_is_that_of_the_values(
     plain: PlainModel, method: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in ranges of rows that do not begin with a block."""
-    monkeypatch.setattr(jobs, "_PIECE", piece)
+    monkeypatch.setattr(pieces, "_PIECE", piece)
     stored, expected = _folders(plain)
     report = acemerge.merge(stored[0], stored[1:], method, out=plain.root / "out", dequantize=True)
     acemerge.merge(expected[0], expected[1:], method, out=plain.root / "expected")

@@ -17,12 +17,12 @@ from huggingface_hub import constants
 
 import acemerge
 from acemerge import api
-from acemerge.checkpoints.hub import HubId, hub_id, locate, parse_id
+from acemerge.checkpoints.hub import locate
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.extract import extract_lora
 from acemerge.output.verify import verify
-from acemerge.recipes.recipe import load_recipe, make_recipe
+from acemerge.recipes.recipe import make_recipe
 
 # --- what is asked for --------------------------------------------------------------------------------------
 
@@ -149,182 +149,6 @@ def test_a_branch(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture
     assert run(capsys, "merge", *words, "-o", "out", "--quiet")[0] == 0
     assert list(load_folder(Path("out"))) == ["layers.0.up.weight"]
     assert verify("out")["inputs"][0]["path"] == f"org/base@{sha}"
-
-
-# --- without the network ------------------------------------------------------------------------------------
-
-
-def test_offline_a_complete_cache_is_enough(
-    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = put(hub, plain)
-    assert run(capsys, "plan", *words)[0] == 0
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.asked.clear()
-    assert run(capsys, "merge", *words, "-o", "out", "--quiet") == (0, "", "")
-    assert hub.asked == []
-    sha = hub.repositories["org/base"].refs["main"]
-    assert verify("out")["inputs"][0]["path"] == f"org/base@{sha}"
-    Path(f"cache/models--org--base/snapshots/{sha}/tokenizer.json").unlink()
-    failed(
-        run(capsys, "plan", *words), 3, "org/base: is in the cache without tokenizer.json, and HF_HUB_OFFLINE is set"
-    )
-
-
-def test_offline_a_prepared_cache(
-    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As other tools leave it: links, no list of what the commit holds; with shards, complete or not."""
-    items = list(plain.base.items())
-    folder = write_sharded(plain.root / "sharded", [dict(items[:3]), dict(items[3:])])
-    plain.save()
-    sha = "0123456789" * 4
-    for name in ("blobs", "refs", f"snapshots/{sha}"):
-        Path("cache/models--org--base", name).mkdir(parents=True)
-    Path("cache/models--org--base/refs/main").write_text(sha)
-    for i, (name, data) in enumerate(contents(folder).items()):
-        Path(f"cache/models--org--base/blobs/{i}").write_bytes(data)
-        Path(f"cache/models--org--base/snapshots/{sha}/{name}").symlink_to(f"../../blobs/{i}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    words = ["--base", "org/base", "--expert", plain.root / "e1"]
-    assert run(capsys, "plan", *words)[0] == 0
-    Path(f"cache/models--org--base/snapshots/{sha}/model-00002-of-00002.safetensors").unlink()
-    failed(run(capsys, "plan", *words), 3, "in the cache without model-00002-of-00002.safetensors, .*; fetch it once")
-    Path(f"cache/models--org--base/snapshots/{sha}/model.safetensors.index.json").unlink()
-    failed(run(capsys, "plan", *words), 3, "has shards but no model.safetensors.index.json .in the cache.")
-
-
-def test_offline_without_a_cache(
-    hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ["plan", "--base", "org/base", "--expert", "org/e1"]
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    failed(run(capsys, *words), 3, "org/base: is not in the cache, and HF_HUB_OFFLINE is set; fetch it once")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    failed(run(capsys, *words), 3, "org/base: is not in the cache, and the Hub cannot be reached .*refused")
-
-
-def test_a_hub_that_fails_is_as_none(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    words = put(hub, plain)
-    hub.refuse["/api/models/"] = 500
-    failed(run(capsys, "plan", *words), 3, "org/base: is not in the cache, and the Hub cannot be reached .*500")
-    hub.refuse.clear()
-    assert run(capsys, "plan", *words)[0] == 0
-    hub.refuse["/api/models/"] = 500
-    assert run(capsys, "plan", *words)[0] == 0
-
-
-def test_a_download_that_breaks_off_is_gone_on_with(
-    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = put(hub, plain)
-    hub.refuse["model.safetensors"] = 410
-    failed(run(capsys, "plan", *words), 3, "org/base: could not be fetched .*; run again: what was fetched is kept")
-    hub.refuse.clear()
-    hub.asked.clear()
-    assert run(capsys, "plan", *words)[0] == 0
-    base = [line for line in hub.asked if line.startswith("GET /org/base/resolve")]
-    assert [line.rpartition("/")[2] for line in base] == ["model.safetensors"]
-
-
-# --- refusals -----------------------------------------------------------------------------------------------
-
-REFUSED = {
-    "wrong name": ("org/bsae", "no such folder here, and no such model on the Hub that you may see; check the name"),
-    "wrong revision": ("org/base@v9", "org/base@v9: has no such revision; name a branch, tag or commit of http"),
-    "private": ("org/private", "no such model on the Hub that you may see; .*set HF_TOKEN"),
-    "gated": ("org/gated", "org/gated: is gated; accept its terms at http://[^ ]+/org/gated and set HF_TOKEN"),
-    "no weights": ("org/empty", "org/empty: has neither model.safetensors nor model.safetensors.index.json"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(case: str, plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    put(hub, plain)
-    files = contents(plain.root / "base")
-    hub.repositories |= {"org/private": Repository(private=True), "org/gated": Repository(gated=True)}
-    hub.repositories["org/empty"] = Repository()
-    for name in ("org/private", "org/gated"):
-        hub.repositories[name].commit(files)
-    hub.repositories["org/empty"].commit(ASSETS)
-    name, message = REFUSED[case]
-    failed(run(capsys, "merge", "--base", name, "--expert", "org/e1", "-o", "out"), 3, message)
-    assert not Path("out").exists()
-
-
-@pytest.mark.parametrize("status", [401, 403])
-def test_access_refused(status: int, plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    words = put(hub, plain)
-    hub.refuse["/resolve/"] = status
-    failed(run(capsys, "plan", *words), 3, "org/base: .*set HF_TOKEN")
-
-
-def test_a_token_opens_what_is_closed(
-    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = put(hub, plain)
-    hub.repositories["org/base"].private = hub.repositories["org/e1"].gated = True
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert run(capsys, "plan", *words)[0] == 0
-
-
-def test_without_the_library(
-    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = put(hub, plain)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    failed(run(capsys, "plan", *words), 2, r"huggingface_hub is not installed.*; pip install 'acemerge\[hub\]'")
-
-
-# --- ids and paths ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("org/name", HubId("org/name")),
-        ("Org-1/na.me_2", HubId("Org-1/na.me_2")),
-        ("org/name@v1.0", HubId("org/name", "v1.0")),
-        ("org/name@refs/pr/3", HubId("org/name", "refs/pr/3")),
-        ("org/name:task/lr1e-05", HubId("org/name", None, "task/lr1e-05")),
-        ("org/name@refs/pr/3:task", HubId("org/name", "refs/pr/3", "task")),
-    ],
-)
-def test_ids(text: str, expected: HubId) -> None:
-    assert parse_id(text) == expected
-    assert str(expected) == text
-
-
-NOT_IDS = (
-    *("name", "/org/name", "./org/name", "../name", "~/name", "org/../name", "org/name/more", "org/name@", "org/na me"),
-    *("org/name:", "org/name:/a", "org/name:a//b", "org/name:../a", "org/name:a/..", "org/name:a@v1", ":a"),
-    *("org/name@a..b", "org/name@/a", "org/name\n", "org/name@v\x001", "org/na--me", "org/name.git", "orgé/name"),
-    *("org/" + "n" * 300, ""),
-)
-
-
-@pytest.mark.parametrize("text", NOT_IDS)
-def test_what_is_no_id_is_a_path(text: str) -> None:
-    assert parse_id(text) is None
-
-
-def test_a_folder_comes_before_an_id(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
-    words = put(hub, plain)
-    write_checkpoint(Path("org/base"), plain.base)
-    assert hub_id("org/base") is None
-    assert run(capsys, "plan", *words)[0] == 0
-    assert not [line for line in hub.asked if "org/base" in line]
-
-
-def test_a_recipe_keeps_ids_and_finds_folders_beside_it(tmp_path: Path) -> None:
-    folder = tmp_path / "recipes"
-    write_checkpoint(folder / "org/here", {"a": torch.ones(1)})
-    recipe = folder / "recipe.yaml"
-    recipe.write_text("base: org/name@v1\nexperts: [org/here, {model: org/there}, ./org/name, a/b/c]\n")
-    read = load_recipe(recipe, {})
-    expected = ["org/name@v1", str(folder / "org/here"), "org/there", str(folder / "org/name"), str(folder / "a/b/c")]
-    assert read.models == expected
 
 
 # --- going on -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from builders import PlainModel, load_folder
 
 import acemerge
 from acemerge.cli.app import main
+from acemerge.methods import rule_name
 from acemerge.output.verify import verify
 
 
@@ -85,6 +86,27 @@ def test_a_recipe_file_and_options_on_top(plain: PlainModel, capsys: pytest.Capt
     assert torch.equal(load_folder(plain.root / "out")[name], load_folder(by_hand.out)[name])
 
 
+def test_weights_in_either_place(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    base, experts = plain.save()
+    odd = (plain.root / "a=1").absolute()
+    experts[2].rename(odd)  # a path that has a weight's looks
+    pairs = [f"{experts[0]}=2", f"{experts[1]}", f"{odd}"]
+    words = [word for pair in pairs for word in ("--expert", pair)]
+    outs = [plain.root / name for name in ("one", "two", "three")]
+    code = run(capsys, "merge", "--base", base, *words, "-o", outs[0], "--quiet")[0]
+    words[1] = str(experts[0])
+    assert run(capsys, "merge", "--base", base, *words, "--weights", "2,1,1", "-o", outs[1], "--quiet")[0] == code == 0
+    (plain.root / "r.yaml").write_text("method: ace\nbase: base\nexperts: [{model: e1, weight: 5}, e2, 'a=1']\n")
+    assert run(capsys, "merge", plain.root / "r.yaml", "--weights", "2,1,1", "-o", outs[2], "--quiet")[0] == 0
+    one, two, three = (verify(out)["outputs"]["model.safetensors"] for out in outs)
+    assert one == two == three
+    assert [expert["weight"] for expert in verify(outs[0])["recipe"]["experts"]] == [2, 1, 1]
+    for wrong, message in (("1,2", "2 weights for 3 experts"), ("1,x,1", "'1,x,1' are no numbers")):
+        failed(run(capsys, "plan", "--base", base, *words, "--weights", wrong), 2, f"--weights: {message}")
+    words[1] = pairs[0]
+    failed(run(capsys, "plan", "--base", base, *words, "--weights", "1,1,1"), 2, "an --expert has a weight, too")
+
+
 def test_auto_is_the_rule_that_it_stands_for(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     plain.save()
     auto, named = plain.root / "auto", plain.root / "named"
@@ -105,7 +127,11 @@ def test_plan_reads_headers_only(plain: PlainModel, capsys: pytest.CaptureFixtur
     plain.tuned[1]["score.weight"] = torch.ones(3, 6)
     code, printed, _ = run(capsys, "plan", *arguments(plain), "-o", plain.root / "out")
     assert code == 0
-    assert re.search(r"layers\.0\.up\.weight +8x6 +linear +ace +a linear layer's weight", printed)
+    assert re.search(
+        r"^ace \(linear\): a linear layer's weight\n +1 layers\.0\.down.*\n +1 layers\.0\.up\.weight +8x6$",
+        printed,
+        re.M,
+    )
     assert "heads/e2: score.weight (missing in the base)" in printed
     assert "roles from names and shapes" in printed
     assert re.search(r"6 tensors; read [\d.]+ kB, write [\d.]+ k?B; [\d.]+ GFLOP; peak memory", printed)
@@ -120,6 +146,15 @@ def test_methods_lists_rules_and_shows_one(capsys: pytest.CaptureFixture[str]) -
     assert code == 0
     assert all(word in printed for word in ("eps", "1e-05", "arXiv 2603.02945", "k_frac", "ridge"))
     failed(run(capsys, "methods", "acee"), 2, "did you mean `ace`")
+
+
+def test_the_list_of_rules_is_a_line_each_by_family(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "methods")[1]
+    assert "Of other packages" not in printed, "a rule has no line in methods/about.py"
+    lines = printed.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("* ")] == [rule_name("auto"), "recommended:"]
+    assert {line[2:].split()[0] for line in lines if line[1:2] == " "} == {*acemerge.METHODS, "recommended:"}
+    assert max(map(len, lines)) <= 80
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

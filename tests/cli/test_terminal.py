@@ -15,7 +15,8 @@ from acemerge import api
 from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
 from acemerge.cli.merge import after, before
-from acemerge.cli.progress import Pace, duration, progress, view
+from acemerge.cli.progress import Pace, progress, view
+from acemerge.cli.text import duration
 from acemerge.engine.execute import Progress
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.methods import make
@@ -176,7 +177,7 @@ def merged(plain: PlainModel, **options: object) -> MergeReport:
 def test_the_summary_names_three_things_to_look_at(plain: PlainModel) -> None:
     console = pipe()
     report = merged(plain)
-    after(console, report, warned=False)
+    after(console, report)
     lines = said(console).splitlines()
     assert lines[0].startswith("merged 6 tensors (3 by average, 2 by ace, 1 by base) in ")
     rows = [torch.tensor(record["energies"]) for record in report.tensors.values() if "energies" in record]
@@ -196,7 +197,7 @@ def test_a_dominating_expert_comes_with_its_cure_and_fallbacks_are_counted(plain
     report = merged(plain)
     report.manifest["tensors"]["layers.0.up.weight"]["status"] = "pseudo-inverse"
     console = pipe()
-    after(console, report, warned=False)
+    after(console, report)
     assert re.search(r"^experts: expert e3 dominates: .* give it a weight of ", said(console), re.MULTILINE)
     assert "layers: 1 tensor: singular, solved by the pseudo-inverse; a larger eps makes them regular; " in said(
         console
@@ -208,7 +209,7 @@ def test_warnings_are_said_once(plain: PlainModel, tmp_path: Path) -> None:
         model["layers.0.extra.weight"] = torch.ones(2, 2)
     report = merged(plain)
     texts = []
-    for warned in (False, True):
+    for warned in ((), report.manifest["warnings"]):
         console = pipe()
         after(console, report, warned)
         texts.append(said(console).count("warning: expert e1: layers.0.extra.weight is not in the base"))

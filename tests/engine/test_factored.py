@@ -20,7 +20,8 @@ from acemerge.engine.compute import compute
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.engine.work import Place, Setting
 from acemerge.planning.costs import cost, operations
-from acemerge.planning.jobs import Piece, Plan
+from acemerge.planning.jobs import Plan
+from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import make_recipe
 
 LAYER = "layers.0.up"

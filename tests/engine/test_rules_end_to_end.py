@@ -12,7 +12,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.output.masks import pack, unpack
+from acemerge.output.packed_masks import pack, unpack
 from acemerge.output.verify import verify
 from acemerge.recipes.recipe import make_recipe
 
@@ -52,6 +52,18 @@ def test_a_share_is_taken_over_the_tensors_that_keep_it(plain: PlainModel) -> No
     assert torch.equal(alone[BY_RULE[0]], together[BY_RULE[0]])  # the only tensor with the default share
     half = out_of(plain, "half", method={"name": "ties", "trim": "tensor", "keep": 0.5})
     assert torch.equal(half[BY_RULE[1]], together[BY_RULE[1]])
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.2000000001])
+def test_a_rule_keeps_its_share_of_its_own_tensors_whatever_another_keeps(plain: PlainModel, keep: float) -> None:
+    """Where the tensors' sizes are far apart one pool would keep nothing of the smaller."""
+    for expert in plain.tuned:
+        expert[BY_RULE[1]] = plain.base[BY_RULE[1]] + 1e-3 * (expert[BY_RULE[1]] - plain.base[BY_RULE[1]])
+    rules = [{"match": BY_RULE[1], "method": {"name": "ties", "keep": keep}}]
+    apart = out_of(plain, "apart", method="ties", rules=rules)
+    alone = out_of(plain, "alone", method={"name": "ties", "trim": "tensor"})
+    assert torch.equal(apart[BY_RULE[1]], alone[BY_RULE[1]])
+    assert not torch.equal(apart[BY_RULE[1]], plain.base[BY_RULE[1]])
 
 
 @pytest.mark.parametrize("method", DATA_FREE)

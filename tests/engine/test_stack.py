@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import RULES
+from crossed import crossed, spread
 from oracles import relative_error, task_vectors
 from torch import Tensor
 
@@ -19,8 +20,10 @@ from acemerge.engine.work import Place, Setting
 from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.methods import METHODS, Layer, Method, Together, expert_seeds, make
 from acemerge.methods.ace import Ace
+from acemerge.methods.status import Status
 from acemerge.models.roles import Role
-from acemerge.planning.jobs import Input, Job, Piece
+from acemerge.planning.jobs import Input, Merge
+from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import make_recipe
 
 CPU = torch.device("cpu")
@@ -48,9 +51,14 @@ def _layer(i: int, T: int = 3) -> Layer:
     return Layer(torch.ones(T, dtype=torch.float64), expert_seeds(0, f"layer {i}", range(T)))
 
 
-@pytest.mark.parametrize(("name", "params"), [*((name, {}) for name in STACKED), ("actmat", {"lam": 0.01, "p": 1})])
-@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (3, 20)])  # the last is solved in the space of its rows
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+SETTINGS = [*((name, {}) for name in STACKED), ("actmat", {"lam": 0.01, "p": 1})]
+
+
+@crossed(
+    **{"name,params": [pytest.param(*setting, id=str(setting)) for setting in SETTINGS]},
+    shape=[(12, 8), (8, 12), (3, 20)],  # the last is solved in the space of its rows
+    dtype=[torch.float64, torch.float32],
+)
 def test_a_stack_is_what_each_layer_is_alone(
     name: str, params: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
@@ -112,14 +120,14 @@ class _Model:
         ]
         rule = make(method, dict(RULES[method].params))
         recipe = make_recipe({"base": "b", "experts": [str(t) for t in range(T)]}, "test")
-        thresholds = {} if rule.needs.keep is None else {rule.needs.keep: [0.05] * T}
+        thresholds = {} if rule.needs.keep is None else {-1: [0.05] * T}
         self.setting = Setting(recipe, [str(t) for t in range(T)], thresholds)
         self.pieces = [self._piece(name, rule, T, job) for name in names]
 
-    def _piece(self, name: str, rule: Method, T: int, job: dict[str, Any]) -> Piece:
+    def _piece(self, name: str, rule: Method, T: int, job: dict[str, Any]) -> Piece[Merge]:
         value = self.models[0][name]
         spec = TensorSpec(name, value.dtype, tuple(value.shape))
-        return Piece(Job(spec, Role("linear"), "test", rule, (1.0,) * T, sources=(name,) * T, **job))
+        return Piece(Merge(spec, Role("linear"), "test", (name,) * T, method=rule, weights=(1.0,) * T, **job))
 
     def merged(self, numbers: Sequence[int] | None = None) -> list[Computed]:
         chosen = self.pieces if numbers is None else [self.pieces[i] for i in numbers]
@@ -129,15 +137,14 @@ class _Model:
         return [compute(piece, _Values(self.models), self.setting, Place(CPU)) for piece in self.pieces]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("name", list(RULES))
+@spread(name=RULES, transposed=[False, True])
 def test_pieces_together_are_what_they_are_alone(name: str, transposed: bool) -> None:
     model = _Model(name, min(3, RULES[name].experts), torch.float64, transposed=transposed, compute_dtype=torch.float64)
     for together, alone in zip(model.merged(), model.alone(), strict=True):
         assert relative_error(together.value, alone.value) < 1e-12
-        assert together.record["status"] == alone.record["status"]
-        assert together.record["energies"] == pytest.approx(alone.record["energies"])
-        assert set(together.record) == set(alone.record)
+        assert together.record.stats.statuses == alone.record.stats.statuses
+        assert together.record.energies == pytest.approx(alone.record.energies)
+        assert together.record.to_json().keys() == alone.record.to_json().keys()
         assert len(together.masks) == len(alone.masks)
 
 
@@ -157,7 +164,7 @@ def test_a_layer_that_did_not_move_keeps_its_bytes() -> None:
         expert["layer 6"] = model.models[0]["layer 6"]
     still = model.merged()[6]
     assert torch.equal(still.value.view(torch.int16), model.models[0]["layer 6"].view(torch.int16))
-    assert still.record["status"] == "no update"
+    assert still.record.stats.statuses == (Status.NO_UPDATE,)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -170,7 +177,7 @@ def test_what_is_not_finite_in_a_stack_is_named_or_left_out(value: float) -> Non
     skipping = model.setting.recipe.model_copy(update={"nonfinite": "skip-expert"})
     model.setting = replace(model.setting, recipe=skipping)
     found = model.merged()
-    assert found[3].record["skipped_experts"] == ["1"]
+    assert found[3].record.skipped_experts == ("1",)
     assert all(torch.equal(a.value, b.value) for i, (a, b) in enumerate(zip(found, clean, strict=True)) if i != 3)
 
 
@@ -200,7 +207,7 @@ def test_layers_of_a_stack_that_fails_go_one_by_one(monkeypatch: pytest.MonkeyPa
 def test_stacks_are_of_small_pieces_that_are_alike() -> None:
     small, other = _Model("ace").pieces[:4], _Model("average").pieces[:2]
 
-    def of_side(name: str, side: int) -> Piece:
+    def of_side(name: str, side: int) -> Piece[Merge]:
         return Piece(replace(small[0].job, spec=TensorSpec(name, torch.bfloat16, (side, side))))
 
     large, halves = of_side("large", 300), [of_side("half", 180), of_side("other half", 180)]

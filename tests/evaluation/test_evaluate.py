@@ -29,7 +29,7 @@ from task_builders import (
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.compare import with_experts
-from acemerge.evaluation.run import Run, evaluate
+from acemerge.evaluation.evaluate import Run, evaluate
 from acemerge.evaluation.tables import Score
 from acemerge.recipes.recipe import make_recipe
 from acemerge.tasks.heads import find_heads

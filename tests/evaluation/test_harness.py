@@ -21,8 +21,8 @@ from task_builders import ROOM, WORDS, save_model, save_tokenizer, sentences, sh
 
 from acemerge.errors import UsageError
 from acemerge.evaluation import harness
+from acemerge.evaluation.evaluate import Run, evaluate
 from acemerge.evaluation.metrics import bootstrap
-from acemerge.evaluation.run import Run, evaluate
 from acemerge.evaluation.tables import Score, mean
 from acemerge.tasks.harness_file import read_task
 from acemerge.tasks.task_file import load_tasks

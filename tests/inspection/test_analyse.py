@@ -178,7 +178,7 @@ def test_stacks_are_taken_apart_and_turned_weights_turned(tmp_path: Path) -> Non
         D = torch.stack([W - W0 for W in own]).double()
         result = acemerge.merge_deltas(D, "ace", k_frac=0.5)
         torch.testing.assert_close(each.merged.values, torch.linalg.svdvals(result.delta), rtol=1e-4, atol=1e-5)
-        assert each.record["gamma"] == pytest.approx(result.stats["gamma"], rel=1e-4)
+        assert each.stats.gamma == pytest.approx(result.stats.gamma, rel=1e-4)
         inputs = [torch.linalg.svd(d)[2][:1].T for d in D]
         torch.testing.assert_close(each.inputs.first, first_cosines(inputs), rtol=0, atol=1e-4)
 

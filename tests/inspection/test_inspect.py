@@ -13,11 +13,12 @@ from commands import failed, run
 from torch import Tensor
 from torch.nn.functional import cosine_similarity as cosine
 
+import acemerge
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.inspection.statistics import squared_norms, stable_ranks, sums
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.linalg.krylov import spectral_norms
-from acemerge.planning import jobs
+from acemerge.planning import pieces
 from acemerge.recipes.recipe import make_recipe
 
 MERGED = (
@@ -42,12 +43,12 @@ def said(seen: Inspection) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("piece", [jobs._PIECE, 8])
+@pytest.mark.parametrize("piece", [pieces._PIECE, 8])
 def test_figures_are_those_of_the_formulas(
     tmp_path: Path, dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole or in pieces; the oracle sees all entries at once in float64."""
-    monkeypatch.setattr(jobs, "_PIECE", piece)
+    monkeypatch.setattr(pieces, "_PIECE", piece)
     plain = PlainModel(tmp_path, dtype)
     seen = look(*plain.save())
     assert {view.job.name for view in seen.views} == set(MERGED)
@@ -208,7 +209,7 @@ def test_the_command_prints_tables_or_json(plain: PlainModel, capsys: pytest.Cap
 
 def test_json_has_no_numbers_that_json_lacks(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     """An expert without an update has no direction, and a base of zeros no distance."""
-    zeros = {name: 0 * value for name, value in plain.base.items()}
+    zeros = {name: 0 * value if value.is_floating_point() else value for name, value in plain.base.items()}
     base, frozen = (write_checkpoint(plain.root / name, zeros) for name in ("zeros", "frozen"))
     _, experts = plain.save()
     code, text, _ = run(capsys, "inspect", "--base", base, "--expert", frozen, "--expert", experts[0], "--json")
@@ -222,3 +223,37 @@ def test_values_that_are_not_finite_are_named(plain: PlainModel, capsys: pytest.
     base, experts = plain.save()
     result = run(capsys, "inspect", "--base", base, "--expert", experts[0])
     failed(result, 3, r"'layers\.0\.up\.weight' is inf at \[1, 2\]")
+
+
+def test_what_a_merge_would_refuse_is_found_before_it(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever is refused for what the tensors hold: by `inspect`, and by `plan` where that need not read them all."""
+    strange, spelt = torch.Generator().manual_seed(9), {"lm_head.weight": plain.base["embed_tokens.weight"] + 1}
+    config = {"tie_word_embeddings": True}
+    cases = {
+        "an integer": ({"position_ids": torch.arange(1, 6)}, r"integer tensor 'position_ids' differs", True),
+        "a tied tensor": (spelt, r"should be tied but differ", True),
+        "a head": ({"score.weight": torch.full((3, 6), torch.nan)}, r"'score\.weight' is nan", False),
+        "a norm": ({"layers.0.norm.weight": torch.full((6,), torch.inf)}, r"'layers\.0\.norm\.weight' is inf", False),
+    }
+    base = write_checkpoint(plain.root / "base", plain.base, config)
+    for case, (changes, said, by_plan) in cases.items():
+        expert = write_checkpoint(plain.root / case, plain.tuned[0] | changes, config)
+        with pytest.raises(acemerge.CheckpointError, match=said):
+            acemerge.merge(base, [expert], "average", out=plain.root / "out")
+        for command in ("inspect", "plan") if by_plan else ("inspect",):
+            failed(run(capsys, command, "--base", base, "--expert", expert), 3, said)
+    stranger = {n: torch.randn(v.shape, generator=strange) if v.ndim == 2 else v for n, v in plain.base.items()}
+    expert = write_checkpoint(plain.root / "a stranger", stranger, config)
+    failed(run(capsys, "plan", "--base", base, "--expert", expert), 3, "does not come from this base")
+    assert run(capsys, "plan", "--base", base, "--expert", expert, "--force")[0] == 0
+
+
+def test_a_kept_tensor_of_the_base_is_looked_at_too(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    plain.base["position_bias"] = torch.full((3,), torch.nan)
+    base, experts = plain.save()
+    for i, folder in enumerate(experts):
+        write_checkpoint(folder, plain.tuned[i] | {"position_bias": torch.zeros(3)})
+    recipe = plain.root / "recipe.yaml"
+    rules = [{"match": "position_bias", "action": "base"}]
+    recipe.write_text(json.dumps({"base": str(base), "experts": list(map(str, experts)), "rules": rules}))
+    failed(run(capsys, "inspect", recipe), 3, r"'position_bias' is nan at \[0\]")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from crossed import crossed
 from oracles import ace, matrix_with_condition, relative_error
 from torch import Tensor
 
 import acemerge
 from acemerge.errors import UsageError
+from acemerge.methods.ace import second_moment_scales
 
 
 def _randn(*shape: int, seed: int = 0) -> Tensor:
@@ -27,9 +29,7 @@ def _experts(shape: tuple[int, int], spread: str, seed: int = 0) -> Tensor:
     return 0.05 * sizes[:, None, None] * (low + noise)
 
 
-@pytest.mark.parametrize("ablation", ["E1", "E2", "E3", "E4"])
-@pytest.mark.parametrize("spread", SPREADS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(shape=SHAPES, spread=SPREADS, ablation=["E1", "E2", "E3", "E4"])
 def test_ace_is_the_printed_formula(shape: tuple[int, int], spread: str, ablation: str) -> None:
     deltas = _experts(shape, spread)
     params = {"ablation": ablation, "tau": 0.0 if spread == "heterogeneous" else 1e9, "eps": 1e-3}
@@ -81,3 +81,14 @@ def test_ace_without_ridge_uses_the_pseudo_inverse_on_singular_input() -> None:
 def test_ace_refuses_negative_weights() -> None:
     with pytest.raises(UsageError, match="negative"):
         acemerge.merge_deltas(_randn(2, 3, 3), "ace", weights=[1, -1])
+
+
+def test_rows_that_are_alike_but_for_rounding_have_no_scale() -> None:
+    """Their centred energy is rounding, and one over it would outweigh every other expert."""
+    row, eye = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    alike = row.repeat(3, 1)
+    assert (alike - alike.mean(0)).any()
+    deltas = torch.stack([alike, alike * (1 + 1e-7 * eye), alike * (1 + 1e-5 * eye), eye])
+    for given in (deltas, deltas.float()):
+        scales = second_moment_scales(given, torch.ones(4, dtype=torch.float64))
+        assert (scales > 0).tolist() == [False, False, True, True]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import conformance
 import pytest
-import test_methods  # the module: its tests are not to be collected here again
 import torch
 from builders import PlainModel, load_folder
+from every_rule import AWKWARD, check_finite, check_repeats
 
 import acemerge
 
@@ -34,11 +34,10 @@ def trimmed_mean(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_the_rule_of_the_page_passes_the_table(trimmed_mean: str) -> None:
-    every = test_methods.TestEveryRule()
-    for case in test_methods.AWKWARD:
+    for case in AWKWARD:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            every.test_is_finite_and_reports_its_status(trimmed_mean, case, dtype)
-            every.test_leaves_its_input_alone_and_repeats_itself(trimmed_mean, case, dtype)
+            check_finite(trimmed_mean, case, dtype)
+            check_repeats(trimmed_mean, case, dtype)
     assert dataclasses.is_dataclass(acemerge.METHODS[trimmed_mean])
 
 

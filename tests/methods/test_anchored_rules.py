@@ -14,7 +14,7 @@ from oracles import EXACT, relative_error, svd, task_vectors
 from torch import Tensor
 
 import acemerge
-from acemerge.methods.base import Work
+from acemerge.methods.base import Workspace
 
 BOTH = ["anchored", "kron"]
 SHAPES = [(24, 16), (16, 24), (20, 20), (40, 3)]
@@ -172,6 +172,6 @@ def test_small_layers_have_no_products_in_bfloat16() -> None:
 
 
 def test_memory_is_counted_by_expert_and_longer_side() -> None:
-    work = Work(2, 3, "longer", each=4)
+    work = Workspace(2, 3, "longer", each=4)
     assert work.entries(5, 100, 10) == work.entries(5, 10, 100) == (2 + 4 * 5) * 1000 + 3 * 50**2
     assert work.entries(50, 100, 10) == (2 + 4 * 50) * 1000 + 3 * 100**2

@@ -10,6 +10,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import EXACT, relative_error, svd, task_vectors, two_sides
 from torch import Tensor
 
@@ -35,9 +36,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-@over_both
-@over_shapes
-@pytest.mark.parametrize("keep", [0.0, 0.25, 0.8, 1.0])
+@crossed(rule=["kron", "kron_auto"], shape=[(24, 16), (16, 24), (20, 20), (40, 3)], keep=[0.0, 0.25, 0.8, 1.0])
 def test_beyond_the_leading_directions_all_are_alike(rule: str, shape: tuple[int, int], keep: float) -> None:
     deltas, weights = task_vectors(4, shape), [2.0, 0.5, 1.0, 3.0]
     expected = getattr(oracles, rule)(deltas, weights, keep=keep, fewest=2)

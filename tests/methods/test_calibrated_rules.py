@@ -5,13 +5,14 @@ from __future__ import annotations
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import average, relative_error, task_vectors
 from torch import Tensor
 
 import acemerge
 from acemerge.errors import UsageError
 from acemerge.methods import Layer, make
-from acemerge.methods.calibrated import UNSEEN
+from acemerge.methods.status import Status
 
 REGRESSIONS = ["regmean", "regmean_pp"]
 SHAPES = [(24, 16), (16, 24), (3, 40), (40, 3)]
@@ -32,9 +33,7 @@ def merged(deltas: Tensor, rule: str, moments: Tensor, **options: object) -> Ten
     return acemerge.merge_deltas(deltas, rule, moments=moments, **options).delta
 
 
-@pytest.mark.parametrize("rule", REGRESSIONS)
-@pytest.mark.parametrize("options", [{}, {"a": 0.3}, {"weights": WEIGHTS}], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=REGRESSIONS, options=[{}, {"a": 0.3}, {"weights": WEIGHTS}], shape=SHAPES)
 def test_regmean_is_the_formula(rule: str, options: dict[str, object], shape: tuple[int, int]) -> None:
     deltas, moments = task_vectors(4, shape), second_moments(4, shape[1])
     expected = oracles.regmean(deltas, moments, **options)
@@ -80,14 +79,14 @@ def test_directions_that_no_input_reaches_stay_at_the_base() -> None:
 def test_what_was_not_seen_is_averaged_and_said(rule: str) -> None:
     deltas, weights = task_vectors(3, (5, 8)), torch.tensor(WEIGHTS[:3], dtype=torch.float64)
     found = make(rule, {"scale": 0.5}).merge(deltas, Layer(weights, (0, 1, 2)))
-    assert found.stats["status"] == UNSEEN
+    assert found.stats.statuses == (Status.UNSEEN,)
     assert relative_error(found.delta, 0.5 * average(deltas, WEIGHTS[:3])) < 1e-12
 
 
 def test_fused_experts_that_no_input_was_sent_to_are_averaged() -> None:
     deltas = task_vectors(2, (5, 8))
     found = acemerge.merge_deltas(deltas, "regmean", moments=torch.zeros(2, 8, 8))
-    assert found.stats["status"] == UNSEEN
+    assert found.stats.statuses == (Status.UNSEEN,)
     assert relative_error(found.delta, average(deltas)) < 1e-12
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import oracles
 import pytest
 import torch
+from crossed import crossed, spread
 from oracles import EXACT, average, relative_error, task_vectors
 from torch import Tensor
 
@@ -42,16 +43,12 @@ def error(deltas: Tensor, rule: str, **options: object) -> float:
 # --- against the formula -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float64_is_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
     assert error(task_vectors(T, shape), rule) < TOLERANCE.get(rule, 1e-8)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float32_stays_close_to_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
     assert error(task_vectors(T, shape).float(), rule) < 1e-4
 
@@ -63,8 +60,7 @@ def test_float32_stays_close_at_condition_1e6(rule: str, shape: tuple[int, int])
     assert error(task_vectors(3, shape, condition=1e6).float(), rule) < 1e-4
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)], ids=str)
+@spread(rule=RULES, shape=[(48, 32), (32, 48), (40, 40)])
 def test_one_expert_comes_back_at_condition_1e6(rule: str, shape: tuple[int, int]) -> None:
     """It minimises every one of these losses; tact with every entry kept."""
     deltas = task_vectors(1, shape, condition=1e6).float()
@@ -78,9 +74,7 @@ def test_a_large_layer_is_the_formula(rule: str) -> None:
     assert error(task_vectors(3, (540, 530)), rule, **params) < TOLERANCE.get(rule, 1e-8)
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24)], ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=[(24, 16), (16, 24)])
 def test_a_weight_multiplies_the_term_of_its_expert(rule: str, T: int, shape: tuple[int, int]) -> None:
     assert error(task_vectors(T, shape), rule, weights=WEIGHTS[:T]) < TOLERANCE.get(rule, 1e-8)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import PlainModel, load_folder
 from conformance import DATA_FREE, RULES, accepted, result
+from crossed import spread
 from oracles import relative_error, task_vectors
 from torch import Tensor
 
@@ -18,8 +19,7 @@ def merged(deltas: Tensor, name: str, device: str) -> Tensor:
     return result(accepted(deltas, name).to(device), name).delta
 
 
-@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (3, 40), (540, 530)], ids=str)
-@pytest.mark.parametrize("name", RULES)
+@spread(name=RULES, shape=[(24, 16), (16, 24), (3, 40), (540, 530)])
 def test_a_rule_gives_the_same_on_cuda(name: str, shape: tuple[int, int]) -> None:
     deltas = task_vectors(4, shape)
     there = merged(deltas, name, "cuda")

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import elect, relative_error, task_vectors
 from torch import Tensor
 
 import acemerge
+from acemerge.linalg.select import share_of
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 40), (40, 3)]
 WEIGHTS = [2.0, 0.5, 1.5, 3.0]
@@ -40,23 +42,23 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-CASES = [(rule, T) for rule in RULES for T in (1, 2, 4) if rule != "slerp" or T == 2]  # slerp of one needs a base
+def experts(rule: str, T: int, shape: tuple[int, int]) -> Tensor:
+    """Always two for slerp: of one it needs a base."""
+    return task_vectors(2 if rule == "slerp" else T, shape)
 
 
 # --- against the formula -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float64_is_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
-    deltas = task_vectors(T, shape)
+    deltas = experts(rule, T, shape)
     assert relative_error(merged(deltas, rule), RULES[rule](deltas)) < 1e-8
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(rule=RULES, T=[1, 2, 4], shape=SHAPES)
 def test_float32_stays_close_to_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
-    deltas = task_vectors(T, shape).float()
+    deltas = experts(rule, T, shape).float()
     found = merged(deltas, rule)
     assert found.dtype == torch.float32
     assert relative_error(found, RULES[rule](deltas)) < 1e-4
@@ -68,9 +70,11 @@ def test_a_large_layer_is_the_formula(rule: str) -> None:
     assert relative_error(merged(deltas, rule), RULES[rule](deltas)) < 1e-8
 
 
-@pytest.mark.parametrize(("rule", "T"), CASES)
+@pytest.mark.parametrize("T", [1, 2, 4])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_weight_multiplies_its_task_vector(rule: str, T: int) -> None:
-    deltas, weights = task_vectors(T, (16, 24)), WEIGHTS[:T]
+    deltas = experts(rule, T, (16, 24))
+    weights = WEIGHTS[: len(deltas)]
     assert relative_error(merged(deltas, rule, weights=weights), RULES[rule](deltas, weights)) < 1e-8
 
 
@@ -169,6 +173,27 @@ def test_emr_masks_and_scales_are_the_formula(T: int, shape: tuple[int, int]) ->
     assert rebuilt.abs().sum((1, 2)).tolist() == pytest.approx(deltas.abs().sum((1, 2)).tolist())
 
 
+def test_emr_gives_the_expert_back_not_its_weighted_update() -> None:
+    """In its entries nobody else moved, so that lambda mask M is D_t to the bit, whatever its weight."""
+    deltas, weights = torch.zeros(3, 6, 5, dtype=torch.float64), [0.5, -2.0, 0.0]
+    deltas[0, :3], deltas[1, 3:] = normal(3, 5), normal(3, 5, seed=1)
+    found = acemerge.merge_deltas(deltas, "emr", weights=weights)
+    for t, (own, kept) in enumerate(zip(found.stats["own_l1"], found.stats["masked_l1"], strict=True)):
+        rebuilt = (own / kept if kept else 0.0) * found.masks[t] * found.delta
+        assert relative_error(rebuilt, deltas[t]) < 1e-14
+
+
+def test_a_share_that_falls_short_of_a_whole_number_by_rounding_counts_as_it() -> None:
+    assert 0.29 * 100 < 29
+    assert [share_of(keep, n) for keep, n in ((0.29, 100), (0.57, 100), (0.5, 5), (0.01, 5), (1.0, 7))] == [
+        29,
+        57,
+        2,
+        1,
+        7,
+    ]
+
+
 def test_emr_gives_an_expert_back_where_no_other_moved() -> None:
     deltas = torch.zeros(2, 6, 5, dtype=torch.float64)
     deltas[0, :3], deltas[1, 3:] = normal(3, 5), normal(3, 5, seed=1)
@@ -180,9 +205,12 @@ def test_emr_gives_an_expert_back_where_no_other_moved() -> None:
 # --- on the sphere and between weights ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "T"), [("slerp", 1), ("slerp", 2), ("karcher", 1), ("karcher", 2), ("karcher", 4)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+ON_THE_SPHERE = [
+    pytest.param(*case, id=str(case)) for case in (("slerp", 1), ("slerp", 2), *(("karcher", T) for T in (1, 2, 4)))
+]
+
+
+@crossed(**{"rule,T": ON_THE_SPHERE}, shape=SHAPES, dtype=[torch.float64, torch.float32])
 def test_with_a_base_the_weights_are_merged(shape: tuple[int, int], rule: str, T: int, dtype: torch.dtype) -> None:
     deltas, base = task_vectors(T, shape).to(dtype), base_weight(shape).to(dtype)
     found = merged(deltas, rule, base=base, weights=WEIGHTS[:T])
@@ -249,6 +277,10 @@ def test_karcher_with_its_defaults_is_within_its_tolerance() -> None:
 # --- dare and della: chance ----------------------------------------------------------------------------------
 
 
+def total(deltas: Tensor) -> Tensor:
+    return deltas.sum(0)
+
+
 def alone(deltas: Tensor, rule: str, **options: object) -> Tensor:
     """(T, out, in): what the rule leaves of each expert, told by weights of zero for the others."""
     ones = torch.eye(len(deltas)).tolist()
@@ -269,15 +301,9 @@ def test_dare_keeps_a_share_of_the_entries_and_divides_them_by_it(rule: str, p: 
     assert float(kept.all(0).double().mean()) == pytest.approx(together, abs=4 * sd)
 
 
-@pytest.mark.parametrize(
-    ("rule", "combine"), [("dare_linear", lambda D: D.sum(0)), ("dare_ties", elect), ("della", elect)]
-)
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_what_chance_leaves_is_combined_by_the_formula(
-    rule: str, combine: Callable[[Tensor], Tensor], T: int, shape: tuple[int, int]
-) -> None:
-    deltas = task_vectors(T, shape)
+@crossed(rule=["dare_linear", "dare_ties", "della"], T=[1, 2, 4], shape=SHAPES)
+def test_what_chance_leaves_is_combined_by_the_formula(rule: str, T: int, shape: tuple[int, int]) -> None:
+    deltas, combine = task_vectors(T, shape), total if rule == "dare_linear" else elect
     expected = combine(alone(deltas, rule, seed=3))
     assert relative_error(merged(deltas, rule, seed=3), expected) < 1e-8
     assert relative_error(merged(deltas.float(), rule, seed=3), expected) < 1e-4

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_golden import contents
 from oracles import EXACT, relative_error
 
 import acemerge
@@ -50,3 +51,11 @@ def test_float32_stays_close_to_the_reference(file: Path, key: str) -> None:
 def test_gamma_is_the_papers(file: Path) -> None:
     result, _ = _merge(file, "ace", torch.float64)
     assert result.stats["gamma"] == pytest.approx(float(np.load(file)["gamma"]), abs=1e-12)
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_the_oracles_give_the_files(file: Path) -> None:
+    made, stored = contents(file), np.load(file)
+    assert set(made) == set(stored.files)
+    for key, value in made.items():
+        assert relative_error(value, torch.from_numpy(stored[key])) < 1e-10

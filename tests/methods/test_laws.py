@@ -5,13 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conformance import RULES, accepted, having, merged, result, rotation
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracles import relative_error
 from torch import Tensor
-
-settings.register_profile("acemerge", max_examples=30, deadline=None, derandomize=True)
-settings.load_profile("acemerge")
 
 
 @st.composite

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import oracles
 import pytest
 import torch
-from oracles import relative_error, svd, task_vectors
+from crossed import crossed, named
+from oracles import relative_error, svd
 from torch import Tensor
 
 import acemerge
@@ -29,7 +30,6 @@ SHAPES = {  # out, in, ranks
     "more ranks than columns": (60, 12, (5, 5, 5, 5)),
     "one expert": (20, 30, (4,)),
 }
-over_shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 CORED: list[tuple[str, dict]] = [
     ("average", {}),
     ("task_arithmetic", {"scale": 0.4}),
@@ -57,7 +57,8 @@ CORED: list[tuple[str, dict]] = [
     ("core_space", {"over": "ties"}),
     ("core_space", {"over": {"name": "ace", "eps": 1e-2}}),
 ]
-over_cored = pytest.mark.parametrize(("rule", "params"), CORED, ids=[f"{rule} {params}" for rule, params in CORED])
+EACH_CORED = {"rule,params": [pytest.param(rule, params, id=f"{rule} {params}") for rule, params in CORED]}
+over_cored = crossed(**EACH_CORED)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -85,9 +86,7 @@ def check_equal(pairs: Factors, rule: str, tolerance: float = 1e-9, **options: o
 # --- the same result, without the full task vectors -----------------------------------------------------------
 
 
-@over_cored
-@over_shapes
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+@crossed(**EACH_CORED, shape=named(SHAPES), weighted=[False, True])
 def test_the_result_is_that_of_the_full_task_vectors(rule: str, params: dict, shape: tuple, weighted: bool) -> None:
     pairs = factors(*shape)
     weights = WEIGHTS[: len(pairs)] if weighted else None
@@ -146,6 +145,23 @@ def test_no_update_gives_no_update(rule: str, params: dict) -> None:
     found = acemerge.merge_factors([(0 * U, V) for U, V in factors(30, 20, (2, 2))], rule, **params)
     assert found.delta().abs().max() == 0
     assert found.truncated(1).stats["energy_lost"] == 0
+
+
+@over_cored
+@pytest.mark.parametrize("shared", ["columns", "rows", "both"])
+def test_factors_in_another_order_or_off_by_rounding_change_nothing(rule: str, params: dict, shared: str) -> None:
+    """Experts within one another's space, so that there is rounding where a direction might be."""
+    U, V = randn(30, 3), randn(3, 20, seed=1)
+    left, right = shared in ("columns", "both"), shared in ("rows", "both")
+    pairs = [
+        (U[:, : t + 1] if left else randn(30, t + 1, seed=t), V[: t + 1] if right else randn(t + 1, 20, seed=t))
+        for t in range(3)
+    ]
+    expected = acemerge.merge_factors(pairs, rule, **params).delta()
+    turned = acemerge.merge_factors([(L.flip(1), R.flip(0)) for L, R in pairs], rule, **params).delta()
+    assert relative_error(turned, expected) < 1e-9
+    noisy = [tuple(x * (1 + 1e-15 * randn(*x.shape, seed=7)) for x in pair) for pair in pairs]
+    assert relative_error(acemerge.merge_factors(noisy, rule, **params).delta(), expected) < 1e-9
 
 
 def test_ace_beyond_the_rank_refines_what_is_there() -> None:
@@ -227,9 +243,7 @@ def test_dependent_factors_add_no_direction() -> None:
 # --- truncation -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["average", "ace", "ties"])
-@pytest.mark.parametrize("shape", [(30, 20, (3, 2, 4)), (6, 50, (4, 4, 4))], ids=str)
-@pytest.mark.parametrize("rank", [1, 4, 40])
+@crossed(rule=["average", "ace", "ties"], shape=[(30, 20, (3, 2, 4)), (6, 50, (4, 4, 4))], rank=[1, 4, 40])
 def test_truncation_is_the_svd_and_tells_the_energy_lost(rule: str, shape: tuple, rank: int) -> None:
     found = acemerge.merge_factors(factors(*shape), rule)
     U, s, Vh = svd(found.delta())
@@ -294,66 +308,6 @@ def test_an_expert_of_weight_zero_hides_nothing() -> None:
     pairs = [*sharing(), factors(30, 20, (3,), seed=9)[0]]
     assert acemerge.merge_factors(pairs, "ace", weights=[1, 1, 1, 0]).stats["side"] == "output"
     assert acemerge.merge_factors(pairs, "ace").stats["side"] == "input"
-
-
-# --- knots and core_space against their formulas ------------------------------------------------------------
-
-
-def left_vectors(deltas: Tensor) -> Tensor:
-    """The left singular vectors of the task vectors side by side, those of zeros left out."""
-    U, s, _ = svd(torch.cat(list(deltas), 1))
-    return U[:, s > 1e-12 * s[0]]
-
-
-INPUTS = {
-    "full rank": task_vectors(3, (12, 9)),
-    "wide": task_vectors(2, (6, 15)),
-    "low rank": products(factors(20, 16, (2, 3, 2))),
-}
-
-
-@pytest.mark.parametrize("deltas", INPUTS.values(), ids=list(INPUTS))
-@pytest.mark.parametrize("weights", [None, [2.0, 0.5, 1.5]], ids=["", "weighted"])
-def test_knots_merges_the_rows_of_the_common_svd(deltas: Tensor, weights: list[float] | None) -> None:
-    weights = weights and weights[: len(deltas)]
-    U = left_vectors(deltas)
-    expected = U @ oracles.ties(U.T @ deltas, weights)
-    assert relative_error(acemerge.merge_deltas(deltas, "knots", weights=weights).delta, expected) < 1e-9
-
-
-@pytest.mark.parametrize("deltas", INPUTS.values(), ids=list(INPUTS))
-@pytest.mark.parametrize("weights", [None, [2.0, 0.5, 1.5]], ids=["", "weighted"])
-@pytest.mark.parametrize(("over", "oracle"), [("iso_c", oracles.iso_c), ("ties", oracles.ties)])
-def test_core_space_merges_in_both_common_bases(deltas: Tensor, weights: list | None, over: str, oracle) -> None:  # type: ignore[no-untyped-def]
-    weights = weights and weights[: len(deltas)]
-    U, V = left_vectors(deltas), left_vectors(deltas.mT)
-    expected = U @ oracle(U.T @ deltas @ V, weights) @ V.T
-    found = acemerge.merge_deltas(deltas, "core_space", over=over, weights=weights)
-    assert relative_error(found.delta, expected) < 1e-9
-    assert found.stats["rank"] == min(U.shape[1], V.shape[1])
-
-
-@pytest.mark.parametrize("rule", ["knots", "core_space"])
-def test_nothing_is_lost_on_the_way(rule: str) -> None:
-    deltas = task_vectors(4, (12, 9), condition=1e6)
-    found = acemerge.merge_deltas(deltas, rule, over="average", scale=2.0, weights=WEIGHTS).delta
-    assert relative_error(found, 2 * oracles.average(deltas, WEIGHTS)) < 1e-12
-
-
-@pytest.mark.parametrize("rule", ["knots", "core_space"])
-@pytest.mark.parametrize(
-    ("over", "message"),
-    [
-        ("slerp", "merges weights"),
-        ("emr", "makes masks"),
-        ("averag", "did you mean `average`"),
-        ({"name": "ties", "scale": 2}, "has a scale"),
-        ({"name": "ties", "keep": 3}, "keep"),
-    ],
-)
-def test_the_rule_inside_is_checked(rule: str, over: object, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        acemerge.merge_deltas(task_vectors(2, (4, 3)), rule, over=over)
 
 
 # --- the entry ----------------------------------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from conformance import RULES, accepted, having, measurements, result
-from oracles import matrix_with_condition, relative_error
+from crossed import crossed
+from every_rule import AWKWARD, check_finite, check_repeats
+from oracles import relative_error
 from torch import Tensor
 
 import acemerge
@@ -19,50 +19,20 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _with_condition(condition: float) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.stack([matrix_with_condition(24, 16, condition, generator) for _ in range(3)])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# One for each way through a rule: experts left out, a singular sum, more experts than they have room for.
+WAYS = ["one frozen expert", "rank one", "more experts than rows"]
+REPEATED = [case if case in WAYS else pytest.param(case, id=case, marks=pytest.mark.torture) for case in AWKWARD]
 
 
-AWKWARD: dict[str, Tensor] = {
-    "one expert": _randn(1, 6, 5),
-    "equal experts": _randn(1, 6, 5).repeat(3, 1, 1),
-    "all zero": torch.zeros(3, 6, 5, dtype=torch.float64),
-    "one frozen expert": torch.cat([_randn(2, 6, 5), torch.zeros(1, 6, 5, dtype=torch.float64)]),
-    "one row": _randn(3, 1, 7),
-    "one column": _randn(3, 7, 1),
-    "one entry": _randn(3, 1, 1),
-    "equal rows": _randn(3, 1, 5).repeat(1, 6, 1) * torch.tensor([1.0, 9.0, 80.0])[:, None, None],
-    "rank one": _randn(3, 6, 1) @ _randn(3, 1, 5, seed=1),
-    "condition 1e12": _with_condition(1e12),
-    "identical but for scale": _randn(1, 6, 5) * torch.tensor([1.0, 2.0, -3.0])[:, None, None],
-    "opposite experts": _randn(1, 6, 5) * torch.tensor([1.0, -1.0])[:, None, None],
-    "more experts than rows": _randn(7, 3, 4),
-    "k of zero": _randn(3, 2, 2) * torch.tensor([1.0, 9.0, 80.0])[:, None, None],
-    "tiny": 1e-20 * _randn(3, 6, 5),
-    "huge": 1e9 * _randn(3, 6, 5),
-    "very unequal": _randn(3, 6, 5) * torch.tensor([1e-4, 1.0, 1e3])[:, None, None],
-}
+@crossed(name=RULES, case=AWKWARD, dtype=DTYPES)
+def test_is_finite_and_reports_its_status(name: str, case: str, dtype: torch.dtype) -> None:
+    check_finite(name, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", AWKWARD)
-@pytest.mark.parametrize("name", RULES)
-class TestEveryRule:
-    def test_is_finite_and_reports_its_status(self, name: str, case: str, dtype: torch.dtype) -> None:
-        found = result(AWKWARD[case].to(dtype), name)
-        assert found.delta.shape == AWKWARD[case].shape[1:]
-        assert found.delta.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert torch.isfinite(found.delta).all()
-        assert isinstance(found.stats["status"], str)
-        json.dumps(found.stats)  # plain numbers, strings and lists
-
-    def test_leaves_its_input_alone_and_repeats_itself(self, name: str, case: str, dtype: torch.dtype) -> None:
-        deltas = AWKWARD[case].to(dtype)
-        before = deltas.clone()
-        first = result(deltas, name).delta
-        assert torch.equal(deltas, before)
-        assert torch.equal(result(deltas, name).delta, first)
+@crossed(name=RULES, case=REPEATED, dtype=DTYPES)
+def test_leaves_its_input_alone_and_repeats_itself(name: str, case: str, dtype: torch.dtype) -> None:
+    check_repeats(name, case, dtype)
 
 
 @pytest.mark.parametrize("name", RULES)

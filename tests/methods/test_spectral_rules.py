@@ -12,6 +12,7 @@ from collections.abc import Callable
 import oracles
 import pytest
 import torch
+from crossed import crossed
 from oracles import relative_error, svd, task_vectors
 from torch import Tensor
 
@@ -43,7 +44,7 @@ RULES = {
     "svc over tsv_m": ("svc", {"over": "tsv_m"}, calibrated(oracles.tsv_m)),
 }
 CASES = [pytest.param(*values, id=name) for name, values in RULES.items()]
-over_rules = pytest.mark.parametrize(("rule", "params", "oracle"), CASES)
+EACH_RULE = {"rule,params,oracle": CASES}
 
 
 def merged(deltas: Tensor, rule: str, **options: object) -> Tensor:
@@ -63,17 +64,13 @@ def low_rank(T: int, shape: tuple[int, int], rank: int) -> Tensor:
 # --- against the formula -------------------------------------------------------------------------------------
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(**EACH_RULE, T=[1, 2, 4], shape=SHAPES)
 def test_float64_is_the_formula(rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]) -> None:
     deltas = task_vectors(T, shape)
     assert relative_error(merged(deltas, rule, **params), oracle(deltas)) < 1e-8
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@crossed(**EACH_RULE, T=[1, 2, 4], shape=SHAPES)
 def test_float32_stays_close(rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]) -> None:
     deltas = task_vectors(T, shape).float()
     found = merged(deltas, rule, **params)
@@ -81,9 +78,7 @@ def test_float32_stays_close(rule: str, params: dict, oracle: Callable, T: int, 
     assert relative_error(found, oracle(deltas)) < 1e-4
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 3])
-@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)], ids=str)
+@crossed(**EACH_RULE, T=[1, 3], shape=[(48, 32), (32, 48), (40, 40)])
 def test_float32_stays_close_at_condition_1e6(
     rule: str, params: dict, oracle: Callable, T: int, shape: tuple[int, int]
 ) -> None:
@@ -97,8 +92,7 @@ def test_a_large_layer_is_the_formula(rule: str) -> None:
     assert relative_error(merged(deltas, name, **params), oracle(deltas)) < 1e-8
 
 
-@over_rules
-@pytest.mark.parametrize("T", [1, 2, 4])
+@crossed(**EACH_RULE, T=[1, 2, 4])
 def test_a_weight_multiplies_its_task_vector(rule: str, params: dict, oracle: Callable, T: int) -> None:
     """Inside `over` a weight does what it does there; svc's own comparison is with w_t D_t."""
     deltas, weights = task_vectors(T, (16, 24)), WEIGHTS[:T]
@@ -175,6 +169,32 @@ def test_iso_cts_counts_null_directions_in_the_mean_and_has_no_vectors_for_them(
     assert relative_error(merged(deltas, "iso_cts"), expected) < 1e-8
 
 
+def test_iso_cts_takes_no_more_own_directions_than_there_are() -> None:
+    """Eight directions and three experts without common ones: round(8 / 3) = 3 of each would be nine, so two are."""
+    deltas = task_vectors(3, (8, 12))
+    U, s, Vh = svd(deltas.sum(0))
+    U, s, V = U[:, :2], s[:2], Vh[:2].T  # r - q T
+    parts = [svd(d - U @ (U.T @ d)) for d in deltas]
+    left = oracles.polar(torch.cat([*(u[:, :2] for u, _, _ in parts), U], 1))
+    right = oracles.polar(torch.cat([*(vh[:2].T for _, _, vh in parts), V], 1))
+    sizes = torch.cat([*(own[:2] for _, own, _ in parts), s])
+    assert relative_error(merged(deltas, "iso_cts", common=0.0), sizes.mean() * left @ right.T) < 1e-8
+
+
+@pytest.mark.parametrize("rule", ["iso_c", "iso_cts", "core_space"])
+def test_small_directions_of_a_sum_in_float32_keep_their_digits(rule: str) -> None:
+    """Directions of 1e-5 are lifted to the mean: what the sum is rounded to before that is lifted with them."""
+    deltas = task_vectors(4, (40, 40), condition=1e5).float()
+    assert relative_error(merged(deltas, rule), merged(deltas.double(), rule)) < 1e-4
+
+
+def test_experts_that_share_their_columns_share_a_polar_factor() -> None:
+    """Twice the same directions, with other sizes: polar([U U]) is [U U] / sqrt(2), and M the mean of the experts."""
+    U, s, Vh = svd(task_vectors(1, (16, 24))[0])
+    deltas = torch.stack([U[:, :4] @ (size * s[:4]).diag() @ Vh[:4] for size in (1.0, 3.0)])
+    assert relative_error(merged(deltas, "tsv_m"), deltas.mean(0)) < 1e-8
+
+
 def test_iso_cts_of_one_expert_is_iso_c() -> None:
     deltas = task_vectors(1, (16, 24))
     assert relative_error(merged(deltas, "iso_cts"), oracles.iso_c(deltas)) < 1e-8
@@ -204,9 +224,7 @@ def test_svc_over_the_average_of_experts_at_right_angles_is_their_sum(zeros: str
     assert relative_error(merged(deltas, "svc", over="average"), deltas.sum(0)) < 1e-8
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("T", [1, 2])
-@pytest.mark.parametrize("size", [8, 12])
+@crossed(size=[8, 12], T=[1, 2], seed=range(5))
 def test_svc_over_ace_of_a_square_layer_is_the_formula(size: int, T: int, seed: int) -> None:
     """Centred columns leave M without the output direction of ones: one singular value is zero but for rounding."""
     deltas = task_vectors(T, (size, size), seed=seed)

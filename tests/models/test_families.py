@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from builders import FAMILIES, inputs_for, load_folder, make_model, perturb
+from builders import FAMILIES, inputs_for, load_folder, make_model, perturb, write_checkpoint
 from oracles import relative_error
 
 import acemerge
@@ -121,9 +122,9 @@ def test_a_body_saved_without_its_prefix_is_matched(family: str, body: str, pref
 
     base, experts, cls = _save_experts(tmp_path, family)
     acemerge.merge(base, experts, out=tmp_path / "reference")
-    config = (base / "config.json").read_text()
+    config = json.loads((base / "config.json").read_text()) | {"n_ctx": 1024}
     getattr(transformers, body).from_pretrained(base).save_pretrained(tmp_path / "bare")
-    (tmp_path / "bare" / "config.json").write_text(config)
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
     report = acemerge.merge(tmp_path / "bare", experts, out=tmp_path / "out")
     assert "ace" in {record["rule"] for record in report.tensors.values()}
     merged, reference = load_folder(tmp_path / "out"), load_folder(tmp_path / "reference")
@@ -133,9 +134,47 @@ def test_a_body_saved_without_its_prefix_is_matched(family: str, body: str, pref
     cls.from_pretrained(tmp_path / "out")
 
 
-def test_legacy_norm_names_are_matched(tmp_path: Path) -> None:
-    from builders import write_checkpoint
+def test_an_adapter_of_the_whole_is_merged_into_a_body_by_itself(tmp_path: Path) -> None:
+    """As the Hub's gpt2 is, with an adapter that PEFT trained on the language model."""
+    import peft
+    import transformers
 
+    base = make_model("gpt2")
+    base.save_pretrained(tmp_path / "whole")
+    base.transformer.save_pretrained(tmp_path / "body")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text()) | {"n_ctx": 1024}
+    (tmp_path / "body" / "config.json").write_text(json.dumps(config))
+    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    tuned = peft.get_peft_model(base, lora)
+    tuned.save_pretrained(tmp_path / "lora")
+    acemerge.merge(tmp_path / "body", [tmp_path / "lora"], "task_arithmetic", out=tmp_path / "out", scale=1.0)
+    merged = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in tuned.merge_and_unload().state_dict().items():
+        assert relative_error(merged[name], value.double()) < 1e-6, name
+
+
+def test_sizes_of_kernels_are_the_configurations_own(tmp_path: Path) -> None:
+    """An audio model with its own convolutions, whose base has weight norms under their old names."""
+    import transformers
+
+    sizes = {"conv_dim": [8, 8], "conv_kernel": [3, 5], "conv_stride": [2, 2], "num_feat_extract_layers": 2}
+    sizes |= {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 24, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**sizes))
+    model.save_pretrained(tmp_path / "new")
+    old = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    weights = load_folder(tmp_path / "new")
+    for now, before in old.items():
+        weights = {name.replace(now, before): value for name, value in weights.items()}
+    base = write_checkpoint(tmp_path / "base", weights, json.loads((tmp_path / "new" / "config.json").read_text()))
+    perturb(model, 1).save_pretrained(tmp_path / "tuned")
+    report = acemerge.merge(base, [tmp_path / "tuned"], "task_arithmetic", out=tmp_path / "out", scale=1.0)
+    assert report.manifest["roles"] == "the architecture Wav2Vec2ForCTC"
+    merged = transformers.Wav2Vec2ForCTC.from_pretrained(tmp_path / "out").state_dict()
+    assert all(relative_error(merged[name], value.double()) < 1e-6 for name, value in model.state_dict().items())
+
+
+def test_legacy_norm_names_are_matched(tmp_path: Path) -> None:
     base, experts, _ = _save_experts(tmp_path, "bert")
     acemerge.merge(base, experts, out=tmp_path / "reference")
     new, old = ("LayerNorm.weight", "LayerNorm.bias"), ("LayerNorm.gamma", "LayerNorm.beta")
@@ -147,8 +186,6 @@ def test_legacy_norm_names_are_matched(tmp_path: Path) -> None:
 
 
 def test_masks_that_an_older_version_saved_stay(tmp_path: Path) -> None:
-    from builders import write_checkpoint
-
     base, experts, _ = _save_experts(tmp_path, "gpt2")
     write_checkpoint(base, load_folder(base) | {"transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4).tril()})
     report = acemerge.merge(base, experts, out=tmp_path / "out")

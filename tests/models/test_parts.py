@@ -130,7 +130,7 @@ def test_a_torn_file_stays_an_error(models: dict[str, Path], name: str, lost: st
 
 
 def test_a_body_without_its_head_says_so(models: dict[str, Path]) -> None:
-    with pytest.raises(CheckpointError, match=r"expert body: lacks tensor 'language_model\.lm_head\.weight'; add the"):
+    with pytest.raises(CheckpointError, match=r"expert body: lacks tensor 'language_model\.lm_head\.weight'; fetch"):
         _merge(models, "body", "text2")
     rule = {"match": "language_model.lm_head.weight", "action": "base"}
     _, merged = _merge(models, "body", "text2", rules=[rule], method="average")

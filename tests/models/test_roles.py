@@ -11,6 +11,9 @@ from torch import nn
 
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.errors import CheckpointError
+from acemerge.models import architecture
+from acemerge.models.architecture import meta_model
 from acemerge.models.roles import find_roles, role_by_name, roles_by_name, roles_from_model
 
 
@@ -63,8 +66,11 @@ def test_special_tensors_are_told_apart(tmp_path: Path) -> None:
         ({"architectures": ["pipeline"], "model_type": "bert"}, "has no 'pipeline'"),
         ({"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 10**9}, "asks for"),
         ({"architectures": ["BertModel"], "model_type": "bert", "num_labels": 10**7}, "asks for num_labels"),
-        ({"architectures": ["CLIPModel"], "model_type": "clip", "text_config": {"num_hidden_layers": 10**6}}, "asks"),
+        ({"architectures": ["CLIPModel"], "model_type": "clip", "text_config": {"num_hidden_layers": 10**5}}, "parts"),
         ({"architectures": ["SwinModel"], "model_type": "swin", "depths": [10**6, 1]}, "asks for depths"),
+        ({"architectures": ["SwinModel"], "model_type": "swin", "depths": [1] * 200_000}, "asks for depths = 200,000"),
+        ({"architectures": ["SegformerModel"], "model_type": "segformer", "depths": [500] * 500}, "parts"),
+        ({"architectures": ["MistralModel"], "model_type": "mistral", "num_hidden_layers": 2 * 10**5}, "parts"),
     ],
 )
 def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dict[str, object], reason: str) -> None:
@@ -75,6 +81,28 @@ def test_an_architecture_that_cannot_be_built_falls_back_and_says_so(config: dic
     assert roles.by_name[spec.name].origin == "name"
 
 
+def test_the_names_tell_where_a_model_has_more_parts_than_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound grows with the checkpoint: a deep model is built for a deep checkpoint."""
+    config = {"architectures": ["BertModel"], "model_type": "bert", "num_hidden_layers": 40}
+    monkeypatch.setattr(architecture, "_PARTS", 500)
+    assert meta_model(config, 200) == (None, "BertModel would have more than 800 parts")
+    assert meta_model(config, 700)[1] == ""
+
+
+def test_what_takes_too_long_is_refused_and_not_told_by_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is built in time may depend on the machine: what is merged may not."""
+    import transformers
+
+    def endless(*_: object) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(architecture, "_SECONDS", 0.2)
+    monkeypatch.setattr(transformers.BertModel, "__init__", endless)
+    with pytest.raises(CheckpointError, match=r"describes a BertModel that was not built in 0\.2 seconds"):
+        find_roles({"architectures": ["BertModel"], "model_type": "bert"}, {})
+
+
 HOSTILE = {
     "attn_implementation": "evil-org/evil-kernel",
     "_attn_implementation": "evil-org/evil-kernel",
@@ -83,6 +111,8 @@ HOSTILE = {
     "use_pretrained_backbone": True,
     "use_timm_backbone": False,
     "backbone_config": None,
+    "use_kernels": True,
+    "kernel_config": {"kernel_mapping": {"RMSNorm": "evil-org/evil-kernel:RMSNorm"}},
 }
 
 

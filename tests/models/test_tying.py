@@ -98,12 +98,13 @@ def test_a_missing_head_of_an_untied_model_stays_an_error(tmp_path: Path) -> Non
         acemerge.merge(base, [torn, whole], force=True)
 
 
-def test_an_adapter_of_a_tied_matrix_goes_with_no_untied_head(tmp_path: Path) -> None:
+def test_an_adapter_of_a_tied_matrix_changes_it_in_both_places(tmp_path: Path) -> None:
     base, untied = _save(tmp_path / "base", "qwen3", True, 0), _save(tmp_path / "untied", "qwen3", False, 1)
-    factors = torch.ones(2, 16), torch.ones(40, 2)
-    on_head = write_adapter(tmp_path / "on_head", {"lm_head": factors})
-    with pytest.raises(CheckpointError, match=r"on_head: changes 'lm_head\.weight', which its base has tied"):
-        acemerge.merge(base, [untied, on_head], force=True)
-    layer = torch.ones(2, 16), torch.ones(8, 2)
-    elsewhere = write_adapter(tmp_path / "elsewhere", {"model.layers.0.self_attn.k_proj": layer})
-    acemerge.merge(base, [untied, elsewhere], force=True)
+    generator = torch.Generator().manual_seed(3)
+    A, B = torch.randn(2, 16, generator=generator), torch.randn(40, 2, generator=generator)
+    on_head = write_adapter(tmp_path / "on_head", {"lm_head": (A, B)})
+    acemerge.merge(base, [untied, on_head], "average", out=tmp_path / "out", force=True)
+    merged, before = load_folder(tmp_path / "out"), _head(base, "qwen3", True)
+    for name in NAMES["qwen3"]:
+        expected = (load_folder(untied)[name].double() + before + B.double() @ A.double()) / 2
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-6)

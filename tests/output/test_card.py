@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from builders import PlainModel
 from hub_server import FakeHub, put
 
 import acemerge
+from acemerge.api import run_opened
 from acemerge.checkpoints import files
+from acemerge.engine.convert import open_conversion
+from acemerge.engine.opening import RunOptions
 from acemerge.output.origin import Origin, common_license, origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.shares import layer_shares
@@ -88,7 +92,7 @@ def test_the_picture_is_every_experts_share_of_every_layer(plain: PlainModel) ->
     report = acemerge.merge(base, experts, out=plain.root / "out")
     assert "](merge.svg)" in card_of(plain.root / "out")[1]
     assert "merge.svg" in verify(plain.root / "out")["outputs"]
-    shares = layer_shares(["e1", "e2", "e3"], report.tensors)
+    shares = layer_shares(["e1", "e2", "e3"], report.records)
     assert list(shares) == ["0", "rest"]
     picture = ElementTree.fromstring((plain.root / "out/merge.svg").read_bytes())
     bars = [float(bar.attrib["width"]) for bar in picture.iter(f"{SVG}rect") if bar.attrib["height"] != "12"]
@@ -111,3 +115,46 @@ def test_names_in_the_picture_are_text() -> None:
     }
     many = shares_picture([f"e{t}" for t in range(20)], {str(i): [0.05] * 20 for i in range(200)})
     assert int(ElementTree.fromstring(many).attrib["height"]) < 1000
+
+
+NAMES = (
+    "`<script>alert(1)`", "<img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "``` <b>", "a\n# b",
+    "a\n---\nb", '"); import os; os.system("id") #', "\x1b[31mred", "| a | b |", "{{ 7 * 7 }}", "![x](y.png)",
+    "&lt;b&gt;", "\udcff", "~~~",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["model", "adapter", "conversion"])
+def test_a_folders_name_is_text_in_a_card(plain: PlainModel, name: str, kind: str) -> None:
+    """Rendered as Markdown with raw HTML, it opens no tag, no link and no picture, and ends no block of code."""
+    from markdown_it import MarkdownIt
+
+    base, experts = plain.save()
+    base, experts[0] = base.rename(plain.root / name), experts[0].rename(plain.root / f"e {name}")
+    out = plain.root / "out"
+    if kind == "conversion":
+        run_opened(open_conversion(str(base), out, RunOptions()), out, RunOptions())
+    else:
+        acemerge.merge(base, experts, out=out, **({"as_lora": 2} if kind == "adapter" else {}))
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert text.replace("\n", "").isprintable()
+    tokens = MarkdownIt("commonmark", {"html": True}).parse(text.split("---\n", 2)[-1])
+    inside = [child for token in tokens for child in token.children or ()]
+    assert not [token for token in (*tokens, *inside) if token.type in ("html_block", "html_inline")]
+    links = [str(token.attrGet("href") or token.attrGet("src")) for token in inside if token.attrs]
+    assert all(link == "merge.svg" or link.startswith("https://arxiv.org/abs/") for link in links)
+    fences = [token for token in tokens if token.type == "fence"]
+    assert len(fences) == (1 if kind == "conversion" else 2)
+    headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+    assert headings[1:] == ["Load"] if kind == "conversion" else headings[1:3] == ["Load", "Recipe"]
+    program = ast.parse(next(token.content for token in fences if token.info == "python"))
+    assert {node.module for node in program.body if isinstance(node, ast.ImportFrom)} <= {"transformers", "peft"}
+    assert not [node for node in ast.walk(program) if isinstance(node, ast.Import)]
+    verify(out)
+
+
+@pytest.mark.parametrize("license", ["mit\\n<script>", "[x](y)", "x" * 101, "<b>", "a b"])
+def test_a_licence_is_a_name(license: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f'---\nlicense: "{license}"\n---\n')
+    assert origin_of(str(tmp_path), tmp_path).license is None

@@ -168,7 +168,7 @@ def test_models_without_one_tower_of_layers_are_refused(tmp_path: Path, shelf: P
 def test_the_plan_counts_the_layers_of_the_output(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (shelf / "plan.yml").write_text(yaml.safe_dump(TWO_MODELS))
     with pytest.raises(SystemExit) as stop:
-        main(["plan", str(shelf / "plan.yml")])
+        main(["plan", str(shelf / "plan.yml"), "--all"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "model.layers.6.mlp.up_proj.weight" in shown

@@ -14,14 +14,20 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
+from PIL import Image
 
 import attacks
 from acemerge.checkpoints import files, folder, header
 from acemerge.errors import AcemergeError, CheckpointError
+from acemerge.recipes import yaml_file
+from acemerge.tasks import images as task_images
 from attacks import (
     bombs,
+    data_paths,
     harness,
     headers,
+    images,
     layout,
     links,
     models,
@@ -33,12 +39,14 @@ from attacks import (
     shards,
     trap,
     truncation,
+    yaml_files,
 )
 from attacks.harness import Meter, Tally, check, clean, in_child
 
 # Cases in a test run; the others have a few.
-COUNTS = {"headers": 400, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 1000, "bombs": 20}
-COUNTS |= {"changes": 12, "kills": 72, "os_faults": 180, "races": 5, "same_bytes": 3, "bit_flips": 300, "interrupts": 8}
+COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 20}
+COUNTS |= {"changes": 12, "kills": 36, "os_faults": 90, "races": 5, "same_bytes": 2, "bit_flips": 300, "interrupts": 4}
+COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9}
 FEW = 2
 
 
@@ -53,13 +61,17 @@ def test_an_attack_breaks_nothing(module: ModuleType, tmp_path: Path) -> None:
     assert tally.broken == []
     assert tally.tried == tally.refused + tally.valid
     assert tally.tried >= count
-    if module.ROW < 10:  # bad input: some of it must be refused, and what is good accepted
+    if module.ROW < 10 or module.ROW in (
+        25,
+        26,
+        27,
+    ):  # bad input: some of it must be refused, and what is good accepted
         assert tally.refused > 0
         assert tally.valid > 0
 
 
 def test_every_row_of_bad_input_is_attacked() -> None:
-    assert {module.ROW for module in attacks.modules()} >= {*range(1, 11), 18, 19, 20, 22, 23, 24}
+    assert {module.ROW for module in attacks.modules()} >= {*range(1, 11), 18, 19, 20, 22, 23, 24, 25, 26, 27, 29}
     assert all(module.FULL >= FEW for module in attacks.modules())
 
 
@@ -103,21 +115,29 @@ class _TwoLinesError(AcemergeError):
         (lambda: _raise(MemoryError()), {}, "broken"),
         (lambda: _raise(_TwoLinesError("a", "b", "c")), {}, "broken"),
         (lambda: check(False, "wrong"), {}, "broken"),
-        (lambda: time.sleep(0.3), {}, "broken"),
         (lambda: bytearray(b"x") * 50_000_000, {"meter": Meter(9, 20_000_000)}, "broken"),
         (lambda: bytearray(b"x") * 5_000_000, {"meter": Meter(9, 20_000_000)}, "valid"),
         (lambda: sum(range(3_000_000)), {"meter": Meter(0.001, 1 << 40)}, "broken"),
     ],
 )
-def test_an_outcome_is_counted(
-    call: Callable[[], object], options: dict[str, Any], outcome: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "LIMIT_SECONDS", 0.2)
+def test_an_outcome_is_counted(call: Callable[[], object], options: dict[str, Any], outcome: str) -> None:
     tally = Tally()
     clean(tally, "a case", call, **options)
     counted = {"refused": tally.refused, "valid": tally.valid, "broken": len(tally.broken)}
     assert counted == {"refused": 0, "valid": 0, "broken": 0, outcome: 1}
     assert tally.tried == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "call"), [("LIMIT_WAITED", lambda: time.sleep(0.1)), ("LIMIT_SECONDS", lambda: sum(range(30_000_000)))]
+)
+def test_what_takes_too_long_is_a_breach(
+    limit: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, limit, 0.05)
+    tally = Tally()
+    clean(tally, "a case", call)
+    assert len(tally.broken) == 1
 
 
 def die() -> Tally:
@@ -189,6 +209,25 @@ def _not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header, "Counter", None)
 
 
+def _any_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_images, "_FORMATS", None)
+
+
+def _images_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_images, "contained", lambda root, name: (root / name).resolve())
+
+
+def _paths_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` does with a value of a column of images."""
+    monkeypatch.setattr(task_images, "_of_value", lambda value, _: Image.open(value["path"]))
+
+
+def _constructed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """YAML as PyYAML makes objects of it."""
+    monkeypatch.setattr(yaml_file, "parse_yaml", yaml.safe_load)
+    monkeypatch.setattr(yaml_files, "_VALUES", {"a boolean that is none": "!!bool maybe"})
+
+
 def _oversized(path: Path) -> Tally:
     tally = Tally()
     label, make = next(text for text in oversize._headers() if "1.5" in text[0])
@@ -209,6 +248,10 @@ BREACHES: dict[str, tuple[Breach, Callable[[Path], Tally]]] = {
     "names": (_all_names, lambda path: names.attack(path, 1, 0)),
     "names, a file outside": (_any_file, lambda path: names.attack(path, 1, 0)),
     "links": (_links_followed, lambda path: links.attack(path, 1, 0)),
+    "images": (_any_format, lambda path: images.attack(path, images.FULL, 0)),
+    "images, outside": (_images_outside, lambda path: images.attack(path, images.FULL, 0)),
+    "yaml_files": (_constructed, lambda path: yaml_files.attack(path, yaml_files.FULL, 0)),
+    "data_paths": (_paths_followed, lambda path: data_paths.attack(path, data_paths.FULL, 0)),
 }
 
 

@@ -12,7 +12,6 @@ import torch
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "text8"))
 
 from intervals import interval, shares
-
 from tasks import Example, _key, _swapped, chosen, split
 
 

@@ -7,80 +7,26 @@ import re
 import shutil
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint
 from commands import failed, run
+from hostile import TENSOR as HOSTILE
+from report_pages import Page, many
 from torch.nn.functional import cosine_similarity as cosine
 
 import acemerge
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.inspection.look_back import BEFORE, LookBack, Probe, look_back
-from acemerge.inspection.statistics import Sums
+from acemerge.inspection.look_back import BEFORE, LookBack, look_back
+from acemerge.methods.stats import LayerStats, of_slices
 from acemerge.models.depth import layer_number
 from acemerge.output.manifest import load_manifest
-from acemerge.output.records import branch, figure
 from acemerge.output.verify import verify
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
 from acemerge.report.write import write_report
-
-HOSTILE = "layers.0.</script><script>document.title='owned'</script><img src=x onerror=alert(1)>.weight"
-
-
-class Page(HTMLParser):
-    """The elements of a page and the text outside scripts and styles."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text, self.data, self._inside = "", "", ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag in ("script", "style"):
-            self._inside = dict(attributes).get("id") or tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = "" if tag in ("script", "style") else self._inside
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "data":
-            self.data += data
-        elif not self._inside:
-            self.text += data
-
-
-def many(tensors: int, experts: int) -> tuple[dict[str, Any], LookBack]:
-    """A manifest and a look back on many tensors, without any files."""
-    generator = torch.Generator().manual_seed(0)
-    labels = [f"expert-{t}" for t in range(experts)]
-    records, probes = {}, {}
-    for i in range(tensors):
-        part = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj", "mlp.down_proj")[i % 4]
-        name = f"model.layers.{i // 4}.{part}.weight"
-        energies = (torch.rand(experts, generator=generator) + 0.1).double()
-        records[name] = {
-            "role": "linear", "rule": "ace", "reason": "weight of a linear layer", "status": "ok",
-            "energies": energies.tolist(), "gamma": 0.1 * (i % 7), "condition": 10.0 + i, "seconds": 0.001 * i,
-            "branch": "heterogeneous" if i % 7 > 3 else "homogeneous",
-        }  # fmt: skip
-        products = energies.diag() + 0.05
-        values = torch.rand(64, generator=generator).double().sort(descending=True).values
-        curves = dict.fromkeys([*labels, "merged", BEFORE], values)
-        probes[name] = Probe(
-            Sums(products, 1.0, 2.0, 1.0 + i / (2 * tensors), 4096), torch.ones(experts + 1).double(), curves, (64, 64)
-        )
-    manifest = {
-        "created": "2026-01-01", "versions": {"acemerge": "0"}, "seconds": 1.0, "experts": labels, "tensors": records,
-        "outputs": {}, "inputs": [], "recipe": {"method": {"name": "ace"}}, "warnings": [], "heads": {},
-    }  # fmt: skip
-    return manifest, LookBack(tuple(labels), probes)
 
 
 @pytest.fixture
@@ -133,10 +79,12 @@ def test_curves_keep_their_ends_and_leave_rounding_out() -> None:
 
 
 def test_what_a_rule_says_of_slices_is_summed_up() -> None:
-    record = {"slices": [{"gamma": 0.1, "branch": "homogeneous"}, {"gamma": 0.4, "branch": "heterogeneous"}]}
-    assert figure(record, "gamma") == 0.4
-    assert branch(record) == "mixed"
-    assert figure({"gamma": None}, "gamma") is None
+    stats = of_slices(
+        [LayerStats(gamma=0.1, branch="homogeneous"), LayerStats(gamma=0.4, branch="heterogeneous"), LayerStats()]
+    )
+    assert stats.largest(lambda part: part.gamma) == 0.4
+    assert stats.branches == "mixed"
+    assert LayerStats(gamma=None).largest(lambda part: part.gamma) is None
     assert [layer_number(name) for name in ("h.3.attn.weight", "a.b.12.c", "7.x", "embed.weight")] == [3, 12, 7, None]
 
 

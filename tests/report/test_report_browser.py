@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from browser import chromium, hold_like_a_phone, needs_browser, prefer, wait
-from test_report import HOSTILE, many
-from test_report_scores import content
+from hostile import TENSOR as HOSTILE
+from report_pages import content, many
 
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page

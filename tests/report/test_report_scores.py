@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from builders import PlainModel
 from commands import failed, run
-from test_report import Page
+from report_pages import Page, content, evaluation
 
 import acemerge
 from acemerge.errors import CheckpointError
-from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
 from acemerge.report.scores import find_scores, scores_of
 from acemerge.report.write import write_report
 
 HOSTILE = "</script><script>document.title='owned'</script>"
-
-
-def evaluation(models: Sequence[str], tasks: Sequence[str] = ("digits", "parity", "text8")) -> Evaluation:
-    """A score for each model and task, the last task a perplexity; the experts have no part in that."""
-    generator = np.random.default_rng(0)
-
-    def score(task: str, at: float) -> Score:
-        is_perplexity = task == tasks[-1]
-        value, spread = (20 * at, 0.5) if is_perplexity else (at, 0.02)
-        metrics = {"perplexity" if is_perplexity else "accuracy": value}
-        draws = value + spread * generator.standard_normal(200)
-        return Score(task, value, metrics, draws, {"seconds": 0.1}, is_perplexity)
-
-    own = Row(EXPERTS, (*(score(task, 0.95) for task in tasks[:-1]), None))
-    rows = [Row(name, tuple(score(task, 0.6 + 0.07 * i) for task in tasks)) for i, name in enumerate(models)]
-    return Evaluation(tuple(tasks), (own, *rows))
-
-
-def content(models: dict[str, str], **more: Any) -> dict[str, Any]:
-    """What `evaluation.json` holds."""
-    return evaluation(list(models), **more).as_table() | {"models": models}
 
 
 def test_the_cells_are_those_of_the_table_that_the_evaluation_prints(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from hub_server import FakeHub
 from paper_hub import PaperHub
 
 import acemerge
-from acemerge.cli import app as cli
+from acemerge.cli.text import stderr
 from acemerge.errors import UsageError
-from acemerge.evaluation.run import Run
+from acemerge.evaluation.evaluate import Run
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
 from acemerge.output.verify import verify
 from acemerge.reproduction.comparison import compare, markdown
@@ -203,7 +203,7 @@ def test_nothing_is_fetched_unasked(
     code, _, errors = run(capsys, "reproduce", "gpt2", "-o", "out", "--quiet")
     assert code == 2
     assert "would be fetched; add --yes if they may be" in errors
-    monkeypatch.setattr(cli.err_console, "_force_terminal", True)
+    monkeypatch.setattr(stderr(), "_force_terminal", True)
     monkeypatch.setattr("typer.confirm", lambda question, err: questions.append(question))
     code, _, errors = run(capsys, "reproduce", "gpt2", "-o", "out", "--quiet")
     assert (code, errors) == (0, "nothing was fetched\n")

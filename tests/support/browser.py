@@ -32,7 +32,7 @@ def chromium(profile: Path) -> Iterator[Any]:
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.set_script_timeout(20)
+    driver.set_script_timeout(120)
     try:
         yield driver
     finally:
@@ -40,10 +40,10 @@ def chromium(profile: Path) -> Iterator[Any]:
 
 
 def wait(driver: Any, condition: str) -> None:
-    """Until a condition is true in the page; a minute at most, for where much else runs."""
+    """Until a condition is true in the page; two minutes at most, for where much else runs."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(driver, 60, 0.05).until(lambda d: d.execute_script(f"return {condition}"), condition)
+    WebDriverWait(driver, 120, 0.05).until(lambda d: d.execute_script(f"return {condition}"), condition)
 
 
 def prefer(driver: Any, scheme: str) -> None:

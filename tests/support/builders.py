@@ -156,11 +156,58 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_VISION_MOE = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+_VISION_MOE |= {"patch_size": 4, "temporal_patch_size": 1, "spatial_merge_size": 1, "num_position_embeddings": 4}
+_LATENT = {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+_LATENT |= {"moe_intermediate_size": 12, "n_shared_experts": 1, "n_routed_experts": 4, "v_head_dim": 8, "n_group": 2}
+_QWEN_MOE = {"moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2}
+
+# Where adapters have their own ways: routers, state space layers, experts that are fused or stored apart.
+ADAPTER_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = FAMILIES | {
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2} | _SPECIAL,
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
+    ),
+    "jamba": (
+        "JambaForCausalLM",
+        "JambaConfig",
+        _LLAMA
+        | {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_offset": 1, "attn_layer_period": 2}
+        | {"expert_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 4, "mamba_dt_rank": 4}
+        | {"use_mamba_kernels": False}
+        | _SPECIAL,
+    ),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2} | _SPECIAL,
+    ),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        {k: v for k, v in _LLAMA.items() if k != "head_dim"}
+        | _LATENT
+        | {"topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+        | _SPECIAL,
+    ),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {"text_config": _LLAMA | _QWEN_MOE | _SPECIAL, "vision_config": _VISION_MOE},
+    ),
+}
+
 
 def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     import transformers
 
-    model_class, config_class, values = FAMILIES[family]
+    model_class, config_class, values = ADAPTER_FAMILIES[family]
     torch.manual_seed(seed)
     config = getattr(transformers, config_class)(**(values | changes))
     return getattr(transformers, model_class)(config).eval()

@@ -68,6 +68,9 @@ RULES = {
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
     "mergekit_slerp": Traits(returns=True, rotates=True, drops=False, experts=2),
     "mergekit_sce": Traits(returns=True),
+    "mergekit_multislerp": Traits(returns=True, rotates=True, drops=False, params=(("eps", 1e-30),)),
+    "mergekit_nearswap": Traits(scales=False, drops=False, experts=1),
+    "mergekit_ram": Traits(scales=False, returns=True),
     "arcee_fusion": Traits(scales=False, drops=False, experts=1),
 }
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class FakeHub:
         self.commits: list[list[dict[str, Any]]] = []
         self.large: dict[str, bytes] = {}
         self.refuse: dict[str, int] = {}  # a part of a path -> the status that it is answered with
+        self.refuse_after: set[str] = set()  # files that are asked for elsewhere before anything is refused
         hub = self
 
         class Handler(_Handler):
@@ -67,11 +69,23 @@ class FakeHub:
     @property
     def fetched(self) -> set[str]:
         """The files that were asked for."""
-        return {line.split("/resolve/")[1].split("/", 1)[1] for line in self.asked if "/resolve/" in line}
+        return {_file(line) for line in self.asked if "/resolve/" in line}
+
+    def wait_until_asked(self, names: set[str]) -> None:
+        """Downloads run side by side, and the first that fails ends those that have not begun."""
+        end = time.monotonic() + 60
+        while not names <= {_file(line) for line in self.asked if line.startswith("GET ")}:
+            assert time.monotonic() < end, f"of {names} not all were asked for"
+            time.sleep(0.005)
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+def _file(line: str) -> str:
+    """The file that was asked for; empty where it was something else."""
+    return line.partition("/resolve/")[2].partition("/")[2]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -99,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         status = next((status for part, status in self.hub.refuse.items() if part in self.path), 0)
         if status:
+            self.hub.wait_until_asked(self.hub.refuse_after)
             self._answer(status, {"error": "refused by the test"})
             return
         writes = method in ("POST", "PUT")

@@ -14,6 +14,7 @@ import yaml
 from builders import load_folder, write_checkpoint
 from torch import Tensor
 
+import acemerge
 from acemerge import api
 from acemerge.engine.opening import RunOptions
 from acemerge.recipes.recipe import load_recipe
@@ -116,3 +117,8 @@ def by_mergekit(shelf: Path, cases: Mapping[str, dict[str, Any]], before: str = 
     command = [PEERS.parent / "python", "-c", before + _DRIVER, *cases]
     done = subprocess.run(command, cwd=shelf, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def by(name: str, deltas: Tensor, weights: list[float] | None = None, **params: Any) -> Tensor:
+    """What a rule makes of task vectors."""
+    return acemerge.merge_deltas(deltas, name, weights=weights, **params).delta

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from builders import make_model
@@ -14,8 +17,8 @@ from safetensors.torch import load_file
 from task_builders import save_model, sharpened, write_tasks
 
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.run import Run, evaluate
-from acemerge.tasks.data import Source
+from acemerge.evaluation.evaluate import Run, evaluate
+from acemerge.tasks.data import DataSource
 from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import open_model
 from acemerge.tasks.task_file import load_tasks
@@ -131,7 +134,7 @@ def test_a_vision_model_with_the_other_half_of_its_clip(pictures: Path, clip: Pa
 
 
 def test_a_part_of_the_images_is_of_every_class(pictures: Path) -> None:
-    assert open_images(Source(str(pictures), limit=3), "image", "label", None).classes.tolist() == [0, 1, 2]
+    assert open_images(DataSource(str(pictures), limit=3), "image", "label", None).classes.tolist() == [0, 1, 2]
 
 
 def test_heads_have_length_one(clip: Path) -> None:
@@ -145,28 +148,50 @@ def test_heads_have_length_one(clip: Path) -> None:
 def test_folders_and_columns_of_images(pictures: Path, tmp_path: Path) -> None:
     import datasets
 
-    found = open_images(Source(str(pictures)), "image", "label", None)
+    found = open_images(DataSource(str(pictures)), "image", "label", None)
     assert found.names == CLASSES
     assert found.classes.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    turned = open_images(Source(str(pictures)), "image", "label", CLASSES[::-1])
+    turned = open_images(DataSource(str(pictures)), "image", "label", CLASSES[::-1])
     assert turned.classes.tolist() == [2] * 4 + [1] * 4 + [0] * 4
     table = datasets.Dataset.from_dict({"image": [found.image(5)], "label": [1]})
     table.to_parquet(tmp_path / "one.parquet")
-    column = open_images(Source(str(tmp_path / "one.parquet")), "image", "label", None)
+    column = open_images(DataSource(str(tmp_path / "one.parquet")), "image", "label", None)
     assert np.array_equal(np.asarray(column.image(0)), np.asarray(found.image(5)))
     with pytest.raises(UsageError, match=r"old_dog: is no class of `labels:`"):
-        open_images(Source(str(pictures)), "image", "label", ["cat", "red_bird"])
+        open_images(DataSource(str(pictures)), "image", "label", ["cat", "red_bird"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no folders with images"):
-        open_images(Source(str(tmp_path / "empty")), "image", "label", None)
+        open_images(DataSource(str(tmp_path / "empty")), "image", "label", None)
 
 
 def test_what_is_no_image_is_named(pictures: Path, tmp_path: Path) -> None:
     (pictures / "cat" / "0.png").write_bytes(b"GIF89a, or so it says")
     (pictures / "cat" / "1.png").unlink()
     (pictures / "cat" / "1.png").symlink_to("/etc/hostname")
-    found = open_images(Source(str(pictures)), "image", "label", None)
+    found = open_images(DataSource(str(pictures)), "image", "label", None)
     with pytest.raises(UsageError, match=r"0\.png: cannot be read as an image"):
         found.image(0)
+    (pictures / "cat" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\nshowpage\n%%EOF\n")
+    (pictures / "cat" / "3.png").unlink()
+    os.mkfifo(pictures / "cat" / "3.png")
     with pytest.raises(CheckpointError, match="leaves the folder"):
         found.image(1)
+    with pytest.raises(UsageError, match=r"2\.png: cannot be read as an image \(of no format that is read here\)"):
+        found.image(2)  # nobody hands it to Ghostscript
+    with pytest.raises(CheckpointError, match=r"3\.png: not a regular file"):
+        found.image(3)  # nobody waits for it
+
+
+def test_what_a_column_of_images_names_is_not_opened(pictures: Path, tmp_path: Path) -> None:
+    """A value is the image itself; a path, to a picture or to anything else, is not followed."""
+    import datasets
+
+    inside, whole = pictures / "cat" / "0.png", (pictures / "cat" / "1.png").read_bytes()
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    values = [{"bytes": None, "path": str(inside)}, {"bytes": whole, "path": str(inside)}]
+    table = pyarrow.table({"image": values, "label": [0, 1]}, schema=features.arrow_schema)
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = open_images(DataSource(str(tmp_path / "a.parquet")), "image", "label", None)
+    with pytest.raises(UsageError, match=r"image 1: the column holds only the path of an image; use a folder, or"):
+        found.image(0)
+    assert np.array_equal(np.asarray(found.image(1)), np.asarray(Image.open(io.BytesIO(whole))))

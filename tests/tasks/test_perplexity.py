@@ -13,8 +13,8 @@ from task_builders import save_model, sentences, sharpened, write_tasks
 from torch import Tensor
 
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.evaluation.evaluate import Run, evaluate
 from acemerge.evaluation.metrics import bootstrap, interval
-from acemerge.evaluation.run import Run, evaluate
 from acemerge.tasks.perplexity import Losses, text_losses, token_losses, windows
 from acemerge.tasks.task_file import load_tasks
 

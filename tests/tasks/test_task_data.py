@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 
 from acemerge.errors import UsageError
-from acemerge.tasks.data import Source, as_classes, as_numbers, as_texts, read_columns
+from acemerge.tasks.data import DataSource, as_classes, as_numbers, as_texts, read_columns
 from acemerge.tasks.task_file import KINDS, load_tasks
 
 GOOD = "kind: classification, name: a, data: d.tsv, text: s, label: y"
@@ -69,11 +70,11 @@ def test_a_part_of_the_examples_is_spread_over_all(tmp_path: Path) -> None:
     """Test sets may be sorted by class."""
     (tmp_path / "d.tsv").write_text("s\ty\n" + "".join(f"{i}\t{i // 4}\n" for i in range(11)))
     for limit, expected in ((3, [0, 3, 7]), (10, list(range(10))), (11, list(range(11))), (99, list(range(11)))):
-        texts, classes = read_columns(Source(str(tmp_path / "d.tsv"), limit=limit), ("s", "y"))
+        texts, classes = read_columns(DataSource(str(tmp_path / "d.tsv"), limit=limit), ("s", "y"))
         assert texts == [str(i) for i in expected]
         assert classes == [str(i // 4) for i in expected]
     pytest.importorskip("datasets").Dataset.from_dict({"y": list(range(11))}).to_parquet(tmp_path / "d.parquet")
-    (values,) = read_columns(Source(str(tmp_path / "d.parquet"), limit=3), ("y",))
+    (values,) = read_columns(DataSource(str(tmp_path / "d.parquet"), limit=3), ("y",))
     assert list(values) == [0, 3, 7]
 
 
@@ -90,7 +91,7 @@ SECOND = {"named.csv": "two\nlines", "glue.tsv": '"bare', "numbered.tsv": "plain
 def test_columns_of_a_file(name: str, tmp_path: Path) -> None:
     text, wanted = FILES[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
-    texts, labels = read_columns(Source(str(tmp_path / name)), wanted)
+    texts, labels = read_columns(DataSource(str(tmp_path / name)), wanted)
     assert list(texts) == ["a, b", SECOND[name]]
     assert as_classes(labels, None, name).tolist() == [1, 0]
 
@@ -114,7 +115,7 @@ def test_a_broken_file(case: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
-        read_columns(Source(str(tmp_path / name)), ["s", "y"])
+        read_columns(DataSource(str(tmp_path / name)), ["s", "y"])
 
 
 def test_labels_by_name_and_number() -> None:
@@ -142,12 +143,12 @@ def test_parquet_files_through_datasets(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "part.parquet")
     for path in (tmp_path / "set", tmp_path / "set" / "part.parquet"):
-        texts, labels = read_columns(Source(str(path)), ["s", "y"])
+        texts, labels = read_columns(DataSource(str(path)), ["s", "y"])
         assert (list(texts), list(labels)) == (["a", "b"], [1, 0])
     with pytest.raises(UsageError, match="no column 'x'"):
-        read_columns(Source(str(tmp_path / "set")), ["x"])
+        read_columns(DataSource(str(tmp_path / "set")), ["x"])
     with pytest.raises(UsageError, match="its split is not named"):
-        read_columns(Source("org/name"), ["s"])
+        read_columns(DataSource("org/name"), ["s"])
 
 
 def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
@@ -155,28 +156,34 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(UsageError, match=r"holds no test-\*\.parquet files"):
-        read_columns(Source(str(folder), split="test"), ("y",))
+        read_columns(DataSource(str(folder), split="test"), ("y",))
     with pytest.raises(UsageError, match=r"holds no \.parquet files"):
-        read_columns(Source(str(folder)), ["s"])
+        read_columns(DataSource(str(folder)), ["s"])
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    class Table(dict[str, list[Any]]):
-        column_names = ("s", "y")
+    class Found:
+        def with_format(self, name: str) -> Any:
+            assert name == "arrow"  # as it is stored
+            return self
 
-    def load_dataset(*words: Any, **options: Any) -> Table:
+        def __getitem__(self, rows: slice) -> Any:
+            assert rows == slice(None)
+            return pyarrow.table({"s": ["a"], "y": [1]})
+
+    def load_dataset(*words: Any, **options: Any) -> Any:
         asked.append((words, options))
-        return Table(s=["a"], y=[1])
+        return Found()
 
     module = type(sys)("datasets")
     vars(module).update(__version__="4.0.0", load_dataset=load_dataset, disable_progress_bars=lambda: None)
     monkeypatch.setitem(sys.modules, "datasets", module)
-    found = read_columns(Source("org/name@abc", "cola", "validation"), ["y", "s"])
-    assert found == [[1], ["a"]]
-    read_columns(Source("org/name", None, "test", "v2"), ["s"])
+    found = read_columns(DataSource("org/name@abc", "cola", "validation"), ["y", "s"])
+    assert [list(column) for column in found] == [[1], ["a"]]
+    read_columns(DataSource("org/name", None, "test", "v2"), ["s"])
     assert asked == [
         (("org/name", "cola"), {"split": "validation", "revision": "abc"}),
         (("org/name", None), {"split": "test", "revision": "v2"}),
@@ -186,12 +193,12 @@ def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_revision(monkeyp
 def test_without_or_with_an_old_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UsageError, match=r"datasets is not installed.*acemerge\[eval\]"):
-        read_columns(Source("org/name", split="test"), ["s"])
+        read_columns(DataSource("org/name", split="test"), ["s"])
     old = type(sys)("datasets")
     old.__version__ = "3.6.0"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", old)
     with pytest.raises(UsageError, match="may run scripts"):
-        read_columns(Source("org/name", split="test"), ["s"])
+        read_columns(DataSource("org/name", split="test"), ["s"])
 
 
 def test_numbers_are_wide() -> None:

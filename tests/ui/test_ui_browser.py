@@ -19,7 +19,7 @@ import torch
 import yaml
 from browser import chromium, hold_like_a_phone, needs_browser, prefer, wait
 from builders import PlainModel, load_folder, write_checkpoint
-from test_ui import HOSTILE
+from hostile import MARKUP as HOSTILE
 
 from acemerge.engine.execute import OnProgress, Progress
 from acemerge.errors import UsageError
@@ -163,7 +163,7 @@ def _other_window(driver: Any) -> str:
     from selenium.webdriver.support.ui import WebDriverWait
 
     here = driver.current_window_handle
-    return str(WebDriverWait(driver, 60).until(lambda d: next((x for x in d.window_handles if x != here), None)))
+    return str(WebDriverWait(driver, 120).until(lambda d: next((x for x in d.window_handles if x != here), None)))
 
 
 def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:

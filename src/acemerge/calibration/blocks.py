@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from acemerge.calibration.feed import Feed, open_feed
+from acemerge.calibration.hooks import ParameterSlice, TappedLayer, parameter_slices, watching
 from acemerge.calibration.moments import InputSums, Moment, OnExamples, SeenEnough, moments_at, run_through
-from acemerge.calibration.places import Layer, Place, places, watching
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import UsageError
+from acemerge.models.depth import split_layer
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model
 from acemerge.tasks.task_file import Task
 
-_BLOCK = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-
 
 def block_of(name: str) -> str:
     """The block of a tensor: `encoder.layer.3` of its name, else the layer itself."""
-    numbered = _BLOCK.match(name)
-    return numbered.group() if numbered else name.rpartition(".")[0]
+    layer = split_layer(name)
+    return name.rpartition(".")[0] if layer is None else f"{layer[0]}{layer[1]}"
 
 
 def block_order(model: Model, tasks: Sequence[Task], tensors: Mapping[str, TensorSpec]) -> list[str]:
@@ -31,10 +29,10 @@ def block_order(model: Model, tasks: Sequence[Task], tensors: Mapping[str, Tenso
     order: dict[str, None] = {}
     for task in tasks:
         feed = open_feed(model, task, labelled=False)
-        at = places(feed.network, tensors)
+        at = parameter_slices(feed.network, tensors)
         blocks = {place.parameter: block_of(name) for name, place in at.items()}
 
-        def see(layer: Layer, _: Tensor, blocks: Mapping[str, str] = blocks) -> None:
+        def see(layer: TappedLayer, _: Tensor, blocks: Mapping[str, str] = blocks) -> None:
             order.setdefault(blocks[layer[0]])
 
         with torch.no_grad(), watching(feed.network, set(blocks), see):
@@ -58,12 +56,12 @@ def block_moments(
     found: dict[str, Moment] = {}
     for task in tasks:
         feed, sums = open_feed(model, task, labelled=False), InputSums()
-        at = places(feed.network, tensors)
+        at = parameter_slices(feed.network, tensors)
         own = {name: place for name, place in at.items() if block_of(name) == block}
         put(
             feed.network,
             merged,
-            places(feed.network, {n: TensorSpec(n, v.dtype, tuple(v.shape)) for n, v in merged.items()}),
+            parameter_slices(feed.network, {n: TensorSpec(n, v.dtype, tuple(v.shape)) for n, v in merged.items()}),
         )
         stops = {place.parameter for name, place in at.items() if block_of(name) in later}
         _run_into(feed, {place.parameter for place in own.values()}, stops, sums, on_examples)
@@ -73,7 +71,7 @@ def block_moments(
 
 
 def _run_into(feed: Feed, wanted: set[str], stops: set[str], sums: InputSums, on_examples: OnExamples) -> None:
-    def see(layer: Layer, inputs: Tensor) -> None:
+    def see(layer: TappedLayer, inputs: Tensor) -> None:
         if layer[0] in stops:
             raise SeenEnough
         sums.see(layer, inputs)
@@ -82,7 +80,7 @@ def _run_into(feed: Feed, wanted: set[str], stops: set[str], sums: InputSums, on
         run_through(feed, on_examples)
 
 
-def put(network: nn.Module, values: Mapping[str, Tensor], at: Mapping[str, Place]) -> None:
+def put(network: nn.Module, values: Mapping[str, Tensor], at: Mapping[str, ParameterSlice]) -> None:
     """Write merged tensors into a network; what it does not have is passed over."""
     state = network.state_dict()
     for name, place in at.items():

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from acemerge.calibration.feed import open_feed
+from acemerge.calibration.hooks import parameter_slices
 from acemerge.calibration.moments import OnExamples, first_that_fit, reported
-from acemerge.calibration.places import places
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor
@@ -57,7 +57,7 @@ def _parameters(network: nn.Module, tensors: Mapping[str, TensorSpec]) -> dict[s
     """The parameters that are these tensors as a whole, and the only ones that get a gradient."""
     network.requires_grad_(False)
     own = dict(network.named_parameters(remove_duplicate=False))
-    at = places(network, tensors).items()
+    at = parameter_slices(network, tensors).items()
     found = {name: own[place.parameter] for name, place in at if place.slice is None and place.parameter in own}
     for parameter in found.values():
         parameter.requires_grad_(True)

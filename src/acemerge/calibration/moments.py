@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from acemerge.calibration.feed import Feed, open_feed
-from acemerge.calibration.places import Layer, Place, input_entries, places, watching
+from acemerge.calibration.hooks import ParameterSlice, TappedLayer, input_entries, parameter_slices, watching
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import CheckpointError, NumericalError, UsageError
@@ -45,11 +45,11 @@ class Moment:
 class InputSums:
     """Sums over all inputs that it is told of: each product in float32 or wider, their sum in float64."""
 
-    totals: dict[Layer, Tensor] = field(default_factory=dict)
-    rows: dict[Layer, int] = field(default_factory=dict)
+    totals: dict[TappedLayer, Tensor] = field(default_factory=dict)
+    rows: dict[TappedLayer, int] = field(default_factory=dict)
     _last: tuple[Tensor, int, Tensor] | None = None  # an input, its version and its product
 
-    def see(self, layer: Layer, inputs: Tensor) -> None:
+    def see(self, layer: TappedLayer, inputs: Tensor) -> None:
         """Add inputs (..., in). Layers that are given one and the same tensor in turn share its product."""
         if self._last is None or self._last[0] is not inputs or self._last[1] != inputs._version:
             rows = inputs.detach().reshape(-1, inputs.shape[-1])
@@ -61,7 +61,7 @@ class InputSums:
         self.totals[layer] += product
         self.rows[layer] += inputs.numel() // max(1, inputs.shape[-1])
 
-    def moment(self, place: Place, stack: int | None) -> Moment | None:
+    def moment(self, place: ParameterSlice, stack: int | None) -> Moment | None:
         """Of the layer at a place, or of all in a stack of so many; None where nothing was seen there.
 
         An expert of a stack that no row was sent to has zeros.
@@ -121,7 +121,7 @@ def second_moments(
         found: dict[str, Moment] = {}
         for task in tasks:
             feed, sums = open_feed(model, task, labelled=False), InputSums()
-            at = places(feed.network, tensors)
+            at = parameter_slices(feed.network, tensors)
             if not group:
                 entries = {name: input_entries(feed.network, at[name]) if name in at else 0 for name in waiting}
                 group = first_that_fit(entries)
@@ -135,7 +135,7 @@ def second_moments(
 
 
 def moments_at(
-    at: Mapping[str, Place], tensors: Mapping[str, TensorSpec], sums: InputSums
+    at: Mapping[str, ParameterSlice], tensors: Mapping[str, TensorSpec], sums: InputSums
 ) -> Iterator[tuple[str, Moment]]:
     for name, place in at.items():
         shape = tensors[name].shape

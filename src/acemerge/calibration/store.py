@@ -16,7 +16,7 @@ from acemerge.checkpoints.folder import Checkpoint, contained, open_file
 from acemerge.checkpoints.header import TensorSpec, parse_json
 from acemerge.errors import CheckpointError
 from acemerge.methods import Calibration
-from acemerge.output.writer import PARTIAL, FileWriter, header_bytes, tensor_bytes
+from acemerge.output.writer import PARTIAL, header_bytes, tensor_bytes, write_partial
 from acemerge.shapes import Tensor
 
 _PART = 1 << 30
@@ -80,14 +80,7 @@ class Store:
         return self._finish(file, chain([header_bytes(specs)], map(tensor_bytes, values.values())))
 
     def _finish(self, file: str, chunks: Iterable[bytes | memoryview]) -> str:
-        writer = FileWriter(self.folder / (file + PARTIAL))
-        try:
-            for chunk in chunks:
-                writer.write(chunk)
-        except BaseException:
-            writer.close()
-            raise
-        sha256 = writer.finish().sha256
+        written = write_partial(self.folder / file, chunks)
         files.rename(self.folder / (file + PARTIAL), self.folder / file)
         files.sync_folder(self.folder)
-        return sha256
+        return written.sha256

@@ -18,6 +18,9 @@ _MODULE = (
     r"\d{1,2}_(Pooling|WeightedLayerPooling|SpladePooling|TokenPooling|Dense|Normalize|LayerNorm|Dropout"
     r"|SparseAutoEncoder|MultiVectorMask|LogitScore)"
 )
+_WEIGHTS = "model.safetensors"
+_MODULE_WEIGHTS = re.compile(rf"{_MODULE}/{re.escape(_WEIGHTS)}")
+_MODULE_TENSOR = re.compile(rf"(?P<module>{_MODULE})/(?P<name>.+)")
 _FOLDER = re.compile(rf"{_TEMPLATES}|{_MODULE}")
 # Never code, never pickles.
 _ASSET = re.compile(
@@ -47,6 +50,14 @@ def with_asset_folders(root: Path, names: Sequence[str]) -> list[str]:
     return [*names, *(f"{folder}/{name}" for folder in found for name in files.list_folder(root / folder))]
 
 
-def module_weights(assets: Sequence[str]) -> list[str]:
-    """The modules that have weights of their own."""
-    return [name.split("/")[0] for name in assets if name.endswith("/model.safetensors")]
+def module_weights(names: Sequence[str]) -> list[str]:
+    """Of files those with the weights of a module behind the transformer."""
+    return [name for name in names if _MODULE_WEIGHTS.fullmatch(name)]
+
+
+def in_module(tensor: str) -> tuple[str, str]:
+    """The module's file and the name there of one of its tensors, which are called `2_Dense/linear.weight`; empty for
+    the transformer's own.
+    """
+    found = _MODULE_TENSOR.fullmatch(tensor)
+    return (f"{found['module']}/{_WEIGHTS}", found["name"]) if found else ("", "")

@@ -6,20 +6,24 @@ Readers use pread, never a memory map: a mapped file that shrinks kills the proc
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import re
+import resource
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-from acemerge.errors import AcemergeError, CheckpointError, WriteError
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
 _FORGOTTEN_AGAIN = 32 << 20
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @contextlib.contextmanager
@@ -28,7 +32,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
-        raise CheckpointError(path, _reason(failure), "check the path, its permissions and the disk") from failure
+        cure = "check the path, its permissions and the disk"
+        raise shortage_of(failure, path) or CheckpointError(path, _reason(failure), cure) from failure
 
 
 @contextlib.contextmanager
@@ -38,7 +43,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
         cure = "free space or choose another output folder, then run again"
-        raise WriteError(path, _reason(failure), cure) from failure
+        raise shortage_of(failure, path) or WriteError(path, _reason(failure), cure) from failure
 
 
 def _reason(failure: Exception) -> str:
@@ -62,6 +67,20 @@ def kind(path: Path) -> Kind:
         if test(mode):
             return cast(Kind, name)
     return "other"
+
+
+def places(path: Path) -> dict[Path, tuple[int, int]]:
+    """Device and inode of a path and of all folders around it, as far as they are there.
+
+    By a bind mount, one folder has two paths: these tell.
+    """
+    found = {}
+    with reading(path):
+        for place in (path, *path.parents):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                state = os.stat(place)
+                found[place] = state.st_dev, state.st_ino
+    return found
 
 
 def resolve(path: Path) -> Path:
@@ -136,6 +155,41 @@ def free_bytes(path: Path) -> int:
     return state.f_bavail * state.f_frsize
 
 
+def address_space_left() -> int | None:
+    """The bytes that a limit on the process's address space (ulimit -v) leaves; None where there is no such limit."""
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return None
+    with contextlib.suppress(OSError):
+        pages = int(_first_bytes("/proc/self/statm").split()[0])
+        return max(0, most - pages * resource.getpagesize())
+    return most
+
+
+def processor() -> str:
+    """Maker, family and model of the processor, as far as the system says; an empty text where it does not."""
+    keys = (b"vendor_id", b"cpu family", b"model", b"CPU implementer", b"CPU part")
+    with contextlib.suppress(OSError):
+        lines = [line.partition(b":") for line in _first_bytes("/proc/cpuinfo").split(b"\n\n")[0].splitlines()]
+        return " ".join(value.strip().decode(errors="replace") for key, _, value in lines if key.strip() in keys)
+    return ""
+
+
+def _first_bytes(path: str) -> bytes:
+    """Of what the kernel says of this machine, as much as fits in one read."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(descriptor, 1 << 13)
+    finally:
+        close(descriptor)
+
+
+def stack_size() -> int:
+    """The bytes of address space that a thread takes."""
+    size = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    return 8 << 20 if size == resource.RLIM_INFINITY else size
+
+
 def fingerprint(path: Path) -> tuple[int, int, int]:
     """Size, and times of modification and change in nanoseconds: what differs when a file was written to.
 
@@ -173,10 +227,16 @@ def read_chunks(path: Path) -> Iterator[bytes]:
             close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256(path: Path, nbytes: int | None = None) -> str:
+    """Of a file, or of its first bytes."""
+    digest, left = hashlib.sha256(), nbytes
     for block in read_chunks(path):
-        digest.update(block)
+        part = block if left is None else block[:left]
+        digest.update(part)
+        if left is not None:
+            left -= len(part)
+            if not left:
+                break
     return digest.hexdigest()
 
 
@@ -187,6 +247,17 @@ def list_folder(path: Path) -> list[str]:
 
 
 # --- writing -----------------------------------------------------------------------------------------------
+
+
+def output_path(text: str | Path) -> Path:
+    """Where an output is to go. UsageError for nothing, which would be the current folder, and for an address."""
+    if not str(text).strip():
+        raise UsageError("output", "no folder is named", "name one, or . for this one")
+    if _SCHEME.match(str(text)):
+        raise UsageError(text, "is an address, and only folders are written to", "name a folder, upload it from there")
+    with writing(Path(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+        os.lstat(text)  # too long a name, or one that no system has
+    return Path(text)
 
 
 def make_folder(path: Path) -> None:
@@ -205,6 +276,8 @@ def reopen(path: Path, nbytes: int) -> int:
     with writing(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
+            if os.fstat(descriptor).st_nlink > 1:
+                raise OSError(errno.EMLINK, "another file is linked to it")
             os.ftruncate(descriptor, nbytes)
             os.lseek(descriptor, nbytes, os.SEEK_SET)
         except OSError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
-from acemerge.checkpoints.assets import is_asset, with_asset_folders
+from acemerge.checkpoints.assets import is_asset, module_weights, with_asset_folders
 from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
+from acemerge.checkpoints.nearby import almost, paths_in, what_is_there
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
@@ -24,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD_OF = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 _PICKLE_FILE = re.compile(r".*\.(bin|pt|pth)")
 CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
@@ -46,6 +48,9 @@ class _Format:
     shard: re.Pattern[str]
     file: re.Pattern[str]
     read: Callable[[Path], list[TensorInfo]]
+
+    def has_some(self, names: Sequence[str]) -> bool:
+        return any(name in (self.single, self.index) or self.shard.fullmatch(name) for name in names)
 
 
 _SAFETENSORS = _Format(SINGLE, INDEX, _SHARD, re.compile(r"[\w.-]+\.safetensors"), read_header)
@@ -97,6 +102,8 @@ def _read(info: TensorInfo) -> Tensor:
     spec = info.spec
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
+    if info.parts:
+        return torch.cat([_read(part).flatten() for part in info.parts]).view(spec.shape)
     buffer = bytearray(spec.nbytes)
     descriptor = files.open_for_reading(info.file)
     try:
@@ -115,6 +122,11 @@ def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> lis
     whole = {kind.single for kind in _FORMATS} | {kind.index for kind in _FORMATS}
     if set(ADAPTER) <= set(names) and not whole & set(names):
         return [*assets, *ADAPTER]
+    if not any(kind.has_some(names) for kind in _FORMATS):
+        inner = [name for name in names if "/" in name]
+        instead = what_is_there(where, inner, within="/" if ":" in str(where) else ":")
+        if instead:
+            raise CheckpointError(where, *instead)
     kind = _format(where, names, allow_pickle)
     weights = kind.single if kind.single in names else kind.index
     if weights not in names:
@@ -140,10 +152,16 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
     there = files.kind(root)
     if there == "file" and _PICKLE_FILE.fullmatch(path.name):
         return _open_pickle(path, allow_pickle)
+    if there == "file" and path.suffix == ".safetensors":
+        return open_file(path, dequantize)
     if there != "folder":
-        cure = "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
+        cure = almost(path) or "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
+    if not any(kind.has_some(names) for kind in _FORMATS):
+        instead = what_is_there(path, paths_in(root))
+        if instead:
+            raise CheckpointError(path, *instead)
     kind = _format(root, names, allow_pickle)
     config = read_config(root / CONFIG) if CONFIG in names else {}
     check_quantisation(config, root / CONFIG, dequantize)
@@ -160,10 +178,20 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
     if kind.index in names:
         _check_index(root, places, kind)
     assets = tuple(name for name in with_asset_folders(root, names) if is_asset(name) and _is_file(root, name))
+    for name in module_weights(assets):
+        file = contained(root, name)
+        prints[file] = files.fingerprint(file)
+        places |= _module_places(name, read_header(file, float8=dequantize))
     float8 = find_float8(config, places, root)
     tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
     plain = {key: value for key, value in config.items() if key != QUANTISATION}
     return Checkpoint(path, tensors, plain, assets, places, prints, scales=float8.scales, float8=float8.about)
+
+
+def _module_places(file: str, infos: Sequence[TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors of a module behind the transformer, its folder before their names."""
+    named = [(f"{file.split('/')[0]}/{info.spec.name}", info) for info in infos]
+    return {name: replace(info, spec=replace(info.spec, name=name)) for name, info in named}
 
 
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
@@ -175,19 +203,26 @@ def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:
     return Checkpoint(path, {name: info.spec for name, info in places.items()}, {}, (), places, prints)
 
 
-def open_file(path: Path) -> Checkpoint:
-    """One safetensors file by itself."""
-    places = {info.spec.name: info for info in read_header(path)}
-    tensors = {name: info.spec for name, info in places.items()}
-    return Checkpoint(path, tensors, {}, (), places, {path: files.fingerprint(path)})
+def open_file(path: Path, dequantize: bool = False) -> Checkpoint:
+    """One safetensors file by itself: no configuration, so its tensors are told by name and shape."""
+    shard = _SHARD_OF.fullmatch(path.name)
+    if shard and int(shard[1]) > 1:
+        raise CheckpointError(path, f"is one of {int(shard[1])} shards of a model", "name its folder")
+    if path.name == ADAPTER[1]:
+        raise CheckpointError(path, f"is an adapter without its {ADAPTER[0]}", "name its folder")
+    places = {info.spec.name: info for info in read_header(path, float8=dequantize)}
+    float8 = find_float8({}, places, path)
+    tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
+    prints = {path: files.fingerprint(path)}
+    return Checkpoint(path, tensors, {}, (), places, prints, scales=float8.scales, float8=float8.about)
 
 
 def _format(where: object, names: Sequence[str], allow_pickle: bool) -> _Format:
     """How the weights of a folder are stored. Safetensors win where both are there."""
     kinds = _FORMATS if allow_pickle else _FORMATS[:1]
-    for kind in kinds:
-        if any(name in (kind.single, kind.index) or kind.shard.fullmatch(name) for name in names):
-            return kind
+    found = next((kind for kind in kinds if kind.has_some(names)), None)
+    if found:
+        return found
     if not allow_pickle and any(_PICKLES.fullmatch(name) for name in names):
         raise CheckpointError(where, "has only pickled weights, which can run code", CONVERT)
     cure = "name a folder with safetensors weights" + (", or the pickled file itself" if allow_pickle else "")

@@ -65,11 +65,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: the bytes of `spec` from `offset` in `file`."""
+    """Where one tensor lies: the bytes of `spec` from `offset` in `file`.
+
+    With `parts` it is their values one behind the other, as many for each of its rows.
+    """
 
     spec: TensorSpec
     file: Path
     offset: int
+    parts: tuple[TensorInfo, ...] = ()
 
 
 def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:

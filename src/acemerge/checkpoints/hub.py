@@ -15,6 +15,7 @@ from typing import Any, Literal
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
+from acemerge.checkpoints.nearby import almost
 from acemerge.errors import CheckpointError, UsageError
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
@@ -93,10 +94,22 @@ def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> 
     if wanted is None:
         return Located(Path(model), str(Path(model)), model)
     hub = library()
-    with manners(hub, quiet):
-        root = _fetch(hub, wanted, _Wanted(allow_pickle, heads))
+    try:
+        with manners(hub, quiet):
+            root = _fetch(hub, wanted, _Wanted(allow_pickle, heads))
+    except CheckpointError as failure:
+        raise _path_first(model, failure) from failure
     origin = replace(wanted, revision=root.name)
     return Located(wanted.within(root), str(origin), str(replace(wanted, revision=None)))
+
+
+def _path_first(model: str, failure: CheckpointError) -> CheckpointError:
+    """The failure to find a model on the Hub, where it may have been meant as a path."""
+    path, meant = Path(model), almost(Path(model))
+    if not meant and files.kind(files.resolve(path.parent)) != "folder":
+        return failure
+    what = f"no such folder, and {failure.what.removeprefix('no such folder here, and ')}"
+    return CheckpointError(failure.where, what, f"{meant} Else {failure.cure}" if meant else failure.cure)
 
 
 def locate_cached(model: str) -> Path:

@@ -6,13 +6,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.checkpoints.header import FLOAT8
+from acemerge.checkpoints.header import FLOAT8, TensorInfo
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 
@@ -31,7 +32,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a span lies in its file, and where in the buffer."""
+    """Where a span lies in its file, and where in the buffer; `parts` where it lies in several places of its files."""
 
     file: Path
     offset: int
@@ -40,6 +41,11 @@ class _Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     scaling: _Scaling | None = None
+    parts: tuple[_Place, ...] = ()
+
+    @property
+    def to_read(self) -> tuple[_Place, ...]:
+        return self.parts or ((self, self.scaling.place) if self.scaling else (self,))
 
 
 @dataclass(frozen=True)
@@ -95,14 +101,17 @@ class Reader:
         found, at = [], 0
         for span in spans:
             info = self.checkpoint.places[span.name]
-            offset, shape, nbytes = info.offset, info.spec.shape, info.spec.nbytes
+            offset, shape, nbytes, parts = info.offset, info.spec.shape, info.spec.nbytes, info.parts
             if span.rows is not None:
                 first, end = span.rows
                 row = nbytes // shape[0]
+                each = len(parts) // shape[0]
+                parts = parts[first * each : end * each]
                 offset, shape, nbytes = offset + first * row, (end - first, *shape[1:]), (end - first) * row
             end_of = at + _aligned(nbytes)
             scaling = self._scaling(span, end_of)
-            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling))
+            pieces = tuple(_pieces(parts, at))
+            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling, pieces))
             at = end_of if scaling is None else end_of + _aligned(scaling.place.nbytes)
         return Places(found, at)
 
@@ -143,6 +152,10 @@ class Reader:
             self._hash(file).finish()
         return self._hashes
 
+    def so_far(self) -> dict[Path, FileHash]:
+        """The hashes of what was read until now, while more is read."""
+        return dict(self._hashes)
+
     def close(self) -> None:
         if self._open is not None:
             files.close(self._open[1])
@@ -161,6 +174,13 @@ class Reader:
         return self._hashes[file]
 
 
+def _pieces(parts: Sequence[TensorInfo], at: int) -> Iterator[_Place]:
+    """The parts of one tensor, one behind the other in the buffer from `at`."""
+    for part in parts:
+        yield _Place(part.file, part.offset, part.spec.nbytes, at, part.spec.dtype, part.spec.shape)
+        at += part.spec.nbytes
+
+
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
@@ -168,7 +188,7 @@ def _aligned(nbytes: int) -> int:
 def _runs(found: Sequence[_Place]) -> Iterator[list[_Place]]:
     """Spans that follow each other in one file, to be read at once."""
     run: list[_Place] = []
-    for place in (each for p in found for each in ((p, p.scaling.place) if p.scaling else (p,))):
+    for place in (each for p in found for each in p.to_read):
         if place.nbytes == 0:
             continue
         follows = run and run[-1].file == place.file and run[-1].offset + run[-1].nbytes == place.offset
@@ -194,6 +214,12 @@ class FileHash:
     position: int = 0
     in_order: bool = True
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def first_bytes(self) -> tuple[str, int] | None:
+        """Hash and number of the bytes until now; None where some were read out of their order, and not hashed."""
+        with self._lock:
+            return (self._digest.copy().hexdigest(), self.position) if self.in_order else None
 
     @property
     def sha256(self) -> str:
@@ -206,6 +232,10 @@ class FileHash:
             return
         self._read_up_to(offset)
         for view in views:
+            self._add(view)
+
+    def _add(self, view: memoryview) -> None:
+        with self._lock:
             self._digest.update(view)
             self.position += len(view)
 
@@ -217,8 +247,7 @@ class FileHash:
         while self.position < end:
             part = memoryview(block)[: end - self.position]
             files.read_into(self._descriptor(self.file), [part], self.position, self.file)
-            self._digest.update(part)
-            self.position += len(part)
+            self._add(part)
 
 
 def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> None:

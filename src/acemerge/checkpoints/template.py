@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import MAX_CONFIG, Checkpoint, contained
 from acemerge.checkpoints.header import MAX_PARTS, parse_json
+from acemerge.checkpoints.tokenizer import spelled
 from acemerge.errors import CheckpointError
 
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
+_GENERATION = "generation_config.json"
 
 
 def read_template(checkpoint: Checkpoint) -> str | None:
@@ -41,9 +42,22 @@ def commonest_template(checkpoints: Sequence[Checkpoint]) -> str | None:
 def template_file(checkpoint: Checkpoint, template: str) -> tuple[str, bytes]:
     """The file, by its name, that gives the checkpoint's tokenizer a template in the place of any other."""
     if _SETTINGS not in checkpoint.assets:
-        return TEMPLATE, template.encode()
+        return TEMPLATE, template.encode(errors="replace")
     settings = _settings(checkpoint, _SETTINGS) | {"chat_template": template}
-    return _SETTINGS, json.dumps(settings, ensure_ascii=False, indent=2).encode() + b"\n"
+    return _SETTINGS, spelled(settings)
+
+
+def end_of_text(checkpoint: Checkpoint) -> dict[str, object]:
+    """What ends a text, of those keys that say it: `eos_token` of the tokenizer, `eos_token_id` in generating."""
+    found: dict[str, object] = {}
+    if _SETTINGS in checkpoint.assets:
+        token = _settings(checkpoint, _SETTINGS).get("eos_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found |= {"eos_token": token} if isinstance(token, str) else {}
+    if _GENERATION in checkpoint.assets:
+        ids = _settings(checkpoint, _GENERATION).get("eos_token_id")
+        found |= {} if ids is None else {"eos_token_id": ids}
+    return found
 
 
 def _settings(checkpoint: Checkpoint, name: str) -> dict[str, object]:

@@ -61,7 +61,15 @@ def with_added(checkpoint: Checkpoint, added: Mapping[str, int], others: Sequenc
     told = {token: {flag: bool(known.get(token, {}).get(flag)) for flag in _FLAGS} for token in added}
     more = [{"id": i, "content": token, **told[token]} for token, i in added.items()]
     content["added_tokens"] = [*(content.get("added_tokens") or []), *more]
-    return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
+    return spelled(content)
+
+
+def spelled(content: object) -> bytes:
+    """JSON for people; where a text holds half a character, as some tokens do, all in ASCII with its escape."""
+    try:
+        return json.dumps(content, ensure_ascii=False, indent=2).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2).encode() + b"\n"
 
 
 def _read_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

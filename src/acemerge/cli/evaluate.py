@@ -1,116 +1,89 @@
-"""The commands `evaluate` and `compare`: parsing and printing only."""
+"""`acemerge evaluate`: a model's scores."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from acemerge.cli.options import Calibration, Debug, Device, Quiet
-from acemerge.cli.text import say
-from acemerge.engine.opening import RunOptions, check_output_apart, find_devices
-from acemerge.errors import UsageError
-from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
-from acemerge.evaluation.results import check_free, write_results
-from acemerge.evaluation.run import OnProgress, Run, evaluate
-from acemerge.evaluation.tables import LEGEND, Evaluation
-from acemerge.recipes.labels import expert_labels
-from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe
-from acemerge.tasks.task_file import Tasks, load_tasks
+from acemerge.cli.command import command
+from acemerge.cli.options import MODELS, TELLING, Options, option
+from acemerge.cli.text import print_json, say, stderr, stdout
 
-TaskFile = Annotated[Path, typer.Option("--tasks", metavar="TASKS.yaml", help="the tasks, see docs/evaluate.md")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an earlier evaluation and unlike merges")]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acemerge.evaluation.evaluate import OnProgress
+    from acemerge.evaluation.tables import Evaluation
+    from acemerge.tasks.task_file import Tasks
+
+TaskFile = Annotated[Path, option(MODELS, "the tasks, see docs/evaluate.md", "--tasks", metavar="TASKS.yaml")]
 
 
-def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
-    """Add both commands."""
+@command(
+    "evaluate",
+    group="Judge",
+    takes=("base", "out", "overwrite", "device", *TELLING),
+    examples=(
+        "acemerge evaluate ./merged --tasks tasks.yaml",
+        "acemerge evaluate ./math-lora --base ./base --tasks tasks.yaml -o ./scores",
+    ),
+    page="evaluate.md",
+    helps={
+        "base": "what adapters come from, if they do not say",
+        "out": "folder for JSON, table and picture",
+        "overwrite": "replace an earlier evaluation",
+    },
+)
+def evaluate(
+    asked: Options,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id")],
+    tasks: TaskFile,
+) -> None:
+    """Score a model on every task, beside the tasks' own experts."""
+    from acemerge.engine.opening import check_output_apart
+    from acemerge.evaluation.results import check_free
+    from acemerge.recipes.labels import expert_labels
+    from acemerge.tasks.task_file import load_tasks
 
-    def run(models: dict[str, str], tasks: Tasks, out: Path | None, device: str, quiet: bool, base: str | None) -> None:
-        with examples_progress(err_console, quiet) as on_progress:
-            found = evaluate(models, Run(tasks, find_devices(device)[0], on_progress, quiet, base))
-        missing = None if out is None else write_results(found, tasks, models, out)
-        if not quiet:
-            show(out_console, found, out, missing)
-
-    @app.command("evaluate")
-    def evaluate_command(
-        model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id")],
-        tasks: TaskFile,
-        base: Annotated[str | None, typer.Option(help="what adapters come from, if they do not say")] = None,
-        out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for JSON, table and picture")] = None,
-        device: Device = "cpu",
-        overwrite: Overwrite = False,
-        quiet: Quiet = False,
-        debug: Debug = False,
-    ) -> None:
-        """Score a model on every task, beside the tasks' own experts."""
-        asked = load_tasks(tasks)
-        if out is not None:
-            check_output_apart(out, [model])
-            check_free(out, overwrite)
-        run(_named([model]), asked, out, device, quiet, base)
-
-    @app.command("compare")
-    def compare_command(
-        tasks: TaskFile,
-        models: Annotated[
-            list[str] | None, typer.Argument(metavar="[MODEL...] [RECIPE.yaml]", help="models, and a recipe to merge")
-        ] = None,
-        out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for results and merges")] = None,
-        base: Annotated[str | None, typer.Option(help="what all experts come from, in the place of a recipe")] = None,
-        expert: Annotated[list[str] | None, typer.Option("--expert", help="an expert; repeat for each")] = None,
-        methods: Annotated[str | None, typer.Option(help="rules to merge by, as ace,actmat,tsv_m")] = None,
-        calibration: Calibration = None,
-        device: Device = "cpu",
-        overwrite: Overwrite = False,
-        quiet: Quiet = False,
-        debug: Debug = False,
-    ) -> None:
-        """Score models side by side; with --methods, merge by each rule first."""
-        if out is None:
-            raise UsageError("command line", "-o is missing", "name the output folder with -o OUT")
-        asked, given = load_tasks(tasks), _named([name for name in models or [] if not _is_recipe(name)])
-        keys = {"base": base, "experts": expert, "calibration": calibration}
-        recipe = _recipe([name for name in models or [] if _is_recipe(name)], keys)
-        check_output_apart(out, list(given.values()))
-        check_free(out, overwrite)
-        if (recipe is None) != (methods is None):
-            what, cure = ("--methods is missing", "name rules, as --methods ace,actmat")
-            if recipe is None:
-                what, cure = ("nothing to merge", "give a recipe file, or --base and --expert")
-            raise UsageError("command line", what, cure)
-        if recipe is not None and methods is not None:
-            options = RunOptions(device, overwrite=overwrite, quiet=quiet)
-            recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
-            asked, given = with_experts(asked, recipe), rows(recipe.base, given, folders_of(recipes, out))
-            merge_all(recipes, out, options, lambda text: None if quiet else say(err_console, text))
-        elif not given:
-            raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
-        run(given, asked, out, device, quiet, None if recipe is None else recipe.base)
+    found = load_tasks(tasks)
+    if asked.out is not None:
+        check_output_apart(asked.out, [model])
+        check_free(asked.out, asked.overwrite)
+    score(asked, dict(zip(expert_labels([model]), [model], strict=True)), found, asked.base)
 
 
-def _named(models: list[str]) -> dict[str, str]:
-    return dict(zip(expert_labels(models), models, strict=True))
+def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | None) -> None:
+    """Score the models, write what was asked for, and show the table."""
+    from acemerge.engine.opening import find_devices
+    from acemerge.evaluation.evaluate import Run
+    from acemerge.evaluation.evaluate import evaluate as scores_of
+    from acemerge.evaluation.results import write_results
+
+    with logged_progress() if asked.logs else examples_progress(stderr(), asked.quiet) as on_progress:
+        device = find_devices(asked.device)[0]
+        found = scores_of(dict(models), Run(tasks, device, on_progress, asked.quiet, base))
+    missing = None if asked.out is None else write_results(found, tasks, dict(models), asked.out)
+    if asked.as_json:
+        print_json({**found.as_table(), "out": None if asked.out is None else str(asked.out)})
+    elif not asked.quiet:
+        show(stdout(), found, asked.out, missing)
 
 
-def _is_recipe(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+@contextlib.contextmanager
+def logged_progress() -> Iterator[OnProgress]:
+    """An event for each batch of examples."""
+    log = logging.getLogger(__name__)
 
+    def told(name: str, done: int, total: int) -> None:
+        fields = {"stage": "evaluate", "name": name, "done": done, "total": total, "unit": "examples"}
+        log.debug("%s: %d of %d examples", name, done, total, extra={"event": "progress", "fields": fields})
 
-def _recipe(files: list[str], asked: dict[str, Any]) -> Recipe | None:
-    keys = {key: value for key, value in asked.items() if value}
-    if len(files) > 1:
-        raise UsageError("command line", "two recipes", "give one")
-    if files:
-        return load_recipe(Path(files[0]), keys)
-    return make_recipe(keys, "command line") if keys else None
+    yield told
 
 
 @contextlib.contextmanager
@@ -122,6 +95,8 @@ def examples_progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
     if not console.is_terminal:
         yield lambda name, done, total: say(console, f"{name}: {total} done") if done == total else None
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, TextColumn("{task.description}", markup=False), console=console, transient=True) as bar:
         task, shown = bar.add_task("", total=None), ""
@@ -137,6 +112,11 @@ def examples_progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
 
 
 def show(console: Console, found: Evaluation, out: Path | None, missing: str | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from acemerge.evaluation.tables import LEGEND
+
     header, rows = found.cells()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):

@@ -2,98 +2,52 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
-from itertools import combinations
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import typer
-from rich.console import Console
+from acemerge.cli.command import command
+from acemerge.cli.options import LOOKING, TELLING, Options
+from acemerge.cli.text import print_json, say, stderr, stdout, table
 
-from acemerge.cli.options import (
-    AllowPickle,
-    Base,
-    ComputeDtype,
-    Debug,
-    Dequantize,
-    Device,
-    Experts,
-    MaxMemory,
-    MethodName,
-    Nonfinite,
-    PolicyOption,
-    Quiet,
-    RecipeFile,
-    Settings,
-    VocabularyOption,
-    Workers,
-    asked_recipe,
-)
-from acemerge.cli.progress import progress
-from acemerge.cli.text import say, table
-from acemerge.engine.opening import RunOptions, open_recipe
-from acemerge.inspection.survey import Inspection, View, numbers, survey
+if TYPE_CHECKING:
+    from rich.console import Console
 
-Json = Annotated[bool, typer.Option("--json", help="print everything as JSON, every layer included")]
-
-
-def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
-    """Add the command."""
-
-    @app.command()
-    def inspect(
-        recipe: RecipeFile = None,
-        base: Base = None,
-        expert: Experts = None,
-        method: MethodName = None,
-        settings: Settings = None,
-        policy: PolicyOption = None,
-        device: Device = "cpu",
-        compute_dtype: ComputeDtype = None,
-        workers: Workers = 1,
-        max_memory: MaxMemory = None,
-        allow_pickle: AllowPickle = False,
-        dequantize: Dequantize = False,
-        vocabulary: VocabularyOption = None,
-        nonfinite: Nonfinite = None,
-        as_json: Json = False,
-        quiet: Quiet = False,
-        debug: Debug = False,
-    ) -> None:
-        """Look at the experts before merging: how far, how alike, where in conflict. Reads every tensor once."""
-        keys = {
-            "base": base,
-            "experts": expert,
-            "policy": policy,
-            "compute_dtype": compute_dtype,
-            "vocabulary": vocabulary,
-            "nonfinite": nonfinite,
-        }
-        options = RunOptions(
-            device,
-            workers=workers,
-            max_memory=max_memory,
-            allow_pickle=allow_pickle,
-            dequantize=dequantize,
-            quiet=quiet,
-        )
-        opened = open_recipe(asked_recipe(recipe, keys, method, settings), None, options)
-        with progress(err_console, quiet) as on_progress:
-            seen = survey(opened, workers, on_progress)
-        if as_json:
-            out_console.file.write(json.dumps(seen.table(), allow_nan=False) + "\n")
-        elif not quiet:
-            show(out_console, seen)
-
+    from acemerge.inspection.survey import Inspection
 
 _MOST_LAYERS = 10
 
 
+@command(
+    "inspect",
+    group="Merge",
+    takes=(*LOOKING, *TELLING),
+    examples=(
+        "acemerge inspect --base ./base --expert ./math --expert ./code",
+        "acemerge inspect recipe.yaml --json",
+    ),
+    page="quick-start.md",
+)
+def inspect(asked: Options) -> None:
+    """Look at the experts before merging: how far, how alike, where in conflict. Reads every tensor once."""
+    from acemerge.cli.progress import progress
+    from acemerge.engine.opening import open_recipe
+    from acemerge.inspection.survey import survey
+
+    opened = open_recipe(asked.asked_recipe(), None, asked.run_options())
+    with progress(stderr(), asked.silent) as on_progress:
+        seen = survey(opened, asked.workers, on_progress)
+    if asked.as_json:
+        print_json(seen.table())
+    elif not asked.quiet:
+        show(stdout(), seen)
+
+
 def show(console: Console, seen: Inspection) -> None:
     """The experts, how alike they are, the layers in conflict, and the warnings with their cures."""
+    from acemerge.inspection.survey import numbers
+
     layers = [view for view in seen.views if view.squared_norms is not None]
-    leads = Counter(_leader(seen.experts, view) for view in layers)
+    leads = Counter(view.leader(seen.experts) for view in layers)
     total = seen.total
     rows = zip(
         seen.experts,
@@ -133,9 +87,9 @@ def _conflicts(console: Console, seen: Inspection) -> None:
         (
             view.job.name,
             f"{view.sums.cancelled:.0%}",
-            *_lowest(seen.experts, view),
+            *view.lowest_cosine(seen.experts),
             _number(view.gamma, "{:.3g}"),
-            _leader(seen.experts, view),
+            view.leader(seen.experts) or "-",
         )
         for view in worst
     ]
@@ -152,23 +106,6 @@ def _reading_help(console: Console) -> None:
         console,
         "squared largest singular value, the median layer; cancelled: magnitude lost when the updates are added",
     )
-
-
-def _lowest(labels: Sequence[str], view: View) -> tuple[str, str]:
-    """The lowest cosine between two experts, and their names."""
-    cosines = view.sums.cosines
-    pairs = [(float(cosines[s, t]), s, t) for s, t in combinations(range(len(labels)), 2)]
-    found = [pair for pair in pairs if pair[0] == pair[0]]
-    if not found:
-        return "-", "-"
-    lowest, s, t = min(found)
-    return f"{lowest:.2f}", f"{labels[s]}, {labels[t]}"
-
-
-def _leader(labels: Sequence[str], view: View) -> str:
-    """The expert with the largest update."""
-    n = view.sums.energies
-    return f"{labels[int(n.argmax())]}" if n.any() else "-"
 
 
 def _number(value: float | None, form: str) -> str:

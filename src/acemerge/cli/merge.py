@@ -1,37 +1,65 @@
-"""What `acemerge merge` says: before, what goes where and what it takes; after, what was done and what to look at."""
+"""`acemerge merge`. It says before, what goes where and what it takes; after, what was done and what to look at."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from acemerge.cli.command import command
+from acemerge.cli.options import MERGING, Options, needed
+from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
+from acemerge.cli.verify import verified
 
-from acemerge.api import MergeReport
-from acemerge.checkpoints import files
-from acemerge.cli.progress import duration, is_live
-from acemerge.cli.text import adapter, say, size, table
-from acemerge.engine.opening import Opened
-from acemerge.inspection.advice import largest_update, of_energies, of_statuses
-from acemerge.methods import Method
-from acemerge.output.folder import REPORT
-from acemerge.output.records import figure
-from acemerge.output.shares import total_energies
-from acemerge.planning.costs import RESIDENT, peak_memory
-from acemerge.planning.estimate import measure_rates, plan_seconds
-from acemerge.planning.jobs import Job, Plan
-from acemerge.report.facts import LAYERS
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from acemerge.engine.opening import Opened
+    from acemerge.output.merge_report import MergeReport
+    from acemerge.output.shares import Records
+    from acemerge.planning.jobs import Job, Plan
+
+
+@command(
+    "merge",
+    group="Merge",
+    takes=MERGING,
+    examples=(
+        "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
+        "acemerge merge recipe.yaml --method auto -o ./merged --report",
+    ),
+    page="recipes.md",
+)
+def merge(asked: Options) -> None:
+    """Merge a base and its experts into one folder."""
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
+    from acemerge import api
+    from acemerge.cli.progress import progress
+    from acemerge.engine.opening import open_recipe
+
+    options = asked.run_options()
+    opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
+    if not asked.silent:
+        before(stderr(), opened, out, asked.resume)
+    with progress(stderr(), asked.silent) as on_progress:
+        report = api.run_opened(opened, out, options, on_progress)
+    if asked.as_json:
+        print_json(outcome(report))
+    elif not asked.quiet:
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     """What goes where, and what to expect; on a terminal, while one may still stop it."""
     if not is_live(console):
         return
+    from acemerge.checkpoints import files
+    from acemerge.planning.costs import RESIDENT
+    from acemerge.planning.estimate import measure_rates, plan_seconds
+
     plan = opened.plan
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
@@ -42,7 +70,7 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
         *_parameters(plan),
         ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
     ]
-    facts.append(("memory", f"about {size(peak_memory(plan))}, {size(most)} at most"))
+    facts.append(("memory", f"{size(most)} at most"))
     facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")
@@ -69,7 +97,7 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
     found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
-    for method in {id(job.method): job.method for job in plan.jobs if job.method}.values():
+    for method in {id(job.method): job.method for job in plan.ruled}.values():
         for key in dataclasses.fields(method):  # type: ignore[arg-type]
             value, known = getattr(method, key.name), found[method.name][key.name]
             if value not in known:  # a list may be one
@@ -81,6 +109,8 @@ def _parameters(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _values(known: Sequence[Any]) -> str:
+    from acemerge.methods import Method
+
     if len(known) == 1:
         return known[0].name if isinstance(known[0], Method) else f"{known[0]}"
     if all(isinstance(value, int | float) for value in known):
@@ -88,38 +118,50 @@ def _values(known: Sequence[Any]) -> str:
     return "several"
 
 
-def after(console: Console, report: MergeReport, warned: bool) -> None:
-    """What was done, and the three things to look at: experts, layers, what is next. `warned`: of the plan's warnings
-    before the merge.
+def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> None:
+    """What was done, and the three things to look at: experts, layers, what is next. `warned`: the warnings that
+    were said before the merge.
     """
+    from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.output.shares import total_energies
+
     manifest = report.manifest
-    counts = Counter(f"{record['rule']}" for record in report.tensors.values())
-    rules = ", ".join(f"{count} by {rule}" for rule, count in counts.most_common())
+    if report.was_complete and report.out is not None:
+        say(console, f"{verified(report.out, manifest)}: the merge was complete, nothing was left to do")
+        return
+    rules = ", ".join(f"{count} by {rule}" for rule, count in report.rules.items())
     say(console, f"merged {len(report.tensors)} tensors ({rules}) in {manifest['seconds']:.1f} s")
     for label, about in manifest.get("adapters", {}).items():
         say(console, f"expert {label}: {about}")
     for who, about in manifest.get("dequantized", {}).items():
         say(console, f"{who}: dequantised, {about}")
-    for warning in () if warned else manifest["warnings"]:
-        say(console, f"warning: {warning}")
+    for warning in manifest["warnings"]:
+        if warning not in warned:
+            say(console, f"warning: {warning}", wrap=True)
     if "stored" in manifest:
         adapter(console, report)
-    total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    say(console, f"{report.out}: {size(total)}, manifest in acemerge.json")
+    say(console, f"{report.out}: {size(report.bytes_written)}, manifest in acemerge.json")
     if report.pushed:
         say(console, f"uploaded to {report.pushed}")
     labels = manifest["experts"]
-    energies = total_energies(labels, report.tensors)
-    experts = [str(advice) for advice in of_energies(labels, energies)] or [largest_update(labels, energies)]
-    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(report.tensors))), _next(report)])
+    records = report.records
+    energies = total_energies(labels, records)
+    advice = [str(advice) for advice in of_energies(labels, energies)]
+    experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
+    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
 
 
-def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _layers(records: Records) -> list[str]:
     """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
-    found = [str(advice) for advice in of_statuses(records)]
-    layers = {name: record for name, record in records.items() if record.get("role") in LAYERS}
-    for key, text in (("condition", "worst condition"), ("gamma", "most uneven experts: gamma")):
-        known = {name: value for name, record in layers.items() if (value := figure(record, key)) is not None}
+    from acemerge.inspection.advice import of_statuses
+    from acemerge.models.roles import LAYERS
+
+    found = [str(advice) for advice in of_statuses(record.stats.statuses for record in records.values())]
+    layers = {name: record.stats for name, record in records.items() if record.role in LAYERS}
+    conditions = {name: stats.largest(lambda part: part.condition) for name, stats in layers.items()}
+    gammas = {name: stats.largest(lambda part: part.gamma) for name, stats in layers.items()}
+    for figures, text in ((conditions, "worst condition"), (gammas, "most uneven experts: gamma")):
+        known = {name: value for name, value in figures.items() if value is not None}
         if known:
             name = max(known, key=lambda n: known[n])
             found.append(f"{text} {known[name]:.3g} in {name}")
@@ -127,6 +169,9 @@ def _layers(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _next(report: MergeReport) -> tuple[str, str]:
+    from acemerge.checkpoints import files
+    from acemerge.output.folder import REPORT
+
     assert report.out is not None
     page = report.out / REPORT
     return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
@@ -138,6 +183,9 @@ def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
         for label, text in facts:
             say(console, f"{label}: {text}")
         return
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")

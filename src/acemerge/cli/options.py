@@ -1,81 +1,195 @@
-"""Options that several commands have, and the recipe that they make."""
+"""Every option that commands share, declared once: its type, its help, its group. A command lists which it takes.
+
+Nothing here imports the engine: help and usage errors must not wait for torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from acemerge.checkpoints.files import output_path
 from acemerge.errors import UsageError
-from acemerge.recipes.recipe import Recipe, load_recipe, make_recipe, parse_settings
 
-RecipeFile = Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")]
-Base = Annotated[str | None, typer.Option(help="folder or Hub id (org/name@revision) that all experts come from")]
-Experts = Annotated[list[str] | None, typer.Option("--expert", help="an expert's folder or Hub id; repeat for each")]
-MethodName = Annotated[
-    str | None, typer.Option(help="merge rule, see `acemerge methods`; auto: the one recommended [default: ace]")
-]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a parameter of the rule")]
-Scale = Annotated[float | None, typer.Option(help="factor on the merged update [default: the rule's own]")]
-PolicyOption = Annotated[Literal["default", "paper"] | None, typer.Option(help="which tensors get the rule")]
-Out = Annotated[Path | None, typer.Option("-o", "--out", help="output folder")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto")]
-ComputeDtype = Annotated[Literal["float32", "float64"] | None, typer.Option(help="type of the arithmetic")]
-Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"] | None,
-    typer.Option(help="type of the output [default: the base's]"),
-]
-ShardSize = Annotated[str, typer.Option(help="largest output file")]
-Workers = Annotated[int, typer.Option(help="tensors computed at once")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what the output folder holds")]
-AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="also read weights of torch.save, as data that is never run")
-]
-Dequantize = Annotated[
-    bool, typer.Option("--dequantize", help="also read weights in fp8, with their scales, as the values they stand for")
-]
-SplitQkv = Annotated[
-    bool | None, typer.Option("--split-qkv", help="give the rule q, k and v one by one where they share a weight")
-]
-VocabularyOption = Annotated[
-    str | None,
-    typer.Option("--vocabulary", help="refuse other vocabularies, or match tokens: refuse, base or union"),
-]
-Force = Annotated[bool, typer.Option("--force", help="merge experts even if they do not seem to come from this base")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on where a killed or interrupted run stopped")]
-MaxMemory = Annotated[
-    str | None, typer.Option(help="memory to stay within, as 8GB [default: (T + 4) x largest tensor]")
-]
-Seed = Annotated[int | None, typer.Option(help="seed of the rules that use chance")]
-Nonfinite = Annotated[
-    Literal["error", "skip-expert"] | None, typer.Option(help="what to do about NaN or infinity in an expert")
-]
-AsLora = Annotated[
-    int | None, typer.Option(metavar="RANK", help="write one LoRA adapter of this rank instead of a model")
-]
-Calibration = Annotated[
-    str | None, typer.Option(metavar="TASKS.yaml", help="tasks of the experts, for the rules that need data")
-]
-Push = Annotated[
-    str | None,
-    typer.Option(metavar="ORG/NAME", help="upload the output, once verified, to the Hub; a new repository is private"),
-]
-Report = Annotated[bool, typer.Option("--report", help="write OUT/report.html too; reads the models once more")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="print nothing but errors")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+if TYPE_CHECKING:
+    from acemerge.engine.opening import RunOptions
+    from acemerge.recipes.recipe import Recipe
+
+# The groups of a command's help, in their order.
+MODELS, RULE, READING, OUTPUT, RUNNING, SAYING = GROUPS = (
+    "Models",
+    "Rule",
+    "Reading models",
+    "Output",
+    "Running",
+    "What is said",
+)
+T = TypeVar("T")
 
 
-def asked_recipe(
-    file: Path | None, keys: Mapping[str, Any], method: str | None, settings: Sequence[str] | None
-) -> Recipe:
-    """The recipe of a file with the options' keys over it, or of the options alone; those not given are None."""
-    given = {key: value for key, value in keys.items() if value not in (None, [])}
-    params = parse_settings(list(settings or []))
-    if file is not None:
-        return load_recipe(file, given, method, params)
-    for key, option in (("base", "--base"), ("experts", "--expert")):
-        if key not in given:
-            raise UsageError("command line", f"{option} is missing", f"give {option} or a recipe file")
-    return make_recipe({**given, "method": {"name": method or "ace", **params}}, "command line")
+def option(group: str, text: str, *names: str, **more: Any) -> Any:
+    """An option in a group of the help."""
+    return typer.Option(*names, help=text, rich_help_panel=group, **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was asked for; an option that a command does not take, or that was not given, has its default here."""
+
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")] = None
+    base: Annotated[
+        str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from", metavar="MODEL")
+    ] = None
+    expert: Annotated[
+        list[str] | None,
+        option(
+            MODELS,
+            "an expert's folder or Hub id; PATH=0.5 gives it a weight; repeat for each",
+            "--expert",
+            metavar="MODEL",
+        ),
+    ] = None
+    weights: Annotated[
+        str | None, option(MODELS, "the experts' weights, in their order, as 1,0.5", metavar="W,W,...")
+    ] = None
+    method: Annotated[
+        str | None,
+        option(RULE, "merge rule, see `acemerge methods`; auto: the one recommended [default: ace]", metavar="NAME"),
+    ] = None
+    settings: Annotated[
+        list[str] | None, option(RULE, "a parameter of the rule; repeat for each", "--set", metavar="KEY=VALUE")
+    ] = None
+    scale: Annotated[float | None, option(RULE, "factor on the merged update [default: the rule's own]")] = None
+    policy: Annotated[Literal["default", "paper"] | None, option(RULE, "which tensors get the rule")] = None
+    split_qkv: Annotated[
+        bool | None, option(RULE, "give the rule q, k and v one by one where they share a weight", "--split-qkv")
+    ] = None
+    seed: Annotated[int | None, option(RULE, "seed of the rules that use chance")] = None
+    calibration: Annotated[
+        str | None, option(RULE, "tasks of the experts, for the rules that need data", metavar="TASKS.yaml")
+    ] = None
+    compute_dtype: Annotated[
+        Literal["float32", "float64"] | None, option(RULE, "type of the arithmetic [default: float32]")
+    ] = None
+    vocabulary: Annotated[
+        Literal["refuse", "base", "union", "assets"] | None,
+        option(READING, "refuse other vocabularies, or match tokens [default: refuse]"),
+    ] = None
+    nonfinite: Annotated[
+        Literal["error", "skip-expert"] | None, option(READING, "what to do about NaN or infinity in an expert")
+    ] = None
+    force: Annotated[
+        bool, option(READING, "merge experts even if they do not seem to come from this base", "--force")
+    ] = False
+    allow_pickle: Annotated[
+        bool, option(READING, "also read weights of torch.save, as data that is never run", "--allow-pickle")
+    ] = False
+    dequantize: Annotated[
+        bool,
+        option(READING, "also read weights in fp8, with their scales, as the values they stand for", "--dequantize"),
+    ] = False
+    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH", parser=output_path)] = (
+        None
+    )
+    overwrite: Annotated[bool, option(OUTPUT, "replace what the output folder holds", "--overwrite")] = False
+    resume: Annotated[bool, option(OUTPUT, "go on where a killed or interrupted run stopped", "--resume")] = False
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"] | None,
+        option(OUTPUT, "type of the output [default: the base's]"),
+    ] = None
+    max_shard_size: Annotated[str | None, option(OUTPUT, "largest output file [default: 5GB]", metavar="SIZE")] = None
+    as_lora: Annotated[
+        int | None, option(OUTPUT, "write one LoRA adapter of this rank instead of a model", metavar="RANK")
+    ] = None
+    push: Annotated[
+        str | None,
+        option(OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"),
+    ] = None
+    report: Annotated[bool, option(OUTPUT, "write OUT/report.html too; reads the models once more", "--report")] = False
+    device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto", metavar="NAME")] = "cpu"
+    workers: Annotated[int, option(RUNNING, "tensors computed at once")] = 1
+    max_memory: Annotated[
+        str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]", metavar="SIZE")
+    ] = None
+    every: Annotated[bool, option(SAYING, "name every tensor, not layers together", "--all")] = False
+    as_json: Annotated[bool, option(SAYING, "print one JSON object, and nothing else on stdout", "--json")] = False
+    log_format: Annotated[
+        Literal["text", "json"], option(SAYING, "how the work is told of on stderr: json has a line an event")
+    ] = "text"
+    quiet: Annotated[bool, option(SAYING, "print nothing but errors", "--quiet")] = False
+    debug: Annotated[bool, option(SAYING, "show the traceback of an error", "--debug")] = False
+
+    @property
+    def logs(self) -> bool:
+        """Whether stderr gets a line for each event."""
+        return self.log_format == "json" and not self.quiet
+
+    @property
+    def silent(self) -> bool:
+        """Whether nobody wants to see on stderr how the work gets on."""
+        return self.quiet or self.logs
+
+    def run_options(self) -> RunOptions:
+        """How to run it; what was not given is left to the defaults there."""
+        from acemerge.engine.opening import RunOptions, make_options
+
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
+        return make_options({name: value for name, value in given.items() if value is not None})
+
+    def check_models(self) -> None:
+        """UsageError where neither a recipe file nor options name models: known before anything is imported."""
+        if self.recipe is None:
+            needed(self.base, "--base", "give --base or a recipe file")
+            needed(self.expert or None, "--expert", "give --expert or a recipe file")
+
+    def experts(self) -> list[Any]:
+        """Those of --expert, as a recipe has them."""
+        from acemerge.recipes.recipe import parse_expert
+
+        return [parse_expert(text) for text in self.expert or []]
+
+    def asked_recipe(self) -> Recipe:
+        """The recipe of a file with the options' keys over it, or of the options alone."""
+        from acemerge.recipes.recipe import (
+            Recipe,
+            load_recipe,
+            make_recipe,
+            parse_settings,
+            parse_weights,
+            with_weights,
+        )
+
+        shared = {field.name for field in dataclasses.fields(self)} & Recipe.model_fields.keys() - {"method"}
+        keys: dict[str, Any] = {"experts": self.experts(), **{name: getattr(self, name) for name in shared}}
+        given = {key: value for key, value in keys.items() if value not in (None, [])}
+        params = parse_settings(list(self.settings or []))
+        weights = None if self.weights is None else parse_weights(self.weights)
+        if weights and any(isinstance(expert, dict) for expert in given.get("experts", [])):
+            raise UsageError("--weights", "an --expert has a weight, too", "give the weights in one place")
+        if self.recipe is not None:
+            return load_recipe(self.recipe, given, self.method, params, weights, self.allow_pickle)
+        given["experts"] = with_weights(given["experts"], weights, "--weights")
+        return make_recipe({**given, "method": {"name": self.method or "ace", **params}}, "command line")
+
+
+# What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those
+# whose result machines may want.
+LOOKING = (
+    "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
+    "allow_pickle", "dequantize", "device", "workers", "max_memory",
+)  # fmt: skip
+CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
+WRITING = ("force", "out", "overwrite", "resume", "dtype", "max_shard_size", "as_lora", "push", "report")
+TELLING = ("as_json", "log_format", "quiet")
+MERGING = (*LOOKING, *CHOOSING, *WRITING, *TELLING)
+
+
+def needed(value: T | None, name: str, cure: str) -> T:
+    """The value of an option that the command cannot do without."""
+    if value is None:
+        raise UsageError("command line", f"{name} is missing", cure)
+    return value

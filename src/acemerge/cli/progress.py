@@ -13,18 +13,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from acemerge.cli.text import say, size
+from acemerge.cli.text import duration, is_live, say, size
 from acemerge.engine.execute import OnProgress, Progress
 
 _QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
 _SOON = 2.0  # seconds before which nobody can say how long it takes
 _BAR = 30  # columns at most
 _LAST = ("merge", "report")  # stages after which there may be something else to see
-
-
-def is_live(console: Console) -> bool:
-    """Whether someone looks at a terminal that can be drawn on again. `FORCE_COLOR` makes none of a pipe."""
-    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 @contextlib.contextmanager
@@ -136,10 +131,3 @@ def _lines(console: Console) -> OnProgress:
         say(console, f"{stage}{', '.join(figures)}, {done.name}")
 
     return on_progress
-
-
-def duration(seconds: float) -> str:
-    """For people: 4 s, 3 min, 1.5 h."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,31 +6,33 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from acemerge.cli.options import Debug, Quiet
-from acemerge.cli.progress import progress
-from acemerge.cli.text import say
+from acemerge.cli.command import command
+from acemerge.cli.options import READING, Options, option
+from acemerge.cli.text import say, size, stderr, stdout
 
 
-def register(app: typer.Typer, out_console: Console, err_console: Console) -> None:
-    """Add the command."""
+@command(
+    "report",
+    group="Judge",
+    takes=("out", "quiet"),
+    examples=("acemerge report ./merged", "acemerge report ./merged --scores ./scores/evaluation.json -o page.html"),
+    page="concepts/output-folder.md",
+    helps={"out": "the page [default: OUT/report.html]"},
+)
+def report(
+    asked: Options,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")],
+    scores: Annotated[
+        Path | None,
+        option(READING, "evaluation.json of `evaluate` or `compare` [default: OUT/evaluation.json, if there]"),
+    ] = None,
+) -> None:
+    """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
+    from acemerge.cli.progress import progress
+    from acemerge.report.write import write_report
 
-    @app.command()
-    def report(
-        out: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")],
-        target: Annotated[Path | None, typer.Option("-o", "--out", help="the page [default: OUT/report.html]")] = None,
-        scores: Annotated[
-            Path | None,
-            typer.Option(help="evaluation.json of `evaluate` or `compare` [default: OUT/evaluation.json, if there]"),
-        ] = None,
-        quiet: Quiet = False,
-        debug: Debug = False,
-    ) -> None:
-        """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
-        from acemerge.report.write import write_report
-
-        with progress(err_console, quiet) as on_progress:
-            path = write_report(out, target, on_progress, scores)
-        if not quiet:
-            say(out_console, f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")
+    with progress(stderr(), asked.quiet) as on_progress:
+        path = write_report(folder, asked.out, on_progress, scores)
+    if not asked.quiet:
+        say(stdout(), f"{path}: {size(path.stat().st_size)}, opens in any browser")

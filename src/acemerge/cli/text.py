@@ -1,67 +1,45 @@
-"""What the command line prints: plans, outputs, rules."""
+"""What several commands print: plain lines, tables, sizes."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import functools
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.console import Console
 
-from acemerge.api import MergeReport
-from acemerge.errors import UsageError, nearest
-from acemerge.methods import METHODS, rule_name
-from acemerge.methods.about import parameters, summary
-from acemerge.planning.costs import operations, peak_memory
-from acemerge.planning.jobs import Plan
+    from acemerge.output.merge_report import MergeReport
 
 
-def converted(console: Console, report: MergeReport) -> None:
-    total = sum(entry["bytes"] for entry in report.manifest["outputs"].values())
-    say(console, f"{report.out}: {len(report.tensors)} tensors, {size(total)}, manifest in acemerge.json")
+@functools.cache
+def stdout() -> Console:
+    """Where results go. Nobody reads a pipe at 80 columns."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else 200)
 
 
-def plan(console: Console, plan: Plan) -> None:
-    rows = [(job.name, "x".join(map(str, job.spec.shape)), job.role.name, job.rule, job.reason) for job in plan.jobs]
-    table(console, ("tensor", "shape", "role", "rule", "why"), rows)
-    for label, heads in zip(plan.experts, plan.heads, strict=True):
-        for head in heads:
-            say(console, f"heads/{label}: {head.spec.name} ({head.reason})")
-    say(console, f"\nroles from {plan.roles_source}")
-    for label, adapter in plan.adapters.items():
-        say(console, f"expert {label}: {adapter}")
-    for who, about in plan.dequantized.items():
-        say(console, f"{who}: to be dequantised, {about}")
-    for label, tasks in plan.calibration.items():
-        say(console, f"expert {label}: to be calibrated on {', '.join(tasks)}")
-    for warning in plan.warnings:
-        say(console, f"warning: {warning}")
-    read = size(plan.bytes_read + plan.bytes_reread)
-    say(
-        console,
-        f"{len(plan.jobs)} tensors; read {read}, write {size(plan.bytes_written)}; "
-        f"{operations(plan) / 1e9:,.1f} GFLOP; peak memory about {size(peak_memory(plan))}",
-    )
+@functools.cache
+def stderr() -> Console:
+    """Where it is said how the work gets on."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
-def extracted(console: Console, report: MergeReport) -> None:
-    rows = [
-        (name, f"{record['energy']:.4g}", f"{record['share_lost']:.2%}")
-        for name, record in report.tensors.items()
-        if record["energy"] or name in report.manifest["stored"]
-    ]
-    table(console, ("tensor", "energy of its difference", "lost"), rows)
-    adapter(console, report)
+def is_live(console: Console) -> bool:
+    """Whether someone looks at a terminal that can be drawn on again. `FORCE_COLOR` makes none of a pipe."""
+    return console.is_terminal and not console.is_dumb_terminal and console.file.isatty()
 
 
 def adapter(console: Console, report: MergeReport) -> None:
     """What an output that is an adapter holds and lacks."""
     manifest = report.manifest
     inside = manifest["stored"]
-    outside = sum(record["energy"] > 0 for name, record in report.tensors.items() if name not in inside)
+    outside = sum(bool(record.energy) for name, record in report.records.items() if name not in inside)
     if outside:
         say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
     for label, heads in manifest["heads"].items():
@@ -72,37 +50,13 @@ def adapter(console: Console, report: MergeReport) -> None:
     say(console, f"{report.out}: adapter of {len(inside)} layers, rank {rank}, {lost}")
 
 
-def verified(console: Console, out: Path, manifest: Mapping[str, Any]) -> None:
-    files = manifest["outputs"]
-    total = size(sum(entry["bytes"] for entry in files.values()))
-    say(console, f"{out}: {len(files)} files, {len(manifest['tensors'])} tensors, {total}, all as written")
-
-
-def methods(console: Console, name: str | None) -> None:
-    if name is None:
-        rows = [
-            (
-                rule.name,
-                ", ".join(f"{p.name}={p.default}" for p in parameters(rule)),
-                summary(rule),
-                rule.source,
-            )
-            for rule in METHODS.values()
-        ]
-        table(console, ("rule", "parameters", "what it does", "source"), rows)
-        return
-    name = rule_name(name)
-    if name not in METHODS:
-        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
-    rule = METHODS[name]
-    say(console, f"{rule.name}\n\n{inspect.getdoc(rule)}\n")
-    table(console, ("parameter", "default", "meaning"), [(p.name, p.default, p.meaning) for p in parameters(rule)])
-
-
 def table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[str] = ()
 ) -> None:
     """A plain table; `numeric` columns stand at the right."""
+    from rich.table import Table
+    from rich.text import Text
+
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         grid.add_column(column, overflow="fold", justify="right" if column in numeric else "left")
@@ -111,9 +65,43 @@ def table(
     console.print(grid)
 
 
-def say(console: Console, text: str) -> None:
-    """Plain text: names from files are never read as markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def say(console: Console, text: str, wrap: bool = False) -> None:
+    """Plain text: names from files are never read as markup. On a terminal a sentence may be broken between words,
+    which paths and commands to copy must not be.
+    """
+    console.print(text, highlight=False, markup=False, soft_wrap=not (wrap and console.is_terminal))
+
+
+def print_json(value: Any) -> None:
+    """One object on stdout; figures that are none, which JSON has no words for, are null."""
+    clean = json.loads(json.dumps(value, default=str), parse_constant=lambda _: None)
+    stdout().file.write(json.dumps(clean) + "\n")
+
+
+def outcome(report: MergeReport) -> dict[str, Any]:
+    """Of an output that was written, as JSON."""
+    from acemerge.checkpoints import files
+    from acemerge.output.folder import MANIFEST, REPORT
+
+    assert report.out is not None
+    manifest, page = report.manifest, report.out / REPORT
+    adapter = (
+        {"layers": len(manifest["stored"]), "share_lost": manifest["share_lost"]} if "stored" in manifest else None
+    )
+    return {
+        "out": str(report.out),
+        "manifest": str(report.out / MANIFEST),
+        "was_complete": report.was_complete,
+        "experts": manifest["experts"],
+        "tensors": len(report.tensors),
+        "rules": report.rules,
+        "bytes": report.bytes_written,
+        "seconds": manifest["seconds"],
+        "warnings": manifest["warnings"],
+        "adapter": adapter,
+        "report": str(page) if files.kind(page) == "file" else None,
+        "pushed": report.pushed,
+    }
 
 
 def size(count: float) -> str:
@@ -123,3 +111,10 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """For people: 4 s, 3 min, 1.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

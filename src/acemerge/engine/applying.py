@@ -9,27 +9,27 @@ import torch
 
 from acemerge.engine.work import Setting
 from acemerge.methods import Layer, LayerResult, Method
+from acemerge.methods.stats import of_projections, of_slices
 from acemerge.models.projections import Fused
-from acemerge.planning.jobs import Job
+from acemerge.planning.jobs import ByRule, Merge
 from acemerge.shapes import Float, Tensor
 
 
-def apply(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
+def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
-    assert job.method is not None
     layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
     turned = deltas.mT if job.transposed else deltas
-    result = (
-        _by_projection(job.method, job.fused, turned, layer) if job.fused else apply_rule(job.method, turned, layer)
-    )
+    if isinstance(job, Merge) and job.fused:
+        result = _by_projection(job.method, job.fused, turned, layer)
+    else:
+        result = apply_rule(job.method, turned, layer)
     if not job.transposed:
         return result
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
 
 
-def layer_of(job: Job, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
+def layer_of(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
     """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
-    assert job.method is not None
     layer = setting.layer(job, used, W0.device)
     return replace(layer, base=W0) if job.method.needs.base else layer
 
@@ -39,14 +39,10 @@ def apply_rule(method: Method, deltas: Float[Tensor, "T *shape"], layer: Layer) 
     if not method.needs.matrix or deltas.ndim == 3:
         return method.merge(deltas, layer)
     results = [method.merge(deltas[:, i], layer.part(i)) for i in range(deltas.shape[1])]
-    statuses = sorted({str(result.stats["status"]) for result in results})
-    slices = [dict(result.stats) for result in results]
-    return LayerResult(torch.stack([r.delta for r in results]), {"status": ", ".join(statuses), "slices": slices})
+    return LayerResult(torch.stack([r.delta for r in results]), of_slices([r.stats for r in results]))
 
 
 def _by_projection(method: Method, fused: Fused, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
     """The rule on each of the projections that share a weight."""
     results = [method.merge(part, layer) for part in fused.split(deltas)]
-    status = ", ".join(sorted({str(result.stats["status"]) for result in results}))
-    stats = {"status": status, "projections": [dict(result.stats) for result in results]}
-    return LayerResult(fused.join([result.delta for result in results]), stats)
+    return LayerResult(fused.join([r.delta for r in results]), of_projections([r.stats for r in results]))

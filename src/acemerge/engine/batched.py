@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from acemerge.engine.applying import apply_rule, layer_of
-from acemerge.engine.compute import Computed, about, compute
+from acemerge.engine.compute import Computed, compute
 from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
-from acemerge.methods import Method, Together, expert_seeds
+from acemerge.methods import LayerStats, Method, Together, expert_seeds
+from acemerge.output.records import about
 from acemerge.planning.finite import all_rounded
-from acemerge.planning.jobs import Job, Piece
+from acemerge.planning.jobs import Job, Merge
+from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Int, Tensor
-
-Stats = Mapping[str, Any]  # what a rule says of a layer
 
 
 @dataclass(frozen=True)
@@ -37,74 +36,77 @@ class Stack:
         return Stack(self.W0[chosen], self.deltas[chosen], self.n[chosen])
 
 
-def compute_all(loaded: Loaded, setting: Setting, place: Place) -> list[Computed]:
+def compute_all(loaded: Loaded[Job], setting: Setting, place: Place) -> list[Computed]:
     """Merge pieces, in their order. What a piece becomes does not depend on the others."""
     done: dict[int, Computed] = {}
     for members in stacks([piece for piece, _ in loaded]):
         parts = [loaded[i] for i in members]
-        if stacks_well(parts[0][0]):
-            done.update(zip(members, _together(parts, setting, place), strict=True))
+        jobs = [job for piece, _ in parts if (job := small_job(piece)) is not None]
+        if jobs:
+            done.update(zip(members, _together(jobs, parts, setting, place), strict=True))
         else:
             done.update((i, compute(*part, setting, place)) for i, part in zip(members, parts, strict=True))
     return [done[i] for i in range(len(loaded))]
 
 
-def stacks(pieces: Sequence[Piece]) -> Iterator[list[int]]:
+def stacks(pieces: Sequence[Piece[Job]]) -> Iterator[list[int]]:
     """The numbers of the pieces, those together that make a stack of small size; others by themselves."""
     groups: dict[object, list[int]] = {}
     for i, piece in enumerate(pieces):
-        job = piece.job
-        alike = (piece.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, job.transposed)
-        groups.setdefault(alike if stacks_well(piece) else i, []).append(i)
+        job = small_job(piece)
+        groups.setdefault(i if job is None else _kind(job), []).append(i)
     for members in groups.values():
         most = pieces[members[0]].stack
         for start in range(0, len(members), most):
             yield members[start : start + most]
 
 
-def stacks_well(piece: Piece) -> bool:
-    """Whether a piece is small and has nothing to it but a base, experts and a rule."""
+def small_job(piece: Piece[Job]) -> Merge | None:
+    """The job of a piece that is small and has nothing to it but a base, experts and a rule."""
     job = piece.job
-    if piece.load != "tiny" or piece.rows is not None or job.method is None or job.method.needs.masks:
-        return False
+    if piece.load != "tiny" or piece.rows is not None or not isinstance(job, Merge) or job.makes_masks:
+        return None
     if job.factors is not None or job.method.needs.calibration:  # of an adapter; or with measurements of its own
-        return False
-    return all(job.sources) and not (any(job.updates) or job.copies or job.fused or job.vocabulary)
+        return None
+    return job if all(job.sources) and not (any(job.updates) or job.copies or job.fused) else None
 
 
-def stacked(parts: Loaded, place: Place) -> Stack:
+def _kind(job: Merge) -> tuple[object, ...]:
+    return job.spec.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, job.transposed
+
+
+def stacked(parts: Loaded[Job], place: Place) -> Stack:
     """The pieces' task vectors, whether or not they are finite."""
     job = parts[0][0].job
     W0, *experts = (
         torch.stack([values.take(piece.job.inputs[model]) for piece, values in parts]).to(
             place.device, job.compute_dtype
         )
-        for model in range(job.models)
+        for model in range(1 + len(job.sources))
     )
     deltas = torch.stack(experts, 1).sub_(W0[:, None])
     return Stack(W0, deltas, energies(deltas.flatten(0, 1)).view(deltas.shape[:2]))
 
 
-def _together(parts: Loaded, setting: Setting, place: Place) -> list[Computed]:
+def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place: Place) -> list[Computed]:
     """A stack by its rule. What is out of the ordinary goes by itself: there it gets its name and its cure."""
     started = time.perf_counter()
-    method = parts[0][0].job.method
-    assert method is not None
+    method = jobs[0].method
     made: dict[int, Computed] = {}
     with contextlib.suppress(RuntimeError, MemoryError):  # torch's words for no convergence and for no memory
         stack = stacked(parts, place)
         moved = (stack.n > 0).any(1) | method.needs.moves_equals
         plain = (moved & stack.n.isfinite().all(1)).nonzero().flatten()
         chosen, numbers = stack.part(plain), plain.tolist()
-        merged = _merged(method, chosen, [parts[i][0].job for i in numbers], setting)
+        merged = _merged(method, chosen, [jobs[i] for i in numbers], setting)
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
         for i, n, (value, stats) in zip(numbers, chosen.n.tolist(), merged, strict=True):
-            record = {**about(parts[i][0].job), **stats, "energies": n, "seconds": seconds}
+            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), seconds=seconds)
             made[i] = Computed((value,), record)
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 
 
-def _merged(method: Method, stack: Stack, jobs: Sequence[Job], setting: Setting) -> list[tuple[Tensor, Stats]]:
+def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting) -> list[tuple[Tensor, LayerStats]]:
     """The merged weights in their output type, and what the rule says of each."""
     if not jobs:
         return []

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
 from acemerge.engine.factored import merge_factors_of
-from acemerge.engine.updates import add_update
+from acemerge.engine.updates import add_update, own_factors
 from acemerge.engine.work import Place, Setting, Values
-from acemerge.errors import CheckpointError, NumericalError
+from acemerge.errors import CheckpointError, NumericalError, shortage_of
 from acemerge.linalg.gram import energies
-from acemerge.output.masks import pack
+from acemerge.methods import LowRankResult, Status
+from acemerge.methods.status import of_all
+from acemerge.output.packed_masks import pack
+from acemerge.output.records import TensorRecord, about
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite, own_memory, rounded
-from acemerge.planning.jobs import Job, Piece
-from acemerge.planning.planner import keep_base
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
+from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Tensor
 
 
@@ -30,7 +33,7 @@ class Computed:
     """What the output stores of a finished piece, on the CPU in its output type, and what the manifest says of it."""
 
     stored: tuple[Tensor, ...]
-    record: Mapping[str, Any]
+    record: TensorRecord
     masks: tuple[Tensor, ...] = ()  # one per expert, packed; of rules that make them
 
     @property
@@ -39,7 +42,7 @@ class Computed:
         return self.stored[0]
 
 
-def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Computed:
+def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -> Computed:
     """Merge one piece.
 
     Raises CheckpointError for input that is not finite or does not agree, NumericalError for a result that is
@@ -50,98 +53,122 @@ def compute(piece: Piece, values: Values, setting: Setting, place: Place) -> Com
     try:
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
-        averaged = job.vocabulary is not None and job.vocabulary.lending is None
-        made = averaged_by_token if averaged else _merged if job.method else _kept
-        stored, record, masks = made(piece, base, values, setting, place)
+        try:
+            stored, record, masks = _made(piece, base, values, setting, place)
+        except _SameInfinitiesError:
+            none = None if isinstance(job, Keep) else (0.0,) * len(setting.labels)
+            record, masks = replace(about(job, Status.KEPT), energies=none, infinite=True), ()
+            stored = (own_memory(base.to(job.spec.dtype), base),)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
-        reason = (str(failure).splitlines() or ["out of memory"])[0][:200]
-        cure = "use --compute-dtype float64, fewer --workers or more memory"
-        raise NumericalError(f"tensor {job.name!r}", reason, cure) from failure
-    return Computed(stored, {**about(job), **record, "seconds": time.perf_counter() - started}, masks)
+        reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
+        cure = "use --compute-dtype float64"
+        where = f"tensor {job.name!r}"
+        raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
+    return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
 
 
-def about(job: Job) -> dict[str, Any]:
-    """What the manifest says of any tensor."""
-    return {"role": job.role.name, "rule": job.rule, "reason": job.reason}
-
-
-def whole_record(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     """What the manifest says of a tensor, from the records of its pieces."""
-    record = dict(records[0])
-    record["seconds"] = round(sum(r["seconds"] for r in records), 6)
-    if len(records) > 1:
-        statuses = {r["status"] for r in records}
-        record["status"] = "no update" if statuses == {"no update"} else min(statuses - {"no update"})
-        if "energies" in record:
-            record["energies"] = [sum(parts) for parts in zip(*(r["energies"] for r in records), strict=True)]
-        if "energy" in record:  # all of it is in an adapter, or nothing
-            record["energy"] = sum(r["energy"] for r in records)
-            record["share_lost"] = max(r["share_lost"] for r in records)
-    return record
+    first, seconds = records[0], round(sum(r.seconds for r in records), 6)
+    if len(records) == 1:
+        return replace(first, seconds=seconds)
+    moved = [r.stats.statuses for r in records if r.stats.statuses != (Status.NO_UPDATE,)]
+    stats = replace(first.stats, statuses=of_all(moved) or (Status.NO_UPDATE,))
+    rows = [r.energies for r in records if r.energies is not None]
+    found = tuple(sum(parts) for parts in zip(*rows, strict=True)) if rows else None
+    energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
+    lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
+    infinite = any(r.infinite for r in records)
+    return replace(
+        first, stats=stats, energies=found, energy=energy, share_lost=lost, infinite=infinite, seconds=seconds
+    )
 
 
-def _kept(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job = piece.job
-    if job.must_agree:
-        for model, name in job.inputs[1:]:
-            if not torch.equal(base, values.take((model, name))):
-                what = f"integer tensor {job.name!r} differs from the base's"
-                raise CheckpointError(setting.who(model), what, keep_base(job.name))
-    elif base.dtype.is_floating_point:
-        check_finite(base, job.name, setting.who(0), first_row=_first_row(piece))
-    return (own_memory(rounded(base, job), base),), {"status": "kept"}, ()
+    if isinstance(job, Keep):
+        return _kept(job, piece.first_row, base, values, setting)
+    if isinstance(job, MergeByToken) and job.vocabulary.lending is None:
+        return averaged_by_token(job, base, values, setting, place)
+    if isinstance(job, Merge) and job.factored:
+        return _from_factors(job, base, values, setting, place)
+    return _merged(Piece(job, piece.rows), base, values, setting, place)
 
 
-def _merged(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
+def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Setting) -> Made:
+    for model, name in job.of_experts:
+        value = values.take((model, name))
+        if job.largest:
+            base = torch.maximum(base, value)
+        elif not torch.equal(base, value):
+            raise differs_from_base(job, setting.who(model))
+    if base.dtype.is_floating_point:
+        if _is_mask(base):
+            raise _SameInfinitiesError
+        check_finite(base, job.name, setting.who(0), first_row=first_row)
+    return (own_memory(rounded(base, job), base),), about(job, Status.KEPT), ()
+
+
+def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
-    if job.factored:
-        return _from_factors(piece, base, values, setting, place)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
-        if job.vocabulary is not None:
-            W0, deltas, n, used = lent_by_token(job, values, setting, space)
-        else:
-            W0 = space[T].copy_(base)
-            deltas, n, used = task_vectors(piece, values, setting, W0, space[:T])
-        record: dict[str, Any] = {"energies": n.tolist()}
-        if len(used) < T:
-            record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
-        assert job.method is not None
+        W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
+        skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
+        record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
-            same = base if job.vocabulary is None else W0
+            same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
-        record = {**result.stats, **record}
-        if job.factors is not None:
-            stored, lacking = truncated(job, result.delta)
-            return stored, {**record, **lacking}, ()
+        record = replace(record, stats=result.stats)
+        if isinstance(job, Merge) and job.factors is not None:
+            return (*_in_adapter(job, result.delta, record), ())
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
 
-def _from_factors(piece: Piece, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
-    job = piece.job
+def all_task_vectors(
+    piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, space: Float[Tensor, "T1 *shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
+    """`W_0`, the task vectors, their energies and whose they are, all in `space`: with every row of the output."""
+    job, T = piece.job, len(setting.labels)
+    if isinstance(job, MergeByToken):
+        return lent_by_token(job, values, setting, space)
+    W0 = space[T].copy_(base)
+    return W0, *task_vectors(Piece(job, piece.rows), values, setting, W0, space[:T])
+
+
+def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     check_finite(base, job.name, "base")
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
         return (*_unchanged(job, base, record), ())
     if job.factors is not None:
-        stored, lacking = truncated(job, update)
-        return stored, {**record, **lacking}, ()
-    with place.space(piece.shape, job.compute_dtype) as W0:
+        return (*_in_adapter(job, update, record), ())
+    with place.space(job.spec.shape, job.compute_dtype) as W0:
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
-def _unchanged(job: Job, base: Tensor, record: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+def _in_adapter(
+    job: Merge, update: LowRankResult | Tensor | None, record: TensorRecord
+) -> tuple[tuple[Tensor, ...], TensorRecord]:
+    stored, lost = truncated(job, update)
+    return stored, replace(record, energy=lost.energy, share_lost=lost.share_lost)
+
+
+def _unchanged(job: ByRule, base: Tensor, record: TensorRecord) -> tuple[tuple[Tensor, ...], TensorRecord]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
-    if job.factors is None:
-        return (own_memory(rounded(base, job), base),), {"status": "no update", **record}
-    stored, lacking = truncated(job, None)
-    return stored, {"status": "no update", **record, **lacking}
+    if isinstance(job, Merge) and job.factors is not None:
+        return _in_adapter(job, None, record)
+    return (own_memory(rounded(base, job), base),), record
 
 
 def task_vectors(
-    piece: Piece, values: Values, setting: Setting, W0: Float[Tensor, "*shape"], space: Float[Tensor, "T *shape"]
+    piece: Piece[Merge],
+    values: Values,
+    setting: Setting,
+    W0: Float[Tensor, "*shape"],
+    space: Float[Tensor, "T *shape"],
 ) -> tuple[Float[Tensor, "T *shape"], Float[Tensor, " T"], list[int]]:
     """`D_t = W_t - W_0` in the compute type, in `space`, their energies, and which experts they are from.
 
@@ -151,7 +178,7 @@ def task_vectors(
     """
     job, T = piece.job, len(setting.labels)
     if not any(job.sources):  # an update alone does not tell
-        check_finite(W0, job.name, "base", first_row=_first_row(piece))
+        check_finite(W0, job.name, "base", first_row=piece.first_row)
     used: list[int] = []
     found: list[Tensor] = []
     for i in (i for i in range(T) if i not in job.absent):
@@ -167,7 +194,7 @@ def task_vectors(
     return space[: len(used)], torch.cat(found), used
 
 
-def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
+def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"], D: Float[Tensor, "*shape"]) -> None:
     """The i-th expert's task vector, into `D`."""
     if job.sources[i]:
         D.copy_(values.take((i + 1, job.sources[i]))).sub_(W0)
@@ -177,24 +204,45 @@ def _difference(job: Job, i: int, values: Values, W0: Float[Tensor, "*shape"], D
     if update is not None:
         A, B, *magnitude = (values.take((i + 1, factor.name)).to(D.device, D.dtype) for factor in update.factors)
         seen = (D.mT, W0.mT) if update.transposed else (D, W0)
+        A, B = own_factors(A, B, update.stack)
         add_update(*seen, A, B, update.scaling, *magnitude)
 
 
-def _checked(piece: Piece, i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
+def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
     """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
-    check_finite(W0, job.name, "base", first_row=_first_row(piece))
+    if _is_mask(W0) and _all_have(piece, values):
+        raise _SameInfinitiesError
+    check_finite(W0, job.name, "base", first_row=piece.first_row)
     for model, name in job.inputs:
         if model == i + 1 and (model, name) not in job.copies:
             value = values.take((model, name))
             if skip and not is_finite(value):
                 return False
-            check_finite(value, name, label, LEAVE_OUT, _first_row(piece))
+            check_finite(value, name, label, LEAVE_OUT, piece.first_row)
     if any(job.updates[i : i + 1]) and not is_finite(D):  # finite factors, and what they make is not
         if not skip:
             raise CheckpointError(label, f"its update of tensor {job.name!r} is not finite", LEAVE_OUT)
         return False
     return True
+
+
+class _SameInfinitiesError(Exception):
+    """A buffer such as an attention mask, with infinities that all models have: it is the base's own."""
+
+
+def _is_mask(base: Tensor) -> bool:
+    """Whether a tensor holds infinities and no NaN."""
+    return not is_finite(base) and not bool(base.isnan().any())
+
+
+def _all_have(piece: Piece[Merge], values: Values) -> bool:
+    """Whether every expert stores the base's own values, none of them let go of yet."""
+    job = piece.job
+    if job.makes_masks or job.factors is not None or not all(job.sources):
+        return False
+    base = values.take((0, job.name))
+    return all(torch.equal(base, values.take((t, name))) for t, name in enumerate(job.sources, 1))
 
 
 def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Tensor, ...]:
@@ -207,15 +255,8 @@ def _packed(masks: Tensor | None, used: Sequence[int], experts: int) -> tuple[Te
 
 def _check_copies(job: Job, values: Values, setting: Setting) -> None:
     """Both spellings of a tied tensor must hold the same values, or it was not tied."""
-    firsts = {0: job.name} | dict(enumerate(job.sources, 1))
     for model, name in job.copies:
-        first = firsts[model]
+        first = job.first_spelling(model)
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
-            what = f"tensors {first!r} and {name!r} should be tied but differ"
-            cure = "set tie_word_embeddings to false in its config.json"
-            raise CheckpointError(setting.who(model), what, cure)
-
-
-def _first_row(piece: Piece) -> int:
-    return piece.rows[0] if piece.rows else 0
+            raise differ_though_tied(first, name, setting.who(model), expert=model > 0)

@@ -12,16 +12,17 @@ from acemerge.checkpoints.hub import locate
 from acemerge.engine.opening import Opened, RunOptions, check_output_apart
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
+from acemerge.output.folder import check_output
 from acemerge.planning.costs import budget
-from acemerge.planning.jobs import Job, Plan
-from acemerge.recipes.recipe import Recipe, parse_size
+from acemerge.planning.jobs import Keep, Plan
+from acemerge.recipes.recipe import Recipe
 from acemerge.recipes.tables import TensorRule
 
 
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
-    max_shard = parse_size(options.max_shard_size)
+    check_output(out, options.overwrite, options.resume)
     model = locate(source, options.allow_pickle, options.quiet)
     checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
@@ -29,11 +30,11 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     recipe = Recipe.model_construct(base=source, experts=[], rules=(TensorRule(match="*", action="base"),))
     dequantized = {"base": checkpoint.float8} if checkpoint.float8 else {}
     plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, (), dequantized=dequantized)
-    devices = (torch.device("cpu"),)
-    return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, max_shard, budget(plan, None))
+    devices, shard = (torch.device("cpu"),), options.max_shard_size
+    return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, shard, budget(plan, None))
 
 
-def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:
+def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Keep, ...]:
     """One job per tensor. A tied one is written once, under its first name; that the others agree is checked."""
     jobs = []
     for first, *others in roles.group(checkpoint.tensors).values():
@@ -42,6 +43,5 @@ def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Job, ...]:
         copies = tuple((0, other) for other in others)
         widens, nbytes = spec != stored, stored.nbytes * (1 + len(copies))
         reason = "dequantised" if widens else "as it is"
-        job = Job(spec, roles.by_name[first], reason, copies=copies, entrywise=True, widens=widens, bytes_in=nbytes)
-        jobs.append(job)
+        jobs.append(Keep(spec, roles.by_name[first], reason, copies=copies, widens=widens, bytes_in=nbytes))
     return tuple(jobs)

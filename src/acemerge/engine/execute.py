@@ -6,13 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import INDEX
+from acemerge.checkpoints.assets import HEADS, in_module
+from acemerge.checkpoints.folder import INDEX, Checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
@@ -23,15 +22,17 @@ from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
-from acemerge.output.masks import mask_spec
-from acemerge.output.writer import TensorFiles, index_bytes, split_shards
+from acemerge.output.packed_masks import mask_spec
+from acemerge.output.records import TensorRecord
+from acemerge.output.writer import FileSum, TensorFiles, index_bytes, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
-from acemerge.planning.jobs import Job, Piece, Plan, pieces
+from acemerge.planning.jobs import AnyJob, Job, Plan
+from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Tensor
 
-Records = dict[str, Mapping[str, Any]]
+Records = dict[str, TensorRecord]
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ OnProgress = Callable[[Progress], None]
 def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool = False) -> Walk:
     """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
 
-    def work_of(piece: Piece) -> float:
+    def work_of(piece: Piece[Job]) -> float:
         return piece_seconds(piece, pipeline.experts, COMMON)
 
-    def walk(parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]:
+    def walk(parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]:
         queue = list(parts)
         total, bytes_total = sum(piece.is_last for piece in queue), sum(piece.bytes_in for piece in queue)
         work_total = sum(map(work_of, queue))
@@ -89,28 +90,39 @@ class Layout:
 
     @cached_property
     def shards(self) -> list[tuple[str, list[TensorSpec]]]:
-        specs = [spec for job in self.plan.jobs for spec in job.stored]
+        specs = [spec for job in self.plan.jobs for spec in job.stored if not in_module(spec.name)[0]]
         return [(ADAPTER_MODEL, specs)] if self.plan.is_adapter else split_shards(specs, self.max_shard)
+
+    @cached_property
+    def modules(self) -> list[tuple[str, list[TensorSpec]]]:
+        """The files of what lies behind a transformer, as its dense layers. Wide types come first, as in shards."""
+        found: dict[str, list[TensorSpec]] = {}
+        for spec in sorted((spec for job in self.plan.jobs for spec in job.stored), key=lambda s: -s.dtype.itemsize):
+            file, _ = in_module(spec.name)
+            if file:
+                found.setdefault(file, []).append(spec)
+        return list(found.items())
 
     @cached_property
     def jobs(self) -> list[Job]:
         if self.plan.is_adapter:
             return list(self.plan.jobs)
         by_name = {job.name: job for job in self.plan.jobs}
-        return [by_name[spec.name] for _, specs in self.shards for spec in specs]
+        return [by_name[spec.name] for _, specs in (*self.shards, *self.modules) for spec in specs]
 
     @cached_property
     def files(self) -> dict[str, list[TensorSpec]]:
-        """The shards, and one file of masks per expert where a rule makes masks."""
+        """The shards, the modules' files, and one file of masks per expert where a rule makes masks."""
         masks = [mask_spec(job.spec) for job in self.jobs if job.makes_masks]
         beside = {f"{MASKS}/{label}.safetensors": masks for label in self.plan.experts} if masks else {}
-        return dict(self.shards) | beside
+        modules = {file: [replace(s, name=in_module(s.name)[1]) for s in specs] for file, specs in self.modules}
+        return dict(self.shards) | modules | beside
 
     @cached_property
     def goes_to(self) -> dict[str, list[str]]:
         """For every tensor the shard of what is stored of it, then the files of its masks."""
-        masks = list(self.files)[len(self.shards) :]
-        shard = {spec.name: file for file, specs in self.shards for spec in specs}
+        masks = list(self.files)[len(self.shards) + len(self.modules) :]
+        shard = {spec.name: file for file, specs in (*self.shards, *self.modules) for spec in specs}
         return {
             job.name: [*(shard[spec.name] for spec in job.stored), *(masks if job.makes_masks else [])]
             for job in self.jobs
@@ -143,13 +155,19 @@ def find_thresholds(plan: Plan, setting: Setting, walk: Walk, done: Done, journa
 
 
 def write_weights(
-    layout: Layout, setting: Setting, walk: Walk, output: OutputFolder, done: Done, journal: Journal
+    layout: Layout,
+    setting: Setting,
+    walk: Walk,
+    output: OutputFolder,
+    done: Done,
+    journal: Journal,
+    readers: Sequence[Reader],
 ) -> Records:
     """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
     records = _Records({step.tensor: step.record for step in done.steps})
     waiting = [job for job in layout.jobs if job.name not in records.done]
-    if any(name.startswith(MASKS) for name in layout.files):
-        files.make_folder(output.path / MASKS)
+    for folder in {(output.path / name).parent for name in layout.files}:
+        files.make_folder(folder)
     with TensorFiles(output.path, layout.files, done.begun, layout.steps) as weights:
         for results in walk((p for job in waiting for p in pieces(job, job.entrywise)), merging(setting)):
             steps = []
@@ -161,6 +179,8 @@ def write_weights(
                 if piece.is_last:
                     sums = weights.end_of_tensor(dict.fromkeys(goes_to))
                     steps.append(Step(piece.job.name, records.done[piece.job.name], sums))
+            if steps:
+                journal.have_read(_read_by(readers))
             journal.add(steps)
         output.written |= weights.finished
     if len(layout.shards) > 1:
@@ -168,10 +188,21 @@ def write_weights(
     return {job.name: records.done[job.name] for job in layout.plan.jobs}
 
 
-def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
+def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:
+    """How far every file was read, and the hash of that; of one with several readers by the one that is behind."""
+    found: dict[str, FileSum | None] = {}
+    for path, hashed in (each for reader in readers for each in reader.so_far().items()):
+        first = hashed.first_bytes()
+        new = None if first is None else FileSum(*first)
+        old = found.get(str(path), new)
+        found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
+    return found
+
+
+def merging(setting: Setting) -> Work[Job, list[tuple[Piece[Job], Computed]]]:
     """The work of a merge on some pieces."""
 
-    def work(loaded: Loaded, place: Place) -> list[tuple[Piece, Computed]]:
+    def work(loaded: Loaded[Job], place: Place) -> list[tuple[Piece[Job], Computed]]:
         computed = compute_all(loaded, setting, place)
         return [(piece, c) for (piece, _), c in zip(loaded, computed, strict=True)]
 
@@ -181,15 +212,23 @@ def merging(setting: Setting) -> Work[list[tuple[Piece, Computed]]]:
 class _Records:
     """What the manifest says of each tensor, gathered piece by piece."""
 
-    def __init__(self, done: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, done: Mapping[str, TensorRecord] | None = None) -> None:
         self.done: Records = dict(done or {})
-        self._parts: list[Mapping[str, Any]] = []
+        self._parts: list[TensorRecord] = []
 
-    def add(self, piece: Piece, computed: Computed) -> None:
+    def add(self, piece: Piece[Job], computed: Computed) -> None:
         self._parts.append(computed.record)
         if piece.is_last:
             self.done[piece.job.name] = whole_record(self._parts)
             self._parts = []
+
+
+def check_heads(plan: Plan, experts: Sequence[Checkpoint]) -> None:
+    """CheckpointError where a head is not finite: to be known before everything else is computed."""
+    for label, expert, heads in zip(plan.experts, experts, plan.heads, strict=True):
+        for head in heads:
+            if head.spec.dtype.is_floating_point:
+                check_finite(expert.read(head.spec.name), head.spec.name, f"expert {label}")
 
 
 def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> None:

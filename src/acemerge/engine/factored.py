@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
-from acemerge.engine.updates import factors_of
+from acemerge.engine.updates import factors_of, own_factors
 from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
+from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
+from acemerge.output.records import TensorRecord, about
 from acemerge.planning.finite import LEAVE_OUT, check_finite, is_finite, nothing_finite
-from acemerge.planning.jobs import Job
+from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
 
 def merge_factors_of(
-    job: Job, values: Values, setting: Setting, device: torch.device
-) -> tuple[LowRankResult | None, dict[str, Any]]:
+    job: Merge, values: Values, setting: Setting, device: torch.device
+) -> tuple[LowRankResult | None, TensorRecord]:
     """The merged update of a tensor, as it is stored, None where no expert has one, and what is said of it.
 
     Where the experts share their input side and the rule looks at it, the output side is used, see `merge_low_rank`.
@@ -33,29 +35,24 @@ def merge_factors_of(
     pairs = [pair for pair in given if pair is not None]
     updates = LowRank(tuple(U for U, _ in pairs), tuple(V for _, V in pairs))
     n = updates.energies()
-    record: dict[str, Any] = {"energies": n.tolist()}
-    if len(used) < len(given):
-        record["skipped_experts"] = [label for i, label in enumerate(setting.labels) if i not in used]
+    skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
+    record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
     if not n.any():
         return None, record
-    assert job.method is not None
     layer = setting.layer(job, used, device)
     seen = updates.transposed() if job.transposed else updates
     if job.fused:
         merged = _by_projection(job.method, job.fused, seen, layer, job.compute_dtype)
     else:
         merged = merge_low_rank(job.method, seen, layer, job.compute_dtype)
-    return merged.transposed() if job.transposed else merged, {**merged.stats, **record}
+    return merged.transposed() if job.transposed else merged, replace(record, stats=merged.stats)
 
 
 def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer, dtype: torch.dtype) -> LowRankResult:
     """The rule on each of the projections that share a weight: each has rows of its own and factors of its own."""
     lefts = zip(*(fused.split(U) for U in updates.left), strict=True)
     parts = [merge_low_rank(method, LowRank(left, updates.right), layer, dtype) for left in lefts]
-    stats = {
-        "status": ", ".join(sorted({str(part.stats["status"]) for part in parts})),
-        "projections": [dict(part.stats) for part in parts],
-    }
+    stats = of_projections([part.stats for part in parts])
     rights = [part.right for part in parts if part.right is not None]
     if len(rights) < len(parts):
         return LowRankResult(fused.join([part.delta() for part in parts]), None, stats)
@@ -65,7 +62,9 @@ def _by_projection(method: Method, fused: Fused, updates: LowRank, layer: Layer,
     return LowRankResult(fused.join(padded), torch.cat(rights), stats)
 
 
-def _factors(job: Job, i: int, values: Values, setting: Setting, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _factors(
+    job: Merge, i: int, values: Values, setting: Setting, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
     """`D = U V` of the i-th expert, as the tensor is stored; None where it is to be left out."""
     update, label = job.updates[i], f"expert {setting.labels[i]}"
     if update is None:
@@ -74,6 +73,7 @@ def _factors(job: Job, i: int, values: Values, setting: Setting, device: torch.d
         return nothing, nothing.new_zeros(0, columns)
     stored = [values.take((i + 1, factor.name)) for factor in update.factors]
     A, B = (factor.to(device, job.compute_dtype) for factor in stored)
+    A, B = own_factors(A, B, update.stack)
     U, V = factors_of(A, B, update.scaling, update.transposed)
     if is_finite(U) and is_finite(V):
         return U, V

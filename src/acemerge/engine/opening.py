@@ -3,56 +3,94 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import module_weights
+from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
+from acemerge.engine.agreement import check_agreement
+from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
-from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.foreseen import allowed
+from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, ResourceError, UsageError
+from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
+from acemerge.output.folder import check_output
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
-from acemerge.planning.costs import budget
+from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.planner import make_plan
 from acemerge.planning.shared_factors import shared_input_factors
 from acemerge.planning.slices import stacked
+from acemerge.planning.surprises import same_models
 from acemerge.recipes.labels import expert_labels
-from acemerge.recipes.recipe import Recipe, parse_size
+from acemerge.recipes.recipe import Recipe
+
+# What libraries take beside the threads and tensors when they are used first.
+_LIBRARIES = 64 << 20
 
 
-@dataclass(frozen=True)
+def _device_name(value: Any) -> Any:
+    return str(value) if isinstance(value, torch.device) else value
+
+
+Bytes = Annotated[ByteSize, Field(ge=1, lt=1 << 62)]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(validate_default=True))
 class RunOptions:
-    """What decides how a recipe is run, but not the values that come out."""
+    """What decides how a recipe is run, but not the values that come out. Sizes are numbers of bytes, or as `5GB`."""
 
-    device: str = "cpu"
-    max_shard_size: str = "5GB"
-    workers: int = 1
+    device: Annotated[str, BeforeValidator(_device_name)] = "cpu"
+    max_shard_size: Bytes = ByteSize(5 * 10**9)
+    workers: Annotated[int, Field(ge=1)] = 1
     overwrite: bool = False
     resume: bool = False
-    max_memory: str | None = None
+    max_memory: Bytes | None = None
     allow_pickle: bool = False
     dequantize: bool = False
     force: bool = False
     quiet: bool = False
     push: str | None = None
     report: bool = False
+
+
+_WRONG = {
+    "workers": ("is not a number of workers", "use 1 or more"),
+    "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
+    "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
+}
+
+
+def make_options(given: Mapping[str, Any]) -> RunOptions:
+    """Checked options of a run; UsageError names the first wrong one and the cure."""
+    try:
+        return RunOptions(**given)
+    except ValidationError as failure:
+        first = failure.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"][0].lower() + first["msg"][1:]
+        what, cure = _WRONG.get(name, (f"is wrong: {message}", "see `acemerge merge --help`"))
+        raise UsageError(f"--{name.replace('_', '-')}", f"{first['input']!r} {what}", cure) from None
 
 
 @dataclass(frozen=True)
@@ -95,8 +133,23 @@ class Opened:
         nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
         cached = files.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
-        with Pipeline(readers, self.devices, workers, self.budget) as pipeline:
+        with Pipeline(readers, self.devices, workers, self._within_limit(len(readers), workers)) as pipeline:
             yield pipeline, readers
+
+    def _within_limit(self, readers: int, workers: int) -> int:
+        """The budget, or what a limit on address space leaves of it beside the threads.
+
+        ResourceError where that is too little for a tensor: without memory, libraries end the process as they like.
+        """
+        left = files.address_space_left()
+        if left is None:
+            return self.budget
+        left -= threads_of(readers, workers, torch.get_num_threads()) * files.stack_size() + _LIBRARIES
+        needed, name = largest(self.plan)
+        if left < needed:
+            what = f"there is not enough memory: {needed - left:,} bytes more than the limit (ulimit -v) leaves"
+            raise ResourceError(f"tensor {name!r}", what, "raise the limit, or use fewer --workers")
+        return min(self.budget, left)
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -107,13 +160,14 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     """Check the options, open the checkpoints and plan the merge, from headers alone."""
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-    if options.workers < 1:
-        raise UsageError("--workers", f"{options.workers} is not a number of workers", "use 1 or more")
-    devices, max_shard = find_devices(options.device), parse_size(options.max_shard_size)
+        check_output(out, options.overwrite, options.resume)
+    devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
     located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    if out is not None:
+        check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
     base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
@@ -127,29 +181,38 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if recipe.slices:
         base, experts = stacked(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = _matched(base, experts, labels)
-    plan = make_plan(recipe, base, experts, labels, roles, _tokens(recipe, opened[: len(recipe.models)]))
+    tokens = _tokens(recipe, opened[: len(recipe.models)])
+    plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
-    notes = (*unwrapping, *matching, *_unmerged_modules(recipe.assets, owner))
+    read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
+    twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
+    known = (
+        {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
+    )
+    losses = (
+        () if plan.is_adapter else asset_notes(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
+    )
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
     calibration, unused = assign(plan)
     plan = replace(
         plan,
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
-    limit = None if options.max_memory is None else parse_size(options.max_memory)
+    check_agreement(plan, (base, *experts), Setting(plan.recipe, plan.experts))
     origins = tuple(model.origin for model in located)
-    allowed = budget(plan, limit)
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, max_shard, allowed, calibration)
+    most = allowed(plan, options.max_memory, options.workers)
+    shard = options.max_shard_size
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration)
 
 
 def _unwrapped(
     base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
 ) -> tuple[Sequence[Checkpoint], list[str]]:
-    """The experts without a wrapper's prefix on their names, and of which it was taken off."""
+    """The experts without a wrapper's part in their names, and of which it was taken off."""
     found = [without_wrapper(expert, base.tensors) for expert in experts]
-    taken_off = [(label, prefix) for label, (_, prefix) in zip(labels, found, strict=True) if prefix]
-    notes = [f"expert {label}: read without the prefix {prefix!r} of its names" for label, prefix in taken_off]
+    notes = [f"expert {label}: {about}" for label, (_, about) in zip(labels, found, strict=True) if about]
     return [expert for expert, _ in found], notes
 
 
@@ -161,9 +224,10 @@ def _matched(
     specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
     roles, models, notes = find_roles(base.config, specs), [base], []
     for label, expert in zip(labels, experts, strict=True):
-        model, note = as_part(expert, label, base, roles)
+        model, part = as_part(expert, label, base, roles)
+        model, layout = as_stored(model, label, base, roles)
         models.append(model)
-        notes += [note] if note else []
+        notes += [note for note in (part, layout) if note]
     who = ["base", *(f"expert {label}" for label in labels)]
     apart, roles, tied = heads_apart(models, who, roles)
     return apart, roles, [*notes, *tied]
@@ -186,11 +250,11 @@ def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
         return None
 
 
-def _unmerged_modules(wanted: str, owner: Checkpoint) -> list[str]:
-    """A note on each module behind the transformer that would have to be merged, too."""
-    whose = "the base" if wanted == "base" else f"expert {wanted}"
-    modules = module_weights(owner.assets)
-    return [f"{name} has weights of its own, which are not merged: the output has those of {whose}" for name in modules]
+def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:
+    """A note on each module behind the transformer that the base lacks."""
+    merged = {in_module(name)[0] for name in base.tensors}
+    names = [name.split("/")[0] for name in module_weights(owner.assets) if name not in merged]
+    return [f"{name} is not in the base: the output has that of expert {wanted}, as it is" for name in names]
 
 
 def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkpoint]) -> Checkpoint:
@@ -206,11 +270,16 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
-    """UsageError when the output folder is, holds or lies in an input."""
-    target = files.resolve(out)
+    """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
+    target = files.resolve(files.output_path(out))
+    there = files.places(target)
     for path in inputs:
         source = files.resolve(Path(path))
-        if target == source or target.is_relative_to(source) or source.is_relative_to(target):
+        known = files.places(source)
+        same = (target in there and there[target] in known.values()) or (
+            source in known and known[source] in there.values()
+        )
+        if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
 

@@ -12,31 +12,32 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
-from acemerge.linalg.threads import pool_of
+from acemerge.linalg.threads import check_room, pool_of
 from acemerge.planning.costs import Cost, cost, in_flight, together
-from acemerge.planning.jobs import Input, Load, Piece
+from acemerge.planning.jobs import AnyJob, Input
+from acemerge.planning.pieces import Load, Piece
 from acemerge.shapes import Tensor
 
 # Small tensors are read and computed together: up to so many bytes of input, up to so many pieces.
 _BATCH_BYTES = 8 << 20
 _BATCH_PIECES = 256
 # Batches of a lane that wait, read or finished, beside those that are computed.
-_WAITING = 2
-
-_Pieces = tuple[Piece, ...]
+WAITING = 2
+_SPLIT = 1 << 15  # entries for each of torch's threads
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch(Generic[AnyJob]):
     """Pieces that are read, computed and handed over together."""
 
-    pieces: _Pieces
+    pieces: tuple[Piece[AnyJob], ...]
     cost: Cost
 
     @property
@@ -44,9 +45,9 @@ class _Batch:
         return self.pieces[0].load
 
 
-def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
+def batches(pieces: Iterable[Piece[AnyJob]], experts: int) -> Iterator[Batch[AnyJob]]:
     """Pieces in their order, small ones together. All of a batch have the same load."""
-    gathered: list[tuple[Piece, Cost]] = []
+    gathered: list[tuple[Piece[AnyJob], Cost]] = []
     nbytes = 0
     for piece in pieces:
         full = nbytes + piece.bytes_in > _BATCH_BYTES or len(gathered) == _BATCH_PIECES
@@ -59,9 +60,9 @@ def _batches(pieces: Iterable[Piece], experts: int) -> Iterator[_Batch]:
         yield _batch(gathered)
 
 
-def _batch(gathered: Sequence[tuple[Piece, Cost]]) -> _Batch:
+def _batch(gathered: Sequence[tuple[Piece[AnyJob], Cost]]) -> Batch[AnyJob]:
     parts = tuple(piece for piece, _ in gathered)
-    return _Batch(parts, together(parts, [c for _, c in gathered]))
+    return Batch(parts, together(parts, [c for _, c in gathered]))
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,23 @@ class _Lane:
 
     def __init__(self, devices: Sequence[torch.device], each: int, of_torch: int) -> None:
         self.slots = each * len(devices)
-        self.most = self.slots + _WAITING
+        self.most = self.slots + WAITING
         self.pools = [_threads(each, f"acemerge-{device}", device, of_torch) for device in devices]
+
+
+def lane_slots(workers: int) -> dict[Load, int]:
+    """How many batches of a load are computed at once on a CPU.
+
+    Tiny tensors are the interpreter's work, of which it does one thing at a time.
+    """
+    return {"tiny": 1, "medium": torch.get_num_threads(), "large": workers}
+
+
+def threads_of(readers: int, workers: int, of_torch: int) -> int:
+    """How many threads a pipeline may have: its own, and those that torch has behind each and behind the caller's."""
+    lanes = 1 + of_torch + workers
+    side_by_side = workers * (2 + of_torch)
+    return readers + lanes + (workers + 1) * of_torch + side_by_side
 
 
 class Pipeline:
@@ -131,13 +147,12 @@ class Pipeline:
         self._buffers = Buffers()
         self._assigned = [0] * len(devices)
         of_torch = torch.get_num_threads()
+        check_room(threads_of(len(readers), workers, of_torch))
         self._lanes: dict[Load, _Lane]
         if devices[0].type == "cpu":
-            # Tiny tensors are the interpreter's work, of which it does one thing at a time.
             self._lanes = {
-                "tiny": _Lane(devices, 1, 1),
-                "medium": _Lane(devices, of_torch, 1),
-                "large": _Lane(devices, workers, of_torch),
+                load: _Lane(devices, slots, of_torch if load == "large" else 1)
+                for load, slots in lane_slots(workers).items()
             }
         else:  # one stream per accelerator: a second thread could only wait for it
             only = _Lane(devices, 1, of_torch)
@@ -166,13 +181,15 @@ class Pipeline:
         asked = [pool.submit(ask, reader) for pool, reader in zip(self._reading, self._readers, strict=True)]
         return [answer.result() for answer in asked]
 
-    def stream(self, queue: Iterable[Piece], work: Work[Result]) -> Generator[tuple[_Pieces, Result], None, None]:
+    def stream(
+        self, queue: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]
+    ) -> Generator[tuple[tuple[Piece[AnyJob], ...], Result], None, None]:
         """The pieces, some together, with what `work` makes of them, in order.
 
         No more bytes are in flight than the limit, or than one batch takes.
         """
-        pending: deque[tuple[_Batch, Future[Result]]] = deque()
-        waiting = _batches(queue, self.experts)
+        pending: deque[tuple[Batch[AnyJob], Future[Result]]] = deque()
+        waiting = batches(queue, self.experts)
         batch = next(waiting, None)
         while batch is not None or pending:
             while batch is not None and self._has_room([b for b, _ in pending], batch):
@@ -181,7 +198,7 @@ class Pipeline:
             done, future = pending.popleft()
             yield done.pieces, future.result()
 
-    def _has_room(self, pending: Sequence[_Batch], more: _Batch) -> bool:
+    def _has_room(self, pending: Sequence[Batch[AnyJob]], more: Batch[AnyJob]) -> bool:
         needed = 0
         for lane in set(self._lanes.values()):
             costs = [batch.cost for batch in (*pending, more) if self._lanes[batch.load] is lane]
@@ -193,7 +210,7 @@ class Pipeline:
         self._buffers.keep(self._limit - needed)
         return True
 
-    def _submit(self, batch: _Batch, work: Work[Result]) -> Future[Result]:
+    def _submit(self, batch: Batch[AnyJob], work: Work[AnyJob, Result]) -> Future[Result]:
         wanted: dict[int, dict[tuple[int, str], Span]] = {}
         for i, piece in enumerate(batch.pieces):
             for model, name in piece.job.inputs:
@@ -210,7 +227,7 @@ class Pipeline:
         return _Read(dict(zip(spans, reader.read(places, buffer), strict=True)), buffer)
 
 
-def _compute(batch: _Batch, inputs: _Inputs, place: Place, work: Work[Result]) -> Result:
+def _compute(batch: Batch[AnyJob], inputs: _Inputs, place: Place, work: Work[AnyJob, Result]) -> Result:
     alone = len(batch.pieces) == 1
     try:
         return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)
@@ -225,5 +242,7 @@ def _threads(count: int, name: str, device: torch.device | None = None, of_torch
         if device is not None and device.type == "cuda":
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))
+        elif of_torch > 1:  # the threads behind this one, while there is room: what is split over all starts them
+            torch.zeros(of_torch * _SPLIT).add_(1)
 
     return pool_of(count, name, of_torch, begin)

@@ -11,7 +11,8 @@ import torch
 
 from acemerge.engine.buffers import Buffers
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
-from acemerge.planning.jobs import Input, Job, Piece
+from acemerge.planning.jobs import AnyJob, ByRule, Input
+from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe
 from acemerge.shapes import Tensor
 
@@ -28,13 +29,13 @@ class Measured(Protocol):
 class Setting:
     """What every job of a run shares.
 
-    `thresholds` holds, for each share that a rule keeps of the whole model, one magnitude per expert. `measured` has
-    what was measured on calibration data, where rules want it.
+    `thresholds` holds, by a job's `pool`, for each rule of the recipe that keeps a share of its tensors, one magnitude
+    per expert. `measured` has what was measured on calibration data, where rules want it.
     """
 
     recipe: Recipe
     labels: Sequence[str]
-    thresholds: Mapping[float, Sequence[float]] = field(default_factory=dict)
+    thresholds: Mapping[int, Sequence[float]] = field(default_factory=dict)
     measured: Measured | None = None
 
     def who(self, model: int) -> str:
@@ -43,23 +44,21 @@ class Setting:
             return f"expert {self.labels[model - 1]}"
         return "base" if self.labels else self.recipe.base
 
-    def layer(self, job: Job, used: Sequence[int], device: torch.device) -> Layer:
+    def layer(self, job: ByRule, used: Sequence[int], device: torch.device) -> Layer:
         """What the job's rule may know beside the updates of these experts, but for the base.
 
         UsageError where the rule is not defined for them.
         """
-        assert job.method is not None
         weights, keep = [job.weights[i] for i in used], job.method.needs.keep
         check_experts(job.method, weights)
-        thresholds = None if keep is None else tuple(self.thresholds[keep][i] for i in used)
+        thresholds = None if keep is None else tuple(self.thresholds[job.pool][i] for i in used)
         factors = torch.tensor(weights, dtype=torch.float64, device=device)
         moments = self._moments(job, used)
         moments = None if moments is None else moments.to(device)
         return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds, moments=moments)
 
-    def _moments(self, job: Job, used: Sequence[int]) -> Tensor | None:
+    def _moments(self, job: ByRule, used: Sequence[int]) -> Tensor | None:
         """As the job's rule sees its layer."""
-        assert job.method is not None
         wanted = job.method.needs.calibration
         found = None if wanted is None or self.measured is None else self.measured.of(wanted, job.name, used)
         return found.mT if found is not None and job.transposed and wanted == "gradients" else found
@@ -99,12 +98,12 @@ class Place:
 
 
 # Pieces that are worked on together, each with its inputs.
-Loaded = Sequence[tuple[Piece, Values]]
+Loaded = Sequence[tuple[Piece[AnyJob], Values]]
 Result = TypeVar("Result")
-Work = Callable[[Loaded, Place], Result]  # what a walk does with them
+Work = Callable[[Loaded[AnyJob], Place], Result]  # what a walk does with them
 
 
 class Walk(Protocol):
     """Goes through pieces in their order, some together, and yields what `work` makes of them."""
 
-    def __call__(self, parts: Iterable[Piece], work: Work[Result]) -> Generator[Result, None, None]: ...
+    def __call__(self, parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]: ...

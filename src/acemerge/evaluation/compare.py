@@ -32,11 +32,12 @@ def folders_of(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
 def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
     """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
     folders = {name: Path(folder) for name, folder in folders_of(recipes, out).items()}
+    options = replace(options, resume=True)
     for name, recipe in recipes.items():
         open_recipe(recipe, folders[name], options)
     for name, recipe in recipes.items():
         tell(f"merging by {name}")
-        run_recipe(recipe, folders[name], replace(options, resume=True))
+        run_recipe(recipe, folders[name], options)
 
 
 def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:

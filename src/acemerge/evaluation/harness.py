@@ -17,7 +17,7 @@ import numpy as np
 
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, nearest
-from acemerge.evaluation.metrics import Values, bootstrap
+from acemerge.evaluation.metrics import Array, bootstrap
 from acemerge.evaluation.tables import Score
 from acemerge.tasks.harness_file import is_task_file, read_task
 from acemerge.tasks.networks import Model, load_whole
@@ -119,7 +119,7 @@ def _score(found: Mapping[str, Any], asked: Any, task: LmEval, resamples: int, s
         raise NumericalError(where, f"lm_eval's {metric} is {numbers[key]}", "acemerge verify tells if the weights are")
     aggregate = asked.aggregation()[metric]
 
-    def statistic(rows: Values) -> float:
+    def statistic(rows: Array) -> float:
         return float(aggregate([values[i] for i in rows]))
 
     draws = bootstrap(statistic, len(values), resamples, seed)

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Values = npt.NDArray[Any]
+Array = npt.NDArray[Any]
 Draws = npt.NDArray[np.float64]
-Metric = Callable[[Values, Values], float]
+Metric = Callable[[Array, Array], float]
 
 
-def accuracy(labels: Values, predictions: Values) -> float:
+def accuracy(labels: Array, predictions: Array) -> float:
     """The share of examples whose class was found."""
     return float(np.mean(labels == predictions))
 
 
-def matthews(labels: Values, predictions: Values) -> float:
+def matthews(labels: Array, predictions: Array) -> float:
     """Matthews' correlation, for any number of classes (Gorodkin 2004, eq. 8); 0 where one side is constant.
 
     With `t_k` examples of class k, `p_k` answers k, `c` of `s` right:
@@ -34,14 +34,14 @@ def matthews(labels: Values, predictions: Values) -> float:
     return float((c * s - t @ p) / np.sqrt(spread)) if spread > 0 else 0.0
 
 
-def f1(labels: Values, predictions: Values) -> float:
+def f1(labels: Array, predictions: Array) -> float:
     """`2 TP / (2 TP + FP + FN)` of class 1 of two; 0 where neither side has it."""
     hits = np.sum((labels == 1) & (predictions == 1))
     named = np.sum(labels == 1) + np.sum(predictions == 1)
     return float(2 * hits / named) if named else 0.0
 
 
-def pearson(labels: Values, predictions: Values) -> float:
+def pearson(labels: Array, predictions: Array) -> float:
     """The linear correlation, in float64; 0 where one side is constant."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
@@ -49,7 +49,7 @@ def pearson(labels: Values, predictions: Values) -> float:
     return float(x @ y / np.sqrt((x @ x) * (y @ y)))
 
 
-def spearman(labels: Values, predictions: Values) -> float:
+def spearman(labels: Array, predictions: Array) -> float:
     """The correlation of ranks, ties at their mean rank; 0 where one side is constant."""
     return pearson(_ranks(labels), _ranks(predictions))
 
@@ -57,7 +57,7 @@ def spearman(labels: Values, predictions: Values) -> float:
 METRICS: Mapping[str, Metric] = {rule.__name__: rule for rule in (accuracy, matthews, f1, pearson, spearman)}
 
 
-def bootstrap(statistic: Callable[[Values], float], count: int, resamples: int, seed: list[int]) -> Draws:
+def bootstrap(statistic: Callable[[Array], float], count: int, resamples: int, seed: list[int]) -> Draws:
     """The statistic of `resamples` samples of `count` rows, drawn with replacement from `count` rows (Efron 1979).
 
     `statistic` takes the rows' indices (count,). Returns (resamples,). The same seed draws the same rows.
@@ -72,9 +72,9 @@ def interval(draws: Draws) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _ranks(values: Values) -> Values:
+def _ranks(values: Array) -> Array:
     """Ranks from 1, the mean of their ranks for equal values."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    ranks: Values = (last - (counts - 1) / 2)[place]
+    ranks: Array = (last - (counts - 1) / 2)[place]
     return ranks

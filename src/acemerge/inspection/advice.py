@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
-from typing import Any
 
 from acemerge.inspection.statistics import Sums
+from acemerge.methods.status import Status, Statuses
 from acemerge.planning.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
@@ -41,18 +41,18 @@ def of_origin(relations: Iterable[Relation]) -> list[Advice]:
     ]
 
 
+def of_frozen(labels: Sequence[str], energies: Sequence[float]) -> list[Advice]:
+    """Experts without an update, where others were compared with the base as well."""
+    cure = "leave it out, or check that its folder is the right one"
+    pairs = zip(labels, energies, strict=True)
+    return [Advice(f"expert {label} is frozen: it is the base itself", cure) for label, energy in pairs if energy == 0]
+
+
 def of_energies(
     labels: Sequence[str], energies: Sequence[float], gammas: Sequence[float | None] = (), tau: float | None = None
 ) -> list[Advice]:
     """Experts without an update, one that dominates, layers above ACE's tau where that is the rule."""
-    found = [
-        Advice(
-            f"expert {label} is frozen: it is the base itself",
-            "leave it out, or check that its folder is the right one",
-        )
-        for label, energy in zip(labels, energies, strict=True)
-        if energy == 0
-    ]
+    found = of_frozen(labels, energies)
     active = [(label, energy) for label, energy in zip(labels, energies, strict=True) if energy > 0]
     for label, energy in active:
         others = [other for name, other in active if name != label]
@@ -79,22 +79,21 @@ def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
     return f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
 
 
-def of_statuses(records: Mapping[str, Mapping[str, Any]]) -> list[Advice]:
-    """Tensors that were not merged as usual, by what the manifest says of each."""
-    statuses = Counter(str(record.get("status", "")) for record in records.values())
-    return [_of_status(status, count) for status, count in statuses.items() if status not in ("ok", "kept", "")]
+def of_statuses(tensors: Iterable[Statuses]) -> list[Advice]:
+    """Tensors that were not merged as usual, or parts of them, by their statuses."""
+    known = list(tensors)
+    counts = Counter(status for statuses in known for status in statuses)
+    return [
+        Advice(f"{_count(status, count, known)}: {status.sentence}", status.cure)
+        for status, count in counts.items()
+        if status not in (Status.OK, Status.KEPT)
+    ]
 
 
-def _of_status(status: str, count: int) -> Advice:
-    tensors = f"{count} tensor{'s' if count > 1 else ''}"
-    known = {
-        "no update": ("no expert changed them, the base's values are kept", ""),
-        "float64": ("ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"),
-        "pseudo-inverse": ("singular, solved by the pseudo-inverse", "a larger eps makes them regular"),
-        "not converged": ("stopped before the residual was small", "more steps, or a larger tol"),
-    }
-    what, cure = known.get(status, (status, ""))
-    return Advice(f"{tensors}: {what}", cure)
+def _count(status: Status, count: int, tensors: Sequence[Statuses]) -> str:
+    """How many tensors have the status; of some it may be that only slices or projections have it."""
+    partly = any(status in found and {Status.OK, Status.NO_UPDATE} & {*found} - {status} for found in tensors)
+    return f"{count} tensor{'s' if count > 1 else ''}{', in part' if partly else ''}"
 
 
 def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:

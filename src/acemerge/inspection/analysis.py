@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
-from acemerge.calibration.run import Calibrating, calibrated
+from acemerge.calibration.calibrate import Calibrating, calibrated
 from acemerge.engine.applying import apply
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker
@@ -19,14 +18,14 @@ from acemerge.engine.opening import Opened
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Measured, Place, Setting, Values, Work
 from acemerge.inspection.look_back import before_refinement
-from acemerge.inspection.survey import is_matrix
 from acemerge.linalg.gram import energies, symmetric_product
 from acemerge.linalg.principal import Principal, first_cosines, matrix_cosine, overlaps, principal
 from acemerge.methods import Method, make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.methods.fits import source_of
-from acemerge.output.records import parts_of
-from acemerge.planning.jobs import Job, Piece
+from acemerge.methods.least_squares_rule import source_of
+from acemerge.methods.stats import LayerStats
+from acemerge.planning.jobs import Merge
+from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 
@@ -70,7 +69,7 @@ class Covariances:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One matrix (out, in), as the rule sees it, and what the rule said of it in `record`.
+    """One matrix (out, in), as the rule sees it, and what the rule said of it in `stats`.
 
     `energies` (T,) and `own` are the experts'; one that is left out here counts as one without an update. `merged` is
     the merged update, `before` the same before refinement, where the rule refined it. `covariances` is there where the
@@ -87,7 +86,7 @@ class LayerAnalysis:
     inputs: Directions
     outputs: Directions
     covariances: Covariances | None
-    record: Mapping[str, Any]
+    stats: LayerStats
 
     @property
     def gamma(self) -> float | None:
@@ -126,7 +125,7 @@ def analyse(
     CheckpointError for what is not finite, NumericalError for what cannot be solved.
     """
     plan = opened.plan
-    jobs = {job.name: job for job in plan.jobs if job.method and is_matrix(job) and job.spec.count}
+    jobs = {job.name: job for job in plan.merged if job.is_matrix}
     tau = next((job.method.tau for job in jobs.values() if isinstance(job.method, Ace)), Ace().tau)
     found: list[LayerAnalysis] = []
     counted = _SPECTRAL if data is None else _MEASURED
@@ -145,16 +144,16 @@ def analyse(
     return Analysis(plan.recipe.base, plan.experts, plan.recipe.method.name, tau, tuple(found))
 
 
-def _counted(job: Job, spectral: Method, experts: int) -> Method:
+def _counted(job: Merge, spectral: Method, experts: int) -> Method:
     """The rule that takes more memory: the layer's own, or one of singular vectors."""
-    if job.factored or job.method is None:
+    if job.factored:
         return spectral
     _, rows, columns = job.matrices
     return max(spectral, job.method, key=lambda rule: rule.needs.work.entries(experts, rows, columns))
 
 
-def _looking(jobs: Mapping[str, Job], setting: Setting, true: Measured | None) -> Work[list[LayerAnalysis]]:
-    def work(loaded: Loaded, place: Place) -> list[LayerAnalysis]:
+def _looking(jobs: Mapping[str, Merge], setting: Setting, true: Measured | None) -> Work[Merge, list[LayerAnalysis]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[LayerAnalysis]:
         found = (_layers(piece, jobs[piece.job.name], values, setting, true, place) for piece, values in loaded)
         return [layer for layers in found for layer in layers]
 
@@ -162,7 +161,7 @@ def _looking(jobs: Mapping[str, Job], setting: Setting, true: Measured | None) -
 
 
 def _layers(
-    piece: Piece, job: Job, values: Values, setting: Setting, true: Measured | None, place: Place
+    piece: Piece[Merge], job: Merge, values: Values, setting: Setting, true: Measured | None, place: Place
 ) -> list[LayerAnalysis]:
     """One for a matrix, one for each of a stack."""
     T = len(setting.labels)
@@ -186,27 +185,28 @@ class _Made:
 
     merged: Float[Tensor, "*shape"]
     before: Float[Tensor, "*shape"] | None
-    record: Mapping[str, Any]
+    stats: LayerStats
 
 
-def _of_updates(job: Job, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
+def _of_updates(job: Merge, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> _Made:
     result = apply(job, deltas, W0, used, setting)
     earlier = before_refinement(job, result.stats)
     before = None if earlier is None else apply(earlier, deltas, W0, used, setting).delta
     return _Made(result.delta, before, result.stats)
 
 
-def _of_factors(job: Job, values: Values, setting: Setting, place: Place) -> _Made:
+def _of_factors(job: Merge, values: Values, setting: Setting, place: Place) -> _Made:
     """As a merge makes it where all experts give the factors of their updates."""
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
-        return _Made(torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device), None, record)
-    earlier = before_refinement(job, record)
+        nothing = torch.zeros(job.spec.shape, dtype=job.compute_dtype, device=place.device)
+        return _Made(nothing, None, record.stats)
+    earlier = before_refinement(job, update.stats)
     before = None if earlier is None else merge_factors_of(earlier, values, setting, place.device)[0]
-    return _Made(update.delta(), None if before is None else before.delta(), record)
+    return _Made(update.delta(), None if before is None else before.delta(), update.stats)
 
 
-def _matrices(job: Job, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
+def _matrices(job: Merge, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Float[Tensor, "T out in"], _Made]]:
     """The matrices of a tensor as the rule saw them: names, task vectors and what was made of them."""
 
     def stacked(X: Tensor, before: int) -> Tensor:  # one axis for what is between these axes and (out, in)
@@ -215,14 +215,13 @@ def _matrices(job: Job, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Floa
 
     own, merged = stacked(deltas, 1), stacked(made.merged, 0)
     before = [None] * len(merged) if made.before is None else stacked(made.before, 0)
-    records = parts_of(made.record) if "slices" in made.record else [made.record] * len(merged)
-    for i, record in enumerate(records):
+    for i, stats in enumerate(made.stats.slices or [made.stats] * len(merged)):
         name = job.name if len(job.spec.shape) == 2 else f"{job.name}[{i}]"
-        yield name, own[:, i], _Made(merged[i], before[i], record)
+        yield name, own[:, i], _Made(merged[i], before[i], stats)
 
 
 def _covariances(
-    method: Method | None,
+    method: Method,
     deltas: Float[Tensor, "T out in"],
     moments: Float[Tensor, "T in in"],
     used: Sequence[int],
@@ -231,7 +230,7 @@ def _covariances(
     columns: list[list[float | None]] = [[None] * experts for _ in range(3)]
     eye = torch.eye(deltas.shape[2], dtype=torch.float64, device=deltas.device)
     for t, D, G in zip(used, deltas, moments, strict=True):
-        own = None if method is None else source_of(method, D)
+        own = source_of(method, D)
         columns[0][t] = matrix_cosine(symmetric_product(D), G)
         columns[1][t] = None if own is None else matrix_cosine(symmetric_product(own), G)
         columns[2][t] = matrix_cosine(eye, G) if D.any() else None
@@ -266,7 +265,7 @@ def _layer(
         Directions(first_cosines(inputs), overlaps(inputs)),
         Directions(first_cosines(outputs), overlaps(outputs)),
         covariances,
-        made.record,
+        made.stats,
     )
 
 

@@ -12,8 +12,8 @@ from acemerge.inspection.analysis import Analysis, Directions, LayerAnalysis, Sp
 from acemerge.inspection.spectra import curve
 from acemerge.inspection.survey import numbers
 from acemerge.linalg.principal import principal_count
+from acemerge.methods.status import spelled
 from acemerge.models.depth import layer_number, places_in_layers
-from acemerge.output.records import branch, figure
 from acemerge.shapes import Float, Tensor
 
 FORMAT = "acemerge-analysis-1"
@@ -28,7 +28,7 @@ def layer_rows(analysis: Analysis) -> list[Row]:
 
 
 def _row(layer: LayerAnalysis, part: str) -> Row:
-    record, (out_features, in_features) = layer.record, layer.shape
+    stats, (out_features, in_features) = layer.stats, layer.shape
     return {
         "name": layer.name,
         "layer": layer_number(layer.name),
@@ -37,10 +37,10 @@ def _row(layer: LayerAnalysis, part: str) -> Row:
         "out": out_features,
         "in": in_features,
         "gamma": layer.gamma,
-        "branch": branch(record),
-        "condition": figure(record, "condition"),
-        "rank": figure(record, "rank"),
-        "status": str(record.get("status", "no update")),
+        "branch": stats.branches,
+        "condition": stats.largest(lambda part: part.condition),
+        "rank": stats.largest(lambda part: part.rank),
+        "status": spelled(stats.statuses),
         "share_experts": _mean(spectrum.share for spectrum in layer.own),
         "share_before": None if layer.before is None else layer.before.share,
         "share_merged": layer.merged.share,

@@ -22,13 +22,14 @@ from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
 from acemerge.inspection.survey import FULL
 from acemerge.methods.ace import Ace
-from acemerge.output.records import parts_of
-from acemerge.planning.jobs import Job, Piece, pieces
+from acemerge.methods.stats import LayerStats
+from acemerge.output.records import records_of
+from acemerge.planning.jobs import Merge
+from acemerge.planning.pieces import Piece, pieces
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.shapes import Float, Tensor
 
 BEFORE = "before refinement"
-_MATRICES = ("linear", "conv1d", "experts")
 
 
 @dataclass(frozen=True)
@@ -90,15 +91,14 @@ def look_back(out: Path, manifest: Mapping[str, Any], on_progress: OnProgress = 
     beside = open_recipe(make_recipe(content, "report"), None, options)
     refined = _refined(opened, manifest)
     tensors: dict[str, Probe] = {}
-    merged = [job for job in beside.plan.jobs if job.method]
-    jobs = [replace(job, method=FULL) for job in merged if not job.vocabulary]
+    jobs = [replace(job, method=FULL) for job in beside.plan.merged]
     with beside.pipeline(1, hashing=False) as (pipeline, _):
         walk = walker(pipeline, "report", on_progress)
-        parts = (piece for job in jobs for piece in pieces(job, not _is_matrix(job)))
+        parts = (piece for job in jobs for piece in pieces(job, not job.is_matrix))
         for seen in walk(parts, _looking(beside, opened, refined)):
             for name, probe in seen:
                 tensors[name] = tensors[name] + probe if name in tensors else probe
-    return LookBack(tuple(manifest["experts"]), tensors, tuple(job.name for job in merged if job.vocabulary))
+    return LookBack(tuple(manifest["experts"]), tensors, tuple(job.name for job in beside.plan.by_token))
 
 
 def _recipe(manifest: Mapping[str, Any]) -> Recipe:
@@ -118,26 +118,23 @@ def _recipe(manifest: Mapping[str, Any]) -> Recipe:
     return make_recipe({**content, "base": origins[0], "experts": given}, "manifest")
 
 
-def _is_matrix(job: Job) -> bool:
-    return job.role.name in _MATRICES and len(job.spec.shape) > 1 and job.spec.count > 0
-
-
-def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Job]:
+def _refined(opened: Opened, manifest: Mapping[str, Any]) -> dict[str, Merge]:
     """The jobs whose rule refined its result, as they were before that."""
-    records = manifest["tensors"]
-    found = {job.name: before_refinement(job, records.get(job.name, {})) for job in opened.plan.jobs}
+    records = records_of(manifest)
+    known = [job for job in opened.plan.merged if job.name in records]
+    found = {job.name: before_refinement(job, records[job.name].stats) for job in known}
     return {name: job for name, job in found.items() if job is not None}
 
 
-def before_refinement(job: Job, record: Mapping[str, Any]) -> Job | None:
-    """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `record`."""
-    if isinstance(job.method, Ace) and any(part.get("refined") for part in parts_of(record)):
+def before_refinement(job: Merge, stats: LayerStats) -> Merge | None:
+    """The job without ACE's refinement, where its rule refined the tensor or a part of it, as it says in `stats`."""
+    if isinstance(job.method, Ace) and any(part.refined for part in stats.parts):
         return replace(job, method=replace(job.method, ablation="E3"))
     return None
 
 
-def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Job]) -> Work[list[tuple[str, Probe]]]:
-    def work(loaded: Loaded, place: Place) -> list[tuple[str, Probe]]:
+def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Merge]) -> Work[Merge, list[tuple[str, Probe]]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[tuple[str, Probe]]:
         seen = ((piece.job.name, _probe(piece, values, beside, opened, refined, place)) for piece, values in loaded)
         return [(name, probe) for name, probe in seen if probe is not None]
 
@@ -145,7 +142,7 @@ def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Job]) -> Work
 
 
 def _probe(
-    piece: Piece, values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Job], place: Place
+    piece: Piece[Merge], values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Merge], place: Place
 ) -> Probe | None:
     job, labels = piece.job, opened.plan.experts
     T = len(labels)
@@ -156,7 +153,7 @@ def _probe(
             return None
         products = sums(deltas, W0).products[-1]
         own = sums(deltas[:T], W0)
-        if not _is_matrix(job):
+        if not job.is_matrix:
             return Probe(own, products)
         spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), deltas, strict=True)}
         if job.name in refined:

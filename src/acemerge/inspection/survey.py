@@ -6,23 +6,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
 
 from acemerge.engine.compute import task_vectors
-from acemerge.engine.execute import OnProgress, walker
+from acemerge.engine.execute import OnProgress, merging, walker
 from acemerge.engine.opening import Opened
-from acemerge.engine.work import Loaded, Place, Setting, Values, Work
+from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
 from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
-from acemerge.planning.jobs import Job, Piece, pieces
+from acemerge.planning.finite import check_finite
+from acemerge.planning.jobs import Job, Merge
+from acemerge.planning.pieces import Piece, pieces
 from acemerge.planning.relatedness import relations
 from acemerge.shapes import Float, Tensor
 
-_MATRICES = ("linear", "conv1d", "experts")
 # A rule to count memory by: one that looks at full task vectors, entry by entry, whatever adapters are given by.
 FULL = make("breadcrumbs", {})
 
@@ -31,7 +33,7 @@ FULL = make("breadcrumbs", {})
 class View:
     """One tensor's task vectors. `squared_norms` (T,) are there for the weights of linear layers alone."""
 
-    job: Job
+    job: Merge
     sums: Sums
     squared_norms: Float[Tensor, " T"] | None
 
@@ -47,9 +49,20 @@ class View:
             return None
         return numbers(stable_ranks(self.sums.energies, self.squared_norms))
 
+    def leader(self, labels: Sequence[str]) -> str | None:
+        """The expert with the largest update."""
+        n = self.sums.energies
+        return labels[int(n.argmax())] if n.any() else None
+
+    def lowest_cosine(self, labels: Sequence[str]) -> tuple[str, str]:
+        """Between two experts, and their names, as text."""
+        cosines = self.sums.cosines
+        pairs = [(float(cosines[s, t]), s, t) for s, t in combinations(range(len(labels)), 2)]
+        lowest = min((pair for pair in pairs if math.isfinite(pair[0])), default=None)
+        return ("-", "-") if lowest is None else (f"{lowest[0]:.2f}", f"{labels[lowest[1]]}, {labels[lowest[2]]}")
+
     def table(self, labels: Sequence[str]) -> dict[str, Any]:
         """As `--json` has it."""
-        changed = bool(self.sums.energies.any())
         return {
             "name": self.job.name,
             "shape": list(self.job.spec.shape),
@@ -61,7 +74,7 @@ class View:
             "cosines": [numbers(row) for row in self.sums.cosines],
             "cancelled": self.sums.cancelled,
             "gamma": self.gamma,
-            "dominating": labels[int(self.sums.energies.argmax())] if changed else None,
+            "dominating": self.leader(labels),
         }
 
 
@@ -130,45 +143,51 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
     Raises CheckpointError for what is not finite, unless the recipe leaves such experts out.
     """
     plan = opened.plan
-    merged = [job for job in plan.jobs if job.method]
-    jobs = {job.name: job for job in merged if not job.vocabulary}
+    jobs = {job.name: job for job in plan.merged}
     # A matrix is seen whole for its norm; whether an expert is left out is only known when all was seen.
     split = plan.recipe.nonfinite == "error"
     views: dict[str, View] = {}
     with opened.pipeline(workers, hashing=False) as (pipeline, _):
         walk = walker(pipeline, "inspect", on_progress)
         whole = (replace(job, method=FULL) for job in jobs.values())
-        parts = (piece for job in whole for piece in pieces(job, split and not is_matrix(job)))
+        parts = (piece for job in whole for piece in pieces(job, split and not job.is_matrix))
         for seen in walk(parts, _looking(opened.setting)):
             for view in seen:
                 before = views.get(view.job.name)
                 views[view.job.name] = replace(view, sums=view.sums + before.sums) if before else view
+        _check_rest(opened, [job for job in plan.jobs if job.name not in jobs], walk)
     found = tuple(replace(view, job=jobs[name]) for name, view in views.items())
-    passed_over = tuple(job.name for job in merged if job.vocabulary)
+    passed_over = tuple(job.name for job in plan.by_token)
     seen_all = Inspection(plan.recipe.base, plan.experts, found, passed_over, ())
     return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
 
 
-def is_matrix(job: Job) -> bool:
-    """Whether it is the weight of a linear layer, or a stack of such."""
-    return job.role.name in _MATRICES and len(job.spec.shape) > 1
+def _check_rest(opened: Opened, rest: Sequence[Job], walk: Walk) -> None:
+    """Find what a merge would refuse in what no task vectors are looked at of: kept tensors, rows by token, heads."""
+    for _ in walk((piece for job in rest for piece in pieces(job, job.entrywise)), merging(opened.setting)):
+        pass
+    for expert, label, heads in zip(opened.experts, opened.plan.experts, opened.plan.heads, strict=True):
+        for head in heads:
+            value = expert.read(head.spec.name)
+            if value.dtype.is_floating_point:
+                check_finite(value, head.spec.name, f"expert {label}")
 
 
-def _looking(setting: Setting) -> Work[list[View]]:
-    def work(loaded: Loaded, place: Place) -> list[View]:
+def _looking(setting: Setting) -> Work[Merge, list[View]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[View]:
         return [_view(piece, values, setting, place) for piece, values in loaded]
 
     return work
 
 
-def _view(piece: Piece, values: Values, setting: Setting, place: Place) -> View:
+def _view(piece: Piece[Merge], values: Values, setting: Setting, place: Place) -> View:
     """An expert that is left out here counts as one without an update."""
     job, T = piece.job, len(setting.labels)
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0 = space[T].copy_(values.take((0, job.name)))
         deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
         seen = sums(deltas, W0)
-        norms = squared_norms(deltas) if is_matrix(job) and deltas.numel() else None
+        norms = squared_norms(deltas) if job.is_matrix else None
     if len(used) == T:
         return View(job, seen, norms)
     products = torch.zeros(T, T, dtype=torch.float64)
@@ -181,7 +200,7 @@ def _view(piece: Piece, values: Values, setting: Setting, place: Place) -> View:
 def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
     plan, labels, total = opened.plan, seen.experts, seen.total
     method = plan.recipe.method
-    tau = next((job.method.tau for job in plan.jobs if isinstance(job.method, Ace)), Ace().tau)
+    tau = next((job.method.tau for job in plan.ruled if isinstance(job.method, Ace)), Ace().tau)
     gammas = [view.gamma for view in seen.views if view.squared_norms is not None]
     layers = [(view.job.name, view.sums) for view in seen.views if view.squared_norms is not None]
     found = [Advice(warning, "") for warning in plan.warnings]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from acemerge.engine.in_memory import merge_deltas
+from acemerge.engine.one_layer import merge_deltas
 from acemerge.errors import UsageError
 from acemerge.methods import METHODS
 from acemerge.shapes import Tensor

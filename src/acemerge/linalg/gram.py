@@ -13,12 +13,18 @@ from acemerge.shapes import Float, Tensor
 # more speed than the spared half of the triangle is worth. Below the first width one product is fastest.
 _SPLIT_FROM = 512
 _HALVED_FROM = 2048
+_SQUARED = (1e-15, 1e15)  # norms whose squares float32 holds, those of their entries too
 
 
 def energies(deltas: Float[Tensor, "T *shape"]) -> Float[Tensor, " T"]:
-    """`n_t = ||D_t||_F^2` for each expert: rows in the tensor's own type, their sum in float64."""
+    """`n_t = ||D_t||_F^2` for each expert: rows in the tensor's own type where that holds their squares, the rest in
+    float64, which is slower.
+    """
     flat = deltas[..., None] if deltas.ndim == 1 else deltas
     rows: Tensor = torch.linalg.vector_norm(flat, dim=-1).double()
+    places = (rows < _SQUARED[0]) | ~(rows < _SQUARED[1])  # NaN too
+    if places.any():
+        rows[places] = torch.linalg.vector_norm(flat[places], dim=-1, dtype=torch.float64)
     return rows.square().reshape(len(deltas), -1).sum(1)
 
 
@@ -36,10 +42,13 @@ def add_lower(total: Float[Tensor, "n n"], x: Float[Tensor, "m n"], weight: floa
 
 
 def mirror(total: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """Complete what `add_lower` left out, in place."""
+    """Complete what `add_lower` left out, in place. The result is symmetric to the bit, which a product need not be."""
     for rows, columns in _blocks(len(total)):
         left = slice(columns.start, min(columns.stop, rows.start))
         total[left, rows] = total[rows, left].T
+        if columns.stop == rows.stop:  # else it lies off the diagonal
+            square = total[rows, rows]
+            square.copy_(square.tril().add_(square.tril(-1).T))
     return total
 
 

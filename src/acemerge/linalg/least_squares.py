@@ -76,7 +76,7 @@ class Problem:
 class Fit:
     """The solution M, what is known of its system matrix and whether M is accurate enough.
 
-    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`, to be asked for once.
+    `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
     """
 
     M: Float[Tensor, "out in"]
@@ -153,13 +153,13 @@ def primal_residual(
     origin: Float[Tensor, "out in"] | None,
     X: Float[Tensor, "out in"],
 ) -> Float[Tensor, "out in"]:
-    """`Fit.residual` from the system matrix A and the right-hand side `B + origin A`, where B is used up."""
-    room = torch.empty_like(B)
+    """`Fit.residual` from the system matrix A and the right-hand side `B + origin A`."""
+    residual, room = B.clone(), torch.empty_like(B)
     for t, pull in enumerate(problem.pulls or ()):
         if pull:
-            B.sub_(problem.targets(t, B.dtype, room), alpha=pull)
+            residual.sub_(problem.targets(t, B.dtype, room), alpha=pull)
     share = torch.mul(X.to(B.dtype), -1 / len(problem.weights), out=room)
-    return B.addmm_(share if origin is None else share.add_(origin), A)
+    return residual.addmm_(share if origin is None else share.add_(origin), A)
 
 
 def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:

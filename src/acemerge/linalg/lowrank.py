@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
 from acemerge.shapes import Float, Tensor
 
@@ -15,12 +16,30 @@ _SAME_SPACE = 1e-6  # how far apart, relative to their size, rows may be that co
 @dataclass(frozen=True)
 class Frame:
     """The layer behind cores: `shape` (out, in), and where the core C stands for `Q_U C Q_V^T`, `rows = Q_U^T 1` (p,)
-    and `columns = Q_V^T 1` (q,), for rules that sum over a side. 1 (out,) lies in the span of Q_U.
+    and `columns = Q_V^T 1` (q,), for rules that sum over a side. 1 (out,) lies in the span of Q_U. `row_probe` and
+    `column_probe` are the same of `probe`, for what needs a direction that is special to nothing.
     """
 
     shape: tuple[int, int]
     rows: Float[Tensor, " p"]
     columns: Float[Tensor, " q"]
+    row_probe: Float[Tensor, " p"]
+    column_probe: Float[Tensor, " q"]
+
+    @staticmethod
+    def itself(shape: tuple[int, int], like: Tensor) -> Frame:
+        """Of a layer in its own coordinates, Q_U and Q_V being I."""
+        (rows, row_probe), (columns, column_probe) = (
+            (like.new_ones(n, dtype=torch.float64), probe(n).to(like.device)) for n in shape
+        )
+        return Frame(shape, rows, columns, row_probe, column_probe)
+
+
+def probe(n: int) -> Float[Tensor, " n"]:
+    """A fixed vector in float64 that nothing special to a layer is at right angles to: `frac(i phi) - 1/2`."""
+    golden = (5**0.5 - 1) / 2
+    found: Tensor = (torch.arange(1, n + 1, dtype=torch.float64) * golden).frac() - 0.5
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,14 +100,19 @@ def both_sides(updates: LowRank) -> Cores:
     Q_U, ones, *parts_U = _with_ones(updates.left)
     Q_V, parts_V = _basis(updates.transposed().left)
     cores = torch.stack([left @ right.T for left, right in zip(parts_U, parts_V, strict=True)])
-    return Cores(cores, Q_U, Q_V, Frame(updates.shape, ones[:, 0], Q_V.sum(0)))
+    return Cores(cores, Q_U, Q_V, Frame(updates.shape, ones[:, 0], Q_V.sum(0), _probed(Q_U), _probed(Q_V)))
 
 
 def left_side(updates: LowRank) -> Cores:
     """The same with Q_V = I: `C_t = R_U,t V_t` (p, in)."""
     Q_U, ones, *parts_U = _with_ones(updates.left)
     cores = torch.stack([left @ V.double() for left, V in zip(parts_U, updates.right, strict=True)])
-    return Cores(cores, Q_U, None, Frame(updates.shape, ones[:, 0], torch.ones_like(cores[0, 0])))
+    own = Frame.itself((len(Q_U), cores.shape[2]), cores)
+    return Cores(cores, Q_U, None, Frame(updates.shape, ones[:, 0], own.columns, _probed(Q_U), own.column_probe))
+
+
+def _probed(Q: Float[Tensor, "n p"]) -> Float[Tensor, " p"]:
+    return Q.T @ probe(len(Q)).to(Q.device)
 
 
 def _with_ones(blocks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -102,13 +126,14 @@ def _basis(blocks: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Orthonormal Q (n, p) with the span of the blocks (n, r_t) side by side, and the `Q^T block_t`.
 
     Dependent columns, as of experts that share a factor, add nothing to Q, for in a direction without any update a
-    rule would meet rounding alone. The columns' sizes do not count: a small update has its directions, too.
+    rule would meet rounding alone: what the columns, each at length one, have less of than 2^-21 of their most. Their
+    sizes do not count: a small update has its directions, too.
     """
     X = torch.cat(blocks, 1).double()
     sizes = X.norm(dim=0)
     Q, R = torch.linalg.qr(X / torch.where(sizes > 0, sizes, 1))
     W, s, _ = torch.linalg.svd(R, full_matrices=False)
-    W = W[:, s > s[0] * max(X.shape) * torch.finfo(s.dtype).eps]
+    W = W[:, s > s[0] * NULL]
     return Q @ W, (W.T @ R * sizes).split([block.shape[1] for block in blocks], 1)
 
 

@@ -12,7 +12,8 @@ from functools import reduce
 
 import torch
 
-from acemerge.shapes import Float, Int, Tensor
+from acemerge.linalg.rounding import NULL
+from acemerge.shapes import Bool, Float, Int, Tensor
 
 _LOW_BITS = 16
 _UPPER = 1 << 15  # the sign bit is clear
@@ -25,6 +26,22 @@ _DEVIATIONS = 5
 def magnitudes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """`|x|` in float32: the type in which magnitudes are ranked."""
     return x.abs().float()
+
+
+def largest_entry(D: Float[Tensor, "*shape"]) -> float:
+    """`max |D|`."""
+    low, high = torch.aminmax(D)
+    return max(-float(low), float(high))
+
+
+def at_least(size: Float[Tensor, "*shape"], bound: float | Tensor) -> Bool[Tensor, "*shape"]:
+    """`size >= bound`, for magnitudes; what is below it by rounding alone counts as equal."""
+    return size >= bound * (1 - NULL)
+
+
+def at_most(size: Float[Tensor, "*shape"], bound: float | Tensor) -> Bool[Tensor, "*shape"]:
+    """`size <= bound` alike."""
+    return size <= bound * (1 + NULL)
 
 
 def upper_counts(x: Float[Tensor, "*shape"]) -> Int[Tensor, " upper"]:

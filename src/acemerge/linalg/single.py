@@ -22,12 +22,13 @@ _GROWTH = 8.0
 
 
 def leading_in_float32(
-    X: Float[Tensor, "m n"], k: int, floor: float
+    X: Float[Tensor, "m n"], k: int, floor: float, share: float = 0.0
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "n k"]] | None:
     """U, s (descending) and V of the top k singular triplets of X, m >= n.
 
     None where float32 would not do: X is not float32, or small; more than half of the directions are wanted; a wanted
-    singular value is at most `floor`; or the estimated error of `U V^T` is above the tolerance.
+    singular value is at most `floor` or this share of the largest; or the estimated error of `U V^T` is above the
+    tolerance.
 
     With `V_0` from the eigen-decomposition of `X^T X` and `E = V_0^T X^T X V_k`, whose diagonal is l and whose other
     entries exact vectors would not have, each kept direction i gives back `E_ji / (l_i - l_j)` of every j that is not
@@ -43,7 +44,7 @@ def leading_in_float32(
     V, rest = vectors[:, :k], vectors[:, k:]
     E = vectors.T @ (X.T @ (X @ V))  # (n, k)
     kept = E.diagonal().clone()  # l
-    if float(kept[-1]) <= floor**2:
+    if float(kept[-1]) <= max(floor**2, share**2 * float(kept[0])):
         return None
     gaps = kept - values[k:, None]  # (n - k, k)
     mixed = E[k:] / gaps

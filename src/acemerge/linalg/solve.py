@@ -11,6 +11,7 @@ import torch
 from torch.linalg import vector_norm
 
 from acemerge.linalg.gram import add_lower
+from acemerge.linalg.rounding import NULL
 from acemerge.shapes import Float, Int, Tensor
 
 # A float32 answer whose estimated relative error is above this is computed again in float64: sooner in small
@@ -106,8 +107,8 @@ def _factor(L: Tensor) -> bool:
 
 
 def largest_condition(A: Float[Tensor, "*P n n"]) -> float:
-    """The estimated condition from which on A may be singular."""
-    return _SINGULAR / (torch.finfo(A.dtype).eps * A.shape[-1])
+    """The estimated condition from which on A may be singular. A is a Gram matrix, where `NULL` counts twice."""
+    return min(_SINGULAR / (torch.finfo(A.dtype).eps * A.shape[-1]), NULL**-2)
 
 
 def solve(L: Float[Tensor, "*P n n"], B: Float[Tensor, "*#P m n"]) -> Float[Tensor, "*P m n"]:
@@ -121,9 +122,11 @@ def solve(L: Float[Tensor, "*P n n"], B: Float[Tensor, "*#P m n"]) -> Float[Tens
 
 
 def _pseudo_inverse(A: Tensor) -> Inverse:
-    """`A^+` from the eigen-decomposition, eigenvalues at rounding level left out."""
+    """`A^+` from the eigen-decomposition. Left out are eigenvalues below 2^-42 of the largest, directions below 2^-21
+    in what A is the Gram matrix of: divided by, rounding there would be all of the result.
+    """
     values, vectors = torch.linalg.eigh(A)
-    kept = values > values[-1].clamp_min(0) * torch.finfo(A.dtype).eps * A.shape[0]
+    kept = values > values[-1].clamp_min(0) * max(NULL**2, torch.finfo(A.dtype).eps * A.shape[0])
     values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
     condition = float(values[-1] / values[0]) if len(values) else float("inf")
     norm = vector_norm(1 / values).item()

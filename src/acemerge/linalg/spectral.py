@@ -13,6 +13,11 @@ from acemerge.shapes import Float, Tensor
 # A Gram matrix squares the spectrum: eigenvectors of singular values below this share of the largest are found
 # from a second one, of what is left when the others are projected out.
 _GRAM_RANGE = 1e-3
+# Unit vectors of several matrices side by side inherit the noise of a direction over its size. Angles below this are
+# none: the vectors share a direction.
+_SHARED = 2.0**-16
+# A solve magnifies what noise leaves of a null direction by its condition.
+_NULL_SOLVED = 2.0**-13
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,22 @@ class Singular:
         return (self.U * self.s[: self.rank]) @ self.V.T
 
 
-def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, longest: int = 0) -> Singular:
+def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, share: float = 0.0) -> Singular:
     """The top k singular triplets of X, by an eigen-decomposition of the smaller Gram matrix.
 
     In float64, but in float32 where X is that, large and the estimated error of U_k V_k^T is small enough.
-    Singular values of at most `floor`, or at the level of rounding, are taken for zero; so are
-    those beyond the shorter side. A core's rounding is that of its layer, of a `longest` side.
+    Singular values of at most `floor`, at most `share` of the largest or at the level of rounding are taken for zero;
+    so are those beyond the shorter side. What uses `U s V^T` alone needs neither: there a faint direction is faint.
+    What uses U or V must not take noise for directions, and gives `rounding.NULL` for the share.
     """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_singular(X.T, k, floor, longest)
+        flipped = leading_singular(X.T, k, floor, share)
         return Singular(flipped.V, flipped.s, flipped.U)
-    floor = max(floor, rounding_floor(X.double(), longest))
-    if (found := leading_in_float32(X, k, floor)) is not None:
+    floor = max(floor, rounding_floor(X.double()))
+    if (found := leading_in_float32(X, k, floor, share)) is not None:
         return Singular(*found)
     X = X.double()
-    s, V = _right_singular(X, k, floor)
+    s, V = _right_singular(X, k, floor, share)
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -72,35 +78,38 @@ class LeadingPolar:
     singular_values: Float[Tensor, " k"]
 
 
-def leading_polar(X: Float[Tensor, "out in"], k: int, longest: int = 0) -> LeadingPolar:
-    """The product of the top k singular vectors of X, in X's type: `U_k V_k^T = X V_k diag(1/s) V_k^T`.
+def leading_polar(X: Float[Tensor, "out in"], k: int) -> LeadingPolar:
+    """The product of the top k singular vectors of X, which comes from a solve, in X's type:
+    `U_k V_k^T = X V_k diag(1/s) V_k^T`.
 
-    Null directions have no polar part and add nothing. `longest` as in `leading_singular`.
+    Null directions, those below 2^-13 of the largest singular value, have no polar part and add nothing.
     """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_polar(X.T, k, longest)
+        flipped = leading_polar(X.T, k)
         return LeadingPolar(flipped.polar.T, flipped.singular_values)
-    floor = rounding_floor(X.double(), longest)
-    if (single := leading_in_float32(X, k, floor)) is not None:
+    if (single := leading_in_float32(X, k, 0.0, _NULL_SOLVED)) is not None:
         U, s, V = single
         return LeadingPolar(U @ V.T, s)
-    s, V = _right_singular(X.double(), k, floor)
+    s, V = _right_singular(X.double(), k, 0.0, _NULL_SOLVED)
     found = torch.nn.functional.pad(s, (0, k - len(s)))
     if len(s) == 0 or s[-1] < _GRAM_RANGE * s[0]:  # a small s would magnify the rounding of X
         return LeadingPolar((X.double() @ (V / s) @ V.T).to(X.dtype), found)
     return LeadingPolar(X @ ((V / s) @ V.T).to(X.dtype), found)
 
 
-def rounding_floor(X: Float[Tensor, "out in"], longest: int = 0) -> float:
-    """What a singular value of zero may come out as: `max(out, in, longest) u ||X||_F`."""
-    return float(X.norm() * max(*X.shape, longest) * torch.finfo(X.dtype).eps)
+def rounding_floor(X: Float[Tensor, "out in"]) -> float:
+    """What a singular value of zero may come out as: `max(out, in) u ||X||_F`."""
+    return float(X.norm() * max(X.shape) * torch.finfo(X.dtype).eps)
 
 
-def _right_singular(X: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
-    """The singular values of X (m, n) above the floor, k at most, and their right singular vectors (n, r)."""
+def _right_singular(X: Tensor, k: int, floor: float, share: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The singular values of X (m, n) above the floor and this share of the largest, k at most, and their right
+    singular vectors (n, r).
+    """
     k = min(k, X.shape[1])
     values, vectors = torch.linalg.eigh(symmetric_product(X))
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
+    floor = max(floor, share * float(s[0]))
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
     if good >= k or good == 0:
         return s[: min(good, k)], V[:, : min(good, k)]
@@ -110,17 +119,22 @@ def _right_singular(X: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
 
 
 def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """`G^(-1/2)` of a symmetric positive semidefinite matrix, null directions left out, in float64."""
+    """`G^(-1/2)` of a symmetric positive semidefinite matrix, in float64. Null directions, of at most 2^-32 of the
+    largest eigenvalue, are left out.
+    """
     if len(G) == 0:
         return G.double()
     values, vectors = torch.linalg.eigh(G.double())
-    kept = values > values[-1].clamp_min(0) * len(G) * torch.finfo(values.dtype).eps
+    kept = values > values[-1].clamp_min(0) * _SHARED**2
     V = vectors[:, kept]
     root: Tensor = (V / values[kept].sqrt()) @ V.T
     return root
 
 
 def polar(X: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-    """`X (X^T X)^(-1/2)`, in X's type but made in float64: the roots of small eigenvalues magnify rounding."""
+    """`X (X^T X)^(-1/2)`, in X's type but made in float64: the roots of small eigenvalues magnify rounding.
+
+    For a singular X it is the partial isometry between the spaces of the singular values above 2^-16 of the largest.
+    """
     wide = X.double()
     return (wide @ inverse_root(symmetric_product(wide))).to(X.dtype)

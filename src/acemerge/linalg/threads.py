@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Barrier, Event, Thread
 from typing import TypeVar
 
 import torch
@@ -24,11 +24,33 @@ def pool_of(count: int, name: str, of_torch: int = 1, begin: Callable[[], None] 
             begin()
 
     pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=started)
-    for _ in range(count):
-        pool.submit(all_there.wait)
+    try:
+        for _ in range(count):
+            pool.submit(all_there.wait)
+    except RuntimeError:  # one could not be started: let go of those that wait for it
+        all_there.abort()
+        pool.shutdown(wait=False)
+        raise
     all_there.wait()
     torch.set_num_threads(torch.get_num_threads())  # what one thread says is also what later ones begin with
     return pool
+
+
+def check_room(count: int) -> None:
+    """RuntimeError where so many more threads cannot be started.
+
+    OpenMP would end the process without a word to us.
+    """
+    gate, started = Event(), []
+    try:
+        for _ in range(count):
+            thread = Thread(target=gate.wait)
+            thread.start()
+            started.append(thread)
+    finally:
+        gate.set()
+        for thread in started:
+            thread.join()
 
 
 def side_by_side(function: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> Iterator[Made]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.gram import add_lower, mirror, symmetric_product
+from acemerge.linalg.select import largest_entry
 from acemerge.linalg.solve import cholesky, invert
 from acemerge.shapes import Float, Tensor
 
@@ -40,11 +41,6 @@ def _right_singular(D: Float[Tensor, "out in"]) -> tuple[Float[Tensor, " r"], Fl
     floor = values[-1] * len(values) * torch.finfo(values.dtype).eps if D.dtype == torch.float64 else 0.0
     first = int((values <= floor).sum())
     return values[first:].sqrt(), V[:, first:]
-
-
-def largest_entry(D: Float[Tensor, "out in"]) -> float:
-    low, high = torch.aminmax(D)
-    return max(-float(low), float(high))
 
 
 @dataclass(frozen=True)

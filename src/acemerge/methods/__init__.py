@@ -6,7 +6,17 @@ from acemerge.methods.ace import Ace
 from acemerge.methods.ace_auto import AceAuto
 from acemerge.methods.actmat import Actmat, Tact
 from acemerge.methods.anchored import Anchored
-from acemerge.methods.base import Calibration, Layer, LayerResult, Method, Needs, Together, check_experts, expert_seeds
+from acemerge.methods.base import (
+    Calibration,
+    Layer,
+    LayerResult,
+    Method,
+    Needs,
+    Together,
+    check_experts,
+    check_weights,
+    expert_seeds,
+)
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
@@ -15,30 +25,51 @@ from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
+from acemerge.methods.mergekit_overlap import MergekitNearswap, MergekitRam
 from acemerge.methods.mergekit_sum import MergekitSum
-from acemerge.methods.mergekit_variants import MergekitLinear, MergekitSce, MergekitSlerp
-from acemerge.methods.registry import METHODS, make, register, rule_name
+from acemerge.methods.mergekit_variants import MergekitLinear, MergekitMultislerp, MergekitSce, MergekitSlerp
+from acemerge.methods.registry import (
+    METHODS,
+    AnyMethod,
+    as_rule,
+    as_table,
+    load_installed,
+    make,
+    register,
+    rule_class,
+    rule_name,
+)
 from acemerge.methods.sparse import Breadcrumbs, DareLinear, DareTies, Della, Ties
 from acemerge.methods.spectral import Cart, IsoC, IsoCts, TsvM
 from acemerge.methods.sphere import Karcher, ModelStock, Slerp
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.methods.svc import Svc
 from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
     "METHODS",
+    "AnyMethod",
     "Calibration",
     "Layer",
     "LayerResult",
+    "LayerStats",
     "LowRankResult",
     "Method",
     "Needs",
+    "Status",
     "Together",
+    "as_rule",
+    "as_table",
     "check_experts",
+    "check_weights",
     "expert_seeds",
     "keeps_low_rank",
+    "load_installed",
     "make",
     "merge_low_rank",
     "register",
+    "rule_class",
     "rule_name",
 ]
 
@@ -77,7 +108,10 @@ for _rule in (
     MergekitLinear,
     MergekitSum,
     MergekitSlerp,
+    MergekitMultislerp,
     MergekitSce,
+    MergekitNearswap,
+    MergekitRam,
     ArceeFusion,
 ):
     register(_rule)

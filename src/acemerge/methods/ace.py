@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Problem
+from acemerge.linalg.least_squares import Fit, Problem
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
 _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
-_ROUNDINGS = 16  # how far, in units of rounding, rows that are alike may be from their mean
 
 
 @dataclass(frozen=True)
-class Ace:
+class _Active:
+    """The experts that count, the factors on their second moments and the branch they are merged in."""
+
+    deltas: Float[Tensor, "T out in"]
+    scales: Float[Tensor, " T"]
+    gamma: float | None
+    heterogeneous: bool
+    layer: Layer
+
+
+@dataclass(frozen=True)
+class Ace(LeastSquaresRule[_Active]):
     r"""ACE-Merging, exactly as published: the closed form on centred task vectors, with the collective
     structural prior and the spectral refinement.
 
@@ -40,19 +51,19 @@ class Ace:
 
     Source: arXiv 2603.02945 (CVPR 2026). Departures, all where the paper's formula is undefined: experts
     with no update or no weight drop out; one expert is homogeneous; k = 0 leaves `pre` unrefined; null
-    directions of the refinement add nothing. `eps` is in units of the squared update: the paper uses
-    4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t, and
-    may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
+    directions of the refinement, those of `leading_polar`, add nothing. `eps` is in units of the squared update:
+    the paper uses 4e-2 for GPT-2, 2e-4 for RoBERTa-base and 1e-5 for all others. A weight multiplies S_t and R_t,
+    and may not be negative. `float64_spectra` is 1 where the refinement's spectrum was not left to float32.
     """
 
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
-    tau: Annotated[float, Field(description="heterogeneous branch when gamma is above it")] = 0.3
+    tau: Annotated[float, Field(allow_inf_nan=False, description="heterogeneous branch when gamma is above it")] = 0.3
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the spectrum that is refined")] = 0.3
     ablation: Annotated[
         Literal["E1", "E2", "E3", "E4"],
@@ -60,13 +71,7 @@ class Ace:
     ] = "E4"
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, _Active] | LayerResult:
         weights, n = layer.weights, energies(deltas)
         active = (n > 0) & (weights > 0)
         if not active.any():
@@ -75,29 +80,21 @@ class Ace:
             deltas, weights, n = deltas[active], weights[active], n[active]
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
-        frame = layer.frame
-        a = second_moment_scales(deltas, weights, frame) if hetero else weights
-        sides = layer.sides(deltas)
-        fit, status = yield self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        a = second_moment_scales(deltas, weights, layer.frame) if hetero else weights
+        problem = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        return problem, _Active(deltas, a, gamma, hetero, layer)
+
+    def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        deltas, sides, hetero = kept.deltas, kept.layer.sides(kept.deltas), kept.heterogeneous
         refined = int(self.k_frac * min(sides)) if hetero and self.ablation == "E4" else 0
-        M, diagnosis, in_float64 = fit.M, fit.diagnosis, 0
+        M, in_float64 = fit.M, 0
         if refined:
-            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, a, frame).add_(M)
-            del fit  # and with it the system matrix
-            leading = leading_polar(direction, refined, max(sides))
+            direction = add_mean_rows(fit.residual(deltas.sum(0)), deltas, kept.scales, kept.layer.frame).add_(M)
+            leading = leading_polar(direction, refined)
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
-        stats: dict[str, Any] = {
-            "status": status,
-            "gamma": gamma,
-            "branch": "heterogeneous" if hetero else "homogeneous",
-            "eps": self.eps,
-            "condition": diagnosis.condition,
-            "rank": diagnosis.rank,
-            "refined": refined,
-            "float64_spectra": in_float64,
-        }
-        return LayerResult(M.mul_(self.scale).to(deltas.dtype), stats)
+        branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if hetero else "homogeneous"
+        return M, LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=refined, float64_spectra=in_float64)
 
     def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
@@ -152,7 +149,7 @@ def second_moment_scales(
     """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
     n = energies(deltas)
     z = torch.stack([_centred_energy(D, energy, frame) for D, energy in zip(deltas, n, strict=True)])
-    rounding = n * (_ROUNDINGS * torch.finfo(deltas.dtype).eps) ** 2
+    rounding = n * NULL**2
     return torch.where(z > rounding, weights / z, 0)
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.least_squares import Problem, as_given
+from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _MOST = 0.99  # of a second moment is given up: with nothing left of any there were nothing to solve
 
 
 @dataclass(frozen=True)
-class AceAuto:
+class _Sizes:
+    """The energies of the experts that count, and how far every expert's second moment is shrunk."""
+
+    energies: Float[Tensor, " active"]
+    shrinkage: list[float]
+
+
+@dataclass(frozen=True)
+class AceAuto(LeastSquaresRule[_Sizes]):
     """ACE without its constants: normalised second moments, each shrunk as far as its own spectrum says.
 
         S_t = D_t^T D_t / n_t
@@ -29,25 +37,20 @@ class AceAuto:
     eq. 23), but never all of it: near 1/out where few directions hold the energy, most where all hold as much. Source:
     this library. Unlike `ace` nothing is centred, so that one expert gives itself whatever its rows have in common;
     second moments are always normalised, so that there is no branch and scaling all updates scales M; there is no prior
-    and no refinement. `heterogeneity` is reported, `var(log n_t)`, which no scaling changes; it decides nothing.
+    and no refinement. `log_energy_variance`, `var(log n_t)`, which no scaling changes, is told and decides nothing; the
+    manifest calls it `heterogeneity`.
     A weight multiplies R_t, and may not be negative.
     """
 
     name: ClassVar[str] = "ace_auto"
     source: ClassVar[str] = "acemerge, after arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, _Sizes] | LayerResult:
         n = energies(deltas)
         a = normalised_weights(n, layer, 2)
         if not a.any():
@@ -56,7 +59,7 @@ class AceAuto:
         rho = [shrinkage(D, sides) if w else 0.0 for D, w in zip(deltas, a.tolist(), strict=True)]
         pulls = [r * e / sides[1] for r, e in zip(rho, (a * n).tolist(), strict=True)]
         updates = as_given(deltas)
-        fit, status = yield Problem(
+        problem = Problem(
             targets=updates,
             sources=updates,
             weights=[(1 - r) * w for r, w in zip(rho, a.tolist(), strict=True)],
@@ -64,15 +67,12 @@ class AceAuto:
             pulls=pulls,
             ridge=sum(pulls),
         )
-        active = n[a > 0]
-        stats = {
-            "status": status,
-            "heterogeneity": float(active.log().var()) if len(active) > 1 else None,
-            "shrinkage": [round(r, 4) for r in rho],
-            "condition": fit.diagnosis.condition,
-            "rank": fit.diagnosis.rank,
-        }
-        return LayerResult((self.scale * fit.M).to(deltas.dtype), stats)
+        return problem, _Sizes(n[a > 0], rho)
+
+    def from_fit(self, fit: Fit, kept: _Sizes) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        variance = float(kept.energies.log().var()) if len(kept.energies) > 1 else None
+        rho = tuple(round(r, 4) for r in kept.shrinkage)
+        return fit.M, LayerStats(log_energy_variance=variance, shrinkage=rho)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spread = experts * rows * columns * min(rows, columns)
@@ -84,6 +84,7 @@ def shrinkage(D: Float[Tensor, "out in"], sides: tuple[int, int]) -> float:
     out, columns = sides
     if columns == 1:
         return _MOST
+    D = D / D.abs().amax()  # the squares of its Gram matrix may be beyond the range of float32
     gram = symmetric_product(D.T if D.shape[0] < D.shape[1] else D)
     f = float((gram / gram.trace()).square().sum())  # of the smaller Gram matrix: the other one's is the same
     spread = (out + 1 - 2 / columns) * (f - 1 / columns)

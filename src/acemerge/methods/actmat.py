@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -10,12 +9,14 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Experts, Problem, as_given, prefers_dual
-from acemerge.linalg.select import magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.linalg.least_squares import Experts, Fit, Problem, as_given, prefers_dual
+from acemerge.linalg.select import at_least, magnitudes
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.sparse import Share, threshold
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _VOCABULARY = 20_000  # a tensor with a longer side is averaged
@@ -27,7 +28,7 @@ Power = Annotated[int, Field(ge=0, le=2, description="second moments are divided
 
 
 @dataclass(frozen=True)
-class Actmat:
+class Actmat(LeastSquaresRule[None]):
     """ACTMat: least squares with each update's own second moment as its task's.
 
         M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = D_t^T D_t / n_t^(p/2)
@@ -40,29 +41,26 @@ class Actmat:
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     lam: Ridge = 0.0
     p: Power = 0
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, None] | LayerResult:
         updates = as_given(deltas)
-        return _fit(deltas, layer, updates, updates, self.lam, self.p, self.scale)
+        return _problem(deltas, layer, updates, updates, self.lam, self.p, self.scale)
+
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=True)
 
 
 @dataclass(frozen=True)
-class Tact:
+class Tact(LeastSquaresRule[None]):
     """TACT: as ACTMat, with second moments from the largest entries of each update alone.
 
         M = (sum_t D_t G_t) pinv(sum_t G_t),   G_t = trim(D_t)^T trim(D_t) / n_t^(p/2)
@@ -73,32 +71,29 @@ class Tact:
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(6, 12), input_side=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Workspace(6, 12), input_side=True)
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0
     p: Power = 0
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, None] | LayerResult:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
         def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return (deltas[t] * (magnitudes(deltas[t]) >= thresholds[t])).to(dtype)
+            return (deltas[t] * at_least(magnitudes(deltas[t]), thresholds[t])).to(dtype)
 
-        return _fit(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
+        return _problem(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
+
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=False)
 
 
-def _fit(
+def _problem(
     deltas: Float[Tensor, "T out in"],
     layer: Layer,
     targets: Experts,
@@ -106,20 +101,17 @@ def _fit(
     lam: float,
     p: int,
     scale: float,
-) -> Fitting:
+) -> tuple[Problem, None] | LayerResult:
     sides = layer.sides(deltas)
     if max(sides) > _VOCABULARY:
         mean = Average(scale).merge(deltas, layer)
-        return LayerResult(mean.delta, {"status": "averaged, a side above 20,000"})
+        return LayerResult(mean.delta, LayerStats((Status.VOCABULARY,)))
     weights = normalised_weights(energies(deltas), layer, p)
     if not weights.any():
         return no_update(deltas)
     shape = (deltas.shape[1], deltas.shape[2])
     ridge = lam * shape[1] / sides[1]  # the mean diagonal is the layer's, of which a core lacks the zeros
-    problem = Problem(targets, sources, weights.tolist(), shape, relative_ridge=ridge)
-    fit, status = yield problem
-    stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
-    return LayerResult((scale * fit.M).to(deltas.dtype), stats)
+    return Problem(targets, sources, weights.tolist(), shape, relative_ridge=ridge), None
 
 
 def normalised_weights(n: Float[Tensor, " T"], layer: Layer, p: int) -> Float[Tensor, " T"]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Problem, as_given
+from acemerge.linalg.least_squares import Fit, Problem, as_given
 from acemerge.methods.actmat import Power, least_squares_operations, normalised_weights
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.fits import Fitting, fitted, fitted_together
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.least_squares_rule import LeastSquaresRule
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 
 @dataclass(frozen=True)
-class Anchored:
+class Anchored(LeastSquaresRule[None]):
     """Least squares with each update's own second moment, pulled towards the sum of the updates.
 
         M = (sum_t D_t G_t + l sum_t D_t) (sum_t G_t + l I)^(-1),   G_t = D_t^T D_t / n_t^(p/2)
@@ -36,7 +36,7 @@ class Anchored:
     name: ClassVar[str] = "anchored"
     source: ClassVar[str] = "acemerge"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(6, 12), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(6, 12), factors="frame", input_side=True
     )
 
     lam: Annotated[
@@ -45,20 +45,14 @@ class Anchored:
     p: Power = 1
     scale: Scale = 1.0
 
-    def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        return fitted(self.fitting(deltas, layer), deltas)
-
-    def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
-        return fitted_together([self.fitting(D, layer) for D, layer in zip(stack, layers, strict=True)], stack.device)
-
-    def fitting(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> Fitting:
+    def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, None] | LayerResult:
         n = energies(deltas)
         a = normalised_weights(n, layer, self.p)
         if not a.any():
             return no_update(deltas)
         ridge = self.lam * float(a @ n) / layer.sides(deltas)[1]  # l: a Gram matrix's diagonal sums to the energy
         updates = as_given(deltas)
-        fit, status = yield Problem(
+        problem = Problem(
             targets=updates,
             sources=updates,
             weights=a.tolist(),
@@ -66,8 +60,10 @@ class Anchored:
             pulls=(ridge * layer.weights).tolist(),
             ridge=ridge,
         )
-        stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
-        return LayerResult((self.scale * fit.M).to(deltas.dtype), stats)
+        return problem, None
+
+    def from_fit(self, fit: Fit, kept: None) -> tuple[Float[Tensor, "out in"], LayerStats]:
+        return fit.M, LayerStats()
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return least_squares_operations(experts, rows, columns, symmetric=True)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
 Calibration = Literal["inputs", "merged inputs", "gradients"]
+# What a result has. A rule that is not the library's own may give a plain mapping, which becomes that.
+if TYPE_CHECKING:
+    Stats = LayerStats
+else:
+    Stats = Mapping
 
 
 @dataclass(frozen=True)
@@ -53,18 +61,23 @@ class Layer:
 class LayerResult:
     """What a rule made of one layer.
 
-    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` holds plain numbers, strings
-    and lists, among them `status`: "ok", or what the rule had to fall back to. `masks` (T, out, in), where a
-    rule makes them, say which entries of the merged update are an expert's own.
+    `delta` (out, in) is `scale * M`: the merged weight is `W_0 + delta`. `stats` are the rule's numbers and its
+    statuses: OK, or what it had to fall back to; a plain mapping is read as the manifest's, and UsageError says where
+    it is not. `masks` (T, out, in), where a rule makes them, say which entries of the merged update are an expert's
+    own.
     """
 
     delta: Float[Tensor, "*shape"]
-    stats: Mapping[str, Any]
+    stats: Stats
     masks: Bool[Tensor, "T *shape"] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stats, LayerStats):  # of a rule that is not the library's own
+            object.__setattr__(self, "stats", _stats_from(self.stats))
 
 
 @dataclass(frozen=True)
-class Work:
+class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
     `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
     that of the least-squares system, the smaller of columns and T rows, or the layer's longer one, at most T shorter.
@@ -117,7 +130,7 @@ class Needs:
     experts: int | None = None
     moves_equals: bool = False
     masks: bool = False
-    work: Work = Work()
+    work: Workspace = Workspace()
     factors: Literal["linear", "frame", "left frame", "full"] = "full"
     input_side: bool = False
     calibration: Calibration | None = None
@@ -172,8 +185,14 @@ def check_experts(method: Method, weights: Sequence[float]) -> None:
         raise UsageError(method.name, what, "give one value for each expert, or one for all")
     if needs.weights == "not negative" and min(weights) < 0:
         raise UsageError(method.name, "an expert has a negative weight", "use weights of zero or more")
-    if needs.weights == "not cancelling" and sum(weights) == 0:
+    if needs.weights == "not cancelling" and abs(sum(weights)) <= NULL * sum(map(abs, weights)):
         raise UsageError(method.name, "the expert weights sum to zero", "change the weights")
+
+
+def check_weights(method: Method, weights: Sequence[float]) -> None:
+    """UsageError where no expert of all has a weight."""
+    if not any(weights):
+        raise UsageError(method.name, "no expert has a weight", "give at least one that is not zero")
 
 
 def expert_seeds(seed: int, name: str, experts: Sequence[int]) -> tuple[int, ...]:
@@ -185,6 +204,14 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def _stats_from(said: Mapping[str, Any]) -> LayerStats:
+    try:
+        return LayerStats.from_json(said)
+    except ValueError as failure:
+        cure = "give a LayerStats, and what is the rule's own under keys of its own"
+        raise UsageError("the stats of a rule's result", str(failure), cure) from None
+
+
 def no_update(deltas: Float[Tensor, "T *shape"]) -> LayerResult:
     """The result where no expert has an update that counts."""
-    return LayerResult(torch.zeros_like(deltas[0]), {"status": "no update"})
+    return LayerResult(torch.zeros_like(deltas[0]), LayerStats((Status.NO_UPDATE,)))

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.two_sided import Map, Spiked, dot, largest_entry, pooled_inverse, spiked_sides, spiked_sum
+from acemerge.linalg.select import largest_entry
+from acemerge.linalg.two_sided import Map, Spiked, dot, pooled_inverse, spiked_sides, spiked_sum
 from acemerge.methods.base import Layer
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _FEWEST = 64  # directions that are always kept: in small layers all of them
@@ -101,6 +103,13 @@ def system(
 
 def kept_directions(keep: float, shorter: int) -> int:
     return max(_FEWEST, int(keep * shorter))
+
+
+def reached(converged: bool, in_float64: bool) -> Status:
+    """How conjugate gradients ended."""
+    if not converged:
+        return Status.NOT_CONVERGED
+    return Status.FLOAT64 if in_float64 else Status.OK
 
 
 def operations(experts: int, rows: int, columns: int, keep: float, pooled_keep: float, steps: int) -> int:

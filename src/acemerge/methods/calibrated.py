@@ -9,16 +9,16 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.least_squares import Problem, as_given, least_squares_trusted
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status, read_statuses
 from acemerge.shapes import Float, Tensor
-
-UNSEEN = "averaged, not seen in calibration"
 
 Shrinkage = Annotated[
     float, Field(ge=0, le=1, allow_inf_nan=False, description="factor on the second moments off the diagonal")
 ]
-_WORK = Work(6, 6, "columns")
+_WORK = Workspace(6, 6, "columns")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Fisher:
             precision = weight * (F.to(D.dtype) + self.floor)
             total += precision
             merged.addcmul_(precision, D)
-        return LayerResult(merged.div_(total).mul_(self.scale), {"status": "ok"})
+        return LayerResult(merged.div_(total).mul_(self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 5 * experts * rows * columns
@@ -123,12 +123,12 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
     shape = (deltas.shape[1], deltas.shape[2])
     problem = Problem(as_given(deltas), shrunk, layer.weights.tolist(), shape, measured=True)
     fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
-    stats = {"status": status, "condition": fit.diagnosis.condition, "rank": fit.diagnosis.rank}
+    stats = LayerStats(read_statuses(status), condition=fit.diagnosis.condition, rank=fit.diagnosis.rank)
     return LayerResult((scale * fit.M).to(deltas.dtype), stats)
 
 
 def _averaged(deltas: Float[Tensor, "T *shape"], layer: Layer, scale: float) -> LayerResult:
-    return LayerResult(Average(scale).merge(deltas, layer).delta, {"status": UNSEEN})
+    return LayerResult(Average(scale).merge(deltas, layer).delta, LayerStats((Status.UNSEEN,)))
 
 
 def _operations(experts: int, rows: int, columns: int) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from acemerge.linalg.rounding import NULL
+from acemerge.linalg.select import largest_entry
 from acemerge.methods.elementwise import row_blocks
 from acemerge.shapes import Float, Tensor
 
@@ -23,18 +25,21 @@ def total(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Fl
     return M
 
 
-def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:
+def elected_mean(
+    deltas: Float[Tensor, "T *shape"], weights: Float[Tensor, " T"], sparse: Sparse, scale: float
+) -> Float[Tensor, "*shape"]:
     """`scale` times the mean of the non-zero `sparse_t` that have the elected sign.
 
-    The sign of their sum is elected; where that is zero, the sign that most entries of the tensor elected,
-    plus if they are even.
+    The sign of their sum is elected; where that is zero, or rounding, the sign that most entries of the tensor elected,
+    plus if they are even. An entry that is rounding next to the tensor's largest has no say in it.
     """
+    nothing = NULL * max(abs(w) * largest_entry(D) for w, D in zip(weights.tolist(), deltas, strict=True))
     M = torch.empty_like(deltas[0])
     majority, ties = 0, []
     for rows in row_blocks(deltas):
         up, down = _means_by_sign(torch.stack([sparse(t, rows) for t in range(len(deltas))]))
-        sums = up.sum + down.sum
-        majority += int(sums.sign().sum())
+        sums = _decided(up, down)
+        majority += _votes(sums, nothing)
         tied = (sums == 0) & (up.count > 0)
         M[rows] = torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
         if tied.any():
@@ -48,8 +53,10 @@ def elected_mean(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float
 def elected_means(parts: Float[Tensor, "P T *shape"], scale: float) -> Float[Tensor, "P *shape"]:
     """The same for P small tensors at once, from their sparse updates, which are used up."""
     up, down = _means_by_sign(parts.transpose(0, 1))
-    sums = up.sum + down.sum
-    plus = sums.sign().flatten(1).sum(1) >= 0  # (P,)
+    sums = _decided(up, down)
+    flat = sums.flatten(1)  # (P, n)
+    nothing = NULL * torch.maximum(up.sum, down.sum.neg()).flatten(1).amax(1, keepdim=True)
+    plus = (flat > nothing).sum(1) >= (flat < -nothing).sum(1)  # (P,)
     tied = (sums == 0) & plus.view(-1, *[1] * (sums.ndim - 1))
     return torch.where((sums > 0) | tied, up.mean(), down.mean()).mul_(scale)
 
@@ -63,6 +70,17 @@ class _Side:
 
     def mean(self) -> Tensor:
         return self.sum / self.count.clamp(min=1)
+
+
+def _votes(sums: Tensor, nothing: float) -> int:
+    """How many more entries are above `nothing` than below it on the other side."""
+    return int((sums > nothing).sum()) - int((sums < -nothing).sum())
+
+
+def _decided(up: _Side, down: _Side) -> Tensor:
+    """The sum of both sides, zero where they cancel but for rounding."""
+    sums = up.sum + down.sum
+    return sums.masked_fill_(sums.abs() <= NULL * (up.sum - down.sum), 0)
 
 
 def _means_by_sign(parts: Float[Tensor, "T *shape"]) -> tuple[_Side, _Side]:

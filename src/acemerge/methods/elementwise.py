@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 # Entries of one expert that are worked on at once: few enough to stay in a core's cache.
@@ -32,7 +33,7 @@ class Average:
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         total = layer.weights.sum().item()
-        return LayerResult(weighted_sum(deltas, layer.weights * (self.scale / total)), {"status": "ok"})
+        return LayerResult(weighted_sum(deltas, layer.weights * (self.scale / total)), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 2 * experts * rows * columns
@@ -53,7 +54,7 @@ class TaskArithmetic:
     scale: Scale = 0.3
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(weighted_sum(deltas, layer.weights * self.scale), {"status": "ok"})
+        return LayerResult(weighted_sum(deltas, layer.weights * self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 2 * experts * rows * columns

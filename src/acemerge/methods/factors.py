@@ -14,9 +14,7 @@ ace does not commute with rotations, for 1 is a special direction on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -32,6 +30,8 @@ from acemerge.linalg.lowrank import (
     truncated_factors,
 )
 from acemerge.methods.base import Layer, Method, Needs
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 
@@ -45,7 +45,7 @@ class LowRankResult:
 
     left: Float[Tensor, "out k"]
     right: Float[Tensor, "k in"] | None
-    stats: Mapping[str, Any]
+    stats: LayerStats
 
     def delta(self) -> Float[Tensor, "out in"]:
         """The merged update itself: the merged weight is `W_0 + delta`."""
@@ -63,7 +63,7 @@ class LowRankResult:
         return W0.add_(self.left) if self.right is None else W0.addmm_(self.left, self.right)
 
     def truncated(self, rank: int) -> LowRankResult:
-        """The nearest update of at most this rank, its factors of equal size; `stats["energy_lost"]` is the share of
+        """The nearest update of at most this rank, its factors of equal size; `stats.energy_lost` is the share of
         `||delta||_F^2` that it lacks. UsageError where `rank` is not positive.
         """
         if rank < 1:
@@ -72,7 +72,7 @@ class LowRankResult:
             left, right, lost = best_factors(self.left, rank)
         else:
             left, right, lost = truncated_factors(self.left, self.right, rank)
-        return LowRankResult(left, right, {**self.stats, "energy_lost": lost})
+        return LowRankResult(left, right, replace(self.stats, energy_lost=lost))
 
     def transposed(self) -> LowRankResult:
         """The same for the transposed layer."""
@@ -92,7 +92,7 @@ def merge_low_rank(method: Method, updates: LowRank, layer: Layer, dtype: torch.
     """Merge the updates by a rule, as it says in `needs.factors`; the result is in `dtype`.
 
     Where all experts with an update have one row space, as of a frozen A in LoRA, and not one column space too, a rule
-    that estimates from the input side merges the transposes: `stats["shared_input_side"]` and `stats["side"]` say so.
+    that estimates from the input side merges the transposes: `stats.shared_input_side` and `stats.side` say so.
     """
     if not method.needs.input_side:
         return _merge(method, updates, layer, dtype)
@@ -104,7 +104,7 @@ def merge_low_rank(method: Method, updates: LowRank, layer: Layer, dtype: torch.
         if turn
         else _merge(method, updates, layer, dtype)
     )
-    stats = {**merged.stats, "shared_input_side": shared, "side": "output" if turn else "input"}
+    stats = replace(merged.stats, shared_input_side=shared, side="output" if turn else "input")
     return replace(merged, stats=stats)
 
 
@@ -115,10 +115,8 @@ def _merge(method: Method, updates: LowRank, layer: Layer, dtype: torch.dtype) -
     if keeps_low_rank(method.needs, updates.rank, updates.shape):
         return _lifted(method, left_side(updates) if factors == "left frame" else both_sides(updates), layer, dtype)
     result = method.merge(updates.full(dtype), layer)
-    status = (
-        "full updates formed" if result.stats["status"] == "ok" else f"{result.stats['status']}, full updates formed"
-    )
-    return LowRankResult(result.delta, None, {**result.stats, "status": status})
+    before = tuple(status for status in result.stats.statuses if status is not Status.OK)
+    return LowRankResult(result.delta, None, replace(result.stats, statuses=(*before, Status.FULL_UPDATES)))
 
 
 def _combined(method: Method, updates: LowRank, layer: Layer, dtype: torch.dtype) -> LowRankResult:

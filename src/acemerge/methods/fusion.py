@@ -8,11 +8,13 @@ from typing import ClassVar
 import torch
 
 from acemerge.linalg.select import kth_largest_magnitude
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _LEAST = 1e-8  # added to probabilities
+_NO_DIVERGENCE = 2.0**-44  # what the rounding of float64 leaves of none
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class ArceeFusion:
 
     name: ClassVar[str] = "arcee_fusion"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Work(tensors=5))
+    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Workspace(tensors=5))
 
     scale: Scale = 1.0
 
@@ -42,19 +44,20 @@ class ArceeFusion:
         q1, q2, q3 = S.new_tensor([kth_largest_magnitude(S.flatten(), k) for k in places])
         kept = S.ge(q2 + 1.5 * (q3 - q1))  # in the type of S, whose rounding decides where entries are equal
         share = kept.sum().item() / kept.numel()
-        return LayerResult(D.mul_(kept).mul_(self.scale), {"status": "ok", "kept": share})
+        return LayerResult(D.mul_(kept).mul_(self.scale), LayerStats(kept=share))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 30 * rows * columns
 
 
 def importance(D: Float[Tensor, "*shape"], W0: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """`|D|` times the divergence of each row's softmax from that of `W0`."""
+    """`|D|` times the divergence of each row's softmax from that of `W0`, in float64: it is often small."""
     columns = D.shape[-1] if D.ndim else 1
     S, changes, bases = D.new_empty(D.shape), D.reshape(-1, columns), W0.reshape(-1, columns)
     for rows in row_blocks(changes[None]):
-        p = (bases[rows] + changes[rows]).softmax(-1) + _LEAST
-        q = bases[rows].softmax(-1) + _LEAST
-        divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp_min(0)  # below zero by rounding alone
-        S.view(-1, columns)[rows] = changes[rows].abs() * divergence
+        before = bases[rows].double()
+        p = (before + changes[rows]).softmax(-1) + _LEAST
+        q = before.softmax(-1) + _LEAST
+        divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+        S.view(-1, columns)[rows] = changes[rows].abs() * divergence * (divergence > _NO_DIVERGENCE)
     return S

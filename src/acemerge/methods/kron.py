@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.two_sided import Map, conjugate_gradients, solving_dtype
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.both_sides import Products, operations, system, upright
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.both_sides import Products, operations, reached, system, upright
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _PRECONDITIONED = 0.5  # share of the kept directions that the preconditioner tells apart: takes no more steps
@@ -53,7 +54,7 @@ class Kron:
 
     @property
     def needs(self) -> Needs:
-        work = Work(26, 8, "longer", each=4)
+        work = Workspace(26, 8, "longer", each=4)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
@@ -76,12 +77,8 @@ class Kron:
         found = conjugate_gradients(
             with_ridge(given.applied), given.pooled, B, self.steps, self.tol, given.rounding, exact=exact
         )
-        converged = "ok" if dtype == asked else "float64"
-        stats = {
-            "status": converged if found.residual <= self.tol else "not converged",
-            "steps": found.steps,
-            "residual": found.residual,
-        }
+        status = reached(found.residual <= self.tol, in_float64=dtype != asked)
+        stats = LayerStats((status,), steps=found.steps, residual=found.residual)
         M = start.add_(found.X).mul_(self.scale * given.size)
         return LayerResult(tall.turned_back(M).to(deltas.dtype), stats)
 

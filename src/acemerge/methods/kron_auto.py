@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 
 from acemerge.linalg.two_sided import conjugate_gradients, dot, solving_dtype
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
-from acemerge.methods.both_sides import Upright, operations, system, upright
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.both_sides import Upright, operations, reached, system, upright
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _USUAL = 4  # steps to the default tol: three or four on text8's layers
@@ -51,7 +52,7 @@ class KronAuto:
 
     @property
     def needs(self) -> Needs:
-        work = Work(24, 8, "longer", each=4)
+        work = Workspace(24, 8, "longer", each=4)
         return Needs(matrix=True, weights="not negative", work=work, factors="frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
@@ -59,12 +60,12 @@ class KronAuto:
         if tall is None:
             return no_update(deltas)
         if len(tall.experts) == 1:
-            M, stats = tall.experts[0].clone(), {"status": "ok", "steps": 0, "residual": 0.0, "agreement": 1.0}
+            M, stats = tall.experts[0].clone(), LayerStats(steps=0, residual=0.0, agreement=1.0)
         else:
             M, stats = self._solved(tall, solving_dtype(deltas, self.tol))
         return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
-    def _solved(self, tall: Upright, asked: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
+    def _solved(self, tall: Upright, asked: torch.dtype) -> tuple[Tensor, LayerStats]:
         given = system(tall, self.keep, self.keep, _DAMPING, asked)
         found = conjugate_gradients(
             given.applied, given.pooled, given.B, self.steps, self.tol, given.rounding, self.lam
@@ -72,13 +73,8 @@ class KronAuto:
         b = dot(found.X, given.B)
         h = b - self.lam * found.pulled  # where conjugate gradients are, <X, H X + lam P X> = <X, B>
         agreement = min(1.0, b * b / (h * given.wanted)) if h > 0 else 0.0
-        converged = "ok" if given.B.dtype == asked else "float64"
-        stats = {
-            "status": converged if found.residual <= self.tol else "not converged",
-            "steps": found.steps,
-            "residual": found.residual,
-            "agreement": agreement,
-        }
+        status = reached(found.residual <= self.tol, in_float64=given.B.dtype != asked)
+        stats = LayerStats((status,), steps=found.steps, residual=found.residual, agreement=agreement)
         return found.X.mul_(given.size * b / h * agreement if agreement else 0.0), stats
 
     def operations(self, experts: int, rows: int, columns: int) -> int:

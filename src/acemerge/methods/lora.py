@@ -11,15 +11,15 @@ import torch
 from pydantic import AfterValidator
 
 from acemerge.errors import UsageError
-from acemerge.linalg.spectral import leading_singular, rounding_floor
+from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.rounding import NULL
+from acemerge.linalg.spectral import leading_singular
 from acemerge.methods.around import Over, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
-from acemerge.methods.elementwise import weighted_sum
-from acemerge.methods.spectral import spectral_operations
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace, no_update
+from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
 
-_WORK = Work(20, 44, "columns")
-_ROUNDINGS = 8  # a null direction comes out of a chain of factors, not of one product
+_WORK = Workspace(20, 44, "columns")
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
@@ -52,7 +52,9 @@ class Knots:
 
         [D_1 .. D_T] = U diag(s) [V_1^T .. V_T^T];  M = U merge(diag(s) V_1^T, .., diag(s) V_T^T)
 
-    Source: Stoica et al. 2024 (arXiv 2410.19735), there with ties. Directions at the level of rounding are left out.
+    Source: Stoica et al. 2024 (arXiv 2410.19735), there with ties. Directions below 2^-21 of the largest
+    are left out: a rule that counts or ranks entries would meet rounding there. Their signs, which are free and which a
+    rule that centres or votes depends on, are fixed: see `common_left`.
     Experts of weight zero have no part in U; weights are the other rule's, which has a scale of 1 and trims, where it
     does, by the shares of these blocks. It may not be one that merges weights or makes masks.
     """
@@ -73,13 +75,14 @@ class Knots:
         return _needs(self.inner, "left frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        columns = None if layer.frame is None else layer.frame.columns
-        U = common_left(deltas, layer.weights, max(layer.sides(deltas)), columns)  # (out, k)
+        frame = layer.frame or Frame.itself(layer.sides(deltas), deltas)
+        U = common_left(deltas, layer.weights, frame.columns, frame.row_probe)  # (out, k)
         if U.shape[1] == 0:
             return no_update(deltas)
-        blocks = U.T @ deltas  # s_i v_i^T of every expert, (T, k, in)
+        blocks = torch.stack([(U.T @ D.double()).to(D.dtype) for D in deltas])  # s_i v_i^T of every expert, (T, k, in)
         result = self.inner.merge(blocks, own_entries(layer))
-        return LayerResult(U @ (self.scale * result.delta), {**result.stats, "rank": U.shape[1]})
+        M = U.to(deltas.dtype) @ (self.scale * result.delta)
+        return LayerResult(M, replace(result.stats, rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         inner = self.inner.operations(experts, rows, columns)
@@ -114,15 +117,15 @@ class CoreSpace:
         return _needs(self.inner, "frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        rows, columns = (None, None) if layer.frame is None else (layer.frame.rows, layer.frame.columns)
-        longest = max(layer.sides(deltas))
-        U = common_left(deltas, layer.weights, longest, columns)  # (out, p)
-        V = common_left(deltas.mT, layer.weights, longest, rows)  # (in, q)
+        frame = layer.frame or Frame.itself(layer.sides(deltas), deltas)
+        U = common_left(deltas, layer.weights, frame.columns, frame.row_probe)  # (out, p)
+        V = common_left(deltas.mT, layer.weights, frame.rows, frame.column_probe)  # (in, q)
         if U.shape[1] == 0:
             return no_update(deltas)
-        result = self.inner.merge(U.T @ deltas @ V, own_entries(layer))  # (T, p, q)
-        M = U @ (self.scale * result.delta) @ V.T
-        return LayerResult(M, {**result.stats, "rank": min(result.delta.shape)})
+        cores = torch.stack([(U.T @ D.double() @ V).to(D.dtype) for D in deltas])  # (T, p, q)
+        result = self.inner.merge(cores, own_entries(layer))
+        M = U.to(deltas.dtype) @ (self.scale * result.delta) @ V.to(deltas.dtype).T
+        return LayerResult(M, replace(result.stats, rank=min(result.delta.shape)))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         bases = basis_operations(experts, columns, rows) + basis_operations(experts, rows, columns)
@@ -133,15 +136,15 @@ class CoreSpace:
 def common_left(
     deltas: Float[Tensor, "T out in"],
     weights: Float[Tensor, " T"],
-    longest: int,
-    ones: Float[Tensor, " in"] | None,
+    ones: Float[Tensor, " in"],
+    probe: Float[Tensor, " out"],
 ) -> Float[Tensor, "out k"]:
-    """The left singular vectors of the updates side by side, in their type, null directions left out.
+    """The left singular vectors of the updates side by side, in float64, null directions left out.
 
     From the triangular factor of the updates' transposes, one expert at a time, so that no stack is formed and small
     directions keep their digits. A vector u has the sign for which `u^T (sum_t w_t D_t) 1 >= 0`: to a rule that
-    centres signs are not all the same. `longest` is the layer's longer side and `ones` is 1 (in,) in other coordinates
-    than its own.
+    centres signs are not all the same. Where this is zero but for rounding, as for updates whose rows sum to zero, it
+    is the sign of `u^T probe`. `ones` and `probe` are those of the layer, in the coordinates of the updates.
     """
     R = deltas.new_zeros(0, deltas.shape[1], dtype=torch.float64)
     for D, weight in zip(deltas, weights.tolist(), strict=True):
@@ -149,10 +152,11 @@ def common_left(
             R = torch.linalg.qr(torch.cat([R, D.T.double()]), mode="r")[1]  # (up to out, out)
     if len(R) == 0:
         return deltas.new_zeros(deltas.shape[1], 0)
-    U = leading_singular(R, min(R.shape), _ROUNDINGS * rounding_floor(R, longest)).V
-    total = weighted_sum(deltas, weights).double()
-    sums = (total.sum(1) if ones is None else total @ ones.double()) @ U  # (k,)
-    return torch.where(sums < 0, -U, U).to(deltas.dtype)
+    found = leading_singular(R, min(R.shape), share=NULL)
+    U, s = found.V, found.s[: found.rank]
+    sums = (precise_sum(deltas, weights) @ ones.double()) @ U  # (k,)
+    clear = sums.abs() > NULL * s * float(weights.norm() * deltas.shape[2] ** 0.5)
+    return torch.where(torch.where(clear, sums, probe.double() @ U) < 0, -U, U)
 
 
 def own_entries(layer: Layer) -> Layer:

@@ -8,8 +8,10 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _VOTES = 2
@@ -23,7 +25,7 @@ class Consensus:
         M        = sum_t D_t where at least two experts want the entry, else 0
 
     Source: Wang et al. 2024, TALL masks (arXiv 2405.07813). `lam` is tuned in 0.2..0.6 there. Departure: one
-    expert alone needs one vote.
+    expert alone needs one vote. What beats the others by rounding alone does not beat them.
     """
 
     name: ClassVar[str] = "consensus"
@@ -43,9 +45,9 @@ class Consensus:
             sums = torch.stack(parts).sum(0)
             votes = torch.zeros_like(sums)
             for part in parts:
-                votes += part.abs() > self.lam * (sums - part).abs()
+                votes += part.abs() > self.lam * (1 + NULL) * (sums - part).abs()
             M[rows] = sums * (votes >= votes_needed) * self.scale
-        return LayerResult(M, {"status": "ok"})
+        return LayerResult(M, LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 7 * experts * rows * columns
@@ -57,11 +59,12 @@ class Emr:
 
         M        = sign(sum_t D_t) max_t |D_t|, the maximum over the experts that have this sign
         mask_t   = D_t M > 0
-        lambda_t = sum |D_t| / sum |mask_t M|, over all tensors
+        lambda_t = sum |D_t| / sum |mask_t M|, over all tensors, with the sign of the weight
         W_t     ~= W_0 + lambda_t mask_t M
 
     Source: Huang et al. 2024, EMR-Merging (arXiv 2405.17461). The merged model holds M; masks and scales are
-    written beside it, see `acemerge.expert_weights`.
+    written beside it, see `acemerge.expert_weights`. A weight multiplies its D_t in M and in the mask; the expert that
+    is given back is D_t itself. A sum that is zero but for rounding has no sign.
     """
 
     name: ClassVar[str] = "emr"
@@ -76,14 +79,16 @@ class Emr:
         own, kept = (torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device) for _ in range(2))
         for rows in row_blocks(deltas):
             parts = torch.stack([D[rows] * weight for D, weight in zip(deltas, weights, strict=True)])
-            sign = parts.sum(0).sign()
+            sums = parts.sum(0)
+            sign = sums.sign() * (sums.abs() > NULL * parts.abs().sum(0))
             unified = (parts * sign).amax(0).clamp(min=0) * sign
             masks[:, rows] = parts * unified > 0
             flat = (masks[:, rows] * unified.abs()).flatten(1)
             own += parts.abs().flatten(1).sum(1, dtype=torch.float64)
             kept += flat.sum(1, dtype=torch.float64) * self.scale
             M[rows] = unified * self.scale
-        stats = {"status": "ok", "own_l1": own.tolist(), "masked_l1": kept.tolist()}
+        own = torch.where(layer.weights == 0, 0, own / layer.weights)
+        stats = LayerStats(own_l1=tuple(own.tolist()), masked_l1=tuple(kept.tolist()))
         return LayerResult(M, stats, masks)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:

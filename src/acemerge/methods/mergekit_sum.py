@@ -8,10 +8,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace
 from acemerge.methods.chance import Chance
 from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Bool, Float, Int, Tensor
 
 Density = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -71,7 +73,7 @@ class MergekitSum:
     @property
     def needs(self) -> Needs:
         lengths = [len(value) for value in (self.density, self.gamma, self.epsilon) if isinstance(value, tuple)]
-        return Needs(experts=lengths[0] if lengths else None, work=Work(tensors=8))
+        return Needs(experts=lengths[0] if lengths else None, work=Workspace(tensors=8))
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         wanted = deltas.dtype
@@ -84,13 +86,14 @@ class MergekitSum:
             if masks is not None:
                 parts = parts * masks[:, rows] * factors.view_as(w)
             M[rows] = self._sum(parts * w, w)
-        return LayerResult(M.mul_(self.scale).to(wanted), {"status": "ok"})
+        return LayerResult(M.mul_(self.scale).to(wanted), LayerStats())
 
     def _sum(self, parts: Float[Tensor, "T *shape"], w: Float[Tensor, "T *ones"]) -> Float[Tensor, "*shape"]:
         """Their sum, or the mean of those that agree in sign."""
         divisor = w.sum(0)
         if self.vote:
-            elected = torch.where(parts.sum(0) >= 0, 1.0, -1.0).to(parts.dtype)
+            plus = parts.sum(0) >= -NULL * parts.abs().sum(0)  # rounding elects nobody
+            elected = torch.where(plus, 1.0, -1.0).to(parts.dtype)
             agree = parts.sign() == elected
             parts, divisor = parts * agree, (w * agree).sum(0)
         total = parts.sum(0)

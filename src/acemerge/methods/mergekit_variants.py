@@ -11,10 +11,14 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
+from acemerge.linalg.gram import energies
+from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.mergekit_sum import largest
 from acemerge.methods.sphere import Weights
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _NO_DIVISOR = 1e-8  # a sum of weights nearer to zero than this divides nothing
@@ -36,7 +40,7 @@ class MergekitLinear:
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         models = Weights(deltas, torch.ones_like(layer.weights), layer.base)
-        return LayerResult(models.update(layer.weights.tolist(), self.scale), {"status": "ok"})
+        return LayerResult(models.update(layer.weights.tolist(), self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 4 * experts * rows * columns
@@ -65,7 +69,7 @@ class MergekitSlerp:
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         if len(deltas) == 1:
-            return LayerResult(deltas[0] * self.scale, {"status": "one expert"})
+            return LayerResult(deltas[0] * self.scale, LayerStats((Status.ONE_EXPERT,)))
         base = layer.base if self.of == "weights" and layer.base is not None else torch.zeros_like(deltas[0])
         X, Y = deltas[0] + base, deltas[1] + base
         dims = list(range(X.ndim)) if self.along == "tensor" else [-1 if self.along == "rows" or X.ndim < 2 else -2]
@@ -73,7 +77,7 @@ class MergekitSlerp:
         t = w2 / (w1 + w2) if abs(w1 + w2) >= _NO_DIVISOR else 0.5
         p, q = self._shares(X, Y, dims, t)
         M = X.mul_(p.to(X.dtype)).add_(Y.mul_(q.to(X.dtype))).sub_(base)
-        return LayerResult(M.mul_(self.scale), {"status": "ok", "t": t})
+        return LayerResult(M.mul_(self.scale), LayerStats(t=t))
 
     def _shares(
         self, X: Float[Tensor, "*shape"], Y: Float[Tensor, "*shape"], dims: list[int], t: float
@@ -91,6 +95,48 @@ class MergekitSlerp:
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 12 * rows * columns
+
+
+@dataclass(frozen=True)
+class MergekitMultislerp:
+    """Multi-SLERP: the mean direction of the experts' weights, or of their task vectors, at their mean length.
+
+        u = sum_t w_t X_t / (||X_t|| + eps)
+        X = (sum_t w_t ||X_t||) u / ||u||
+
+    with the weights divided by their sum where `normalize`. `W = X` for weights, `M = X` for task vectors. Source:
+    mergekit, `multislerp`. Its step from u in the tangent space there is zero: the directions' mean has no part
+    at a right angle to itself. Where they cancel, the weighted sum is left; mergekit refuses that for more than two.
+    One expert is kept whole.
+    """
+
+    name: ClassVar[str] = "mergekit_multislerp"
+    source: ClassVar[str] = "mergekit 0.1.5"
+    needs: ClassVar[Needs] = Needs(base=True)
+
+    of: Annotated[Literal["weights", "updates"], Field(description="what is interpolated")] = "weights"
+    normalize: Annotated[bool, Field(description="divide the weights by their sum")] = True
+    eps: Annotated[float, Field(gt=0, le=1, description="a length below it counts as none")] = 1e-8
+    scale: Scale = 1.0
+
+    def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
+        if len(deltas) == 1:
+            return LayerResult(deltas[0] * self.scale, LayerStats((Status.ONE_EXPERT,)))
+        base = layer.base if self.of == "weights" else None
+        models = Weights(deltas, torch.ones_like(layer.weights), base)
+        gram = models.gram()
+        norms, w = gram.diagonal().clamp_min(0).sqrt(), layer.weights
+        if self.normalize and abs(w.sum()) >= _NO_DIVISOR:
+            w = w / w.sum()
+        u = w / (norms + self.eps)
+        length = float((u @ gram @ u).clamp_min(0).sqrt())
+        cancels = length < max(self.eps, NULL * float(w.abs().sum()))
+        shares = w if cancels else u * (float((w * norms).sum()) / length)
+        status = Status.CANCELLED if cancels else Status.OK
+        return LayerResult(models.update(shares.tolist(), self.scale), LayerStats((status,)))
+
+    def operations(self, experts: int, rows: int, columns: int) -> int:
+        return experts * (experts + 3) * rows * columns
 
 
 @dataclass(frozen=True)
@@ -119,14 +165,15 @@ class MergekitSce:
             spread = deltas.var(0, unbiased=False)
             chosen = largest(magnitudes(spread).flatten(), int(self.select * int(spread.count_nonzero())))
             deltas = deltas * chosen.view_as(spread)
-        energies = deltas.flatten(1).square().sum(1, dtype=torch.float64)
-        if energies.sum() == 0:
+        n = energies(deltas)
+        if n.sum() == 0:
             return no_update(deltas)
-        w = (energies / energies.sum()).to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
-        agree = deltas.sign() == torch.where(deltas.sum(0) >= 0, 1.0, -1.0).to(deltas.dtype)
+        w = (n / n.sum()).to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
+        plus = deltas.sum(0) >= -NULL * deltas.abs().sum(0)  # rounding elects nobody
+        agree = deltas.sign() == torch.where(plus, 1.0, -1.0).to(deltas.dtype)
         divisor = (w * agree).sum(0)
         M = (deltas * agree * w).sum(0) / torch.where(divisor.abs() < 1e-6, 1.0, divisor)
-        return LayerResult(M.mul_(self.scale), {"status": "ok", "weights": w.flatten().tolist()})
+        return LayerResult(M.mul_(self.scale), LayerStats(weights=tuple(w.flatten().tolist())))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 10 * experts * rows * columns

@@ -11,14 +11,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from acemerge.errors import UsageError, nearest
 from acemerge.methods.base import Method
+from acemerge.methods.installed import installed, load
 
 METHODS: dict[str, type[Method]] = {}
+AnyMethod = str | Mapping[str, Any] | Method  # a rule by its name, as a table of `name` and parameters, or itself
 M = TypeVar("M", bound=type[Method])
 _RECOMMENDED = "kron_auto"  # docs/beyond.md has how it was chosen
 
 
 def register(cls: M) -> M:
-    """Add a rule under its `name`; usable as a class decorator."""
+    """Add a rule under its `name`; usable as a class decorator. UsageError where there is one of that name."""
+    if cls.name == "auto" or METHODS.get(cls.name, cls) is not cls:
+        raise UsageError(f"method {cls.name!r}", "there is a rule of this name", "give yours another `name`")
     METHODS[cls.name] = cls
     return cls
 
@@ -28,6 +32,49 @@ def rule_name(name: str) -> str:
     return _RECOMMENDED if name == "auto" else name
 
 
+def rule_class(name: str) -> type[Method]:
+    """The class of a rule, also of one that another package has; UsageError where there is none."""
+    name = rule_name(name)
+    if name not in METHODS:
+        offered = installed()
+        if name not in offered:
+            raise UsageError(f"method {name!r}", "no such rule", nearest(name, [*METHODS, *offered]))
+        register(load(offered[name]))
+    return METHODS[name]
+
+
+def load_installed() -> list[UsageError]:
+    """Register every rule that an installed package has, and return what is wrong with those that do not load."""
+    failures = []
+    for name, entry in installed().items():
+        if name not in METHODS:
+            try:
+                register(load(entry))
+            except UsageError as failure:
+                failures.append(failure)
+    return failures
+
+
+def as_table(method: AnyMethod) -> dict[str, Any]:
+    """A rule as a recipe holds it: `name` and parameters."""
+    if isinstance(method, str):
+        return {"name": method}
+    if isinstance(method, Mapping):
+        return dict(method)
+    fields = dataclasses.fields(method)  # type: ignore[arg-type]
+    return {"name": method.name, **{field.name: getattr(method, field.name) for field in fields}}
+
+
+def as_rule(method: AnyMethod, params: Mapping[str, Any]) -> Method:
+    """The rule itself, with these parameters over those that it has; UsageError as of `make`."""
+    if isinstance(method, Method) and not params:
+        return method
+    table = {**as_table(method), **params}
+    if not isinstance(table.get("name"), str):
+        raise UsageError("method", f"{method!r} names no rule", "give its `name`, as {'name': 'ace', 'eps': 1e-4}")
+    return make(table.pop("name"), table)
+
+
 @functools.cache
 def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
     return TypeAdapter(cls)
@@ -35,10 +82,8 @@ def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
 
 def make(name: str, params: Mapping[str, Any]) -> Method:
     """The rule `name` with validated parameters; UsageError names a wrong name, key or value."""
-    name = rule_name(name)
-    if name not in METHODS:
-        raise UsageError(f"method {name!r}", "no such rule", nearest(name, list(METHODS)))
-    cls = METHODS[name]
+    cls = rule_class(name)
+    name = cls.name
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in params:
         if key not in known:

@@ -9,10 +9,12 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from acemerge.linalg.select import kth_largest_magnitude, magnitudes, share_of
+from acemerge.linalg.rounding import NULL
+from acemerge.linalg.select import at_least, at_most, kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
 from acemerge.methods.election import Sparse, elected_mean, elected_means, total
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -28,7 +30,8 @@ class Ties:
 
     Source: Yadav et al. 2023 (arXiv 2306.01708). The share is taken over all tensors that this rule merges,
     or over one tensor with `trim: tensor`, the common shortcut. Departure: the majority sign is the tensor's,
-    not the whole model's. Magnitudes are ranked in float32 and entries equal to the last one kept stay.
+    not the whole model's. Magnitudes are ranked in float32 and entries equal to the last one kept, to rounding (2^-21),
+    stay; a sum of less than that share of its terms' magnitudes is zero.
     """
 
     name: ClassVar[str] = "ties"
@@ -50,17 +53,18 @@ class Ties:
 
         def trimmed(t: int, rows: slice) -> Tensor:
             D = deltas[t, rows]
-            return D * (magnitudes(D) >= thresholds[t]) * weights[t]
+            return D * at_least(magnitudes(D), thresholds[t]) * weights[t]
 
-        return LayerResult(elected_mean(deltas, trimmed, self.scale), {"status": "ok", "thresholds": thresholds})
+        merged = elected_mean(deltas, layer.weights, trimmed, self.scale)
+        return LayerResult(merged, LayerStats(thresholds=tuple(thresholds)))
 
     def merge_together(self, stack: Float[Tensor, "P T *shape"], layers: Sequence[Layer]) -> list[LayerResult]:
         thresholds = [self._thresholds(D, layer) for D, layer in zip(stack, layers, strict=True)]
         shape = (-1, stack.shape[1], *[1] * (stack.ndim - 2))
-        kept = magnitudes(stack) >= stack.new_tensor(thresholds, dtype=torch.float32).view(shape)
+        kept = at_least(magnitudes(stack), stack.new_tensor(thresholds, dtype=torch.float32).view(shape))
         weights = torch.stack([layer.weights for layer in layers]).to(stack.dtype).view(shape)
         merged = elected_means(stack * kept * weights, self.scale)
-        about = ({"status": "ok", "thresholds": found} for found in thresholds)
+        about = (LayerStats(thresholds=tuple(found)) for found in thresholds)
         return [LayerResult(M, stats) for M, stats in zip(merged, about, strict=True)]
 
     def _thresholds(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> list[float]:
@@ -89,7 +93,7 @@ class DareLinear:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(total(deltas, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"})
+        return LayerResult(total(deltas, _dropped(deltas, layer, self.p), self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 4 * experts * rows * columns
@@ -110,7 +114,8 @@ class DareTies:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
-        return LayerResult(elected_mean(deltas, _dropped(deltas, layer, self.p), self.scale), {"status": "ok"})
+        merged = elected_mean(deltas, layer.weights, _dropped(deltas, layer, self.p), self.scale)
+        return LayerResult(merged, LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns
@@ -123,7 +128,8 @@ class Della:
         q_i = density + eps (rank_i / (n - 1) - 1/2),   rank 0 for the row's smallest magnitude of n
         D_i <- D_i / q_i with probability q_i, else 0
 
-    Source: Deep et al. 2024 (arXiv 2406.11617). A row is the last dimension; a vector is one row.
+    Source: Deep et al. 2024 (arXiv 2406.11617). A row is the last dimension; a vector is one row. Entries that are
+    equal to rounding share their mean rank.
     """
 
     name: ClassVar[str] = "della"
@@ -150,11 +156,15 @@ class Della:
             q = self._probabilities(D)
             return D * (chance.uniform_like(D, t) < q) * (weights[t] / q)
 
-        return LayerResult(elected_mean(deltas, sampled, self.scale), {"status": "ok"})
+        return LayerResult(elected_mean(deltas, layer.weights, sampled, self.scale), LayerStats())
 
     def _probabilities(self, D: Float[Tensor, "rows *rest"]) -> Float[Tensor, "rows *rest"]:
         n = D.shape[-1]
-        ranks: Tensor = D.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(D.dtype)
+        size = D.abs().contiguous()
+        ordered = size.sort(dim=-1).values
+        below = torch.searchsorted(ordered, size * (1 - NULL))
+        up_to = torch.searchsorted(ordered, size * (1 + NULL), right=True)
+        ranks = ((below + up_to - 1) / 2).to(D.dtype)
         return self.density + self.eps * (ranks / max(1, n - 1) - 0.5 * (n > 1))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -167,7 +177,8 @@ class Breadcrumbs:
 
         M = sum_t w_t D_t where |D_t| is not among the top `gamma` and among the top `gamma + density`
 
-    Source: Davari and Belilovsky 2023 (arXiv 2312.06795). Entries equal to the outermost one kept stay.
+    Source: Davari and Belilovsky 2023 (arXiv 2312.06795). Entries equal to the outermost one kept, to
+    rounding (2^-21), stay.
     """
 
     name: ClassVar[str] = "breadcrumbs"
@@ -192,9 +203,9 @@ class Breadcrumbs:
         def middle(t: int, rows: slice) -> Tensor:
             D = deltas[t, rows]
             size = magnitudes(D)
-            return D * ((size >= bounds[t][0]) & (size <= bounds[t][1])) * weights[t]
+            return D * (at_least(size, bounds[t][0]) & at_most(size, bounds[t][1])) * weights[t]
 
-        return LayerResult(total(deltas, middle, self.scale), {"status": "ok"})
+        return LayerResult(total(deltas, middle, self.scale), LayerStats())
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 8 * experts * rows * columns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -10,14 +11,17 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.spectral import Singular, leading_singular, polar, rounding_floor
+from acemerge.linalg.rounding import NULL
+from acemerge.linalg.spectral import Singular, leading_singular, polar
 from acemerge.linalg.threads import side_by_side
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 # An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
-SPECTRAL_WORK = Work(11, 54, "shorter")
+SPECTRAL_WORK = Workspace(11, 54, "shorter")
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,14 @@ class Cart:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        shortest, longest = sorted(layer.sides(deltas))
-        k = max(1, int(self.k_frac * shortest))
+        k = max(1, int(self.k_frac * min(layer.sides(deltas))))
         mean = weighted_sum(deltas, layer.weights / len(deltas))
         M = mean.double().clone()
         wide = 0
-        for part in weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k, longest=longest)):
+        for part in weighted(deltas, layer.weights.tolist(), lambda D: leading_singular(D - mean, k)):
             M.add_(part.matrix(), alpha=self.lam)
             wide += part.in_float64
-        stats = {"status": "ok", "rank": k, "float64_spectra": wide}
+        stats = LayerStats(rank=k, float64_spectra=wide)
         return LayerResult((self.scale * M).to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -61,7 +64,9 @@ class TsvM:
         k = int(r / T);  U_t s_t V_t^T = svd_k(D_t);  M = polar([U_1 .. U_T]) diag([s_1 .. s_T]) polar([V_1 .. V_T])^T
 
     Source: Gargiulo et al. 2025 (arXiv 2412.00081). Departures, where the formula is undefined: experts with no
-    update drop out of T, k is at least 1, and null directions have no singular vectors.
+    update drop out of T, k is at least 1, and null directions, below 2^-21 of the expert's largest singular value, have
+    no singular vectors. Where [U_1 .. U_T] is singular, as for experts that share a subspace, its polar factor is that
+    between the spaces of its singular values above 2^-16 of the largest: beyond them rounding would decide.
     A weight multiplies its D_t. `float64_spectra` counts the experts whose spectrum was not left to float32.
     """
 
@@ -75,13 +80,12 @@ class TsvM:
         active, weights = with_update(deltas, layer)
         if not active:
             return no_update(deltas)
-        shortest, longest = sorted(layer.sides(deltas))
-        k = max(1, shortest // len(active))
-        parts = list(weighted(active, weights, lambda D: leading_singular(D, k, longest=longest)))
+        k = max(1, min(layer.sides(deltas)) // len(active))
+        parts = list(side_by_side(lambda D: leading_singular(D, k, share=NULL), active, deltas.device))
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
-        s = torch.cat([p.s[: p.rank] for p in parts])
+        s = torch.cat([weight * p.s[: p.rank] for p, weight in zip(parts, weights, strict=True)])
         M = between_polars(U, s, V).mul_(self.scale)
-        stats = {"status": "ok", "rank": len(s), "float64_spectra": sum(p.in_float64 for p in parts)}
+        stats = LayerStats(rank=len(s), float64_spectra=sum(p.in_float64 for p in parts))
         return LayerResult(M.to(deltas.dtype), stats)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -94,8 +98,9 @@ class IsoC:
 
         U s V^T = svd(sum_t D_t);  M = mean(s) U V^T
 
-    Source: Marczak et al. 2025, No task left behind (arXiv 2502.04959). A weight multiplies its D_t. Null
-    directions of the sum count as zeros in the mean and stay zero.
+    Source: Marczak et al. 2025, No task left behind (arXiv 2502.04959). A weight multiplies its D_t. Departure: null
+    directions of the sum count as zeros in the mean and stay zero, where the formula lifts rounding to the mean. They
+    are those below 2^-21 of its largest singular value, and those that are left where the terms cancel to as much.
     """
 
     name: ClassVar[str] = "iso_c"
@@ -105,10 +110,11 @@ class IsoC:
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        shortest, longest = sorted(layer.sides(deltas))
-        total = leading_singular(weighted_sum(deltas, layer.weights), shortest, longest=longest)
+        shortest = min(layer.sides(deltas))
+        total = leading_singular(precise_sum(deltas, layer.weights), shortest, cancelled(deltas, layer), NULL)
         M = total.polar().mul_(self.scale * total.s.mean())
-        return LayerResult(M.to(deltas.dtype), {"status": "ok" if total.rank else "no update", "rank": total.rank})
+        status = Status.OK if total.rank else Status.NO_UPDATE
+        return LayerResult(M.to(deltas.dtype), LayerStats((status,), rank=total.rank))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return spectral_operations(rows, columns)
@@ -123,7 +129,9 @@ class IsoCts:
         M = mean(all s) polar([U_1 .. U_T U_c]) polar([V_1 .. V_T V_c])^T
 
     Source: Marczak et al. 2025 (arXiv 2502.04959). A weight multiplies its D_t. Departures: experts with no update
-    drop out of T; null directions have no singular vectors and count as zeros in the mean.
+    drop out of T; q is at most r // T; null directions have no singular vectors and count as zeros in the mean. They
+    are those of the sum, as in `iso_c`, those in which (I - U_c U_c^T) D_t has less than 2^-21 ||D_t||_F, times the
+    condition of the sum where U_c holds all of it, and those of the polar factors, as in `tsv_m`.
     """
 
     name: ClassVar[str] = "iso_cts"
@@ -137,20 +145,22 @@ class IsoCts:
         active, weights = with_update(deltas, layer)
         if not active:
             return no_update(deltas)
-        (r, longest), T = sorted(layer.sides(deltas)), len(active)
+        r, T = min(layer.sides(deltas)), len(active)
         q = min(round((r - int(self.common * r)) / T), r // T)
-        shared = leading_singular(weighted_sum(deltas, layer.weights), r - q * T, longest=longest)
+        shared = leading_singular(precise_sum(deltas, layer.weights), r - q * T, cancelled(deltas, layer), NULL)
 
-        def own(D: Tensor) -> Singular:
-            X = D.double()
-            return leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=rounding_floor(X, longest))
+        covered = float(shared.s[0] / shared.s[shared.rank - 1]) if 0 < shared.rank < len(shared.s) else 1.0
+
+        def own(D: Tensor, weight: float) -> Singular:
+            X = D.double() * weight
+            return leading_singular(X - shared.U @ (shared.U.T @ X), q, floor=NULL * covered * float(X.norm()))
 
         pairs = zip(active, weights, strict=True) if q else ()
-        parts = [*(own(weight * D) for D, weight in pairs), shared]
+        parts = [*(own(D, weight) for D, weight in pairs), shared]
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([p.s for p in parts])
         M = between_polars(U, None, V).mul_(self.scale * s.mean())
-        return LayerResult(M.to(deltas.dtype), {"status": "ok", "rank": U.shape[1]})
+        return LayerResult(M.to(deltas.dtype), LayerStats(rank=U.shape[1]))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return (experts + 3) * spectral_operations(rows, columns)
@@ -160,6 +170,22 @@ def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[T
     """The task vectors that are not zero and have a weight, and these weights."""
     kept: list[int] = ((energies(deltas) > 0) & (layer.weights != 0)).nonzero().flatten().tolist()
     return [deltas[t] for t in kept], layer.weights[kept].tolist()
+
+
+def precise_sum(deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"]) -> Float[Tensor, "out in"]:
+    """`sum_t w_t D_t` in float64, for rules that lift small directions of it: float32's rounding is as large."""
+    total = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for D, weight in zip(deltas, weights.tolist(), strict=True):
+        total.add_(D, alpha=weight)
+    return total
+
+
+def cancelled(deltas: Float[Tensor, "T out in"], layer: Layer) -> float:
+    """What terms that cancel may leave of a direction of their sum, the singular values of noise in all entries:
+    `2^-21 (sum_t w_t^2 ||D_t||_F^2 / min(out, in))^(1/2)`.
+    """
+    squares = float(layer.weights.square() @ energies(deltas))
+    return NULL * math.sqrt(squares / min(layer.sides(deltas)))
 
 
 def weighted(

@@ -16,10 +16,13 @@ from pydantic import Field
 
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.elementwise import row_blocks, weighted_sum
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _PARALLEL = 1 - 0.9995  # an angle whose cosine is nearer to one is interpolated straight
 _SHORT = 1e-8
+_OPPOSITE = math.pi - 1e-6  # from here on an angle has no direction but rounding's
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,12 @@ class Slerp:
         norms = gram.diagonal().sqrt()
         cosine = float((gram[0, 1] / norms.prod()).clamp(-1, 1)) if norms.min() > _SHORT else 1.0
         if 1 - abs(cosine) < _PARALLEL:
-            shares, status = [1 - self.t, self.t], "interpolated straight"
+            shares, status = [1 - self.t, self.t], Status.STRAIGHT
         else:
             angle = math.acos(cosine)
             shares = [math.sin((1 - self.t) * angle) / math.sin(angle), math.sin(self.t * angle) / math.sin(angle)]
-            status = "ok"
-        return LayerResult(ends.update(shares, self.scale), {"status": status, "cosine": cosine})
+            status = Status.OK
+        return LayerResult(ends.update(shares, self.scale), LayerStats((status,), cosine=cosine))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return 10 * rows * columns
@@ -89,9 +92,9 @@ class ModelStock:
         mean_cosine = (float(cosines.sum()) - moved) / max(1, T * (T - 1)) if T > 1 else 1.0
         denominator = 1 + (T - 1) * mean_cosine
         share = T * mean_cosine / denominator if denominator > _SHORT else 0.0
-        status = "ok" if denominator > _SHORT else "experts cancel"
+        status = Status.OK if denominator > _SHORT else Status.CANCELLED
         factors = torch.where(norms > 0, layer.weights, 0) * (self.scale * share / T)
-        return LayerResult(weighted_sum(deltas, factors), {"status": status, "cosine": mean_cosine, "share": share})
+        return LayerResult(weighted_sum(deltas, factors), LayerStats((status,), cosine=mean_cosine, share=share))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return experts * (experts + 2) * rows * columns
@@ -106,7 +109,8 @@ class Karcher:
 
     found by steps along the mean of the logarithms, from the mean direction. Source: Grove and Karcher 1973;
     as mergekit documents it. Tensors are flattened; zero tensors drop out. Without a base the task vectors
-    themselves are averaged.
+    themselves are averaged. Departures, where there is no unique minimiser: what is opposite to the mean pulls it
+    nowhere, and where directions cancel altogether M is zero.
     """
 
     name: ClassVar[str] = "karcher"
@@ -114,7 +118,7 @@ class Karcher:
     needs: ClassVar[Needs] = Needs(base=True, weights="not negative")
 
     steps: Annotated[int, Field(ge=1, le=1000, description="most steps of the iteration")] = 10
-    tol: Annotated[float, Field(gt=0, description="a shorter step ends it, in radians")] = 1e-5
+    tol: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a shorter step ends it, in radians")] = 1e-5
     scale: Scale = 1.0
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
@@ -126,11 +130,13 @@ class Karcher:
             return no_update(deltas)
         a = layer.weights[kept] / layer.weights[kept].sum()
         cosines = gram[kept][:, kept] / torch.outer(norms[kept], norms[kept])
+        if float(a @ cosines @ a) < _SHORT:
+            return LayerResult(torch.zeros_like(deltas[0]), LayerStats((Status.CANCELLED,)))
         u, last = mean_direction(cosines, a, self.steps, self.tol)
         factors = torch.zeros_like(norms)
         factors[kept] = u * (a * norms[kept]).sum() / norms[kept]
-        status = "ok" if last <= self.tol else "not converged"
-        return LayerResult(ends.update(factors.tolist(), self.scale), {"status": status, "last_step": last})
+        status = Status.OK if last <= self.tol else Status.NOT_CONVERGED
+        return LayerResult(ends.update(factors.tolist(), self.scale), LayerStats((status,), last_step=last))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         return experts * (experts + 3) * rows * columns
@@ -140,12 +146,12 @@ def mean_direction(
     cosines: Float[Tensor, "T T"], a: Float[Tensor, " T"], steps: int, tol: float
 ) -> tuple[Float[Tensor, " T"], float]:
     """The Karcher mean of unit vectors with Gram matrix `cosines` as a combination of them, and its last step."""
-    u = a / (a @ cosines @ a).clamp_min(_SHORT).sqrt()
+    u = a / (a @ cosines @ a).sqrt()
     size = math.inf
     for _ in range(steps):
         cosine = (cosines @ u).clamp(-1, 1)
         angle = torch.arccos(cosine)
-        stretch = a * torch.where(angle > _SHORT, angle / torch.sin(angle).clamp_min(_SHORT), 1)
+        stretch = a * torch.where(angle > _SHORT, angle / torch.sin(angle).clamp_min(_SHORT), 1) * (angle < _OPPOSITE)
         step = stretch - (stretch @ cosine) * u  # sum_t a_t log_u(W_t), as coefficients
         size = float((step @ cosines @ step).clamp_min(0).sqrt())
         if size <= tol:

@@ -10,9 +10,11 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import NormalEquations, energies
+from acemerge.linalg.rounding import NULL
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import weighted_sum
+from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _FLOOR = 1e-8  # smallest eigenvalue that is divided by, as a share of the largest
@@ -26,13 +28,16 @@ class Wudi:
 
     Source: arXiv 2503.08099. With `M = X0 + N` and `X0 = sum_t D_t` the gradient is `2 (N A - B)`,
     `A = sum_t D_t^T D_t / n_t`, `B = sum_t (D_t - X0) D_t^T D_t / n_t`: a step costs the same for any number of
-    experts, and nothing cancels at the start. Departure: an expert with no update drops out. A weight multiplies
+    experts, and nothing cancels at the start. Departures: an expert with no update drops out, and a gradient that is
+    rounding at the start, as of experts that cancel, moves nothing. A weight multiplies
     an expert's term and its part of the start; it may not be negative.
     """
 
     name: ClassVar[str] = "wudi"
     source: ClassVar[str] = "arXiv 2503.08099"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Work(8, 4, "columns"), input_side=True)
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, weights="not negative", work=Workspace(8, 4, "columns"), input_side=True
+    )
 
     steps: Annotated[int, Field(ge=0, le=100_000, description="steps of Adam")] = 300
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False, description="its learning rate")] = 1e-5
@@ -44,13 +49,15 @@ class Wudi:
         if equations is None:
             return no_update(deltas)
         A, B = equations
+        if B.norm() <= NULL * A.trace() * energies(deltas).max().sqrt():  # Adam would make as large steps of rounding
+            B.zero_()
         N = torch.zeros_like(X0)
         N.grad = torch.empty_like(N)
         adam = torch.optim.Adam([N], lr=self.lr, fused=True)
         for _ in range(self.steps):
             torch.addmm(B, N, A, beta=-2, alpha=2, out=N.grad)
             adam.step()
-        return LayerResult(X0.add_(N.detach()).mul_(self.scale), {"status": "ok", "steps": self.steps})
+        return LayerResult(X0.add_(N.detach()).mul_(self.scale), LayerStats(steps=self.steps))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         step = 2 * rows * columns * columns
@@ -65,14 +72,15 @@ class SwudiA:
         M = X0 (I - V_K V_K^T) + B V_K diag(1 / l_K) V_K^T,   X0 = sum_t D_t
 
     with `A = sum_t D_t^T D_t / n_t` and `B = sum_t D_t D_t^T D_t / n_t`. Source: arXiv 2606.07289. Eigenvalues
-    are floored at 1e-8 of the largest when they divide. `anchor: mean` takes the mean for X0, which large language
+    are floored at 1e-8 of the largest when they divide, and zero below 2^-42 of it; K is the next whole number but for
+    rounding. `anchor: mean` takes the mean for X0, which large language
     models need. Weights as in `wudi`.
     """
 
     name: ClassVar[str] = "swudi_a"
     source: ClassVar[str] = "arXiv 2606.07289"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Work(20, 8, "columns"), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(20, 8, "columns"), factors="frame", input_side=True
     )
 
     anchor: Annotated[Literal["sum", "mean"], Field(description="M outside the kept directions")] = "sum"
@@ -87,11 +95,11 @@ class SwudiA:
         if self.anchor == "mean":
             X0 /= layer.weights[energies(deltas) > 0].sum()
         values, vectors = torch.linalg.eigh(A)
-        spectrum = values.flip(0).clamp_min(0)  # l, (in,)
-        K = min(len(spectrum), math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum())))
+        spectrum = values.flip(0) * (values.flip(0) > NULL**2 * values[-1])  # l, (in,)
+        K = math.ceil(float(spectrum.sqrt().sum().square() / spectrum.sum()) * (1 - NULL))  # n at most
         V, l_K = vectors.flip(1)[:, :K], spectrum[:K].clamp_min(_FLOOR * float(spectrum[0]))
         M = X0 + ((B @ V) / l_K - X0 @ V) @ V.T
-        return LayerResult((self.scale * M).to(deltas.dtype), {"status": "ok", "rank": K})
+        return LayerResult((self.scale * M).to(deltas.dtype), LayerStats(rank=K))
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         spectral = 9 * columns**3 + 6 * rows * columns**2

@@ -18,7 +18,7 @@ _PER_LAYER = re.compile(r"layer|pattern|block")
 _NUMBERS = re.compile(r"(layers|layer_ids|layer_idx|layer_indices)$")
 
 
-def layer_of(name: str) -> tuple[str, int] | None:
+def split_layer(name: str) -> tuple[str, int] | None:
     """What is before the layer's number in a tensor's name, and the number: the first part of the name that is one.
     None for what belongs to no layer.
     """
@@ -27,7 +27,7 @@ def layer_of(name: str) -> tuple[str, int] | None:
 
 
 def layer_number(name: str) -> int | None:
-    found = layer_of(name)
+    found = split_layer(name)
     return None if found is None else found[1]
 
 
@@ -35,7 +35,7 @@ def places_in_layers(names: Collection[str]) -> dict[str, str]:
     """Each tensor's place within its layer: its name without the number, and without what is before that where all
     share it. What belongs to no layer keeps its name.
     """
-    found = {name: layer_of(name) for name in names}
+    found = {name: split_layer(name) for name in names}
     before = {layer[0] for layer in found.values() if layer}
     places = {}
     for name, layer in found.items():
@@ -49,8 +49,8 @@ def places_in_layers(names: Collection[str]) -> dict[str, str]:
 
 
 def tower_layer(name: str) -> tuple[str, int] | None:
-    """`layer_of` what belongs to a tower of layers; None for other parts that are numbered, as a head's."""
-    found = layer_of(name)
+    """`split_layer` what belongs to a tower of layers; None for other parts that are numbered, as a head's."""
+    found = split_layer(name)
     return found if found and _TOWER.search(found[0]) else None
 
 
@@ -63,7 +63,7 @@ class Layers:
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """A model whose layers are slices of others', one behind the other: `lengths` says how many layers each has.
 
     What comes before the layers, as an embedding, is the first slice's, and what comes behind them the last one's.
@@ -113,10 +113,10 @@ def depth_of(names: Iterable[str], where: object) -> int:
     return 1 + max(number for _, number in found)
 
 
-Origin = tuple[Mapping[str, Any], int]  # of a layer: the configuration of its model, and its number there
+LayerOrigin = tuple[Mapping[str, Any], int]  # of a layer: the configuration of its model, and its number there
 
 
-def stacked_config(config: Mapping[str, Any], origins: Sequence[Origin]) -> dict[str, Any]:
+def stacked_config(config: Mapping[str, Any], origins: Sequence[LayerOrigin]) -> dict[str, Any]:
     """A configuration for the layers of `origins`.
 
     The count of layers follows, and so do lists with an entry per layer and lists of layers by their numbers.
@@ -133,7 +133,7 @@ def stacked_config(config: Mapping[str, Any], origins: Sequence[Origin]) -> dict
     return made
 
 
-def _stacked_list(key: str, value: list[Any], origins: Sequence[Origin]) -> list[Any]:
+def _stacked_list(key: str, value: list[Any], origins: Sequence[LayerOrigin]) -> list[Any]:
     lists = [(own[key], i, _depth(own)) for own, i in origins if isinstance(own.get(key), list)]
     if len(lists) < len(origins):
         return value

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import nn
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.models.architecture import meta_model, parts_of
+from acemerge.models.architecture import meta_model, submodels_of
+from acemerge.models.fused_experts import ExpertPart, expert_parts, stored_in_out
+from acemerge.models.lora_targets import Target, lora_targets
+from acemerge.models.renaming import checkpoint_renaming
 
 RoleName = Literal["linear", "conv1d", "experts", "embedding", "output_head", "convolution", "norm", "bias", "other"]
+LAYERS: tuple[RoleName, ...] = ("linear", "conv1d", "experts")  # weights of linear layers, and stacks of such
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,10 @@ class Roles:
 
     `identity` sends a name to that of the parameter it stands for: the two spellings of a tied head, `h.0.x` and
     `transformer.h.0.x` of one architecture, `LayerNorm.gamma` and `LayerNorm.weight` have one identity. `parts` are
-    the models of other types within this one: the beginning of their parameters' names, by their types.
+    the models of other types within this one: the beginning of their parameters' names, by their types. `tied` are all
+    names of each parameter that has several, by their identity. `expert_parts` says of which parameter, fused in
+    memory, an expert's matrix is a part; `stored_in_out` are the fused ones whose modules say (expert, in, out).
+    `lora_targets` are the weights that PEFT can put a LoRA on.
     """
 
     by_name: Mapping[str, Role]
@@ -39,6 +45,10 @@ class Roles:
     source: str
     from_architecture: bool
     parts: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    expert_parts: Mapping[str, ExpertPart] = field(default_factory=dict)
+    stored_in_out: frozenset[str] = frozenset()
+    lora_targets: Mapping[str, Target] = field(default_factory=dict)
 
     def group(self, names: Iterable[str]) -> dict[str, list[str]]:
         """The names of each tensor by its identity, the one that loaders look for first."""
@@ -48,20 +58,29 @@ class Roles:
         return {identity: sorted(found, key=lambda name: name != identity) for identity, found in groups.items()}
 
 
-def find_roles(config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], untied: bool = False) -> Roles:
+def find_roles(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorSpec], untied: bool = False, apart: Collection[str] = ()
+) -> Roles:
     """Roles from the model that `config` describes, built without memory on the meta device.
 
     Tensors that the architecture does not name, and all of them where it cannot be built, are told by name
-    and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them.
+    and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them, as are
+    parameters of the names `apart`.
     """
-    model, why_not = meta_model(config, most=max(1000, len(tensors)))
+    model, why_not = meta_model(config, len(tensors))
     if model is None:
         config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
-    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied)
+    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied, apart)
 
 
-def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source: str, untied: bool = False) -> Roles:
+def roles_from_model(
+    model: nn.Module,
+    tensors: Mapping[str, TensorSpec],
+    source: str,
+    untied: bool = False,
+    apart: Collection[str] = (),
+) -> Roles:
     """Roles from the modules of `model`, whose checkpoint names may differ from its parameter names."""
     in_model = _roles_of_parameters(model)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -69,17 +88,36 @@ def roles_from_model(model: nn.Module, tensors: Mapping[str, TensorSpec], source
     rename, tied = checkpoint_renaming(model), _tied_spellings(model)
     by_name, identity = {}, {}
     for name in sorted(tensors):
-        parameter, one_to_one = rename(name)
+        parameter, pattern = rename(name)
         role = _fit_to_shape(in_model.get(parameter), tensors[name].shape, shapes.get(parameter, ()))
         by_name[name] = role or role_by_name(tensors[name], conv1d)
-        apart = untied and by_name[name].name == "output_head"
-        identity[name] = name if not one_to_one else parameter if apart else tied.get(parameter, parameter)
-    return Roles(by_name, identity, source, from_architecture=True, parts=parts_of(model))
+        alone = parameter in apart or (untied and by_name[name].name == "output_head")
+        identity[name] = name if pattern else parameter if alone else tied.get(parameter, parameter)
+    heads = [name for name, role in in_model.items() if untied and role.name == "output_head"]
+    return Roles(
+        by_name,
+        identity,
+        source,
+        from_architecture=True,
+        parts=submodels_of(model),
+        tied=_by_identity(tied, {*apart, *heads}),
+        expert_parts=expert_parts(model, tensors),
+        stored_in_out=stored_in_out(model),
+        lora_targets=lora_targets(model),
+    )
+
+
+def _by_identity(tied: Mapping[str, str], apart: Collection[str]) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, tuple[str, ...]] = {}
+    for name, first in tied.items():
+        if name not in apart:
+            groups[first] = (*groups.get(first, ()), name)
+    return {first: names for first, names in groups.items() if len(names) > 1}
 
 
 def _fit_to_shape(role: Role | None, stored: tuple[int, ...], built: tuple[int, ...]) -> Role | None:
     """The architecture's role where it can hold for a tensor stored in another shape than the parameter's."""
-    if role is None or role.name not in ("linear", "conv1d", "experts"):
+    if role is None or role.name not in LAYERS:
         return role
     if len(stored) == 2:  # with fused experts in memory: one expert's matrix, apart on disk
         return Role("linear") if role.name == "experts" else role
@@ -144,25 +182,6 @@ def _shapes_in_out(shapes: Sequence[tuple[int, ...]]) -> bool | None:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
-
-
-def checkpoint_renaming(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """Checkpoint name -> parameter name and whether it is all of it, as transformers itself does on loading."""
-    try:
-        loading = importlib.import_module("transformers.core_model_loading")
-        transforms = importlib.import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    except (ImportError, AttributeError):  # an older transformers, or a plain nn.Module: names are the same
-        return lambda name: (name, True)
-    converters = [t for t in transforms if isinstance(t, loading.WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, loading.WeightConverter)]
-    state = model.state_dict()
-    prefix = str(getattr(model, "base_model_prefix", ""))
-
-    def rename(name: str) -> tuple[str, bool]:
-        parameter, converter = loading.rename_source_key(name, renamings, converters, prefix, state)
-        return str(parameter), converter is None
-
-    return rename
 
 
 def _tied_spellings(model: nn.Module) -> dict[str, str]:

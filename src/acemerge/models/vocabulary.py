@@ -11,7 +11,7 @@ import torch
 from acemerge.shapes import Float, Int, Tensor
 
 Tokens = Mapping[str, int]  # token string -> row
-Policy = Literal["base", "union", "assets"]
+VocabularyPolicy = Literal["base", "union", "assets"]
 
 
 NOBODY, MEAN = -1, -2  # lenders: of a row of zeros, and of the mean of all that have it
@@ -39,7 +39,7 @@ class Vocabulary:
     tokens that the base lacks, with their rows. With `lending` all models have every token.
     """
 
-    policy: Policy
+    policy: VocabularyPolicy
     rows: int
     sources: Int[Tensor, "T rows"]
     added: Mapping[str, int]
@@ -58,7 +58,7 @@ class Vocabulary:
 
 
 def match(
-    policy: Policy,
+    policy: VocabularyPolicy,
     base: Tokens,
     base_rows: int,
     experts: Sequence[Tokens],
@@ -93,7 +93,7 @@ def added_tokens(base: Tokens, experts: Sequence[Tokens]) -> dict[str, int]:
 
 
 def lend(
-    policy: Policy,
+    policy: VocabularyPolicy,
     wanted: Tokens,
     added: Tokens,
     models: Sequence[tuple[Tokens, int] | None],

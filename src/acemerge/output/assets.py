@@ -27,7 +27,7 @@ def write_assets(
     for name in owner.assets:
         if name == TOKENIZER and vocabulary and vocabulary.added:
             output.write_bytes(name, with_added(owner, vocabulary.added, models[1:]))
-        elif name != CONFIG and name not in template:
+        elif name != CONFIG and name not in template and name not in output.written:  # as a module's weights are
             output.write_chunks(name, files.read_chunks(contained(files.resolve(owner.path), name)))
     for name, text in template.items():
         if text is not None:

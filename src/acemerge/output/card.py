@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +15,8 @@ from acemerge.checkpoints.hub import parse_id
 from acemerge.methods import METHODS
 from acemerge.output.folder import PICTURE
 from acemerge.output.origin import Origin, common_license
+from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.shares import total_energies
-from acemerge.planning.as_lora import share_lost
 from acemerge.planning.jobs import Plan
 
 _LOAD = (
@@ -30,7 +32,7 @@ _LOAD = (
 
 
 def model_card(
-    plan: Plan, records: Mapping[str, Mapping[str, Any]], origins: Sequence[Origin] = (), picture: bool = False
+    plan: Plan, records: Mapping[str, TensorRecord], origins: Sequence[Origin] = (), picture: bool = False
 ) -> str:
     """Markdown with the Hub's metadata, what was done, how to load it, the recipe and what to cite.
 
@@ -53,9 +55,7 @@ def model_card(
         *(_load_adapter(plan) if plan.is_adapter else _LOAD),
         "## Recipe",
         "",
-        "```yaml",
-        yaml.safe_dump(recipe, sort_keys=False).strip(),
-        "```",
+        *_fenced("yaml", yaml.safe_dump(recipe, sort_keys=False).strip()),
         "",
         *_citations(records),
     ]
@@ -75,20 +75,20 @@ def _metadata(plan: Plan, origins: Sequence[Origin]) -> dict[str, Any]:
     return metadata | ({"license": found} if found else {})
 
 
-def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _done(plan: Plan, records: Mapping[str, TensorRecord]) -> list[str]:
     """What was done, and what lies beside the model."""
-    counts = Counter(record["rule"] for record in records.values())
+    counts = Counter(record.rule for record in records.values())
     done = ", ".join(f"{count} tensors by `{rule}`" for rule, count in counts.most_common())
     energies = dict(zip(plan.experts, total_energies(plan.experts, records), strict=True))
     total, largest = sum(energies.values()), max(energies, key=lambda label: energies[label])
     heads = [label for label, kept in zip(plan.experts, plan.heads, strict=True) if kept]
-    masked = any(job.method and job.method.needs.masks for job in plan.jobs)
+    masked = any(job.makes_masks for job in plan.jobs)
     several = len(plan.experts) > 1 and total > 0
     share = f"Of the updates' energy, {energies[largest] / total:.0%} are `{largest}`'s." if several else ""
     tasks = ", ".join(f"`{name}`" for names in plan.calibration.values() for name in names)
     data = f"with examples of {tasks}" if tasks else "without data"
     return [
-        f"Made with acemerge, {data}, from the base `{_base(plan)}` and the experts "
+        f"Made with acemerge, {data}, from the base {_code(_base(plan))} and the experts "
         + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
@@ -99,9 +99,9 @@ def _done(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _citations(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _citations(records: Mapping[str, TensorRecord]) -> list[str]:
     """The sources of the rules that made a tensor."""
-    used = sorted({record["rule"] for record in records.values()} & METHODS.keys())
+    used = sorted({record.rule for record in records.values()} & METHODS.keys())
     if not used:
         return []
     return ["## Cite", "", *(f"- `{rule}`: {_source(METHODS[rule].source)}" for rule in used), ""]
@@ -122,20 +122,34 @@ def _title(plan: Plan) -> str:
 
 
 def _load_adapter(plan: Plan) -> list[str]:
-    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained("{_base(plan)}"), "path/to/this/folder")'
+    base = json.dumps(_base(plan))
+    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), "path/to/this/folder")'
     return [*_LOAD[:3], "from peft import PeftModel", _LOAD[3], "", load, *_LOAD[-2:]]
 
 
 def _conversion_card(plan: Plan) -> str:
-    source, values = _base(plan), "The dequantised values of" if plan.dequantized else "The very values of"
+    source, values = _code(_base(plan)), "The dequantised values of" if plan.dequantized else "The very values of"
     lines = [
         f"# {source} as safetensors",
         "",
-        f"{values} `{source}`, written anew by acemerge; `acemerge.json` holds the hashes.",
+        f"{values} {source}, written anew by acemerge; `acemerge.json` holds the hashes.",
         "",
         *_LOAD,
     ]
     return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    """A span of code in Markdown, whatever the text: nothing in it is a link, HTML or the span's end."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    marks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{marks} {shown} {marks}" if "`" in shown else f"{marks}{shown}{marks}"
+
+
+def _fenced(language: str, text: str) -> list[str]:
+    """A block of code whose end is nowhere in it."""
+    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{marks}{language}", text, marks]
 
 
 def _base(plan: Plan) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
 from acemerge.errors import UsageError, nearest
 from acemerge.output.folder import MASKS
 from acemerge.output.manifest import load_manifest
-from acemerge.output.masks import unpack
+from acemerge.output.packed_masks import unpack
+from acemerge.output.records import TensorRecord, records_of
 from acemerge.shapes import Tensor
 
 
@@ -30,7 +29,8 @@ def expert_weights(out: str | Path, base: str | Path, expert: str) -> dict[str, 
         raise UsageError(f"expert {expert!r}", "is not in the manifest", nearest(expert, labels))
     merged, origin = open_checkpoint(out), open_checkpoint(Path(base), dequantize=True)
     masks = open_file(contained(files.resolve(out), f"{MASKS}/{expert}.safetensors"))
-    factor = _rescale([manifest["tensors"][name] for name in masks.tensors], labels, expert)
+    records = records_of(manifest)
+    factor = _rescale([records[name] for name in masks.tensors], labels, expert)
     weights = {}
     for name, spec in merged.tensors.items():
         weights[name] = merged.read(name)
@@ -40,12 +40,12 @@ def expert_weights(out: str | Path, base: str | Path, expert: str) -> dict[str, 
     return weights
 
 
-def _rescale(records: list[Mapping[str, Any]], labels: list[str], expert: str) -> float:
+def _rescale(records: list[TensorRecord], labels: list[str], expert: str) -> float:
     """`lambda_t = sum |D_t| / sum |mask_t M|` over all masked tensors."""
     own = kept = 0.0
     for record in records:
-        used = [label for label in labels if label not in record.get("skipped_experts", [])]
-        if expert in used and "own_l1" in record:
-            own += record["own_l1"][used.index(expert)]
-            kept += record["masked_l1"][used.index(expert)]
+        used = [label for label in labels if label not in record.skipped_experts]
+        if expert in used and record.stats.own_l1 and record.stats.masked_l1:
+            own += record.stats.own_l1[used.index(expert)]
+            kept += record.stats.masked_l1[used.index(expert)]
     return own / kept if kept else 0.0

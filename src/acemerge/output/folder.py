@@ -1,6 +1,6 @@
 """An output folder in which nothing unfinished ever looks finished.
 
-Every file is written as `NAME.partial` and synced. Only when all are there are they renamed into place, the
+Every file is written as `NAME.acemerge.partial` and synced. Only when all are there are they renamed into place, the
 manifest last: readers take a folder without a manifest for unfinished. A failure before that point leaves an
 earlier output as it was; a failure while renaming puts it back. What an interrupted run has written stays beside
 its journal, until it is gone on with or done away with.
@@ -18,9 +18,9 @@ from acemerge.checkpoints.assets import HEADS, is_asset_folder
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
-from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.errors import AcemergeError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal
-from acemerge.output.writer import PARTIAL, FileSum, FileWriter
+from acemerge.output.writer import PARTIAL, FileSum, write_partial
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
@@ -30,18 +30,22 @@ MASKS = "masks"
 MAX_MANIFEST = 512 << 20
 _LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
-OLD = ".old"
+OLD = ".acemerge.old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, WriteError, MemoryError)
+_RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
 
 
 @dataclass
 class OutputFolder:
-    """The files of one run, until `publish` makes them visible at once."""
+    """The files of one run, until `publish` makes them visible at once.
+
+    `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
+    """
 
     path: Path
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
+    kept: bool = False
 
     def begin(self, done: Done) -> Journal:
         """Begin to write, in the place of what an interrupted run left but for what of it is done."""
@@ -58,14 +62,7 @@ class OutputFolder:
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a file beside the weights."""
-        writer = FileWriter(self.path / (name + PARTIAL))
-        try:
-            for chunk in chunks:
-                writer.write(chunk)
-        except BaseException:
-            writer.close()
-            raise
-        self.written[name] = writer.finish()
+        self.written[name] = write_partial(self.path / name, chunks)
 
     def publish(self, manifest: bytes) -> None:
         """Rename everything into place, the manifest last; on failure put an earlier output back."""
@@ -154,6 +151,14 @@ class OutputFolder:
         for name in sorted(old, key=lambda name: name == MANIFEST):
             files.rename(self.path / (name + OLD), self.path / name)
 
+    def check_own(self) -> None:
+        """UsageError where files that are no output of ours would be replaced."""
+        listing = self._listing()
+        foreign = [] if MANIFEST in listing else sorted(filter(is_output, listing))
+        if foreign:
+            what = f"holds {foreign[0]}, which no merge has written, as there is no {MANIFEST}"
+            raise UsageError(self.path, what, "choose another folder, or move the file away")
+
     def _outputs_of(self, manifest: str) -> set[str]:
         """The files that a manifest lists."""
         path = self.path / manifest
@@ -185,6 +190,20 @@ def is_output(name: str) -> bool:
     return name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
 
 
+def check_output(path: Path, overwrite: bool, resume: bool = False) -> None:
+    """UsageError for what can be no output folder, or holds something that is not to be replaced.
+
+    An unfinished merge is left to `output_folder`: another run may be at it.
+    """
+    there = files.kind(path)
+    if there == "link" or side_folders(path, "link"):
+        raise UsageError(path, "is a link", "name the folder itself")
+    if there not in ("nothing", "folder"):
+        raise UsageError(path, f"is a {there}", "name a folder")
+    if there == "folder" and JOURNAL not in files.list_folder(path):
+        _check_contents(path, overwrite, resume)
+
+
 @contextlib.contextmanager
 def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator[OutputFolder]:
     """Hold `path` for one run. A failure removes what was not published, unless the run can be gone on with.
@@ -193,25 +212,24 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
     (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder cannot be made or another run
     holds it.
     """
+    check_output(path, overwrite, resume)
     there = files.kind(path)
-    if there == "link" or side_folders(path, "link"):
-        raise UsageError(path, "is a link", "name the folder itself")
-    if there not in ("nothing", "folder"):
-        raise UsageError(path, f"is a {there}", "name a folder")
     files.make_folder(path)
     try:
         with files.lock(path / _LOCK):
             _check_contents(path, overwrite, resume)
             output = OutputFolder(path)
             output.recover()
+            output.check_own()
             if not resume:
                 output.discard()
             try:
-                yield output
+                with shortages():
+                    yield output
             except _RESUMABLE:
                 raise
             except BaseException:
-                if output.begun:
+                if output.begun and not output.kept:
                     with contextlib.suppress(AcemergeError):
                         output.discard()
                 raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +15,11 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.output.manifest import versions
+from acemerge.output.writer import FileSum
 from acemerge.recipes.recipe import Recipe
+
+# What has a library take other paths through its code than the processor alone would.
+_SWITCHES = ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "ONEDNN_MAX_CPU_ISA", "OPENBLAS_CORETYPE")
 
 
 def identity(
@@ -20,9 +27,9 @@ def identity(
 ) -> dict[str, Any]:
     """All that decides the bytes of the output, as JSON has it.
 
-    Models are named by their origins: those of the Hub by their commit, whatever their branch holds since. Inputs are
-    known by the size and times of their files: their hashes are only there when all was read. The number of threads
-    counts, because a product's rounding may depend on it.
+    Models are named by their origins: those of the Hub by their commit, whatever their branch holds since. Weights are
+    known by the size and times of their files: their hashes are only there when all was read. The number of threads and
+    the processor count, because a product's rounding may depend on them.
     """
     inputs = {origin: _prints(checkpoint) for origin, checkpoint in zip(origins, checkpoints, strict=True)}
     about = {
@@ -31,6 +38,7 @@ def identity(
         "largest shard": max_shard,
         "device": device,
         "threads": torch.get_num_threads(),
+        "processor": _processor(),
         "version": {name: value for name, value in versions().items() if name in ("acemerge", "torch")},
     }
     found: dict[str, Any] = json.loads(json.dumps(about))
@@ -47,9 +55,37 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
     return {**recipe.model_dump(mode="json"), "base": origins[0], "experts": experts}
 
 
-def _prints(checkpoint: Checkpoint) -> dict[str, tuple[int, int, int]]:
+def _processor() -> dict[str, Any]:
+    """What decides which of its own paths a library takes for a product."""
+    switches = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+    model = files.processor() or f"{platform.machine()} {platform.processor()}".strip()
+    return {"model": model, "capability": torch.backends.cpu.get_cpu_capability(), "switches": switches}
+
+
+def _prints(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Of weights size and times, of the rest the content itself."""
     weights = {path.name: prints for path, prints in checkpoint.fingerprints.items()}
-    return weights | {name: files.fingerprint(checkpoint.path / name) for name in checkpoint.assets}
+    return weights | {name: files.sha256(checkpoint.path / name) for name in checkpoint.assets}
+
+
+def with_same_bytes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    models: Sequence[tuple[str, Checkpoint]],
+    read: Mapping[str, FileSum | None],
+) -> Mapping[str, Any]:
+    """The identity `before`, with a weight file as it is `now` where its times alone differ and what was `read` of it
+    is what it still begins with: it was copied, touched, or changed and put back.
+    """
+    same = copy.deepcopy(dict(before))
+    for origin, checkpoint in models:
+        known, there = same.get("input", {}).get(origin, {}), now["input"][origin]
+        for path in checkpoint.fingerprints:
+            was, is_ = known.get(path.name), there[path.name]
+            used = read.get(str(path))
+            if was and was != is_ and was[0] == is_[0] and used and files.sha256(path, used.nbytes) == used.sha256:
+                known[path.name] = is_
+    return same
 
 
 def digest(about: Mapping[str, Any]) -> str:

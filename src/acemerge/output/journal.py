@@ -16,6 +16,7 @@ from typing import Any
 
 from acemerge.checkpoints import files
 from acemerge.errors import CheckpointError
+from acemerge.output.records import TensorRecord
 from acemerge.output.writer import PARTIAL, Begun, FileSum
 
 JOURNAL = ".acemerge.journal"
@@ -29,18 +30,22 @@ class Step:
     """A finished tensor: its record for the manifest, and how far each file was that it went to."""
 
     tensor: str
-    record: Mapping[str, Any]
+    record: TensorRecord
     files: Mapping[str, FileSum]
 
 
 @dataclass(frozen=True)
 class Done:
-    """What an unfinished run left: what it was, what it found out beforehand, and its proven steps."""
+    """What an unfinished run left: what it was, what it found out beforehand, and its proven steps.
+
+    `read` says how much of every input those may depend on, and its hash; None where that is not known.
+    """
 
     identity: Mapping[str, Any]
     findings: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     begun: Mapping[str, Begun] = field(default_factory=dict)
+    read: Mapping[str, FileSum | None] = field(default_factory=dict)
 
 
 class Journal:
@@ -54,6 +59,8 @@ class Journal:
         self._descriptor = files.create(fresh)
         self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
         self.add(done.steps)
+        self._read: dict[str, FileSum | None] = {}
+        self.have_read(done.read)
         files.rename(fresh, self._path)
 
     def found(self, findings: Mapping[str, Any]) -> None:
@@ -63,10 +70,22 @@ class Journal:
     def add(self, steps: Iterable[Step]) -> None:
         self._write(
             [
-                {"tensor": s.tensor, "record": s.record, "files": {f: [x.nbytes, x.sha256] for f, x in s.files.items()}}
-                for s in steps
+                {
+                    "tensor": step.tensor,
+                    "record": step.record.to_json(),
+                    "files": {name: [total.nbytes, total.sha256] for name, total in step.files.items()},
+                }
+                for step in steps
             ]
         )
+
+    def have_read(self, sums: Mapping[str, FileSum | None]) -> None:
+        """Note how far inputs were read, before the steps that come of it; the longer of two for one file counts."""
+        for path, new in sums.items():
+            old = self._read.get(path, new)
+            self._read[path] = None if old is None or new is None else max(old, new, key=lambda s: s.nbytes)
+        known = {path: s and [s.nbytes, s.sha256] for path, s in self._read.items()}
+        self._write([{"read": known}] if known else [])
 
     def close(self) -> None:
         files.close(self._descriptor)
@@ -91,19 +110,32 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
         return None
     findings: dict[str, Any] = {}
     steps: list[Step] = []
+    read: dict[str, FileSum | None] = {}
     proof = _Proof(folder)
     try:
         for entry in entries[1:]:
             if "findings" in entry:
                 findings |= entry["findings"]
                 continue
-            step = Step(entry["tensor"], entry["record"], {f: FileSum(x[1], x[0]) for f, x in entry["files"].items()})
-            if not (step.files.keys() <= set(names) and proof.holds(step.files)):
+            if "read" in entry:
+                read = {path: s and FileSum(s[1], s[0]) for path, s in entry["read"].items()}
+                continue
+            step = _step(entry)
+            if step is None or not (step.files.keys() <= set(names) and proof.holds(step.files)):
                 break
             steps.append(step)
     finally:
         proof.close()
-    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun)
+    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read)
+
+
+def _step(entry: Mapping[str, Any]) -> Step | None:
+    """None where its record is not one that this version writes."""
+    sums = {name: FileSum(sha256, nbytes) for name, (nbytes, sha256) in entry["files"].items()}
+    try:
+        return Step(entry["tensor"], TensorRecord.from_json(entry["record"]), sums)
+    except ValueError:
+        return None
 
 
 def _entries(text: bytes) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
 from acemerge.errors import CheckpointError
 from acemerge.output.folder import MANIFEST, MAX_MANIFEST
+from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.writer import FileSum
-from acemerge.planning.as_lora import share_lost
 from acemerge.planning.jobs import Plan
 
 FORMAT = "acemerge-manifest-1"
@@ -57,7 +57,7 @@ _SHAPE = TypeAdapter(_Needed)
 
 def build_manifest(
     plan: Plan,
-    records: Mapping[str, Mapping[str, Any]],
+    records: Mapping[str, TensorRecord],
     inputs: Sequence[tuple[str, Mapping[str, FileSum]]],
     outputs: Mapping[str, FileSum],
     seconds: float,
@@ -74,7 +74,7 @@ def build_manifest(
         "adapters": {label: str(adapter) for label, adapter in plan.adapters.items()},
         "dequantized": dict(plan.dequantized),
         "roles": plan.roles_source,
-        "tensors": {name: dict(record) for name, record in records.items()},
+        "tensors": {name: record.to_json() for name, record in records.items()},
         **(_of_adapter(plan, records) if plan.is_adapter else {}),
         "heads": {
             label: {head.spec.name: head.reason for head in heads}
@@ -85,7 +85,7 @@ def build_manifest(
     }
 
 
-def _of_adapter(plan: Plan, records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _of_adapter(plan: Plan, records: Mapping[str, TensorRecord]) -> dict[str, Any]:
     """Of an output that is an adapter: the factors that it holds of each tensor, and the share of energy it lacks."""
     stored = {job.name: [spec.name for spec in job.stored] for job in plan.jobs if job.stored}
     return {"stored": stored, "share_lost": share_lost(records.values())}

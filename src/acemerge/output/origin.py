@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
+from acemerge.checkpoints.yaml_text import parse_yaml
 from acemerge.errors import AcemergeError
 from acemerge.output.folder import CARD
 
+_NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # of a licence, as the Hub has them
 _MOST = 1 << 20  # bytes of a card that is looked at
 
 
@@ -46,8 +47,8 @@ def _license(card: Path) -> str | None:
     if fence.strip() != "---" or not end:
         return None
     try:
-        metadata = yaml.safe_load(block)
-    except (yaml.YAMLError, RecursionError):
+        metadata = parse_yaml(block)
+    except ValueError:
         return None
     found = metadata.get("license") if isinstance(metadata, dict) else None
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and _NAME.fullmatch(found) else None

@@ -1,26 +1,98 @@
-"""What a rule said of a tensor, once or for each of its parts."""
+"""What the manifest says of a tensor: as a record, and as the JSON that stands there."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-
-def parts_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What a rule says: once, or for every slice or projection."""
-    several = record.get("slices") or record.get("projections")
-    return several if isinstance(several, list) else [record]
-
-
-def figure(record: Mapping[str, Any], key: str) -> float | None:
-    """A number that the rule gave; the largest where it gave one for each slice."""
-    found = [part.get(key) for part in parts_of(record)]
-    numbers = [float(x) for x in found if isinstance(x, int | float) and math.isfinite(x)]
-    return max(numbers, default=None)
+from acemerge.errors import CheckpointError
+from acemerge.methods.stats import LayerStats
+from acemerge.methods.status import Status
+from acemerge.planning.jobs import Job
 
 
-def branch(record: Mapping[str, Any]) -> str | None:
-    """ACE's branch, `mixed` where slices differ."""
-    found = {str(part["branch"]) for part in parts_of(record) if "branch" in part}
-    return None if not found else found.pop() if len(found) == 1 else "mixed"
+@dataclass(frozen=True)
+class TensorRecord:
+    """How a tensor was made, and what its rule said of it.
+
+    `energies` are those of the experts' updates; the experts in `skipped_experts` were left out and have none.
+    `energy` and `share_lost` are there where the output is an adapter: the energy of the merged update and the share
+    of it that the adapter lacks. `infinite`: it holds infinities, the same in all models, as a mask does.
+    """
+
+    role: str
+    rule: str
+    reason: str
+    stats: LayerStats
+    energies: tuple[float, ...] | None = None
+    skipped_experts: tuple[str, ...] = ()
+    energy: float | None = None
+    share_lost: float | None = None
+    infinite: bool = False
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest and the journal say it."""
+        plain: dict[str, Any] = {"role": self.role, "rule": self.rule, "reason": self.reason, **self.stats.to_json()}
+        if self.energies is not None:
+            plain["energies"] = list(self.energies)
+        if self.skipped_experts:
+            plain["skipped_experts"] = list(self.skipped_experts)
+        if self.energy is not None:
+            plain |= {"energy": self.energy, "share_lost": self.share_lost}
+        if self.infinite:
+            plain["infinite"] = True
+        return {**plain, "seconds": self.seconds}
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> TensorRecord:
+        """What `to_json` made of it; ValueError where it is malformed."""
+        own = {"role", "rule", "reason", "energies", "skipped_experts", "energy", "share_lost", "infinite", "seconds"}
+        stats = LayerStats.from_json({key: value for key, value in content.items() if key not in own})
+        try:
+            return TensorRecord(
+                role=str(content["role"]),
+                rule=str(content["rule"]),
+                reason=str(content["reason"]),
+                stats=stats,
+                energies=tuple(map(_number, content["energies"])) if "energies" in content else None,
+                skipped_experts=tuple(map(str, content.get("skipped_experts", ()))),
+                energy=_number(content["energy"]) if "energy" in content else None,
+                share_lost=_number(content["share_lost"]) if "share_lost" in content else None,
+                infinite=content.get("infinite") is True,
+                seconds=_number(content["seconds"]),
+            )
+        except KeyError as missing:
+            raise ValueError(f"{missing} is missing") from None
+        except TypeError as failure:
+            raise ValueError(str(failure)) from None
+
+
+def _number(value: Any) -> float:
+    return 0.0 if value is None else float(value)  # the manifest has no word for what is not finite
+
+
+def about(job: Job, status: Status = Status.NO_UPDATE) -> TensorRecord:
+    """What is known of any tensor before it is merged."""
+    return TensorRecord(job.role.name, job.rule, job.reason, LayerStats((status,)))
+
+
+def records_of(manifest: Mapping[str, Any]) -> dict[str, TensorRecord]:
+    """Of every tensor of a manifest; CheckpointError names the first that is malformed."""
+    return {name: _read(name, content) for name, content in manifest["tensors"].items()}
+
+
+def _read(name: str, content: Mapping[str, Any]) -> TensorRecord:
+    try:
+        return TensorRecord.from_json(content)
+    except ValueError as failure:
+        cure = "merge again with this version of acemerge"
+        raise CheckpointError(f"tensor {name!r} in acemerge.json", str(failure), cure) from None
+
+
+def share_lost(records: Iterable[TensorRecord]) -> float:
+    """Of the energy of the whole merged update, tensors that are not in the adapter included."""
+    pairs = [(record.energy or 0.0, record.share_lost or 0.0) for record in records]
+    energy = sum(energy for energy, _ in pairs)
+    return sum(energy * share for energy, share in pairs) / energy if energy else 0.0

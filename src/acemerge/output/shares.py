@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from acemerge.models.depth import layer_number
+from acemerge.output.records import TensorRecord
 
-Records = Mapping[str, Mapping[str, Any]]
+Records = Mapping[str, TensorRecord]
 
 
-def energies_of(record: Mapping[str, Any], labels: Sequence[str]) -> list[float] | None:
+def energies_of(record: TensorRecord, labels: Sequence[str]) -> Sequence[float] | None:
     """One for each expert; nothing where some were left out."""
-    found = record.get("energies")
-    if not isinstance(found, list) or len(found) != len(labels):
-        return None
-    return [float(x) if isinstance(x, int | float) else 0.0 for x in found]
+    return record.energies if record.energies is not None and len(record.energies) == len(labels) else None
 
 
 def total_energies(labels: Sequence[str], records: Records) -> list[float]:

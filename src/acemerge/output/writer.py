@@ -1,6 +1,6 @@
 """Writing safetensors files tensor by tensor, hashed on the way, so that a file can be gone on with.
 
-A file is written as `NAME.partial` and synced when it is complete; giving it its name is another step.
+A file is written as `NAME.acemerge.partial` and synced when it is complete; giving it its name is another step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
 from acemerge.errors import WriteError
 from acemerge.shapes import Tensor
 
-PARTIAL = ".partial"
+PARTIAL = ".acemerge.partial"
 _SEND = 32 << 20
 
 
@@ -90,7 +90,7 @@ class Begun:
 
 
 class FileWriter:
-    """`NAME.partial`, from its beginning or behind what there is of it.
+    """A file under its name for the time being, from its beginning or behind what there is of it.
 
     Without `cached`, the disk begins to write at once and the system need not keep what it has.
     """
@@ -129,18 +129,23 @@ class FileWriter:
         files.close(self._descriptor)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and give it its name when it is whole; its folder is made."""
-    files.make_folder(path.parent)
-    beside = path.with_name(path.name + PARTIAL)
-    writer = FileWriter(beside)
+def write_partial(path: Path, chunks: Iterable[bytes | memoryview]) -> FileSum:
+    """Write all of `NAME.partial` and sync it."""
+    writer = FileWriter(path.with_name(path.name + PARTIAL))
     try:
-        writer.write(data)
+        for chunk in chunks:
+            writer.write(chunk)
     except BaseException:
         writer.close()
         raise
-    writer.finish()
-    files.rename(beside, path)
+    return writer.finish()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place and give it its name when it is whole; its folder is made."""
+    files.make_folder(path.parent)
+    write_partial(path, [data])
+    files.rename(path.with_name(path.name + PARTIAL), path)
 
 
 class TensorFiles:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from acemerge.checkpoints.adapter import Update
+from acemerge.checkpoints.adapter import Stack, Update
 from acemerge.errors import CheckpointError
+from acemerge.models.fused_experts import ExpertPart
 from acemerge.models.roles import Roles
-from acemerge.planning.jobs import Source
+from acemerge.planning.jobs import ModelHeader
 
 _OTHER_BASE = "name the base that the adapter was trained on"
-_BOTH = "set tie_word_embeddings to false in the base's config.json and store both tensors, or merge the adapter first"
+_MERGE_FIRST = "merge it into its base with peft (merge_and_unload) and name that folder"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,9 @@ class Fitted:
     warnings: Sequence[str] = ()
 
 
-def fit(expert: Source, label: str, base: Source, base_names: Mapping[str, Sequence[str]], roles: Roles) -> Fitted:
+def fit(
+    expert: ModelHeader, label: str, base: ModelHeader, base_names: Mapping[str, Sequence[str]], roles: Roles
+) -> Fitted:
     """The updates of one expert, none of one that is no adapter; `base_names` are the base's by identity.
 
     Raises CheckpointError, naming the tensor, for an update of a tensor that the base lacks or that has another shape,
@@ -30,15 +33,19 @@ def fit(expert: Source, label: str, base: Source, base_names: Mapping[str, Seque
     """
     if expert.adapter is None:
         return Fitted()
-    where, updates, warnings = f"expert {label}", {}, []
+    where, warnings = f"expert {label}", []
+    updates: dict[str, Update] = {}
+    apart = _experts_apart(base_names, roles)
     for name, update in expert.adapter.updates.items():
         identity = roles.identity[name]
+        if update.stack and identity in apart and identity not in base_names:
+            updates |= _by_expert(update, name, apart[identity], where, base, base_names)
+            continue
         if identity not in base_names:
             raise CheckpointError(where, f"changes tensor {name!r}, which the base lacks", _OTHER_BASE)
         if identity in updates:
-            raise CheckpointError(
-                where, f"changes both spellings of the tied tensor {base_names[identity][0]!r}", _BOTH
-            )
+            what = f"changes both spellings of the tied tensor {base_names[identity][0]!r}"
+            raise CheckpointError(where, what, _MERGE_FIRST)
         stored = base_names[identity][0]
         updates[identity] = _turned(update, name, stored, where, base, roles)
         if _is_tied(name, stored, roles):
@@ -49,9 +56,45 @@ def fit(expert: Source, label: str, base: Source, base_names: Mapping[str, Seque
     return Fitted(updates, warnings)
 
 
-def _turned(update: Update, name: str, stored: str, where: str, base: Source, roles: Roles) -> Update:
+def _experts_apart(base_names: Mapping[str, Sequence[str]], roles: Roles) -> dict[str, dict[str, ExpertPart]]:
+    """The base's tensors that are parts of a parameter which is fused in memory, by that and their identity."""
+    found: dict[str, dict[str, ExpertPart]] = {}
+    for identity, names in base_names.items():
+        if part := roles.expert_parts.get(names[0]):
+            found.setdefault(part.parameter, {})[identity] = part
+    return found
+
+
+def _by_expert(
+    update: Update,
+    name: str,
+    apart: Mapping[str, ExpertPart],
+    where: str,
+    base: ModelHeader,
+    base_names: Mapping[str, Sequence[str]],
+) -> dict[str, Update]:
+    """The update of a fused parameter for each of the matrices that the base stores in its place."""
+    assert update.stack is not None
+    count, found = update.stack.count, {}
+    for identity, part in apart.items():
+        own = replace(update, stack=Stack(count, part.number, part.part, part.parts))
+        stored = base.tensors[base_names[identity][0]]
+        if own.shape != stored.shape or part.number >= count:
+            what = f"its update of tensor {name!r} has {count} experts of shape {list(own.shape)}"
+            raise CheckpointError(where, f"{what}, but {stored.name!r} is {list(stored.shape)}", _OTHER_BASE)
+        found[identity] = own
+    if len(found) != count * next(iter(apart.values())).parts:
+        what = f"its update of tensor {name!r} is of {count} experts, and the base has {len(found)} matrices of them"
+        raise CheckpointError(where, what, _OTHER_BASE)
+    return found
+
+
+def _turned(update: Update, name: str, stored: str, where: str, base: ModelHeader, roles: Roles) -> Update:
     """The update, the way round that the base stores the tensor."""
-    turned = replace(update, transposed=update.embedding or roles.by_name[stored].transposed)
+    transposed = update.embedding or roles.by_name[stored].transposed
+    if update.stack:  # as PEFT has it, by what the module says; else the matrices are taken as (out, in)
+        transposed = roles.identity[stored] in roles.stored_in_out
+    turned = replace(update, transposed=transposed)
     if turned.shape != base.tensors[stored].shape:
         shapes = f"{list(turned.shape)}, but {list(base.tensors[stored].shape)} in the base"
         raise CheckpointError(where, f"its update of tensor {name!r} has shape {shapes}", _OTHER_BASE)
@@ -59,7 +102,7 @@ def _turned(update: Update, name: str, stored: str, where: str, base: Source, ro
 
 
 def _check_whole(
-    expert: Source,
+    expert: ModelHeader,
     where: str,
     base_names: Mapping[str, Sequence[str]],
     updates: Mapping[str, Update],
@@ -74,7 +117,7 @@ def _check_whole(
         # Where it replaces the other spelling too, both are read and must agree.
         alone = sum(roles.identity[other] == identity for other in whole) == 1
         if identity in updates or (alone and _is_tied(name, stored, roles)):
-            raise CheckpointError(where, f"replaces {name!r}, which is tied to {stored!r}", _BOTH)
+            raise CheckpointError(where, f"replaces {name!r}, which is tied to {stored!r}", _MERGE_FIRST)
 
 
 def _is_tied(name: str, stored: str, roles: Roles) -> bool:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from acemerge.checkpoints.assets import in_module
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
-from acemerge.methods import LowRankResult
+from acemerge.methods import LayerStats, LowRankResult
+from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
-from acemerge.planning.jobs import OUTPUT_DTYPES, Job, Plan
+from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
 
 # The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
@@ -33,79 +35,85 @@ def as_adapter(plan: Plan, roles: Roles) -> Plan:
     """
     rank = plan.recipe.as_lora
     assert rank is not None
-    masked = next((job.rule for job in plan.jobs if job.makes_masks), None)
+    masked = next((job.rule for job in plan.merged if job.makes_masks), None)
     if masked:
         raise UsageError(
             "--as-lora", f"{masked} writes masks beside a model", "use another rule, or write a full model"
         )
-    modules = {job.name: _module(job, roles) for job in plan.jobs}
+    modules = {job.name: _module(job, roles) for job in plan.merged}
+    if any(job.role.transposed for job in plan.merged if modules[job.name]):  # PEFT turns all layers, or no parameter
+        by_module = {name for name, how in roles.lora_targets.items() if how == "module"}
+        modules = {name: module if f"{module}.weight" in by_module else "" for name, module in modules.items()}
     if not any(modules.values()):
         what = "has no linear layer that the experts change and an adapter could hold"
         raise CheckpointError(plan.recipe.base, what, "write a full model")
     dtype = OUTPUT_DTYPES.get(plan.recipe.dtype, torch.float32)
     jobs = []
-    for job in plan.jobs:
+    for job in plan.merged:
         if modules[job.name]:
             jobs.append(replace(job, factors=_specs(job, modules[job.name], rank, dtype), entrywise=False))
-        elif job.method:
-            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter"))
+        else:
+            layer = job.role.name in ("linear", "conv1d") and roles.from_architecture
+            why = ", as PEFT puts no LoRA there" if layer else ""
+            jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter{why}"))
     return replace(plan, jobs=tuple(jobs))
 
 
-def _module(job: Job, roles: Roles) -> str:
+def _module(job: Merge, roles: Roles) -> str:
     """The module's name in the model where an adapter can change this tensor, else empty."""
     parameter = roles.identity[job.name]
     # A tied head goes by its embedding's name, which the checkpoint need not have.
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
+    linear = linear and not in_module(job.name)[0]
     reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
-    return parameter.removesuffix(".weight") if job.method and linear and reachable else ""
+    reachable = reachable and (parameter in roles.lora_targets or not roles.from_architecture)
+    return parameter.removesuffix(".weight") if linear and reachable else ""
 
 
-def _specs(job: Job, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
+def _specs(job: Merge, module: str, rank: int, dtype: torch.dtype) -> tuple[TensorSpec, TensorSpec]:
     rows, columns = job.spec.shape[:: -1 if job.role.transposed else 1]
     A = TensorSpec(f"{PREFIX}{module}.lora_A.weight", dtype, (rank, columns))
     return A, TensorSpec(f"{PREFIX}{module}.lora_B.weight", dtype, (rows, rank))
 
 
-def truncated(job: Job, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+@dataclass(frozen=True)
+class Lost:
+    """Of a tensor's merged update, its energy and the share of it that the adapter lacks."""
+
+    energy: float
+    share_lost: float
+
+
+def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], Lost]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
-    rank, its singular values shared by both; filled up with zeros. And `energy`, that of the update, with the share of
-    it that the adapter lacks.
+    rank, its singular values shared by both; filled up with zeros. And what it lacks.
     """
     assert job.factors is not None
     if update is None:
-        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), {
-            "energy": 0.0,
-            "share_lost": 0.0,
-        }
+        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), Lost(0.0, 0.0)
     if not job.factors:
         energy = update.energy if isinstance(update, LowRankResult) else energies(update[None]).item()
-        return (), {"energy": energy, "share_lost": 1.0 if energy else 0.0}
-    whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, {})
+        return (), Lost(energy, 1.0 if energy else 0.0)
+    whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, LayerStats())
     whole = whole.transposed() if job.role.transposed else whole
     short = whole.truncated(job.factors[0].shape[0])
     assert short.right is not None
+    assert short.stats.energy_lost is not None
     missing = job.factors[0].shape[0] - len(short.right)
     A, B = pad(short.right, (0, 0, 0, missing)), pad(short.left, (0, missing))
     stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip((A, B), job.factors, strict=True))
-    return stored, {"energy": whole.energy, "share_lost": short.stats["energy_lost"]}
+    return stored, Lost(whole.energy, short.stats.energy_lost)
 
 
-def share_lost(records: Iterable[Mapping[str, Any]]) -> float:
-    """Of the energy of the whole merged update, tensors that are not in the adapter included."""
-    pairs = [(record["energy"], record["share_lost"]) for record in records]
-    energy = sum(energy for energy, _ in pairs)
-    return sum(energy * share for energy, share in pairs) / energy if energy else 0.0
-
-
-def adapter_config(plan: Plan) -> bytes:
+def adapter_config(plan: Plan, roles: Roles, base_config: Mapping[str, Any]) -> bytes:
     """`adapter_config.json`: alpha is the rank, so that the factor on `B A` is 1."""
-    inside = [(job, job.factors[0].name) for job in plan.jobs if job.factors]
+    inside = [(job, job.factors[0].name) for job in plan.merged if job.factors]
     modules = [name.removeprefix(PREFIX).removesuffix(".lora_A.weight") for _, name in inside]
+    parameters = [m for m in modules if roles.lora_targets.get(f"{m}.weight") == "parameter"]
     config = {
         "peft_type": "LORA",
-        "task_type": None,
+        "task_type": task_type(base_config),
         "base_model_name_or_path": plan.recipe.base,
         "inference_mode": True,
         "r": plan.recipe.as_lora,
@@ -114,6 +122,7 @@ def adapter_config(plan: Plan) -> bytes:
         "bias": "none",
         "fan_in_fan_out": any(job.role.transposed for job, _ in inside),
         "init_lora_weights": True,
-        "target_modules": modules,
+        "target_modules": [module for module in modules if module not in parameters],
+        **({"target_parameters": [f"{module}.weight" for module in parameters]} if parameters else {}),
     }
     return json.dumps(config, indent=2).encode() + b"\n"

@@ -10,8 +10,8 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.methods import Calibration
-from acemerge.planning.jobs import Job, Plan
-from acemerge.tasks.networks import quiet_transformers
+from acemerge.models.quiet import need_transformers
+from acemerge.planning.jobs import ByRule, Plan
 from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
 
@@ -38,7 +38,7 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
         return (), ["calibration: no rule of this merge asks for it"]
     tasks = [_with_examples(task) for task in load_tasks(Path(recipe.calibration), labelled=False).tasks]
     _check(plan, wanting)
-    quiet_transformers()
+    need_transformers()
     named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
     owners = [_owner(task, named) for task in tasks]
     for i, (label, model) in enumerate(named):
@@ -60,13 +60,13 @@ def _with_examples(task: AnyTask) -> Task:
     return task
 
 
-def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[Job]:
+def calibrated_jobs(plan: Plan, wanted: Calibration | None = None) -> list[ByRule]:
     """The jobs whose rule wants measurements, of one kind or of any."""
-    kinds = [(job, job.method.needs.calibration) for job in plan.jobs if job.method]
+    kinds = [(job, job.method.needs.calibration) for job in plan.ruled]
     return [job for job, kind in kinds if kind is not None and wanted in (None, kind)]
 
 
-def _check(plan: Plan, wanting: Sequence[Job]) -> None:
+def _check(plan: Plan, wanting: Sequence[ByRule]) -> None:
     recipe = plan.recipe
     for given, what in ((recipe.slices, "slices of layers"), (recipe.vocabulary != "refuse", "vocabulary")):
         if given:
@@ -81,8 +81,8 @@ def _check(plan: Plan, wanting: Sequence[Job]) -> None:
         raise UsageError("calibration", what, "use orientation input, and policy default")
 
 
-def _is_entrywise(job: Job) -> bool:
-    return job.method is not None and job.method.needs.calibration == "gradients"
+def _is_entrywise(job: ByRule) -> bool:
+    return job.method.needs.calibration == "gradients"
 
 
 def _owner(task: Task, named: Sequence[tuple[str, str]]) -> int | None:

@@ -9,12 +9,15 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.methods.spectral import SPECTRAL_WORK
-from acemerge.planning.jobs import Job, Piece, Plan, pieces
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
+from acemerge.planning.pieces import Piece, pieces
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
-RESIDENT = 300_000_000
+RESIDENT = 315_000_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
+# Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
+_COUNTED = 16
 
 
 @dataclass(frozen=True)
@@ -28,43 +31,56 @@ class Cost:
     written: int
 
 
-def cost(piece: Piece, experts: int) -> Cost:
+def cost(piece: Piece[Job], experts: int) -> Cost:
     """The inputs; and with them, for a rule, T task vectors and what the rule works in, the result included.
 
     An expert's own values are let go of when its task vector is there.
     """
-    job, count = piece.job, piece.count
-    waiting, written = piece.bytes_in, bytes_written(piece)
-    if job.method is None:
-        return Cost(waiting, waiting + written + job.widens * 4 * count, written)
-    width = job.compute_dtype.itemsize
-    if job.keeps_low_rank:  # W_0 in the compute type takes the merged update, unless that stays factors
-        working = (count * width if job.factors is None else 0) + _low_rank_entries(
-            job, experts
-        ) * torch.float64.itemsize
-        return Cost(waiting, waiting + working + written, written)
-    slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
-    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
-    work += experts * _measured(job, rows, columns, count)
-    work += (experts + 1) * count if job.fused else 0  # the projections' own task vectors, and what is made of them
-    if job.factors:  # the merged update beside what its singular vectors take
-        work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
+    job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
+    if isinstance(job, Keep):
+        beside = job.widens * 4 * piece.count
+    elif isinstance(job, Merge) and job.keeps_low_rank:
+        # W_0 in the compute type takes the merged update, unless that stays factors.
+        whole = piece.count * job.compute_dtype.itemsize if job.factors is None else 0
+        beside = whole + _low_rank_entries(job, experts) * torch.float64.itemsize
+    else:
+        beside = _beside_task_vectors(job, piece, experts)
+    return Cost(waiting, waiting + beside + written, written)
+
+
+def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
+    """Bytes at the peak, beside all inputs, where task vectors are formed."""
+    waiting, count, width = piece.bytes_in, piece.count, job.compute_dtype.itemsize
     base = waiting // len(job.of_its_shape)
     deltas = (experts + 1) * count * width  # and W_0 in the same type
     differencing = max(waiting + 2 * count * width, base + deltas)
-    if job.vocabulary is not None and job.vocabulary.lending is not None:  # all are read before the first is made
+    if isinstance(job, MergeByToken) and job.vocabulary.lending is not None:  # all are read before the first is made
         differencing = waiting + deltas + 2 * count * width
-    if any(job.updates):  # factors are read and widened beside them, and DoRA works on a copy
+    if isinstance(job, Merge) and any(job.updates):  # factors are read and widened beside them, DoRA works on a copy
         factors = sum(f.count * width for update in job.updates if update for f in update.factors)
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
+    if job.method.needs.keep is not None:
+        differencing = max(differencing, base + deltas + _COUNTED * count)
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
-    return Cost(waiting, max(differencing, base + deltas + work * width) + widened + written, written)
+    return max(differencing, base + deltas + _work_entries(job, piece, experts) * width) + widened - waiting
 
 
-def _measured(job: Job, rows: int, columns: int, count: int) -> int:
+def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
+    """What a rule works in beside full task vectors."""
+    count = piece.count
+    slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
+    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
+    work += experts * _measured(job, rows, columns, count)
+    if isinstance(job, Merge) and job.fused:
+        work += (experts + 1) * count  # the projections' own task vectors, and what is made of them
+    if isinstance(job, Merge) and job.factors:  # the merged update beside what its singular vectors take
+        work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
+    return work
+
+
+def _measured(job: ByRule, rows: int, columns: int, count: int) -> int:
     """Entries of what was measured of one expert."""
-    assert job.method is not None
     if job.method.needs.calibration is None:
         return 0
     if job.method.needs.calibration == "gradients":
@@ -72,24 +88,23 @@ def _measured(job: Job, rows: int, columns: int, count: int) -> int:
     return count // max(1, rows * columns) * columns**2
 
 
-def bytes_written(piece: Piece) -> int:
+def bytes_written(piece: Piece[Job]) -> int:
     """What the output stores of a piece."""
-    if piece.job.factors is None:
-        return piece.count * piece.job.spec.dtype.itemsize
-    return sum(spec.nbytes for spec in piece.job.factors)
+    job = piece.job
+    if isinstance(job, Merge) and job.factors is not None:
+        return sum(spec.nbytes for spec in job.factors)
+    return piece.count * job.spec.dtype.itemsize
 
 
-def _cores(job: Job) -> tuple[int, int]:
+def _cores(job: Merge) -> tuple[int, int]:
     """The largest size that the cores of a job's updates may have."""
     _, rows, columns = job.matrices
-    assert job.method is not None
     one_sided = job.method.needs.factors == "left frame"
     return min(rows, job.rank + 1), columns if one_sided else min(columns, job.rank)
 
 
-def _low_rank_entries(job: Job, experts: int) -> int:
+def _low_rank_entries(job: Merge, experts: int) -> int:
     """What a merge from factors holds: some copies of the stacked factors, cores, and what the rule works in there."""
-    assert job.method is not None
     _, rows, columns = job.matrices
     (p, q), work = _cores(job), job.method.needs.work
     system = min(max(p, q), experts * min(p, q))  # the largest square matrix that comes of cores
@@ -97,9 +112,8 @@ def _low_rank_entries(job: Job, experts: int) -> int:
     return 6 * (rows + columns) * (job.rank + 1) + on_cores
 
 
-def _low_rank_operations(job: Job, experts: int) -> int:
+def _low_rank_operations(job: Merge, experts: int) -> int:
     """Bases of both sides by a QR and a product back, the rule on the cores, and the merged update itself."""
-    assert job.method is not None
     _, rows, columns = job.matrices
     bases = 6 * (rows + columns) * job.rank**2
     return bases + job.method.operations(experts, *_cores(job)) + 2 * rows * columns * (job.rank + 1)
@@ -110,12 +124,12 @@ def operations(plan: Plan) -> int:
     return sum(piece_operations(Piece(job), len(plan.experts)) for job in plan.jobs)
 
 
-def piece_operations(piece: Piece, experts: int) -> int:
+def piece_operations(piece: Piece[Job], experts: int) -> int:
     """Floating-point operations of a rule on a piece."""
     job = piece.job
-    if job.method is None:
+    if isinstance(job, Keep):
         return 0
-    if job.keeps_low_rank:
+    if isinstance(job, Merge) and job.keeps_low_rank:
         return _low_rank_operations(job, experts)
     slices, rows, columns = job.matrices
     whole = slices * job.method.operations(experts, rows, columns)
@@ -163,7 +177,7 @@ def in_flight(costs: Sequence[Cost], workers: int) -> int:
     return max(moments, default=0)
 
 
-def together(parts: Sequence[Piece], costs: Sequence[Cost]) -> Cost:
+def together(parts: Sequence[Piece[Job]], costs: Sequence[Cost]) -> Cost:
     """Pieces that are read and written as one but computed one after the other, small ones as a stack."""
     waiting, written = sum(c.waiting for c in costs), sum(c.written for c in costs)
     beside = (

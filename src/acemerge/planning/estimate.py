@@ -11,7 +11,8 @@ from statistics import median
 import torch
 
 from acemerge.planning.costs import piece_operations
-from acemerge.planning.jobs import Piece, Plan
+from acemerge.planning.jobs import Job, Keep, Merge, Plan
+from acemerge.planning.pieces import Piece
 
 # So many times as long as products of the same number of operations take what a rule does beside products,
 # factorings and solves, in small matrices: see `benchmarks/expected.py`.
@@ -71,7 +72,7 @@ def _seconds_of(work: Callable[[], object]) -> float:
     return median(calls)
 
 
-def piece_seconds(piece: Piece, experts: int, rates: Rates) -> float:
+def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
     """Of computing a piece and hashing its inputs, with all threads at work.
 
     A rule's own operations are products and factorings where it sees matrices, else steps over all entries; each
@@ -79,11 +80,12 @@ def piece_seconds(piece: Piece, experts: int, rates: Rates) -> float:
     """
     job = piece.job
     hashing = piece.bytes_in / (rates.hashing * rates.threads)
-    if job.method is None:
+    if isinstance(job, Keep):
         return hashing
+    low_rank = isinstance(job, Merge) and job.keeps_low_rank
     operations = piece_operations(piece, experts)
-    per_second = rates.products / _FACTORING if job.method.needs.matrix or job.keeps_low_rank else rates.entries
-    passes = 1 + (0 if job.keeps_low_rank else experts)
+    per_second = rates.products / _FACTORING if job.method.needs.matrix or low_rank else rates.entries
+    passes = 1 + (0 if low_rank else experts)
     return hashing + operations / per_second + passes * piece.count / rates.entries
 
 
@@ -91,5 +93,5 @@ def plan_seconds(plan: Plan, rates: Rates) -> float:
     """Of all tensors, about; disks that are slower than this add to it."""
     experts = len(plan.experts)
     computing = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs)
-    looking = sum(job.spec.count for job in plan.jobs if job.method and job.method.needs.keep is not None)
+    looking = sum(job.spec.count for job in plan.ruled if job.method.needs.keep is not None)
     return computing + 2 * experts * looking / rates.entries + plan.bytes_written / (rates.hashing * rates.threads)

@@ -1,12 +1,12 @@
-"""A plan is data: one job per tensor of the output, and the pieces in which a job may be done."""
+"""A plan is data: one job per tensor of the output, that says what becomes of it and why."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -14,21 +14,14 @@ from acemerge.checkpoints.adapter import Adapter, Update
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.methods import Method, keeps_low_rank
 from acemerge.models.projections import Fused
-from acemerge.models.roles import Role
+from acemerge.models.roles import LAYERS, Role
 from acemerge.models.vocabulary import Vocabulary
 from acemerge.recipes.recipe import Recipe
 
 OUTPUT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Entries of all models together in one piece: few enough to be one thread's work while others do theirs.
-_PIECE = 1 << 23
-# So few that calling for the work takes as long as the work.
-_TINY = 1 << 18
 
-Load = Literal["tiny", "medium", "large"]
-
-
-class Source(Protocol):
+class ModelHeader(Protocol):
     """A model as a plan sees it: names, shapes and types. What an adapter does not name is the base's own."""
 
     @property
@@ -43,7 +36,7 @@ class Source(Protocol):
     def absent(self) -> frozenset[str]: ...
 
 
-def is_whole(source: Source) -> bool:
+def is_whole(source: ModelHeader) -> bool:
     """Whether a model has all of its tensors, and not only updates of the base's."""
     return source.adapter is None or source.adapter.on_a_model
 
@@ -53,35 +46,21 @@ Input = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One tensor of the output: what it is, which rule makes it and why.
+class _Tensor:
+    """What is told of every tensor of the output: what it is, why it becomes what it does, and what is read for it.
 
-    `weights` are the experts' in the rule. `sources[i]` is the tensor's name in the i-th expert, empty where it has
-    none of its own and starts from the base's; `updates[i]` is what an adapter adds to that. `absent` are the numbers
-    of the experts that have no say in it. `copies` are further spellings of a tied tensor, whose bytes must agree.
-    `entrywise`: every entry of the result depends on the same entry of the inputs alone. `fused`: projections that the
-    rule gets one by one. `vocabulary`: which rows of the experts are which of the output. `widens`: inputs in fp8 are
-    float32 in memory of their own when they are taken. `factors`: where the output is an adapter, the A and B that it
-    holds of this tensor, none where it cannot; None where the tensor itself is stored.
-    `bytes_in` are those of all inputs, `compute_dtype` is the type of the work.
+    `sources[i]` is the tensor's name in the i-th expert, empty where it has none of its own and starts from the base's.
+    `copies` are further spellings of a tied tensor, whose bytes must agree. `widens`: inputs in fp8 are float32 in
+    memory of their own when they are taken. `bytes_in` are those of all inputs, `compute_dtype` is the type of the
+    work.
     """
 
     spec: TensorSpec
     role: Role
     reason: str
-    method: Method | None = None
-    weights: tuple[float, ...] = ()
-    transposed: bool = False
     sources: tuple[str, ...] = ()
-    updates: tuple[Update | None, ...] = ()
-    must_agree: bool = False
     copies: tuple[Input, ...] = ()
-    entrywise: bool = False
-    fused: Fused | None = None
-    vocabulary: Vocabulary | None = field(default=None, compare=False)
-    absent: frozenset[int] = frozenset()
     widens: bool = False
-    factors: tuple[TensorSpec, ...] | None = None
     bytes_in: int = 0
     compute_dtype: torch.dtype = torch.float32
 
@@ -89,67 +68,48 @@ class Job:
     def name(self) -> str:
         return self.spec.name
 
-    @property
-    def rule(self) -> str:
-        return self.method.name if self.method else "base"
-
-    @property
-    def stored(self) -> tuple[TensorSpec, ...]:
-        """What the output holds of it."""
-        return (self.spec,) if self.factors is None else self.factors
-
-    @property
-    def makes_masks(self) -> bool:
-        return self.method is not None and self.method.needs.masks
+    def first_spelling(self, model: int) -> str:
+        """What a model calls the tensor of which it has further copies."""
+        return self.sources[model - 1] if model else self.name
 
     @cached_property
-    def inputs(self) -> tuple[Input, ...]:
-        """Every tensor that the job reads, the base's own first."""
-        factors = tuple((i, f.name) for i, update in enumerate(self.updates, 1) if update for f in update.factors)
-        return (*self.of_its_shape, *factors)
+    def of_experts(self) -> tuple[Input, ...]:
+        """The experts' own tensors."""
+        return tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
 
     @cached_property
     def of_its_shape(self) -> tuple[Input, ...]:
-        """Those that are no factors."""
-        experts = tuple((i, name) for i, name in enumerate(self.sources, 1) if name)
-        return ((0, self.name), *experts, *self.copies)
+        """Every tensor that is read and is no factor, the base's own first."""
+        return ((0, self.name), *self.of_experts, *self.copies)
 
-    @cached_property
-    def factored(self) -> bool:
-        """Whether all that the experts change is given by factors, and these are what is merged.
 
-        A rule that looks at the input side has to see them, to know whether the experts share it.
-        """
-        given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
-        given = given and not self.absent
-        return self.method is not None and given and (self.method.needs.input_side or self._low_rank_pays)
+@dataclass(frozen=True, kw_only=True)
+class _ByRule(_Tensor):
+    """A tensor that a rule makes.
 
-    @property
-    def keeps_low_rank(self) -> bool:
-        """Whether no task vector is formed."""
-        return self.factored and self._low_rank_pays
+    `weights` are the experts' in the rule, `absent` the numbers of those that have no say. `transposed`: the rule gets
+    it the other way round than it is stored. `pool`: the rule of the recipe by its number, over whose tensors a share
+    of the whole model is taken.
+    """
 
-    @property
-    def _low_rank_pays(self) -> bool:
-        assert self.method is not None
-        _, rows, columns = self.matrices
-        parts = [self.fused.groups * size for size in self.fused.sizes] if self.fused else [rows]
-        return all(keeps_low_rank(self.method.needs, self.rank, (part, columns)) for part in parts)
+    method: Method
+    weights: tuple[float, ...]
+    absent: frozenset[int] = frozenset()
+    transposed: bool = False
+    pool: int = -1
 
     @property
-    def rank(self) -> int:
-        """Of all updates together that are given by factors."""
-        return sum(update.rank for update in self.updates if update)
+    def rule(self) -> str:
+        return self.method.name
+
+    @property
+    def makes_masks(self) -> bool:
+        return self.method.needs.masks
 
     @property
     def own_weights(self) -> tuple[float, ...]:
         """Of the experts that have a say in it."""
         return tuple(weight for i, weight in enumerate(self.weights) if i not in self.absent)
-
-    @property
-    def models(self) -> int:
-        """The base and the experts, and further copies: so many tensors of its shape are worked with."""
-        return 1 + (0 if self.keeps_low_rank else len(self.sources)) + len(self.copies)
 
     @property
     def matrices(self) -> tuple[int, int, int]:
@@ -161,56 +121,106 @@ class Job:
         return math.prod(shape[:-2]), rows, columns
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A job, or a range of its tensor's rows."""
+@dataclass(frozen=True, kw_only=True)
+class Keep(_Tensor):
+    """The base's own tensor. Experts that are named, as for an integer buffer, must have the same; `largest`: of a
+    counter of steps the largest of all.
+    """
 
-    job: Job
-    rows: tuple[int, int] | None = None
+    largest: bool = False
+
+    rule: ClassVar[str] = "base"
+    makes_masks: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = True
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.job.spec.shape
-        return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
+    def inputs(self) -> tuple[Input, ...]:
+        return self.of_its_shape
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(_ByRule):
+    """A tensor of the same shape in all models, merged by a rule.
+
+    `updates[i]` is what an adapter adds to the i-th expert's own. `entrywise`: every entry of the result depends on the
+    same entry of the inputs alone. `fused`: projections that the rule gets one by one. `factors`: where the output is
+    an adapter, the A and B that it holds of this tensor, none where it cannot; None where the tensor itself is stored.
+    """
+
+    updates: tuple[Update | None, ...] = ()
+    entrywise: bool = False
+    fused: Fused | None = None
+    factors: tuple[TensorSpec, ...] | None = None
 
     @cached_property
-    def count(self) -> int:
-        return math.prod(self.shape)
+    def inputs(self) -> tuple[Input, ...]:
+        factors = tuple((i, f.name) for i, update in enumerate(self.updates, 1) if update for f in update.factors)
+        return (*self.of_its_shape, *factors)
 
     @property
-    def bytes_in(self) -> int:
-        return self.job.bytes_in * self.count // max(1, self.job.spec.count)
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What the output holds of it."""
+        return (self.spec,) if self.factors is None else self.factors
 
     @property
-    def load(self) -> Load:
-        """How to compute it. Known from the piece alone: its bits may depend on how many threads do it."""
-        return "tiny" if self._entries <= _TINY else "medium" if self._entries <= _PIECE else "large"
+    def is_matrix(self) -> bool:
+        """Whether it is the weight of a linear layer, or a stack of such."""
+        return self.role.name in LAYERS and len(self.spec.shape) > 1 and self.spec.count > 0
+
+    @cached_property
+    def factored(self) -> bool:
+        """Whether all that the experts change is given by factors, and these are what is merged.
+
+        A rule that looks at the input side has to see them, to know whether the experts share it.
+        """
+        given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
+        given = given and not self.absent and len(self.spec.shape) == 2
+        return given and (self.method.needs.input_side or self._low_rank_pays)
 
     @property
-    def stack(self) -> int:
-        """How many pieces like this one may be worked on at once: as many as are small together."""
-        return max(1, _TINY // max(1, self._entries))
+    def keeps_low_rank(self) -> bool:
+        """Whether no task vector is formed."""
+        return self.factored and self._low_rank_pays
 
     @property
-    def _entries(self) -> int:
-        """Of all models together."""
-        return self.count * self.job.models
+    def _low_rank_pays(self) -> bool:
+        _, rows, columns = self.matrices
+        parts = [self.fused.groups * size for size in self.fused.sizes] if self.fused else [rows]
+        return all(keeps_low_rank(self.method.needs, self.rank, (part, columns)) for part in parts)
 
     @property
-    def is_last(self) -> bool:
-        return self.rows is None or self.rows[1] == self.job.spec.shape[0]
+    def rank(self) -> int:
+        """Of all updates together that are given by factors."""
+        return sum(update.rank for update in self.updates if update)
 
 
-def pieces(job: Job, split: bool) -> Iterator[Piece]:
-    """The job in ranges of rows if it is to be split and larger than one range, else in one piece."""
-    # Factors are no rows of the tensor.
-    rows = job.spec.shape[0] if split and job.spec.shape and not any(job.updates) else 0
-    step = max(1, _PIECE // (job.models * max(1, job.spec.count // max(1, rows))))
-    if rows <= step:
-        yield Piece(job)
-        return
-    for first in range(0, rows, step):
-        yield Piece(job, (first, min(first + step, rows)))
+@dataclass(frozen=True, kw_only=True)
+class MergeByToken(_ByRule):
+    """A tensor with a row per token, merged where the models' vocabularies differ.
+
+    `vocabulary` says which rows of the experts are which of the output.
+    """
+
+    vocabulary: Vocabulary = field(compare=False)
+    entrywise: ClassVar[bool] = False
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.of_its_shape
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        return (self.spec,)
+
+
+# One tensor of the output.
+ByRule = Merge | MergeByToken
+Job = Keep | ByRule
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 @dataclass(frozen=True)
@@ -241,9 +251,23 @@ class Plan:
         return self.recipe.as_lora is not None
 
     @property
+    def ruled(self) -> tuple[ByRule, ...]:
+        """The tensors that rules make."""
+        return tuple(job for job in self.jobs if not isinstance(job, Keep))
+
+    @property
+    def merged(self) -> tuple[Merge, ...]:
+        """Those that have the same rows in all models."""
+        return tuple(job for job in self.ruled if isinstance(job, Merge))
+
+    @property
+    def by_token(self) -> tuple[MergeByToken, ...]:
+        return tuple(job for job in self.ruled if isinstance(job, MergeByToken))
+
+    @property
     def vocabulary(self) -> Vocabulary | None:
         """How tokens were matched, where they were."""
-        return next((job.vocabulary for job in self.jobs if job.vocabulary), None)
+        return next((job.vocabulary for job in self.by_token), None)
 
     @property
     def bytes_read(self) -> int:
@@ -252,7 +276,7 @@ class Plan:
 
     @property
     def bytes_reread(self) -> int:
-        return 2 * sum(job.bytes_in for job in self.jobs if job.method and job.method.needs.keep is not None)
+        return 2 * sum(job.bytes_in for job in self.ruled if job.method.needs.keep is not None)
 
     @property
     def bytes_written(self) -> int:

@@ -11,17 +11,20 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.methods import check_experts
+from acemerge.methods import Method, check_experts, check_weights
 from acemerge.models.projections import fused_projections
-from acemerge.models.roles import Role, Roles
+from acemerge.models.roles import LAYERS, Role, Roles
 from acemerge.models.vocabulary import Tokens
 from acemerge.planning.adapter_fit import fit
-from acemerge.planning.jobs import OUTPUT_DTYPES, Head, Job, Plan, Source, is_whole
+from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
 from acemerge.planning.policy import Decision, Policy
+from acemerge.planning.surprises import of_recipe
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipes.recipe import Recipe
 
 _NO_PARAMETER = "no parameter of the architecture: the base's own"
+_COUNTER = "num_batches_tracked"  # of a batch norm: it says how long, not what was learnt
+_COUNTED = f"batch norms: their running statistics are averaged, of {_COUNTER} the largest is kept"
 _ROUNDED = (
     "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
     "merge unquantised checkpoints where there are any"
@@ -30,8 +33,8 @@ _ROUNDED = (
 
 def make_plan(
     recipe: Recipe,
-    base: Source,
-    experts: Sequence[Source],
+    base: ModelHeader,
+    experts: Sequence[ModelHeader],
     labels: Sequence[str],
     roles: Roles,
     tokens: Sequence[Tokens | None] = (),
@@ -50,20 +53,24 @@ def make_plan(
         raise UsageError(f"vocabulary {recipe.vocabulary}", what, "merge it into its base with peft first")
     planner.vocabulary = VocabularyPlanner(recipe, [base, *experts], labels, roles).match(tokens, planner.warnings)
     jobs = tuple(planner.sized(planner.job(names[0])) for names in planner.base_names.values())
-    for job in _distinct(job for job in jobs if job.method):
-        assert job.method is not None
-        check_experts(job.method, job.own_weights)
+    if any(isinstance(job, Keep) and job.largest and any(job.sources) for job in jobs):
+        planner.warnings.append(_COUNTED)
     heads = tuple(tuple(planner.heads(i)) for i in range(len(experts)))
     named = {"base": base} | {f"expert {label}": expert for label, expert in zip(labels, experts, strict=True)}
     dequantized = {who: model.float8 for who, model in named.items() if model.float8}
     if dequantized:
         planner.warnings.append(_ROUNDED)
-    return Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
+    planner.warnings += of_recipe(recipe, base.tensors.keys())
+    plan = Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
+    for job in _distinct(plan.ruled):
+        check_weights(job.method, job.weights)
+        check_experts(job.method, job.own_weights)
+    return plan
 
 
 class _Planner:
     def __init__(
-        self, recipe: Recipe, base: Source, experts: Sequence[Source], labels: Sequence[str], roles: Roles
+        self, recipe: Recipe, base: ModelHeader, experts: Sequence[ModelHeader], labels: Sequence[str], roles: Roles
     ) -> None:
         self.recipe, self.base, self.experts, self.labels, self.roles = recipe, base, experts, labels, roles
         self.policy = Policy(recipe, str(base.config.get("model_type", "")), base.tensors.keys())
@@ -77,7 +84,9 @@ class _Planner:
         self.backbone = counts.most_common(1)[0][0] if counts else ""
 
     def check_related(self) -> None:
-        matrices = {self.roles.identity[n] for n in self.base.tensors if self._is_matrix(n)} or self.base_names.keys()
+        matrices = {
+            self.roles.identity[n] for n in self.base.tensors if self.roles.by_name[n].name in LAYERS
+        } or self.base_names.keys()
         for label, expert, names in zip(self.labels, self.experts, self.expert_names, strict=True):
             ours, theirs = (source.config.get("model_type") for source in (self.base, expert))
             if ours and theirs and ours != theirs and not expert.absent:
@@ -88,13 +97,11 @@ class _Planner:
                 cure = "check that it comes from this base and that its names have no prefix of their own"
                 raise CheckpointError(f"expert {label}", "has no layer under a name of the base's", cure)
 
-    def _is_matrix(self, name: str) -> bool:
-        return self.roles.by_name[name].name in ("linear", "conv1d", "experts")
-
     def sized(self, job: Job) -> Job:
         """The job with the bytes that it reads and the type that it is computed in."""
         specs = [(self.base, *self.experts)[i].tensors[name] for i, name in job.of_its_shape]
-        specs += [factor for update in job.updates if update for factor in update.factors]
+        if isinstance(job, Merge):
+            specs += [factor for update in job.updates if update for factor in update.factors]
         wide = self.recipe.compute_dtype == "float64" or any(spec.dtype == torch.float64 for spec in specs)
         dtype = torch.float64 if wide else torch.float32
         widens = any(spec.dtype in FLOAT8.values() for spec in specs)
@@ -112,10 +119,9 @@ class _Planner:
                 if identity in fitted.updates:
                     what = f"its adapter changes {name!r}, whose rows are matched by token"
                     raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
-            job = by_token(out, role, decision, self.vocabulary, identity)
-            return replace(job, weights=self._weights(decision), absent=self._absent(name))
-        if decision.action != "merge":
-            return self._kept(out, role, decision.reason)
+            return by_token(out, role, decision, self.vocabulary, identity, self._weights(decision), self._absent(name))
+        if decision.method is None:
+            return Keep(out, role, decision.reason)
         if not spec.dtype.is_floating_point:
             return self._integer_job(out, role)
         sources = tuple(names.get(identity, [""])[0] for names in self.expert_names)
@@ -129,14 +135,14 @@ class _Planner:
         if not any(sources) and not any(updates):
             return self._base_only(out, role, lacking)
         if lacking and self._is_no_parameter(role):
-            return self._kept(out, role, _NO_PARAMETER)
+            return Keep(out, role, _NO_PARAMETER)
         if lacking:
-            raise CheckpointError(f"expert {lacking[0]}", f"lacks tensor {name!r}", keep_base(name))
+            raise self._lacks(lacking[0], name, "")
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found].shape != spec.shape:
                 return self._mismatched(out, role, label, expert.tensors[found].shape)
         self._refuse_integers(name, sources)
-        job = self._merge_job(out, role, decision, sources)
+        job = self._merge_job(out, role, decision, decision.method, sources)
         if absent:
             without = ", ".join(self.labels[i] for i in sorted(absent))
             job = replace(job, absent=absent, reason=f"{job.reason}, without {without}")
@@ -148,24 +154,33 @@ class _Planner:
         outside = [part is not None and part.experts[i] is None for i in range(len(self.experts))]
         return frozenset(i for i, expert in enumerate(self.experts) if outside[i] or identity in expert.absent)
 
-    def _merge_job(self, out: TensorSpec, role: Role, decision: Decision, sources: tuple[str, ...]) -> Job:
-        transposed = role.transposed and self.policy.orientation == "input"
+    def _merge_job(
+        self, out: TensorSpec, role: Role, decision: Decision, method: Method, sources: tuple[str, ...]
+    ) -> Merge:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
-        weights = self._weights(decision)
-        job = Job(out, role, decision.reason, decision.method, weights, transposed, sources, copies=tuple(copies))
-        job = self._by_projection(job)
-        # Whether an expert is skipped is only known when all of its tensor was seen.
-        entrywise = job.method is not None and job.method.needs.entrywise and self.recipe.nonfinite == "error"
-        return replace(job, entrywise=entrywise)
+        job = Merge(
+            out,
+            role,
+            decision.reason,
+            sources,
+            tuple(copies),
+            method=method,
+            weights=self._weights(decision),
+            transposed=role.transposed and self.policy.orientation == "input",
+            pool=decision.pool,
+            # Whether an expert is skipped is only known when all of its tensor was seen.
+            entrywise=method.needs.entrywise and self.recipe.nonfinite == "error",
+        )
+        return self._by_projection(job)
 
     def _weights(self, decision: Decision) -> tuple[float, ...]:
         return decision.weights or tuple(expert.weight for expert in self.recipe.experts)
 
-    def _by_projection(self, job: Job) -> Job:
+    def _by_projection(self, job: Merge) -> Merge:
         """The job with its fused projections apart, where the recipe asks for it and the rule sees a matrix."""
-        if not self.recipe.split_qkv or job.method is None or not job.method.needs.matrix or len(job.spec.shape) != 2:
+        if not self.recipe.split_qkv or not job.method.needs.matrix or len(job.spec.shape) != 2:
             return job
         fused = fused_projections(job.name, job.matrices[1], self.base.config)
         return job if fused is None else replace(job, fused=fused, reason=f"{job.reason}, q, k and v apart")
@@ -176,11 +191,8 @@ class _Planner:
         for label, fitted in zip(self.labels, self.fitted, strict=True):
             if identity in fitted.updates:
                 what = f"tensor {out.name!r} is kept apart for each expert, but its adapter has factors for it only"
-                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
+                raise CheckpointError(f"expert {label}", what, "merge the adapter into its model with peft first")
         self.kept_apart.add(identity)
-
-    def _kept(self, out: TensorSpec, role: Role, reason: str) -> Job:
-        return Job(out, role, reason, entrywise=True)
 
     def _output_dtype(self, spec: TensorSpec) -> torch.dtype:
         if self.recipe.dtype == "auto" or not spec.dtype.is_floating_point:
@@ -191,41 +203,58 @@ class _Planner:
         """The architecture is known and does not have it, as a mask that an older version saved."""
         return role.origin == "name" and self.roles.from_architecture
 
-    def _integer_job(self, out: TensorSpec, role: Role) -> Job:
+    def _integer_job(self, out: TensorSpec, role: Role) -> Keep:
         sources = tuple(out.name if out.name in expert.tensors else "" for expert in self.experts)
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
             if found and expert.tensors[found] != self.base.tensors[out.name]:
                 what = f"integer tensor {out.name!r} differs from the base's in type or shape"
-                raise CheckpointError(f"expert {label}", what, keep_base(out.name))
-        reason = "an integer buffer: must agree, copied"
-        return replace(self._kept(out, role, reason), sources=sources, must_agree=True)
+                raise CheckpointError(f"expert {label}", what, keep_apart(out.name))
+        if out.name.endswith(_COUNTER):
+            return Keep(out, role, "a counter of steps: the largest", sources, largest=True)
+        return Keep(out, role, "an integer buffer: must agree, copied", sources)
 
-    def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Job:
+    def _base_only(self, out: TensorSpec, role: Role, lacking: Sequence[str]) -> Keep:
         """No expert has it: the base's own head, unless it belongs to the backbone. Adapters and parts may lack it."""
         if not lacking:
             what = "no expert has this part" if self._absent(out.name) else "no adapter changes it"
-            return self._kept(out, role, f"{what}: the base's own")
+            return Keep(out, role, f"{what}: the base's own")
         if self._is_no_parameter(role):
-            return self._kept(out, role, _NO_PARAMETER)
+            return Keep(out, role, _NO_PARAMETER)
         if self._in_backbone(out.name):
-            what = f"lacks tensor {out.name!r}, as all experts do"
-            raise CheckpointError(f"expert {lacking[0]}", what, keep_base(out.name))
-        return self._kept(out, role, "no expert has it: the base's own")
+            raise self._lacks(lacking[0], out.name, ", as all experts do")
+        return Keep(out, role, "no expert has it: the base's own")
+
+    def _lacks(self, label: str, name: str, more: str) -> CheckpointError:
+        """The error of an expert without a tensor. No cure throws away values that an expert has."""
+        of = self.experts[self.labels.index(label)]
+        other = [n for n in _own_tensors(of) if self.roles.identity[n] not in self.base_names and self._in_backbone(n)]
+        wrapped = next((n for n in other if ".base_layer." in n or ".lora_" in n), "")
+        if wrapped:
+            more += f" and has {wrapped!r}: it was saved with an adapter in it"
+            cure = "merge that into it with peft (merge_and_unload) and save it again"
+        elif other:
+            more += f" and has {other[0]!r}, which the base lacks"
+            cure = "save both with save_pretrained of one version of transformers, so that their names agree"
+        else:
+            cure = keep_base(name) if more else f"fetch the expert again, or {keep_apart(name)}"
+        return CheckpointError(f"expert {label}", f"lacks tensor {name!r}{more}", cure)
 
     def _in_backbone(self, name: str) -> bool:
         """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
         return _group(self.roles.identity[name]) == self.backbone
 
-    def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Job:
+    def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Keep:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
         found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
-        if role.name in ("embedding", "output_head"):
+        if role.name in ("embedding", "output_head") and shape[1:] == out.shape[1:]:
             cure = "match the vocabularies by token with --vocabulary base or union"
+            if not is_whole(self.experts[self.labels.index(label)]):
+                cure = "merge it with peft into the base whose tokens it was trained with, and name that model"
             raise CheckpointError(f"expert {label}", found, cure)
         if role.name not in ("linear", "bias") or self._in_backbone(out.name):
             raise CheckpointError(f"expert {label}", found, "merge models of one size")
         self._keep_apart(out)
-        return self._kept(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
+        return Keep(out, role, "a task head, its shape differs: the base's, each expert's own in heads/")
 
     def _refuse_integers(self, name: str, sources: tuple[str, ...]) -> None:
         for label, expert, found in zip(self.labels, self.experts, sources, strict=True):
@@ -237,7 +266,8 @@ class _Planner:
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
         heads = []
-        for name, stored in self.experts[i].tensors.items():
+        for name in _own_tensors(self.experts[i]):
+            stored = self.experts[i].tensors[name]
             spec = plain(stored, self.experts[i].config)
             identity = self.roles.identity[name]
             if identity in self.kept_apart:
@@ -249,17 +279,22 @@ class _Planner:
         return heads
 
 
-def _distinct(jobs: Iterable[Job]) -> list[Job]:
+def _distinct(jobs: Iterable[ByRule]) -> list[ByRule]:
     """One job of each rule with each weights."""
     return list({(id(job.method), job.own_weights): job for job in jobs}.values())
 
 
 def keep_base(name: str) -> str:
-    """The cure that keeps the base's values of one tensor."""
+    """The cure that keeps the base's values of a tensor that no expert has."""
     return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
 
 
-def _own_tensors(source: Source) -> list[str]:
+def keep_apart(name: str) -> str:
+    """The cure that keeps the base's values in the output, and each expert's own beside it."""
+    return f"add the recipe rule {{match: {name}, action: heads}}: the base's stays, each expert's own goes to heads/"
+
+
+def _own_tensors(source: ModelHeader) -> list[str]:
     """What a model has whole, and not only an update of."""
     updates = source.adapter.updates if source.adapter else {}
     return [name for name in source.tensors if name not in updates or updates[name].replaces_base]

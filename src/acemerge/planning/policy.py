@@ -13,19 +13,21 @@ from acemerge.methods import Method
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role
 from acemerge.recipes.recipe import Recipe
-from acemerge.recipes.tables import TensorRule
 
 Action = Literal["merge", "base", "heads"]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tensor gets and why. `method` is set when it is merged, `weights` where they are not the experts'."""
+    """What one tensor gets and why. `method` is set when it is merged, `weights` where they are not the experts'.
+    `pool` is the number of the recipe's rule, -1 for the recipe's own method.
+    """
 
     action: Action
     reason: str
     method: Method | None = None
     weights: tuple[float, ...] | None = None
+    pool: int = -1
 
 
 class Policy:
@@ -47,21 +49,21 @@ class Policy:
         return "stored" if self._family else self._recipe.orientation
 
     def decide(self, spec: TensorSpec, role: Role) -> Decision:
-        found = self._rule_for(spec.name)
-        if found is None:
+        number = self._rule_for(spec.name)
+        if number is None:
             return self._paper(spec) if self._family else self._default(spec, role)
-        rule, method = found
+        rule, method = self._rules[number]
         reason = f"recipe rule {rule.match!r}"
         if method is None:
             return Decision(rule.action or "base", reason)
         self._check_shape(spec, role, method)
-        return Decision("merge", reason, method, rule.weights)
+        return Decision("merge", reason, method, rule.weights, number)
 
-    def _rule_for(self, name: str) -> tuple[TensorRule, Method | None] | None:
+    def _rule_for(self, name: str) -> int | None:
         """The first rule that matches. A recipe may name every tensor: plain names are looked up, not compared."""
         end = self._plain.get(name, len(self._rules))
         found = next((i for i in self._patterns if i < end and fnmatchcase(name, self._rules[i][0].match)), end)
-        return self._rules[found] if found < len(self._rules) else None
+        return found if found < len(self._rules) else None
 
     def _check_shape(self, spec: TensorSpec, role: Role, method: Method) -> None:
         if method.needs.matrix and len(spec.shape) != 2 and role.name != "experts":

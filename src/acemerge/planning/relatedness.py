@@ -10,7 +10,7 @@ import torch
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.errors import CheckpointError
-from acemerge.planning.jobs import Job, Plan, is_whole
+from acemerge.planning.jobs import ByRule, Plan, is_whole
 from acemerge.shapes import Float, Tensor
 
 # Layers and entries of each that are looked at: 1,000 entries of two unrelated models have a cosine of 0 +- 0.03.
@@ -70,14 +70,14 @@ def check_related(plan: Plan, base: Checkpoint, experts: Sequence[Checkpoint]) -
             raise CheckpointError(f"expert {relation.label}", what, cure)
 
 
-def _layers(plan: Plan, expert: int) -> list[Job]:
+def _layers(plan: Plan, expert: int) -> list[ByRule]:
     """Some layers from everywhere in the model, that an expert has."""
-    layers = [job for job in plan.jobs if job.method and job.role.name in ("linear", "conv1d")]
+    layers = [job for job in plan.ruled if job.role.name in ("linear", "conv1d")]
     layers = [job for job in layers if job.spec.count and job.sources[expert]]
     return layers[:: -(-len(layers) // _LAYERS) or 1]
 
 
-def _sample(checkpoint: Checkpoint, jobs: Sequence[Job], names: Sequence[str]) -> Float[Tensor, " n"]:
+def _sample(checkpoint: Checkpoint, jobs: Sequence[ByRule], names: Sequence[str]) -> Float[Tensor, " n"]:
     """The first rows of these tensors, one behind the other, in float64."""
     spans = []
     for job, name in zip(jobs, names, strict=True):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.models.depth import Layers, Stack, depth_of, stacked_config
+from acemerge.models.depth import Layers, LayerStack, depth_of, stacked_config
 from acemerge.planning.jobs import is_whole
 from acemerge.recipes.tables import SliceSpec
 
@@ -27,7 +27,7 @@ def stacked(
         if not is_whole(models[i]):
             raise CheckpointError(who[i], "is an adapter, which has no layers of its own", "merge it into its model")
     depths = {i: depth_of(models[i].tensors, who[i]) for i in sorted(used)}
-    stack = Stack(tuple(part.length for part in slices))
+    stack = LayerStack(tuple(part.length for part in slices))
     of_base: list[_Part] = [(part.base_from, part.base) for part in slices]
     of_experts: list[list[_Part]] = [[(i, p.experts[i - 1]) for p in slices] for i in range(1, len(models))]
     for i, layers in (part for parts in (of_base, *of_experts) for part in parts):
@@ -43,13 +43,17 @@ def stacked(
 _Part = tuple[int, tuple[int, int] | None]
 
 
-def _view(stack: Stack, parts: Sequence[_Part], models: Sequence[Checkpoint], own: int) -> Checkpoint:
+def _view(stack: LayerStack, parts: Sequence[_Part], models: Sequence[Checkpoint], own: int) -> Checkpoint:
     """A model with the tensors of these parts, one for each slice, under the output's names.
 
     An expert's adapter goes with its layers; the base's are those of the models alone.
     """
     tensors, places, updates, prints = {}, {}, {}, dict(models[own].fingerprints)
     adapter = models[own].adapter
+    fused = [name for name in adapter.updates if name not in models[own].tensors] if adapter else []
+    if fused:
+        what = f"its adapter changes {fused[0]!r}, which its model stores in parts"
+        raise CheckpointError(str(models[own].path), what, "merge it into its model with peft first")
     layers = [None if of is None else Layers(models[i].tensors, of[0]) for i, of in parts]
     for name, part, there in stack.names(layers):
         model = models[parts[part][0]]

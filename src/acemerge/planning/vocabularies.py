@@ -12,7 +12,7 @@ from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
-from acemerge.planning.jobs import Job, Source
+from acemerge.planning.jobs import Keep, MergeByToken, ModelHeader
 from acemerge.planning.policy import Decision
 from acemerge.recipes.recipe import Recipe
 
@@ -31,7 +31,7 @@ class VocabularyPlanner:
     """Looks at the tensors with a row per token in the base, `models[0]`, and in the experts."""
 
     recipe: Recipe
-    models: Sequence[Source]
+    models: Sequence[ModelHeader]
     labels: Sequence[str]
     roles: Roles
 
@@ -109,7 +109,7 @@ class VocabularyPlanner:
         of_tokens = self.roles.by_name[name].name in ("embedding", "output_head") or name.endswith(_HEAD_BIASES)
         return of_tokens and bool(spec.shape) and spec.shape[0] in sizes
 
-    def _vocabulary_size(self, model: Source) -> int:
+    def _vocabulary_size(self, model: ModelHeader) -> int:
         """The configuration's word where an embedding has so many rows, else the largest embedding's."""
         sizes = {s.shape[0] for n, s in model.tensors.items() if s.shape and self.roles.by_name[n].name == "embedding"}
         config = model.config.get("text_config") if "vocab_size" not in model.config else model.config
@@ -140,15 +140,25 @@ class VocabularyPlanner:
                 warnings.append(f"expert {label}: {count:,} tokens have other ids than in the base; {cure}")
 
 
-def by_token(out: TensorSpec, role: Role, decision: Decision, vocabulary: VocabularyOf, identity: str) -> Job:
+def by_token(
+    out: TensorSpec,
+    role: Role,
+    decision: Decision,
+    vocabulary: VocabularyOf,
+    identity: str,
+    weights: tuple[float, ...],
+    absent: frozenset[int],
+) -> Keep | MergeByToken:
     """The job of a tensor with a row per token."""
     rows, names = vocabulary.tensors[identity]
-    if decision.action != "merge" and rows.rows == out.shape[0] and rows.lending is None:
-        return Job(out, role, decision.reason, entrywise=True)
-    any_rule = rows.lending is not None and decision.method is not None
-    if decision.action != "merge" or not (any_rule or isinstance(decision.method, Average)):
+    method = decision.method
+    if method is None and rows.rows == out.shape[0] and rows.lending is None:
+        return Keep(out, role, decision.reason)
+    if method is None or (rows.lending is None and not isinstance(method, Average)):
         what = f"tensor {out.name!r} gets another rule than average"
         raise UsageError("vocabulary", what, "leave tensors with a row per token to the policy")
-    reason = f"{decision.reason}; {rows.reason}" if any_rule else rows.reason
-    shape = (rows.rows, *out.shape[1:])
-    return Job(replace(out, shape=shape), role, reason, decision.method, sources=names, vocabulary=rows)
+    reason = rows.reason if rows.lending is None else f"{decision.reason}; {rows.reason}"
+    spec = replace(out, shape=(rows.rows, *out.shape[1:]))
+    return MergeByToken(
+        spec, role, reason, names, method=method, weights=weights, absent=absent, pool=decision.pool, vocabulary=rows
+    )

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
-from acemerge.methods import Method
-from acemerge.models.depth import Stack
+from acemerge.methods import Method, as_table
+from acemerge.models.depth import LayerStack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
-from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import KeyPath, expanded, explain, read_yaml, relative_to
 
 OutputDtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["float32", "float64"]
@@ -116,7 +116,7 @@ class Recipe(Strict):
         """The slice that a tensor of the output is in, None where there are none."""
         if not self.slices:
             return None
-        return self.slices[Stack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
+        return self.slices[LayerStack(tuple(part.length for part in self.slices)).slice_of(name)[0]]
 
     def assets_number(self, labels: Sequence[str]) -> int | None:
         """The model that `assets` names: 0 for the base, i for the i-th expert, by its label or as it was named."""
@@ -138,23 +138,34 @@ def make_recipe(content: Mapping[str, Any], where: object = "recipe") -> Recipe:
 
 
 def load_recipe(
-    path: Path, overrides: Mapping[str, Any], method: str | None = None, params: Mapping[str, Any] | None = None
+    path: Path,
+    overrides: Mapping[str, Any],
+    method: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    allow_pickle: bool = False,
 ) -> Recipe:
     """Read a recipe file. Relative folders in it are relative to the file; what is no folder may be a Hub id.
 
-    `overrides` win over its keys, `method` over its rule, and `params` over the rule's parameters.
+    `overrides` win over its keys, `method` over its rule, `params` over the rule's parameters and `weights` over those
+    of its experts. `allow_pickle` is for models whose headers a mergekit recipe's values depend on.
     """
     content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
-    if is_mergekit(content):
-        return _from_mergekit(content, path, overrides, method, params)
+    if is_mergekit(content, path):
+        if weights is not None:
+            raise UsageError(path, "--weights does not go with a mergekit recipe", "change the file")
+        return _from_mergekit(content, path, overrides, method, params, allow_pickle)
     if isinstance(content.get("base"), str):
         content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
     if isinstance(content.get("calibration"), str):  # never on the Hub
-        content["calibration"] = str(path.parent / content["calibration"])
+        content["calibration"] = str(path.parent / expanded(content["calibration"]))
     rule = with_params(method or content.get("method", "ace"), params or {})
-    return make_recipe({**content, "method": rule, **overrides}, path)
+    content = {**content, "method": rule, **overrides}
+    if isinstance(content.get("experts"), list):
+        content["experts"] = with_weights(content["experts"], weights, "--weights")
+    return make_recipe(content, path)
 
 
 def _from_mergekit(
@@ -163,6 +174,7 @@ def _from_mergekit(
     overrides: Mapping[str, Any],
     method: str | None,
     params: Mapping[str, Any] | None,
+    allow_pickle: bool,
 ) -> Recipe:
     """A mergekit YAML decides models and rules itself: only options that leave them alone go with it."""
     decided = [key for key in ("base", "experts", "scale", "policy") if key in overrides]
@@ -171,17 +183,45 @@ def _from_mergekit(
         raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
-        return open_checkpoint(locate(model, allow_pickle=False, quiet=True).path, dequantize=True).tensors
+        path = locate(model, allow_pickle, quiet=True).path
+        return open_checkpoint(path, allow_pickle, dequantize=True).tensors
 
     found = from_mergekit(content, path, lambda model: relative_to(path.parent, model), headers)
     return make_recipe({**found, **overrides}, path)
 
 
 def with_params(method: Any, params: Mapping[str, Any]) -> Any:
-    """A rule, by name or as a table, with more parameters; what is neither is left to the validation."""
-    if isinstance(method, str):
-        return {"name": method, **params}
-    return {**method, **params} if isinstance(method, dict) else method
+    """A rule with more parameters, as a table; what is no rule is left to the validation."""
+    return {**as_table(method), **params} if isinstance(method, str | Mapping | Method) else method
+
+
+def with_weights(experts: Sequence[Any], weights: Sequence[float] | None, where: str = "weights") -> list[Any]:
+    """The experts, each a path or a table, with these weights; UsageError where their number differs."""
+    if weights is None:
+        return list(experts)
+    if len(weights) != len(experts):
+        raise UsageError(where, f"{len(weights)} weights for {len(experts)} experts", "give one weight each")
+    pairs = zip(experts, weights, strict=True)
+    return [{**(e if isinstance(e, dict) else {"model": e}), "weight": weight} for e, weight in pairs]
+
+
+def parse_weights(text: str) -> list[float]:
+    """`1,0.5` to numbers."""
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise UsageError("--weights", f"{text!r} are no numbers", "write for example --weights 1,0.5") from None
+
+
+def parse_expert(text: str) -> Any:
+    """`PATH=0.5` to an expert with its weight; a path that exists under that very name is one."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or files.kind(Path(text)) != "nothing":
+        return text
+    try:
+        return {"model": path, "weight": float(weight)}
+    except ValueError:
+        return text
 
 
 def _locate_expert(folder: Path, expert: Any) -> Any:
@@ -204,25 +244,8 @@ def parse_settings(settings: list[str]) -> dict[str, Any]:
     return params
 
 
-_SIZE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """`5GB` or `512MiB` to bytes."""
-    compact = text.strip().upper().replace(" ", "")
-    digits = compact.rstrip("BIKMGT")
-    try:
-        size = float(digits) * _SIZE_UNITS[compact[len(digits) :]]
-    except (ValueError, KeyError):
-        size = math.nan
-    if not 1 <= size < 1 << 62:
-        raise UsageError(f"size {text!r}", "not a size in bytes", "write for example 5GB or 512MiB")
-    return int(size)
-
-
 def _explain(failure: ValidationError, where: object) -> UsageError:
-    def owner(place: Place) -> type[BaseModel]:
+    def owner(place: KeyPath) -> type[BaseModel]:
         models: dict[str, type[BaseModel]] = {"experts": ExpertSpec, "rules": TensorRule, "slices": SliceSpec}
         return models.get(str(place[0]), Recipe) if len(place) > 1 else Recipe
 

@@ -12,8 +12,10 @@ import torch
 from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
 from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
+from acemerge.methods.status import Status, spelled
 from acemerge.models.depth import layer_number, places_in_layers
-from acemerge.output.records import branch, figure
+from acemerge.models.roles import LAYERS
+from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
 
@@ -40,16 +42,18 @@ class Facts:
 def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str, scores: Scores | None = None) -> Facts:
     """All that the page says."""
     labels: list[str] = manifest["experts"]
-    records: Records = manifest["tensors"]
+    records = records_of(manifest)
     energies = total_energies(labels, records)
     parts = places_in_layers(records.keys())
     rows = [_row(name, parts[name], record, labels, seen) for name, record in records.items()]
     advice = [Advice(warning, "") for warning in manifest.get("warnings", ())]
-    advice += of_statuses({name: record for name, record in records.items() if record.get("status") != "no update"})
-    gammas = [figure(record, "gamma") for record in records.values() if "gamma" in record or "slices" in record]
+    said = [record.stats for record in records.values() if record.stats.statuses != (Status.NO_UPDATE,)]
+    advice += of_statuses(stats.statuses for stats in said)
+    gammas = [stats.largest(lambda part: part.gamma) for stats in said if stats.branch or stats.slices]
     method = manifest["recipe"].get("method", {})
     tau = method.get("tau", 0.3) if method.get("name") == "ace" else None
-    advice += of_energies(labels, energies, gammas, tau)
+    known = {str(line) for line in advice}
+    advice += [line for line in of_energies(labels, energies, gammas, tau) if str(line) not in known]
     if seen is not None:
         layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)
@@ -70,13 +74,10 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
 
 # --- tensors -------------------------------------------------------------------------------------------------
 
-LAYERS = ("linear", "conv1d", "experts")
 _HEAT = ("energy", "gamma", "branch", "condition", "cancelled")
 
 
-def _row(
-    name: str, part: str, record: Mapping[str, Any], labels: Sequence[str], seen: LookBack | None
-) -> dict[str, Any]:
+def _row(name: str, part: str, record: TensorRecord, labels: Sequence[str], seen: LookBack | None) -> dict[str, Any]:
     energies = energies_of(record, labels)
     total = sum(energies) if energies else None
     largest = max(range(len(labels)), key=lambda t: energies[t]) if energies and total else None
@@ -85,18 +86,18 @@ def _row(
         "name": name,
         "layer": layer_number(name),
         "part": part,
-        "role": str(record.get("role", "")),
-        "rule": str(record.get("rule", "")),
-        "reason": str(record.get("reason", "")),
-        "status": str(record.get("status", "")),
+        "role": record.role,
+        "rule": record.rule,
+        "reason": record.reason,
+        "status": spelled(record.stats.statuses),
         "energy": total,
-        "gamma": figure(record, "gamma"),
-        "branch": branch(record),
-        "condition": figure(record, "condition"),
+        "gamma": record.stats.largest(lambda part: part.gamma),
+        "branch": record.stats.branches,
+        "condition": record.stats.largest(lambda part: part.condition),
         "cancelled": None if probe is None else probe.sums.cancelled,
         "largest": "" if largest is None else labels[largest],
         "share": None if largest is None or not energies or not total else energies[largest] / total,
-        "seconds": _seconds_of(record),
+        "seconds": record.seconds,
     }
 
 
@@ -109,15 +110,10 @@ def _shares(labels: Sequence[str], records: Records) -> list[dict[str, Any]]:
     ]
 
 
-def _seconds_of(record: Mapping[str, Any]) -> float:
-    found = record.get("seconds")
-    return float(found) if isinstance(found, int | float) else 0.0
-
-
 def _seconds(records: Records) -> list[dict[str, Any]]:
     sums: dict[int | None, float] = {}
     for name, record in records.items():
-        sums[layer_number(name)] = sums.get(layer_number(name), 0.0) + _seconds_of(record)
+        sums[layer_number(name)] = sums.get(layer_number(name), 0.0) + record.seconds
     ordered = sorted(sums.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
     return [{"layer": "rest" if layer is None else str(layer), "seconds": seconds} for layer, seconds in ordered]
 

@@ -27,7 +27,7 @@ Key = tuple[What, str, str | None, str | None]
 
 
 @dataclass(frozen=True)
-class Input:
+class PackInput:
     """A model, or one split of a data set: `id` as the pack names it, and the bytes of its files in a commit."""
 
     what: What
@@ -65,7 +65,7 @@ class Input:
         return sum(self.sizes[name] for name in missing)
 
 
-def find_inputs(pack: Pack, tasks: Sequence[str], out: Path | None, allow_pickle: bool) -> list[Input]:
+def find_inputs(pack: Pack, tasks: Sequence[str], out: Path | None, allow_pickle: bool) -> list[PackInput]:
     """All that is needed: of the commits that an earlier run in `out` had, else as the Hub says now."""
     known = {} if out is None else _read(out / INPUTS)
     models: list[Key] = [("model", model, None, None) for model in dict.fromkeys(pack.models)]
@@ -83,8 +83,8 @@ def _data_key(task: Mapping[str, Any]) -> Key:
     return "data set", task["data"], task.get("subset"), task["split"]
 
 
-def _of_model(model: str, allow_pickle: bool) -> Input:
-    entry = Input("model", model, "", {})
+def _of_model(model: str, allow_pickle: bool) -> PackInput:
+    entry = PackInput("model", model, "", {})
     listing = list_files(entry.wanted, "model")
     names = needed_files(entry.wanted, list(listing.sizes), allow_pickle)
     for index in filter(None, map(_INDEX.fullmatch, names)):
@@ -93,10 +93,10 @@ def _of_model(model: str, allow_pickle: bool) -> Input:
     return replace(entry, commit=listing.commit, sizes={name: listing.sizes[name] for name in names})
 
 
-def _of_data(key: Key) -> Input:
+def _of_data(key: Key) -> PackInput:
     """The parquet files of a split: `SUBSET/SPLIT-*.parquet`, or `data/SPLIT-*.parquet` without a subset."""
     _, data, subset, split = key
-    entry = Input("data set", data, "", {}, subset, split)
+    entry = PackInput("data set", data, "", {}, subset, split)
     listing = list_files(entry.wanted, "data set")
     names = re.compile(rf"{re.escape(subset or 'data')}/{re.escape(str(split))}-[^/]*\.parquet")
     sizes = {name: nbytes for name, nbytes in listing.sizes.items() if names.fullmatch(name)}
@@ -108,7 +108,7 @@ def _of_data(key: Key) -> Input:
     return replace(entry, commit=listing.commit, sizes=sizes)
 
 
-def fetch(inputs: Sequence[Input], out: Path, options: RunOptions) -> tuple[dict[str, str], dict[Key, str]]:
+def fetch(inputs: Sequence[PackInput], out: Path, options: RunOptions) -> tuple[dict[str, str], dict[Key, str]]:
     """Fetch what is not cached: what is read for every model id, and the folder of every data set's split.
 
     Commits are kept in `out` first. A base that has pickled weights only is written as safetensors, as data.
@@ -139,11 +139,11 @@ def _converted(model: str, out: Path, options: RunOptions) -> str:
     return str(folder)
 
 
-def _read(path: Path) -> dict[Key, Input]:
+def _read(path: Path) -> dict[Key, PackInput]:
     if files.kind(path) == "nothing":
         return {}
     try:
-        found = [Input(**entry) for entry in json.loads(files.read_small(path, _MOST))]
+        found = [PackInput(**entry) for entry in json.loads(files.read_small(path, _MOST))]
     except (ValueError, TypeError):
         raise UsageError(path, "is not what acemerge wrote", "remove it, or choose another folder") from None
     return {entry.key: entry for entry in found}

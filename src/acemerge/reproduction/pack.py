@@ -21,7 +21,7 @@ BASE, MEAN, OF_EXPERTS = "base", "mean", "of experts"
 _FOLDER = Path(__file__).parent / "packs"
 
 
-class Source(Strict):
+class Reference(Strict):
     """Where a number was published, and what is to be known of it."""
 
     title: str
@@ -50,7 +50,7 @@ class Pack(Strict):
     experts: Mapping[str, str]
     rules: Mapping[str, Mapping[str, Any]]
     tasks: Sequence[Mapping[str, Any]]
-    sources: Mapping[str, Source] = {}
+    sources: Mapping[str, Reference] = {}
     published: Sequence[Published] = ()
     notes: Sequence[str] = ()
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from acemerge.checkpoints import files
 from acemerge.errors import AcemergeError
-from acemerge.evaluation.run import Run, ScoreTask, score_task
+from acemerge.evaluation.evaluate import Run, ScoreTask, score_task
 from acemerge.evaluation.tables import Score
 from acemerge.output.folder import MANIFEST
 from acemerge.output.manifest import versions

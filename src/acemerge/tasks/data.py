@@ -24,7 +24,7 @@ Row = Mapping[Column, Any]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """A file, or a data set by its Hub id or folder, with what `datasets` needs to know of it.
 
     With `limit` no more than so many of its examples, spread evenly over all.
@@ -43,7 +43,7 @@ class Source:
         return [i * count // self.limit for i in range(self.limit)]
 
 
-def read_columns(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+def read_columns(source: DataSource, wanted: Sequence[Column]) -> list[Sequence[Any]]:
     """The wanted columns, in that order. UsageError names the file, the row or the column that is wrong."""
     path = Path(source.data)
     read = _READERS.get(path.suffix.lower())
@@ -110,20 +110,39 @@ _READERS: dict[str, Callable[[Path, Sequence[Column]], Iterator[Row]]] = {
 }
 
 
-def _from_datasets(source: Source, wanted: Sequence[Column]) -> list[Sequence[Any]]:
-    """Columns of a data set on the Hub, or of parquet files here; loading scripts are never run."""
-    table = _load_dataset(source)
+def _from_datasets(source: DataSource, wanted: Sequence[Column]) -> list[Sequence[Any]]:
+    """Columns of a data set on the Hub, or of parquet files here; loading scripts are never run.
+
+    They are taken as they are stored: `datasets` would open whatever path or address a value names, where the file's
+    own metadata calls its column one of images or sounds.
+    """
+    table = _load_table(source)
     for column in wanted:
         if column not in table.column_names:
             raise UsageError(source.data, f"has no column {column!r}", nearest(str(column), list(table.column_names)))
     if not len(table):
         raise UsageError(source.data, "has no examples", "name another split")
     if source.limit is not None:
-        table = table.select(source.chosen(len(table)))
-    return [table[column] for column in wanted]
+        table = table.take(list(source.chosen(len(table))))
+    return [_Stored(table[column]) for column in wanted]
 
 
-def _load_dataset(source: Source) -> Any:
+class _Stored(Sequence[Any]):
+    """The values of an Arrow column, each made when it is asked for: pictures need not be there all at once."""
+
+    def __init__(self, column: Any) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, i: Any) -> Any:
+        found = self._column[i]
+        return found.to_pylist() if isinstance(i, slice) else found.as_py()
+
+
+def _load_table(source: DataSource) -> Any:
+    """As an Arrow table."""
     path, there = Path(source.data), files.kind(Path(source.data))
     wanted = None if path.suffix.lower() in FILE_SUFFIXES else hub_id(source.data)
     if wanted is not None and wanted.folder is not None:
@@ -138,10 +157,13 @@ def _load_dataset(source: Source) -> Any:
     try:
         if wanted is not None:
             revision = source.revision or wanted.revision
-            return datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
+            found = datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
+            return found.with_format("arrow")[:]
+        import pyarrow
         from pyarrow import parquet
 
-        return datasets.Dataset(parquet.read_table(_parquet_files(path, source.split)))  # no copy in a cache
+        parts = [parquet.ParquetFile(file).read() for file in _parquet_files(path, source.split)]
+        return pyarrow.concat_tables(parts, promote_options="default").replace_schema_metadata(None)
     except AcemergeError:
         raise
     except Exception as failure:  # of whichever of its many parts could not read it
@@ -151,15 +173,21 @@ def _load_dataset(source: Source) -> Any:
 def _parquet_files(path: Path, split: str | None) -> list[str]:
     """The file, or those of the folder in the order of their names; with a split `SPLIT-*.parquet`, as on the Hub."""
     root = files.resolve(path)
-    if files.kind(root) == "file":
-        return [str(root)]
+    if files.kind(root) != "folder":
+        return [_regular(root)]
     beginning = "" if split is None else f"{split}-"
     names = [n for n in files.list_folder(root) if n.endswith(".parquet") and n.startswith(beginning)]
     if not names:
         raise UsageError(
             path, f"holds no {beginning and f'{beginning}*'}.parquet files", f"use {', '.join(_READERS)} or .parquet"
         )
-    return [str(contained(root, name)) for name in names]
+    return [_regular(contained(root, name)) for name in names]
+
+
+def _regular(path: Path) -> str:
+    """The path of an ordinary file: a FIFO or a device would be waited for without an end."""
+    files.close(files.open_for_reading(path))
+    return str(path)
 
 
 def _library() -> Any:

@@ -13,7 +13,7 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.shapes import Int, Tensor
-from acemerge.tasks.data import Source, as_classes, as_numbers, as_texts, read_columns, read_text
+from acemerge.tasks.data import DataSource, as_classes, as_numbers, as_texts, read_columns, read_text
 from acemerge.tasks.heads import Heads
 from acemerge.tasks.images import open_images, pixels
 from acemerge.tasks.networks import SEQUENCES, Model, Scorer, classifier, load_whole, pooled
@@ -110,8 +110,8 @@ def check_classes(task: Classification | Images | ZeroShot, labels: npt.NDArray[
         raise UsageError(where, f"f1 is of two classes, and the head has {rows}", "use accuracy or matthews")
 
 
-def source(task: Task) -> Source:
-    return Source(task.data, task.subset, task.split, task.revision, task.limit)
+def source(task: Task) -> DataSource:
+    return DataSource(task.data, task.subset, task.split, task.revision, task.limit)
 
 
 def _names(owner: Model, scorer: Scorer) -> Sequence[str] | None:

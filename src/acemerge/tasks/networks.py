@@ -15,7 +15,8 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import in_words, locate
 from acemerge.checkpoints.lora import is_adapter
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError
+from acemerge.models.quiet import need_transformers, quiet_transformers
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.heads import Heads
 
@@ -114,12 +115,11 @@ def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
 
 def _head_rows(model: Model, auto_class: str, heads: Heads) -> int:
     """The rows of the task's head: the size that a model without values has where the number of labels changes it."""
-    transformers = quiet_transformers()
     shapes = []
     for rows in (2, 3):
         config = load("AutoConfig", model.path, num_labels=rows)
         try:
-            with torch.device("meta"):
+            with quiet_transformers() as transformers, torch.device("meta"):
                 empty = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
         except Exception as failure:
             what = f"cannot be made by {auto_class} ({in_words(failure)})"
@@ -176,22 +176,13 @@ def load_whole(auto_class: str, model: Model, unused: str | None = None) -> Any:
 
 def load(auto_class: str, path: Path, **options: Any) -> Any:
     """`transformers.AUTO_CLASS.from_pretrained` of a folder here, silent, never with the folder's own code."""
-    transformers = quiet_transformers()
+    need_transformers()
     root = files.resolve(path)
     try:
-        return getattr(transformers, auto_class).from_pretrained(str(root), trust_remote_code=False, **options)
+        with quiet_transformers() as transformers:
+            return getattr(transformers, auto_class).from_pretrained(str(root), trust_remote_code=False, **options)
     except Exception as failure:  # of whichever part of it could not make sense of the folder
         what = f"cannot be loaded by {auto_class} ({in_words(failure)})"
         raise CheckpointError(path, what, "check that the folder is complete and of a kind that the task needs") from (
             failure
         )
-
-
-def quiet_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError("transformers", "is not installed", "pip install 'acemerge[hf]'") from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers

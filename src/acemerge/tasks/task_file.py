@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from acemerge.errors import UsageError, nearest
 from acemerge.recipes.labels import expert_labels
-from acemerge.recipes.yaml_file import Place, explain, read_yaml, relative_to
+from acemerge.recipes.yaml_file import KeyPath, explain, read_yaml, relative_to
 from acemerge.tasks.harness_file import is_task_file
 
 # A column by its name, or by its number in a file that has no line of names.
@@ -212,7 +212,7 @@ def _locate(folder: Path, task: Any) -> Any:
 
 
 def _explain(failure: ValidationError, path: Path) -> UsageError:
-    def owner(place: Place) -> type[BaseModel]:
+    def owner(place: KeyPath) -> type[BaseModel]:
         return KINDS[str(place[2])] if len(place) > 2 else Tasks
 
     for error in failure.errors():

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from acemerge.errors import UsageError
-from acemerge.methods import METHODS, make
+from acemerge.methods import METHODS, load_installed, make
 from acemerge.methods.about import parameters
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.ui.folders import Folders
@@ -17,6 +17,7 @@ from acemerge.ui.folders import Folders
 
 def rules() -> list[str]:
     """The rules to choose from; those that are there for mergekit's recipes belong to files."""
+    load_installed()
     return [name for name in METHODS if not name.startswith("mergekit_")]
 
 

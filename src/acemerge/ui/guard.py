@@ -12,11 +12,13 @@ from __future__ import annotations
 import re
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from http.cookies import CookieError, SimpleCookie
+from collections.abc import Awaitable, Callable, MutableMapping
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -34,6 +36,7 @@ _SAME += "base-uri 'self'; form-action 'none'; frame-ancestors 'none'"
 # A report is a file that somebody may have put there: it may draw, and reach nothing, this page included.
 _ALONE = "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; "
 _ALONE += "style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_ALWAYS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 
 
 class Guard:
@@ -47,37 +50,44 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
-            await self._answer(scope, receive, send)
+            answer = self._answer(Request(scope))
+            if answer is None:
+                await self._app(scope, receive, _with_policy(send, scope["path"]))
+            else:
+                await answer(scope, receive, send)
         else:  # the page opens no other connections
             await send({"type": "websocket.close", "code": 1008})
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        refusal = self.refusal(scope["path"], headers, given)
+    def _answer(self, request: Request) -> Response | None:
+        """What is said in the place of the page: why not, or where the link leads."""
+        refusal = self._refusal(request)
         if refusal:
-            await _say(send, 403, f"acemerge: {refusal}\n")
-        elif given:
-            cookie = f"{self._cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
-            await _say(send, 303, "", (b"location", b"/"), (b"set-cookie", cookie.encode()))
-        else:
-            await self._app(scope, receive, _with_policy(send, scope["path"]))
+            return PlainTextResponse(f"acemerge: {refusal}\n", 403, headers=_ALWAYS)
+        if not request.query_params.get("token"):
+            return None
+        answer = RedirectResponse("/", 303, headers=_ALWAYS)
+        answer.set_cookie(self._cookie, self.token, httponly=True, samesite="strict")
+        return answer
 
-    def refusal(self, path: str, headers: Mapping[str, str], token: str = "") -> str:
+    def _refusal(self, request: Request) -> str:
         """Why a request is refused, if it is."""
-        host = headers.get("host", "")
+        path, host, origin = request.scope["path"], request.headers.get("host", ""), request.headers.get("origin")
+        token = request.query_params.get("token") or request.cookies.get(self._cookie, "")
         if not self._is_ours(host):
             return f"{host[:80]!r} is not a name of this machine; use the address that acemerge ui printed"
-        if "origin" in headers and urlsplit(headers["origin"]).netloc != host:
+        if origin is not None and _host_of(origin) != host:
             return "the request comes from another page; use the one that acemerge ui printed"
-        if path not in _OPEN and not _same(token or self._from_cookie(headers.get("cookie", "")), self.token):
+        if path not in _OPEN and not secrets.compare_digest(token.encode(), self.token.encode()):
             return "the link is not of this run; use the one that acemerge ui printed"
         if not _PATHS.fullmatch(path) or ".." in path:
             return "nothing is served there; go back to the page"
         return ""
 
     def _is_ours(self, host: str) -> bool:
-        """A name is only ever one of ours; a number cannot be pointed elsewhere."""
+        """A name is only ever one of ours; a number cannot be pointed elsewhere.
+
+        Starlette's own list of hosts takes names alone, and where the page listens on every address any may be asked.
+        """
         name = host.rpartition(":")[0] if re.search(r":\d+$", host) else host
         try:
             ip_address(name.strip("[]"))
@@ -85,21 +95,10 @@ class Guard:
             return name.lower() in self._names
         return True
 
-    def _from_cookie(self, header: str) -> str:
-        try:
-            found = SimpleCookie(header).get(self._cookie)
-        except CookieError:
-            return ""
-        return "" if found is None else found.value
-
-
-def _same(given: str, token: str) -> bool:
-    return secrets.compare_digest(given.encode(), token.encode())
-
 
 def _with_policy(send: Send, path: str) -> Send:
-    policy = _ALONE if path.startswith("/report/") else _SAME
-    added = [(b"content-security-policy", policy.encode()), *_ALWAYS]
+    policy = {"content-security-policy": _ALONE if path.startswith("/report/") else _SAME}
+    added = [(name.encode(), value.encode()) for name, value in (policy | _ALWAYS).items()]
 
     async def send_on(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -109,10 +108,9 @@ def _with_policy(send: Send, path: str) -> Send:
     return send_on
 
 
-_ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
-
-
-async def _say(send: Send, status: int, text: str, *headers: tuple[bytes, bytes]) -> None:
-    kind = (b"content-type", b"text/plain; charset=utf-8")
-    await send({"type": "http.response.start", "status": status, "headers": [kind, *_ALWAYS, *headers]})
-    await send({"type": "http.response.body", "body": text.encode()})
+def _host_of(origin: str) -> str | None:
+    """Host and port of an address; None of what is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # as `http://[`
+        return None

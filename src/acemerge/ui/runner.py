@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from acemerge.engine.execute import OnProgress, Progress
-from acemerge.errors import AcemergeError, UsageError
+from acemerge.errors import AcemergeError, UsageError, shortage_of
 
 Phase = Literal["running", "stopping", "done", "failed", "stopped"]
 
@@ -107,10 +107,9 @@ class Runner:
 
 def line(failure: BaseException) -> str:
     """What a person is told of a failure; of a defect of ours, more goes to standard error."""
-    if isinstance(failure, AcemergeError):
-        return str(failure)
-    if isinstance(failure, MemoryError):
-        return "memory: not enough for the largest tensor; use a larger machine"
+    told = shortage_of(failure) or failure
+    if isinstance(told, AcemergeError):
+        return str(told)
     traceback.print_exception(failure, file=sys.stderr)
     what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
     return f"internal: {what}; see the terminal, and report it"

@@ -10,7 +10,6 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.ui.folders import Folders
-from acemerge.ui.guard import Guard
 from acemerge.ui.runner import Runner
 from acemerge.ui.steps import Merged
 
@@ -23,6 +22,8 @@ class Server:
 
     def __init__(self, folders: Folders, host: str = "127.0.0.1", port: int | None = None) -> None:
         uvicorn = _libraries()
+        from acemerge.ui.guard import Guard  # which is starlette's: there if these are
+
         self.runner = Runner()
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]

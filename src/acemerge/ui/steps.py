@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from acemerge.api import MergeReport, run_opened
+from acemerge.api import run_opened
 from acemerge.engine.execute import OnProgress
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.inspection.survey import Inspection, survey
+from acemerge.output.merge_report import MergeReport
 from acemerge.planning.jobs import Plan
 from acemerge.report.write import write_report
 from acemerge.ui.choice import Choice

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
-from itertools import combinations
 from pathlib import Path
 
 from acemerge.cli.text import size
-from acemerge.inspection.survey import Inspection, View
+from acemerge.engine.foreseen import expected_memory
+from acemerge.inspection.survey import Inspection
 from acemerge.output.shares import total_energies
-from acemerge.planning.costs import operations, peak_memory
+from acemerge.planning.costs import operations
 from acemerge.planning.jobs import Plan
 from acemerge.ui.folders import Listing
 from acemerge.ui.runner import State
@@ -64,7 +64,7 @@ def inspection(seen: Inspection) -> str:
     """Warnings first, then the experts, how alike they are, and the layers in conflict."""
     facts = seen.table()
     layers = [view for view in seen.views if view.squared_norms is not None]
-    leads = Counter(view.table(seen.experts)["dominating"] for view in layers)
+    leads = Counter(view.leader(seen.experts) for view in layers)
     columns = ("expert", "share", "leads layers", "distance", "stable rank")
     rows = [
         (
@@ -97,27 +97,18 @@ _HELP = (
 def _conflicts(seen: Inspection) -> str:
     worst = seen.in_conflict[:_MOST_LAYERS]
     rows = [
-        (view.job.name, f"{view.sums.cancelled:.0%}", *_lowest(view, seen.experts), _leader(view, seen.experts))
+        (
+            view.job.name,
+            f"{view.sums.cancelled:.0%}",
+            *view.lowest_cosine(seen.experts),
+            view.leader(seen.experts) or "-",
+        )
         for view in worst
     ]
     columns = ("layer", "cancelled", "lowest cosine", "between", "largest update")
     unrelated = 1 - len(seen.experts) ** -0.5
     caption = f"Layers in conflict, the worst {len(worst)}; updates that have nothing in common lose {unrelated:.0%}"
     return table(caption, columns, rows, numeric=columns[1:3]) if rows else ""
-
-
-def _lowest(view: View, labels: Sequence[str]) -> tuple[str, str]:
-    """The lowest cosine between two experts, and their names."""
-    cosines = view.table(labels)["cosines"]
-    pairs = [(cosines[s][t], s, t) for s, t in combinations(range(len(labels)), 2) if cosines[s][t] is not None]
-    if not pairs:
-        return "-", "-"
-    lowest, s, t = min(pairs)
-    return f"{lowest:.2f}", f"{labels[s]}, {labels[t]}"
-
-
-def _leader(view: View, labels: Sequence[str]) -> str:
-    return view.table(labels)["dominating"] or "-"
 
 
 def plan(found: Plan) -> str:
@@ -131,7 +122,7 @@ def plan(found: Plan) -> str:
     takes = (
         f"{len(found.jobs):,} tensors: {size(found.bytes_read + found.bytes_reread)} to read, "
         f"{size(found.bytes_written)} to write, {operations(found) / 1e9:,.1f} GFLOP, "
-        f"peak memory about {size(peak_memory(found))}."
+        f"peak memory about {size(expected_memory(found))}."
     )
     warnings = _warnings([(warning, "") for warning in found.warnings])
     return f"<p>{takes}{beside}</p>{warnings}{table('What gets which rule', columns, rows, numeric=('count',))}"
@@ -175,9 +166,9 @@ def stopped(what: str) -> str:
 
 def merged(done: Merged, number: int) -> str:
     """The summary of a merge, and a link to its report."""
-    manifest, records = done.report.manifest, done.report.tensors
+    manifest, records = done.report.manifest, done.report.records
     total = sum(entry["bytes"] for entry in manifest["outputs"].values())
-    rules = Counter(f"{record['rule']}" for record in records.values())
+    rules = Counter(record.rule for record in records.values())
     by = ", ".join(f"{count} by {rule}" for rule, count in rules.most_common())
     energies = total_energies(manifest["experts"], records)
     largest = max(range(len(energies)), key=lambda t: energies[t])

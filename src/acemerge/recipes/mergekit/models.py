@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.models.depth import Stack
-from acemerge.recipes.mergekit.rules import Kind
-from acemerge.recipes.mergekit.values import Setting
+from acemerge.models.depth import LayerStack
+from acemerge.recipes.mergekit.rules import MergekitMethod
+from acemerge.recipes.mergekit.values import ParameterValue
 
 NOT_YET = "is not supported yet"
 
 
 @dataclass(frozen=True)
-class Model:
+class MergekitModel:
     """A model that takes part, its parameters, and its layers [first, end) where it is of a slice."""
 
     path: str
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
     where: str = ""
     layers: tuple[int, int] | None = None
 
@@ -31,14 +31,14 @@ class Group:
     `parameters` are a slice's own.
     """
 
-    base: Model
-    experts: tuple[Model, ...]
+    base: MergekitModel
+    experts: tuple[MergekitModel, ...]
     has_base: bool
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    parameters: Mapping[str, ParameterValue] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergekitMerge:
     """The model that gives names and files, the experts by their paths, and their groups: one, or one a slice.
 
     `parts` are the experts of each group by their numbers.
@@ -51,10 +51,10 @@ class Merged:
     sliced: bool = False
 
     @property
-    def stack(self) -> Stack | None:
+    def stack(self) -> LayerStack | None:
         """How many layers each slice has."""
         ranges = [group.base.layers for group in self.groups]
-        return Stack(tuple(of[1] - of[0] for of in ranges if of)) if self.sliced else None
+        return LayerStack(tuple(of[1] - of[0] for of in ranges if of)) if self.sliced else None
 
     @property
     def slices(self) -> list[dict[str, Any]]:
@@ -72,7 +72,7 @@ class Merged:
         return 0 if path == self.origin else 1 + self.experts.index(path)
 
 
-def read_models(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
+def read_models(content: Mapping[str, Any], kind: MergekitMethod, where: object) -> MergekitMerge:
     """The models under `models` or `slices`.
 
     Raises UsageError for a key that is not known, a model without a path, and too few or too many of them.
@@ -84,12 +84,12 @@ def read_models(content: Mapping[str, Any], kind: Kind, where: object) -> Merged
     return _sliced(content, kind, where)
 
 
-def _whole(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
+def _whole(content: Mapping[str, Any], kind: MergekitMethod, where: object) -> MergekitMerge:
     given = content.get("base_model")
     if given is None and kind.base == "required":
         raise UsageError(where, f"{content['merge_method']} needs a `base_model`", "add it")
     models = _models(content.get("models"), "models", kind, where)
-    base = Model(_path(models[0].path if given is None else given, f"{where}: base_model"))
+    base = MergekitModel(_path(models[0].path if given is None else given, f"{where}: base_model"))
     has_base = kind.base != "ignored" and given is not None
     experts = models
     if kind.base == "ignored" and all(model.path != base.path for model in models):
@@ -100,10 +100,10 @@ def _whole(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
     _check_count(experts, kind, content["merge_method"], has_base, where)
     _check_base(base, has_base, kind, where)
     group = Group(base, tuple(experts), has_base)
-    return Merged(base.path, tuple(e.path for e in experts), (group,), (tuple(range(len(experts))),))
+    return MergekitMerge(base.path, tuple(e.path for e in experts), (group,), (tuple(range(len(experts))),))
 
 
-def _sliced(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
+def _sliced(content: Mapping[str, Any], kind: MergekitMethod, where: object) -> MergekitMerge:
     entries = content["slices"]
     if not isinstance(entries, list) or not entries:
         raise UsageError(where, "`slices` is no list", "list them: `slices: [{sources: [...]}, ...]`")
@@ -115,10 +115,10 @@ def _sliced(content: Mapping[str, Any], kind: Kind, where: object) -> Merged:
     paths += [group.base.path for group in groups if group.base.path != origin]
     experts = tuple(dict.fromkeys(paths)) or (origin,)
     parts = tuple(tuple(experts.index(expert.path) for expert in group.experts) for group in groups)
-    return Merged(origin, experts, tuple(groups), parts, sliced=True)
+    return MergekitMerge(origin, experts, tuple(groups), parts, sliced=True)
 
 
-def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Group:
+def _slice(entry: Any, content: Mapping[str, Any], kind: MergekitMethod, where: str) -> Group:
     if not isinstance(entry, dict):
         raise UsageError(where, "not a table of keys", "write `- sources: [...]`")
     check_keys(entry, ("sources", "base_model", "parameters"), where, ("residual_weight",))
@@ -129,7 +129,7 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Gr
     lengths = {layers[1] - layers[0] for model in models if (layers := model.layers)}
     if len(lengths) > 1:
         raise UsageError(where, f"its sources have {sorted(lengths)} layers", "give ranges of one length")
-    parameters = read_settings(entry.get("parameters"), [*kind.per_model, *kind.shared], f"{where}.parameters")
+    parameters = read_parameters(entry.get("parameters"), [*kind.per_model, *kind.shared], f"{where}.parameters")
     given = entry.get("base_model", content.get("base_model"))
     if kind.base == "ignored" or (given is None and kind.base == "optional"):
         first = next((model for model in models if model.path == given), models[0])
@@ -147,15 +147,17 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: Kind, where: str) -> Gr
 
 
 def _counted(
-    experts: Sequence[Model], kind: Kind, content: Mapping[str, Any], has_base: bool, where: str
-) -> tuple[Model, ...]:
+    experts: Sequence[MergekitModel], kind: MergekitMethod, content: Mapping[str, Any], has_base: bool, where: str
+) -> tuple[MergekitModel, ...]:
     # The base alone is itself, where a method takes any number.
     if experts or kind.experts[0] > 1:
         _check_count(experts, kind, content["merge_method"], has_base, where)
     return tuple(experts)
 
 
-def _check_count(experts: Sequence[Model], kind: Kind, method: str, has_base: bool, where: object) -> None:
+def _check_count(
+    experts: Sequence[MergekitModel], kind: MergekitMethod, method: str, has_base: bool, where: object
+) -> None:
     least, most = kind.experts
     if least <= len(experts) <= most:
         return
@@ -165,7 +167,7 @@ def _check_count(experts: Sequence[Model], kind: Kind, method: str, has_base: bo
     raise UsageError(where, what, "change the models")
 
 
-def _models(entries: Any, key: str, kind: Kind, where: object) -> list[Model]:
+def _models(entries: Any, key: str, kind: MergekitMethod, where: object) -> list[MergekitModel]:
     if not isinstance(entries, list) or not entries:
         raise UsageError(where, f"`{key}` is missing or no list", f"list the models: `{key}: [{{model: PATH}}, ...]`")
     known = ("model", "layer_range", "parameters") if key == "sources" else ("model", "parameters")
@@ -176,8 +178,8 @@ def _models(entries: Any, key: str, kind: Kind, where: object) -> list[Model]:
             raise UsageError(place, "not a table of keys", "write `- model: PATH`")
         check_keys(entry, known, place)
         layers = _layer_range(entry.get("layer_range"), place) if key == "sources" else None
-        settings = read_settings(entry.get("parameters"), list(kind.per_model), place)
-        models.append(Model(_path(entry.get("model"), place), settings, place, layers))
+        settings = read_parameters(entry.get("parameters"), list(kind.per_model), place)
+        models.append(MergekitModel(_path(entry.get("model"), place), settings, place, layers))
     return models
 
 
@@ -196,15 +198,15 @@ def _path(model: Any, where: str) -> str:
     return model
 
 
-def parts_of(model: str) -> tuple[str, str | None]:
+def path_and_adapter(model: str) -> tuple[str, str | None]:
     """The model's own path, and that of the adapter which is applied to it."""
     path, _, adapter = model.partition("+")
     return path, adapter or None
 
 
-def _check_base(base: Model, has_base: bool, kind: Kind, where: object) -> None:
+def _check_base(base: MergekitModel, has_base: bool, kind: MergekitMethod, where: object) -> None:
     """UsageError for a base with an adapter where it must be what the others start from."""
-    if has_base and not kind.counts_base and parts_of(base.path)[1]:
+    if has_base and not kind.counts_base and path_and_adapter(base.path)[1]:
         what = f"an adapter on the base, as in {base.path!r}, {NOT_YET}"
         raise UsageError(where, what, "merge it into its model first")
 
@@ -215,14 +217,20 @@ def check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, la
         if key in later and table[key] is not None:
             raise UsageError(where, f"`{key}` {NOT_YET}", "take it out, or merge with mergekit")
         if key not in known and key not in later:
-            raise UsageError(where, f"unknown key {key!r}", nearest(str(key), [*known, *later]))
+            choices = [*known, *later]
+            cure = (
+                nearest(str(key), choices)
+                if choices
+                else "a model has no parameters here: write it under the recipe's `parameters`"
+            )
+            raise UsageError(where, f"unknown key {key!r}", cure)
 
 
-def read_settings(table: Any, known: Sequence[str], where: str) -> dict[str, Setting]:
+def read_parameters(table: Any, known: Sequence[str], where: str) -> dict[str, ParameterValue]:
     """A table of parameters, none where there is none."""
     if table is None:
         return {}
     if not isinstance(table, dict):
         raise UsageError(where, "not a table of keys", "write for example `parameters: {weight: 0.5}`")
     check_keys(table, known, where)
-    return {key: Setting.read(value, f"{where}.{key}") for key, value in table.items() if value is not None}
+    return {key: ParameterValue.read(value, f"{where}.{key}") for key, value in table.items() if value is not None}

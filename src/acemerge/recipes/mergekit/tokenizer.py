@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from acemerge.errors import UsageError
-from acemerge.recipes.mergekit.models import Merged, check_keys, parts_of
+from acemerge.recipes.mergekit.models import MergekitMerge, check_keys, path_and_adapter
 
 TOKENIZER_KEYS = ("tokenizer", "tokenizer_source", "chat_template")
 _SHORTEST = 20  # characters of what can be a template
 
 
 def read_tokenizer(
-    content: Mapping[str, Any], merged: Merged, where: object, locate: Callable[[str], str]
+    content: Mapping[str, Any], merged: MergekitMerge, where: object, locate: Callable[[str], str]
 ) -> dict[str, Any]:
     """The keys of our recipe for `tokenizer_source`, or `tokenizer` with a `source`, and `chat_template`.
 
@@ -32,7 +32,9 @@ def _template(template: Any, where: object) -> str | None:
     return template
 
 
-def _source(content: Mapping[str, Any], merged: Merged, where: object, locate: Callable[[str], str]) -> dict[str, Any]:
+def _source(
+    content: Mapping[str, Any], merged: MergekitMerge, where: object, locate: Callable[[str], str]
+) -> dict[str, Any]:
     source = content.get("tokenizer_source")
     if content.get("tokenizer") is not None:
         if source is not None:
@@ -48,7 +50,7 @@ def _source(content: Mapping[str, Any], merged: Merged, where: object, locate: C
     if source not in merged.experts:
         what = f"the tokenizer's source {source!r} is none of the models"
         raise UsageError(where, what, "use base, union or one of the models")
-    return {"vocabulary": "assets", "missing_tokens": missing, "assets": locate(parts_of(source)[0])}
+    return {"vocabulary": "assets", "missing_tokens": missing, "assets": locate(path_and_adapter(source)[0])}
 
 
 def _section(table: Any, where: str) -> Any:

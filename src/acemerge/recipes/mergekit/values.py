@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from acemerge.errors import UsageError, nearest
-from acemerge.models.depth import Stack, tower_layer
+from acemerge.models.depth import LayerStack, tower_layer
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPosition:
     """A tensor's name, and where its layer is among the layers: 0 for the first and 1 for the last.
 
     What belongs to no layer, as embeddings, the last norm and the output head, is at 0.
@@ -22,38 +22,41 @@ class Place:
     t: float
 
     @staticmethod
-    def of_all(names: Iterable[str], stack: Stack | None = None) -> dict[str, Place]:
+    def of_all(names: Iterable[str], stack: LayerStack | None = None) -> dict[str, LayerPosition]:
         """The places of all tensors of a model; with a stack the layers of each slice are counted by themselves."""
         if stack is not None:
-            return {name: Place(name, _share_of_slice(*stack.slice_of(name), stack)) for name in names}
+            return {name: LayerPosition(name, _share_of_slice(*stack.slice_of(name), stack)) for name in names}
         found = {name: tower_layer(name) for name in names}
         last: dict[str, int] = {}
         for tower, number in filter(None, found.values()):
             last[tower] = max(last.get(tower, 0), number)
-        return {name: Place(name, _share(layer[1], last[layer[0]]) if layer else 0.0) for name, layer in found.items()}
+        return {
+            name: LayerPosition(name, _share(layer[1], last[layer[0]]) if layer else 0.0)
+            for name, layer in found.items()
+        }
 
 
 def _share(number: int, last: int) -> float:
     return number / last if last else 1.0
 
 
-def _share_of_slice(i: int, number: int | None, stack: Stack) -> float:
+def _share_of_slice(i: int, number: int | None, stack: LayerStack) -> float:
     return 0.0 if number is None else _share(number, stack.lengths[i] - 1)
 
 
 @dataclass(frozen=True)
-class Setting:
+class ParameterValue:
     """`(filter, value)` pairs, the first whose filter is part of the name counts; a value is one or a gradient."""
 
     cases: tuple[tuple[str | None, tuple[Any, ...]], ...]
 
     @staticmethod
-    def read(value: Any, where: str) -> Setting:
+    def read(value: Any, where: str) -> ParameterValue:
         """From YAML; UsageError for what is no value."""
         cases = value if isinstance(value, list) and any(isinstance(v, dict) for v in value) else [value]
-        return Setting(tuple(_case(case, where) for case in cases))
+        return ParameterValue(tuple(_case(case, where) for case in cases))
 
-    def at(self, place: Place) -> Any:
+    def at(self, place: LayerPosition) -> Any:
         """The value for a tensor, None where no filter matches."""
         for part, values in self.cases:
             if part is None or part in place.name:
@@ -61,7 +64,7 @@ class Setting:
         return None
 
 
-def varies(setting: Setting) -> bool:
+def varies(setting: ParameterValue) -> bool:
     """Whether it may differ from tensor to tensor."""
     return any(part is not None or len(values) > 1 for part, values in setting.cases)
 

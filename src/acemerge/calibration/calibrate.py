@@ -20,9 +20,11 @@ from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
 from acemerge.methods import Calibration
+from acemerge.models.quiet import quiet_transformers
 from acemerge.output.identity import digest
 from acemerge.planning.calibration import Assigned, calibrated_jobs
-from acemerge.planning.jobs import Job, pieces
+from acemerge.planning.jobs import Job, Merge
+from acemerge.planning.pieces import pieces
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model, open_model
 
@@ -73,9 +75,14 @@ def _labelled(opened: Opened) -> bool:
 
 def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     """The setting with everything measured that the plan's rules want."""
-    opened = calibrating.opened
-    if not opened.calibration:
+    if not calibrating.opened.calibration:
         return setting
+    with quiet_transformers():
+        return _calibrated(setting, calibrating)
+
+
+def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
+    opened = calibrating.opened
     files.make_folder(calibrating.folder)
     store = Store(calibrating.folder)
     setting = replace(setting, measured=store)
@@ -126,7 +133,7 @@ def _in_order(store: Store, setting: Setting, calibrating: Calibrating) -> None:
 
 def _merged(jobs: Sequence[Job], setting: Setting, calibrating: Calibrating) -> dict[str, Tensor]:
     """The merged values of these jobs, as the output would store them."""
-    whole = [replace(job, factors=None) for job in jobs]
+    whole = [replace(job, factors=None) if isinstance(job, Merge) else job for job in jobs]
     parts: dict[str, list[Tensor]] = {}
     for results in calibrating.walk((piece for job in whole for piece in pieces(job, job.entrywise)), merging(setting)):
         for piece, computed in results:
@@ -151,7 +158,7 @@ def about_calibration(opened: Opened, setting: Setting, identity: Mapping[str, A
             | found[task.name]
             for task in expert.tasks
         }
-        jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(opened.plan) if job.method]
+        jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(opened.plan)]
         unseen = [job.name for job, wanted in jobs if i not in job.absent and not store.has(wanted, job.name, i)]
         table[expert.label] = {"tasks": tasks, "not seen": unseen}
     return {"calibration": table}

@@ -10,13 +10,13 @@ from pathlib import Path
 from acemerge.engine.opening import RunOptions, find_devices
 from acemerge.evaluation.compare import folders_of as merged_folders
 from acemerge.evaluation.compare import merge_all, rows
+from acemerge.evaluation.evaluate import OnProgress, Run, evaluate
 from acemerge.evaluation.results import write_results
-from acemerge.evaluation.run import OnProgress, Run, evaluate
 from acemerge.evaluation.tables import Evaluation
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
 from acemerge.reproduction.comparison import Line, compare, markdown
-from acemerge.reproduction.inputs import Input, fetch, folders_of
+from acemerge.reproduction.inputs import PackInput, fetch, folders_of
 from acemerge.reproduction.pack import Pack, recipes_of, tasks_of
 from acemerge.reproduction.scores import kept_in
 
@@ -55,7 +55,7 @@ class Reproduced:
 
 def reproduce(
     asked: Asked,
-    inputs: Sequence[Input],
+    inputs: Sequence[PackInput],
     out: Path,
     options: RunOptions,
     tell: Callable[[str], None],
@@ -78,7 +78,7 @@ def reproduce(
     return Reproduced(evaluation, lines, missing)
 
 
-def _write(asked: Asked, inputs: Sequence[Input], evaluation: Evaluation, lines: Sequence[Line], out: Path) -> None:
+def _write(asked: Asked, inputs: Sequence[PackInput], evaluation: Evaluation, lines: Sequence[Line], out: Path) -> None:
     names = [f"{entry.name} at {entry.commit}" for entry in inputs]
     write_file(out / TABLE, markdown(asked.pack, asked.subset, lines, evaluation, names).encode())
     content = {

@@ -20,6 +20,7 @@ from acemerge.evaluation.adapters import as_model
 from acemerge.evaluation.harness import score_by_harness
 from acemerge.evaluation.metrics import METRICS, bootstrap
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
+from acemerge.models.quiet import quiet_transformers
 from acemerge.tasks.examples import open_examples, open_text
 from acemerge.tasks.heads import find_heads
 from acemerge.tasks.networks import Model, open_model
@@ -83,6 +84,7 @@ def evaluate(models: Mapping[str, str], run: Run, score: ScoreTask | None = None
     return Evaluation(tuple(task.name for task in tasks), tuple(rows))
 
 
+@quiet_transformers()
 def score_task(model: Model, task: AnyTask, run: Run, row: str) -> Score:
     """One model on one task."""
     started = time.perf_counter()

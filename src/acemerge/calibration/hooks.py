@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.models.roles import checkpoint_renaming
+from acemerge.models.renaming import checkpoint_renaming
 from acemerge.shapes import Tensor
 
 _FUSED = re.compile(r"\.experts\.(\d+)\.")
@@ -25,7 +25,7 @@ _PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterSlice:
     """A parameter's name, and its slice where a checkpoint holds fused experts apart."""
 
     parameter: str
@@ -33,27 +33,27 @@ class Place:
 
 
 # A layer that is seen: its weight's name in the network, and the slice of a stack of weights, 0 of one by itself.
-Layer = tuple[str, int]
-See = Callable[[Layer, Tensor], None]  # told of every input (..., in) of a layer
+TappedLayer = tuple[str, int]
+See = Callable[[TappedLayer, Tensor], None]  # told of every input (..., in) of a layer
 
 
-def places(network: nn.Module, tensors: Mapping[str, TensorSpec]) -> dict[str, Place]:
+def parameter_slices(network: nn.Module, tensors: Mapping[str, TensorSpec]) -> dict[str, ParameterSlice]:
     """The place of every tensor that the network has, by its name in a checkpoint of the architecture."""
     rename, state = checkpoint_renaming(network), network.state_dict()
     found = {}
     for name in tensors:
-        renamed, whole = rename(name)
+        renamed, converted = rename(name)
         spellings = [p + renamed for p in _PARTS] + [renamed.removeprefix(p) for p in _PARTS]
         parameter = next((spelling for spelling in spellings if spelling in state), None)
         slices = _FUSED.search(name)
-        if parameter is not None and whole and state[parameter].shape == tensors[name].shape:
-            found[name] = Place(parameter)
-        elif parameter is not None and not whole and slices and state[parameter].ndim == 3:
-            found[name] = Place(parameter, int(slices.group(1)))
+        if parameter is not None and not converted and state[parameter].shape == tensors[name].shape:
+            found[name] = ParameterSlice(parameter)
+        elif parameter is not None and converted and slices and state[parameter].ndim == 3:
+            found[name] = ParameterSlice(parameter, int(slices.group(1)))
     return found
 
 
-def input_entries(network: nn.Module, place: Place) -> int:
+def input_entries(network: nn.Module, place: ParameterSlice) -> int:
     """Entries of the second moments of the inputs that a place's weight would be seen with; 0 if it is not watched."""
     path, _, name = place.parameter.rpartition(".")
     module = network.get_submodule(path)

@@ -1,0 +1,85 @@
+"""`acemerge compare`: models, and rules, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from acemerge.cli.command import command
+from acemerge.cli.evaluate import TaskFile, score
+from acemerge.cli.options import RULE, TELLING, Options, needed, option
+from acemerge.cli.text import say, stderr
+from acemerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from acemerge.recipes.recipe import Recipe
+
+
+@command(
+    "compare",
+    group="Judge",
+    takes=("base", "expert", "calibration", "out", "overwrite", "device", *TELLING),
+    examples=(
+        "acemerge compare ./merged ./other --tasks tasks.yaml -o ./scores",
+        "acemerge compare recipe.yaml --methods auto,ties --tasks tasks.yaml -o ./scores",
+    ),
+    page="evaluate.md",
+    helps={
+        "base": "what all experts come from, in the place of a recipe",
+        "expert": "an expert; repeat for each",
+        "out": "folder for results and merges",
+        "overwrite": "replace an earlier evaluation and unlike merges",
+    },
+)
+def compare(
+    asked: Options,
+    tasks: TaskFile,
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...] [RECIPE.yaml]", help="models, and a recipe to merge")
+    ] = None,
+    methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
+) -> None:
+    """Score models side by side; with --methods, merge by each rule first."""
+    out = needed(asked.out, "-o", "name the output folder with -o OUT")
+
+    from acemerge.engine.opening import check_output_apart
+    from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
+    from acemerge.evaluation.results import check_free
+    from acemerge.recipes.labels import expert_labels
+    from acemerge.tasks.task_file import load_tasks
+
+    named = [name for name in models or [] if not _is_recipe(name)]
+    found, given = load_tasks(tasks), dict(zip(expert_labels(named), named, strict=True))
+    recipe = _recipe([name for name in models or [] if _is_recipe(name)], asked)
+    check_output_apart(out, list(given.values()))
+    check_free(out, asked.overwrite)
+    if (recipe is None) != (methods is None):
+        what, cure = ("--methods is missing", "name rules, as --methods ace,actmat")
+        if recipe is None:
+            what, cure = ("nothing to merge", "give a recipe file, or --base and --expert")
+        raise UsageError("command line", what, cure)
+    if recipe is not None and methods is not None:
+        recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
+        found, given = with_experts(found, recipe), rows(recipe.base, given, folders_of(recipes, out))
+        merge_all(recipes, out, asked.run_options(), lambda text: None if asked.silent else say(stderr(), text))
+    elif not given:
+        raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
+    score(asked, given, found, None if recipe is None else recipe.base)
+
+
+def _is_recipe(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _recipe(files: list[str], asked: Options) -> Recipe | None:
+    from acemerge.recipes.recipe import load_recipe, make_recipe
+
+    named = {"base": asked.base, "experts": asked.experts(), "calibration": asked.calibration}
+    keys = {key: value for key, value in named.items() if value}
+    if len(files) > 1:
+        raise UsageError("command line", "two recipes", "give one")
+    if files:
+        return load_recipe(Path(files[0]), keys)
+    return make_recipe(keys, "command line") if keys else None
