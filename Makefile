@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 # Two processes of one thread, each with a file at a time.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup test lint docs torture demo clean
+.PHONY: setup test lint docs dist torture demo clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,17 @@ $(VENV)/.docs: $(STAMP)
 		--editable '.[docs]'
 	touch $@
 
+# The wheel and the source archive in dist/, with what the package index would complain of.
+dist: $(VENV)/.dist
+	rm -rf dist
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
+
+$(VENV)/.dist: $(STAMP)
+	PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet \
+		--editable '.[dist]'
+	touch $@
+
 # Every attack at its full count, and all tests, also those that take minutes or repeat: about an hour on two cores.
 torture: setup
 	$(VENV)/bin/python -m attacks
@@ -41,4 +52,4 @@ demo: setup
 	$(VENV)/bin/acemerge demo
 
 clean:
-	rm -rf $(VENV) acemerge-demo build/site
+	rm -rf $(VENV) acemerge-demo build/site dist

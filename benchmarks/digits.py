@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from text8.fitting import rules_for
 
 import acemerge
-from acemerge.demo import DIGIT, TASKS, Digits, Task, accuracy, load_digits, make_expert, with_head
+from acemerge.demo import DIGIT, TASKS, Digits, DigitTask, accuracy, load_digits, make_expert, with_head
 from acemerge.models.quiet import quiet_transformers
 
 _FURTHER = (
-    Task("transposed", lambda x: x.transpose(1, 2), lambda y: y),
-    Task("third", lambda x: x, lambda y: (y % 3 == 0).long(), 2),  # whether a multiple of three
+    DigitTask("transposed", lambda x: x.transpose(1, 2), lambda y: y),
+    DigitTask("third", lambda x: x, lambda y: (y % 3 == 0).long(), 2),  # whether a multiple of three
 )
 _PROJECTIONS = ("query", "key", "value")
 _ROLES = {
@@ -58,11 +58,11 @@ def main() -> None:
     folder, data = arguments.folder, load_digits()
     tasks = (*TASKS, *further(folder, data)) if arguments.eight else TASKS
 
-    def scores(body: Path, asked: Sequence[Task]) -> list[float]:
+    def scores(body: Path, asked: Sequence[DigitTask]) -> list[float]:
         heads = [expert_of(folder, task) / "model.safetensors" for task in asked]
         return [accuracy(with_head(body, head, task), task, data) for task, head in zip(asked, heads, strict=True)]
 
-    def merged(rule: str, asked: Sequence[Task], options: dict[str, Any]) -> list[float]:
+    def merged(rule: str, asked: Sequence[DigitTask], options: dict[str, Any]) -> list[float]:
         with tempfile.TemporaryDirectory() as temporary:
             base, experts, out = folder / "base", [expert_of(folder, task) for task in asked], Path(temporary) / "out"
             if arguments.fused:
@@ -100,7 +100,7 @@ def by_role() -> list[Run]:
     return runs
 
 
-def further(folder: Path, data: Digits) -> tuple[Task, ...]:
+def further(folder: Path, data: Digits) -> tuple[DigitTask, ...]:
     """Two tasks beyond the demo's, whose experts are trained as the demo's where they are not there yet."""
     for seed, task in enumerate(_FURTHER, len(TASKS) + 1):
         if not expert_of(folder, task).exists():
@@ -109,7 +109,7 @@ def further(folder: Path, data: Digits) -> tuple[Task, ...]:
     return _FURTHER
 
 
-def expert_of(folder: Path, task: Task) -> Path:
+def expert_of(folder: Path, task: DigitTask) -> Path:
     return folder / "experts" / task.name
 
 
@@ -152,7 +152,7 @@ def line(name: str, scores: Sequence[float], alone: dict[str, float]) -> str:
     return f"| {name} | {' | '.join(f'{100 * cell:.1f}' for cell in cells)} |"
 
 
-def summary(name: str, groups: Sequence[tuple[Sequence[Task], Sequence[float]]], alone: dict[str, float]) -> str:
+def summary(name: str, groups: Sequence[tuple[Sequence[DigitTask], Sequence[float]]], alone: dict[str, float]) -> str:
     found = [of_experts(scores, [alone[task.name] for task in tasks]) for tasks, scores in groups]
     return f"| {name} | {100 * sum(found) / len(found):.1f} | {100 * min(found):.1f} |"
 

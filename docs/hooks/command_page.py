@@ -24,7 +24,8 @@ def command_page() -> dict[str, str]:
         "",
         "## Exit codes",
         "",
-        "[Exit codes](../README.md#exit-codes)",
+        "0 done, 2 usage or recipe, 3 bad or incompatible checkpoint, 4 numerical failure or no memory, 5 could not",
+        "write, 130 interrupted, 143 terminated. Every error is one line: where, what, cure.",
         "",
     ]
     for name, command in group.commands.items():

@@ -5,7 +5,6 @@ MkDocs calls these functions by their names while it builds; see `hooks` in mkdo
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from command_page import command_page
@@ -13,7 +12,6 @@ from hosts import foreign
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from navigation import complete
-from readme_parts import README, BrokenLinkError, homes, with_readme
 from rule_pages import rule_pages
 
 
@@ -22,19 +20,9 @@ def on_files(files: Files, config: Any) -> Files:
     rules = rule_pages()
     for path, text in (rules | command_page()).items():
         files.append(File.generated(config, path, content=text))
-    pages = {file.src_uri: file.content_string for file in files.documentation_pages()}
-    config.extra["readme"] = Path(config.config_file_path).with_name(README).read_text()
-    config.extra["homes"] = homes(pages)
+    pages = [file.src_uri for file in files.documentation_pages()]
     config.nav = complete(config.nav, list(rules), [path for path in pages if path not in rules])
     return files
-
-
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Put the README's sections into their pages."""
-    try:
-        return with_readme(page.file.src_uri, markdown, config.extra["readme"], config.extra["homes"])
-    except BrokenLinkError as failure:
-        raise PluginError(str(failure)) from None
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:

@@ -20,6 +20,10 @@ _LIST = """# The rules
 Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
 `acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md), `--method auto`.
 
+`scale` is a parameter of all of them: a factor on the merged update. The chance in `dare_linear`, `dare_ties` and
+`della` comes from `--seed`, the tensor's name and the expert's place alone: the same bytes, whatever the workers.
+A rule of your own is [one class and one line](../add_a_method.md).
+
 """
 
 _PAGE = """# {name}

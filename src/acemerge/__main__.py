@@ -14,6 +14,7 @@ from typing import NoReturn
 # Of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 
 
 def main() -> None:
@@ -41,12 +42,13 @@ def main() -> None:
 
 def _keep_freed_memory() -> None:
     """Have glibc use freed blocks of a few MB again. Giving them back and mapping new ones costs more than the work
-    that is done in them.
+    that is done in them. All threads share one arena: in one of its own each would keep what it freed from the others,
+    and on a busy machine, where threads take turns, that came to several times the bound on memory.
     """
     with contextlib.suppress(OSError, AttributeError):  # another system's C library has no such knobs
         mallopt = ctypes.CDLL(None).mallopt
-        for knob, nbytes in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
-            mallopt(knob, nbytes)
+        for knob, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 1)):
+            mallopt(knob, value)
 
 
 def _explain(failure: Exception) -> None:

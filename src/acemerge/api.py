@@ -16,10 +16,8 @@ from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import with_asset_folders
-from acemerge.checkpoints.folder import Checkpoint
-from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader, check_unchanged
+from acemerge.engine.beside import inputs_of, origins_of, write_beside
 from acemerge.engine.execute import (
     OnProgress,
     Progress,
@@ -28,32 +26,29 @@ from acemerge.engine.execute import (
     dry_run,
     find_thresholds,
     walker,
-    write_heads,
     write_weights,
 )
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
+from acemerge.engine.parts import compute_part, gather
+from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.work import Walk
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.assets import write_assets
-from acemerge.output.card import model_card
-from acemerge.output.folder import CARD, MANIFEST, PICTURE, OutputFolder, output_folder
+from acemerge.output.folder import MANIFEST, OutputFolder, output_folder
 from acemerge.output.identity import difference, digest, identity, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
+from acemerge.output.length import length_of, length_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
-from acemerge.output.origin import Origin, origin_of
-from acemerge.output.picture import shares_picture
 from acemerge.output.records import records_of
-from acemerge.output.shares import energies_of, layer_shares, total_energies
+from acemerge.output.shares import energies_of, total_energies
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.output.writer import FileSum
-from acemerge.planning.as_lora import adapter_config
-from acemerge.planning.relatedness import check_related
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
@@ -92,8 +87,9 @@ def merge(
         method: a rule's name, a table with `name` and its parameters, or an instance of a rule.
         options: those of `MergeOptions`, and parameters of the rule (`eps=1e-4`): fields of the recipe (`scale`,
             `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`, `overwrite`, `resume`, `max_shard_size`,
-            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`), `weights` for the experts,
-            and `on_progress`, a function that is told how far the merge is, by a `Progress`.
+            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`, `shard`, `finish`),
+            `weights` for the experts, and `on_progress`, a function that is told how far the merge is, by a
+            `Progress`.
 
     Raises AcemergeError: UsageError, CheckpointError, NumericalError, ResourceError or WriteError.
     """
@@ -120,8 +116,9 @@ def _nobody(_: Progress) -> None:
 
 def run_recipe(recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
-    if out is None and options.push is not None:
-        raise UsageError("push", "there is no output to upload", "name the output folder with `out`")
+    if out is None and (options.push is not None or options.in_parts):
+        name, what = ("push", "to upload") if options.push is not None else ("shard", "for parts to write to")
+        raise UsageError(name, f"there is no output {what}", "name the output folder with `out`")
     with shortages():
         opened = open_recipe(recipe, out, options)
     return run_opened(opened, out, options, on_progress)
@@ -145,15 +142,17 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     if not options.force:
         check_related(plan, opened.base, opened.experts)
     about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
-    about |= {"calibration": data_of(opened)} if opened.calibration else {}
+    about |= {"calibration": data_of(plan, opened.calibration)} if opened.calibration else {}
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
         unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
         manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
         return MergeReport(None, manifest | _with_surprises(manifest))
-    with output_folder(out, options.overwrite, options.resume) as output:
+    if opened.part is not None:
+        return _part(opened, out, about, options, on_progress)
+    with output_folder(out, options.overwrite, options.resume, options.finish) as output:
         done = Done(about)
-        if options.resume:
+        if options.resume and not options.finish:
             if _is_finished(out, about, options.overwrite):
                 output.discard()
                 log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
@@ -164,8 +163,11 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
             before = with_same_bytes(done.identity, about, models, {} if opened.calibration else done.read)
             _check_same_run(out, before, about)
             done = replace(done, identity=about)
-        manifest = _write(opened, output, done, options, on_progress)
-        manifest |= {"seconds": _since(started), "run": digest(about), **_with_surprises(manifest)}
+        if options.finish:
+            manifest = _put_together(opened, output, about)
+        else:
+            manifest = _write(opened, output, done, options, on_progress) | {"run": digest(about)}
+        manifest |= {"seconds": _since(started), **_with_surprises(manifest)}
         output.publish(to_bytes(manifest))
         return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
@@ -176,8 +178,15 @@ def _dry_run(
     with opened.pipeline(options.workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
         walks = partial(walker, pipeline, on_progress=on_progress)
         setting = with_thresholds(opened.setting, opened.plan, walks("thresholds"))
-        setting = calibrated(setting, Calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
-        return dry_run(opened.plan, setting, walks("merge")), about_calibration(opened, setting, about)
+        setting = calibrated(setting, _calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
+        measured = about_calibration(opened.plan, opened.calibration, setting, about)
+        return dry_run(opened.plan, setting, walks("merge")), measured
+
+
+def _calibrating(
+    opened: Opened, folder: Path, about: Mapping[str, Any], walk: Walk, on_progress: OnProgress
+) -> Calibrating:
+    return Calibrating(opened.plan, opened.calibration, opened.devices[0], folder, about, walk, on_progress)
 
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
@@ -194,14 +203,19 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     return replace(report, pushed=address)
 
 
-def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The warnings, with what is only known when all was read: experts that are the base itself."""
+def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is only known when all was read: how far the merge goes, and with the other warnings one where that is too
+    far, and experts that are the base itself.
+    """
     labels, records = manifest["experts"], records_of(manifest)
     compared = any(energies_of(record, labels) for record in records.values())
     found = [str(advice) for advice in of_frozen(labels, total_energies(labels, records))] if compared else []
+    length = length_of(labels, records)
+    if length is not None and length.overshoots and len(labels) > 1:
+        found.append(length_warning(length, manifest["recipe"]))
     for warning in found:
         log.warning(warning, extra=_fields("warning"))
-    return {"warnings": [*manifest["warnings"], *found]}
+    return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}
 
 
 def _fields(event: str, **fields: Any) -> dict[str, Any]:
@@ -226,25 +240,19 @@ def _write(
     opened: Opened, output: OutputFolder, done: Done, options: RunOptions, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Write everything but the manifest, and return that."""
-    plan = opened.plan
-    origins = [origin_of(m, c.path) for m, c in zip(plan.recipe.models, opened.checkpoints, strict=True)]
+    plan, origins = opened.plan, origins_of(opened)
     check_heads(plan, opened.experts)
     journal = output.begin(done)
     try:
         with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
             walks = partial(walker, pipeline, on_progress=on_progress)
             setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal)
-            calibrating = Calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
+            calibrating = _calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
             setting = calibrated(setting, calibrating)
             walk = walks("merge", writes=True)
             records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
             output.kept = True
-            write_heads(plan, readers, output)
-            if plan.is_adapter:
-                output.write_bytes(ADAPTER_CONFIG, adapter_config(plan, opened.roles, opened.base.config))
-            else:
-                write_assets(plan, opened.base, opened.assets_from, opened.models, output)
-            _write_card(opened, records, origins, output)
+            write_beside(opened, records, readers, origins, output)
             hashes = pipeline.of_readers(Reader.hashes)
     finally:
         journal.close()
@@ -253,28 +261,31 @@ def _write(
         check_unchanged(checkpoint, found)
     output.kept = True
     sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
-    inputs = [
-        (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
-        for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
-    ]
-    measured = about_calibration(opened, setting, done.identity)
-    return build_manifest(plan, records, inputs, output.written, 0.0) | measured
+    measured = about_calibration(plan, opened.calibration, setting, done.identity)
+    return build_manifest(plan, records, inputs_of(opened, sums), output.written, 0.0) | measured
 
 
-def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: OutputFolder) -> None:
-    plan = opened.plan
-    shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
-    if shares:
-        output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
-    output.write_bytes(CARD, model_card(plan, records, origins, bool(shares)).encode(errors="replace"))
+def _part(
+    opened: Opened, out: Path, about: Mapping[str, Any], options: RunOptions, on_progress: OnProgress
+) -> MergeReport:
+    """Compute a part, and report of its tensors and files alone. There is no manifest until all are put together."""
+    started = time.perf_counter()
+    found, was_done = compute_part(opened, out, about, options, on_progress)
+    unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
+    manifest = build_manifest(opened.plan, found.records, unread, found.written, _since(started))
+    log.info("part %s of %s is done", opened.part, out, extra=_fields("part", out=out, part=str(opened.part)))
+    return MergeReport(out, manifest, was_complete=was_done, part=str(opened.part))
 
 
-def _names(checkpoint: Checkpoint) -> dict[Path, str]:
-    """What the folder calls its files: in a Hub cache those are links to files that are named by their hash."""
-    root = files.resolve(checkpoint.path)
-    if files.kind(root) != "folder":
-        return {}
-    return {files.resolve(root / name): name for name in with_asset_folders(root, files.list_folder(root))}
+def _put_together(opened: Opened, output: OutputFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what is beside the weights that all parts have computed, and return the manifest."""
+    origins, found = origins_of(opened), gather(opened, output, about)
+    with opened.pipeline(1, hashing=False) as (_, readers):
+        write_beside(opened, found.records, readers, origins, output)
+    for checkpoint in opened.models:
+        check_unchanged(checkpoint, {})
+    manifest = build_manifest(opened.plan, found.records, inputs_of(opened, found.inputs), output.written, 0.0)
+    return manifest | {"run": digest(found.identity)}
 
 
 def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

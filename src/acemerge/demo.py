@@ -40,7 +40,7 @@ _BATCH = 64
 
 
 @dataclass(frozen=True)
-class Task:
+class DigitTask:
     """How a task sees an image (N, 8, 8) and what it asks about the digit."""
 
     name: str
@@ -59,18 +59,18 @@ def _same(values: Tensor) -> Tensor:
     return values
 
 
-DIGIT = Task("digit", _same, _same)
+DIGIT = DigitTask("digit", _same, _same)
 # Four ways of seeing the images, then two questions about them.
 VIEWS = (
-    Task("rotated", lambda x: x.rot90(1, (1, 2)), _same),
-    Task("inverted", lambda x: 1 - x, _same),
-    Task("mirrored", lambda x: x.flip(2), _same),
-    Task("occluded", _occlude, _same),
+    DigitTask("rotated", lambda x: x.rot90(1, (1, 2)), _same),
+    DigitTask("inverted", lambda x: 1 - x, _same),
+    DigitTask("mirrored", lambda x: x.flip(2), _same),
+    DigitTask("occluded", _occlude, _same),
 )
 TASKS = (
     *VIEWS,
-    Task("parity", _same, lambda y: y % 2, 2),
-    Task("high-half", _same, lambda y: (y >= 5).long(), 2),
+    DigitTask("parity", _same, lambda y: y % 2, 2),
+    DigitTask("high-half", _same, lambda y: (y >= 5).long(), 2),
 )
 
 
@@ -121,7 +121,7 @@ def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     return (images.roll((dx, dy), (1, 2)) + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
-def train(model: nn.Module, task: Task, data: Digits, epochs: int, rate: float, seed: int) -> None:
+def train(model: nn.Module, task: DigitTask, data: Digits, epochs: int, rate: float, seed: int) -> None:
     images, digits = data.part(held_out=False)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, fused=True)
@@ -147,7 +147,7 @@ def _batches(count: int, epochs: int, generator: torch.Generator) -> Iterator[Te
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, task: Task, data: Digits) -> float:
+def accuracy(model: nn.Module, task: DigitTask, data: Digits) -> float:
     """Share of held-out images that the model answers rightly."""
     images, digits = data.part(held_out=True)
     guesses = model(task.see(images)[:, None]).logits.argmax(1)
@@ -167,7 +167,7 @@ def make_experts(folder: Path, data: Digits, say: Callable[[str], None]) -> None
         say(f"trained {task.name:<12}{accuracy(expert, task, data):6.1%}")
 
 
-def make_expert(base: nn.Module, task: Task, data: Digits, seed: int) -> Any:
+def make_expert(base: nn.Module, task: DigitTask, data: Digits, seed: int) -> Any:
     """A task's expert, trained from the base; its head too where both have as many classes."""
     torch.manual_seed(seed)
     expert, weights = make_model(task.classes), base.state_dict()
@@ -178,7 +178,7 @@ def make_expert(base: nn.Module, task: Task, data: Digits, seed: int) -> Any:
     return expert
 
 
-def with_head(body: Path, head: Path, task: Task) -> Any:
+def with_head(body: Path, head: Path, task: DigitTask) -> Any:
     """The model in `body` with the classifier weights of the file `head`."""
     from transformers import ViTForImageClassification
 
@@ -189,7 +189,7 @@ def with_head(body: Path, head: Path, task: Task) -> Any:
     return model
 
 
-def scores_of(body: Path, folder: Path, data: Digits) -> list[float]:
+def accuracies(body: Path, folder: Path, data: Digits) -> list[float]:
     """Held-out accuracy of one body on every task, with each expert's own head."""
     heads = [folder / "experts" / task.name / SINGLE for task in TASKS]
     merged = [body / HEADS / f"{task.name}.safetensors" for task in TASKS]
@@ -228,11 +228,11 @@ def run_demo(folder: Path, console: Console) -> None:
     with quiet_transformers():
         say(f"1,797 handwritten digits from scikit-learn; {_TRAIN:,} to train, {len(data.digits) - _TRAIN} held out")
         make_experts(folder, data, say)
-        experts = [scores_of(folder / "experts" / task.name, folder, data)[i] for i, task in enumerate(TASKS)]
-        rows = [("each expert, alone", experts), ("base", scores_of(folder / "base", folder, data))]
+        experts = [accuracies(folder / "experts" / task.name, folder, data)[i] for i, task in enumerate(TASKS)]
+        rows = [("each expert, alone", experts), ("base", accuracies(folder / "base", folder, data))]
         for name, options in RULES:
             out = merge_by_command(folder, name, options, say)
-            rows.append((name, scores_of(out, folder, data)))
+            rows.append((name, accuracies(out, folder, data)))
     console.print(score_table(rows, experts))
     say(f"{time.perf_counter() - started:.0f} s; the models are in {folder}")
     say(f"open {folder / 'merged-ace' / 'acemerge.json'} to see what was done to each tensor")

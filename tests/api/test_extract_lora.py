@@ -88,7 +88,8 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     manifest = verify(out)
     assert f"adapter of 2 layers, rank 2, {manifest['share_lost']:.2%} of the energy lost in all" in said
     assert "score.weight is not in the adapter: kept in heads/e1.safetensors" in said
-    assert "3 tensors changed that a LoRA of linear layers cannot hold" in said
+    lost = [name for name, record in manifest["tensors"].items() if record["share_lost"] == 1]
+    assert f"3 tensors changed that a LoRA of linear layers cannot hold, all of it lost: {', '.join(lost)}" in said
     assert load_file(out / "adapter_model.safetensors").keys() == stored_names(manifest)
     assert load_file(out / "heads/e1.safetensors").keys() == {"score.weight"}
     targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]

@@ -46,11 +46,11 @@ def test_the_signature_of_merge_has_every_option() -> None:
 
 def test_a_report_is_five_lines(plain: PlainModel) -> None:
     base, experts = plain.save()
-    report = acemerge.merge(base, experts, out=plain.root / "out")
+    report = acemerge.merge(base, experts, "kron_auto", plain.root / "out")
     lines = repr(report).splitlines()
     assert len(lines) == 5
     assert lines[0] == f"MergeReport of {plain.root / 'out'}"
-    assert lines[2] == "  tensors: 6 (3 by average, 2 by ace, 1 by base)"
+    assert lines[2] == "  tensors: 6 (3 by average, 2 by kron_auto, 1 by base)"
     assert lines[4] == "  warnings: none"
 
 

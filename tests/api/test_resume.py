@@ -19,7 +19,7 @@ from builders import PlainModel
 import acemerge
 import acemerge.engine.execute
 import acemerge.engine.thresholds
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
 from acemerge.engine.work import Loaded
@@ -189,7 +189,7 @@ def test_threads_decide_bytes_and_so_whether_to_go_on(case: Case) -> None:
 
 PROCESSORS = {
     "capability": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT"),
-    "model": lambda patch: patch.setattr(files, "processor", lambda: "AnotherMaker 6 85"),
+    "model": lambda patch: patch.setattr(machine, "processor", lambda: "AnotherMaker 6 85"),
     "switches MKL_CBWR": lambda patch: patch.setenv("MKL_CBWR", "COMPATIBLE"),
     "switches ONEDNN_MAX_CPU_ISA": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2"),
 }
@@ -265,10 +265,10 @@ def test_a_full_disk_loses_nothing(case: Case, computed: list[str]) -> None:
 
 # What is done when all tensors are computed, and what may go wrong there.
 BEHIND = {
-    "card": ("acemerge.api.model_card", KeyError("a defect")),
-    "picture": ("acemerge.api.shares_picture", ZeroDivisionError()),
-    "configuration": ("acemerge.api.write_assets", CheckpointError("config.json", "is odd", "mend it")),
-    "heads": ("acemerge.api.write_heads", CheckpointError("score", "is nan", "mend it")),
+    "card": ("acemerge.engine.beside.model_card", KeyError("a defect")),
+    "picture": ("acemerge.engine.beside.shares_picture", ZeroDivisionError()),
+    "configuration": ("acemerge.engine.beside.write_assets", CheckpointError("config.json", "is odd", "mend it")),
+    "heads": ("acemerge.engine.beside.write_heads", CheckpointError("score", "is nan", "mend it")),
     "manifest": ("acemerge.api.build_manifest", ValueError("a defect")),
     "publishing": ("acemerge.api.to_bytes", RecursionError()),
 }

@@ -22,8 +22,8 @@ def test_a_wrappers_prefix_is_taken_off_and_reported(tmp_path: Path, prefix: str
     plain = PlainModel(tmp_path)
     base, experts = plain.save()
     wrapped = write_checkpoint(tmp_path / "wrapped", {prefix + name: value for name, value in plain.tuned[0].items()})
-    report = acemerge.merge(base, [wrapped, *experts[1:]], out=tmp_path / "out")
-    acemerge.merge(base, experts, out=tmp_path / "plain")
+    report = acemerge.merge(base, [wrapped, *experts[1:]], "kron_auto", tmp_path / "out")
+    acemerge.merge(base, experts, "kron_auto", tmp_path / "plain")
     expected = load_folder(tmp_path / "plain")
     assert all(torch.equal(value, expected[name]) for name, value in load_folder(tmp_path / "out").items())
     assert report.manifest["warnings"] == [f"expert wrapped: read without the prefix {prefix!r} of its names"]
@@ -137,7 +137,7 @@ def test_a_prefix_that_is_the_bases_own_stays(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / f"m{i}", {f"model.{name}": value for name, value in model.items()})
         for i, model in enumerate([plain.base, *plain.tuned])
     ]
-    report = acemerge.merge(folders[0], folders[1:], out=tmp_path / "out")
+    report = acemerge.merge(folders[0], folders[1:], "kron_auto", tmp_path / "out")
     assert not report.manifest["warnings"]
     assert load_folder(tmp_path / "out").keys() == {f"model.{name}" for name in plain.base}
 

@@ -44,7 +44,6 @@ FILES = {
     "fsdp": ("pytorch_model_fsdp_0/__0_0.distcp", "accelerate merge-weights .*/pytorch_model_fsdp_0 NEW_FOLDER"),
     "distributed": ("__0_0.distcp", "accelerate merge-weights .*/distributed/ NEW_FOLDER"),
     "deepspeed": ("global_step500/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32.py"),
-    "pipeline": ("model_index.json", "diffusers pipeline.*one by one"),
     "gguf": ("llama-q4.gguf", "has llama-q4.gguf, whose weights are quantised"),
     "flax": ("flax_model.msgpack", "no weights of PyTorch"),
     "shards": ("consolidated-00001-of-00002.safetensors", "no index of shards of these names"),

@@ -110,8 +110,8 @@ def test_events_are_lines_of_json(plain: PlainModel, capsys: pytest.CaptureFixtu
     events = [json.loads(line) for line in errors.splitlines()]
     names = [event["event"] for event in events]
     assert names[:4] == ["started"] + ["warning"] * 3
-    assert set(names[4:-1]) == {"progress"}
-    assert names[-1] == "finished"
+    assert set(names[4:-2]) == {"progress"}
+    assert names[-2:] == ["warning", "finished"]  # how far it went is known at the end
     documented = {
         row.split("|")[1].strip(" `"): row.split("|")[2] for row in PAGE.splitlines() if row.startswith("| `")
     }
@@ -125,6 +125,25 @@ def test_events_are_lines_of_json(plain: PlainModel, capsys: pytest.CaptureFixtu
     assert error["message"].startswith(f"{plain.root / 'out'}: holds a finished merge; choose another folder")
     assert json.loads(run(capsys, "merge", "--log-format=json")[2])["exit_code"] == 2
     assert run(capsys, "merge", *words, "--overwrite", "--quiet") == (0, "", "")
+
+
+def test_a_merge_in_parts(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*arguments(plain), "-o", plain.root / "out", "--max-shard-size", "400B"]
+    failed(run(capsys, "merge", *words, "--shard", "4/3"), 2, r"--shard: '4/3' is no part of a merge; write K/N")
+    code, printed, _ = run(capsys, "merge", *words, "--shard", "1/2", "--json")
+    part = json.loads(printed)
+    assert (code, part["part"], part["manifest"]) == (0, "1/2", None)
+    failed(run(capsys, "merge", *words, "--finish"), 2, "part 2/2 is missing; run the merge with --shard 2/2")
+    code, printed, errors = run(capsys, "merge", *words, "--shard", "2/2", "--log-format", "json")
+    assert code == 0
+    assert re.match(r"part 2/2 took \d\.\d s: \d tensors in model-0000\d", printed)
+    *_, last = map(json.loads, errors.splitlines())
+    assert (last["event"], last["part"], last["out"]) == ("part", "2/2", str(plain.root / "out"))
+    code, printed, _ = run(capsys, "merge", *words, "--finish", "--json")
+    whole = json.loads(printed)
+    assert (code, whole["part"], whole["manifest"]) == (0, None, str(plain.root / "out/acemerge.json"))
+    assert part.keys() == whole.keys()
+    assert whole["tensors"] > part["tensors"] > 0
 
 
 def test_the_library_is_silent_and_logs(

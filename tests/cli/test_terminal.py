@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from acemerge import api
 from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
-from acemerge.cli.merge import after, before
+from acemerge.cli.merge import after, before, next_steps
 from acemerge.cli.progress import Pace, progress, view
 from acemerge.cli.text import duration
 from acemerge.engine.execute import Progress
@@ -183,12 +184,40 @@ def test_the_summary_names_three_things_to_look_at(plain: PlainModel) -> None:
     rows = [torch.tensor(record["energies"]) for record in report.tensors.values() if "energies" in record]
     energies = torch.stack(rows).sum(0)
     share = float(energies.max() / energies.sum())
-    assert f"experts: e3 has {share:.0%} of the energy; an equal share were 33%." in lines
+    assert f"experts: e3 has {share:.0%} of the energy; an equal share would be 33%." in lines
     gammas = {name: record["gamma"] for name, record in report.tensors.items() if "gamma" in record}
     worst = max(gammas, key=lambda name: gammas[name])
     assert re.search(rf"^layers: .*gamma {gammas[worst]:.3g} in {worst}$", said(console), re.MULTILINE)
-    assert lines[-1] == f"next: acemerge report {plain.root / 'out'}"
-    assert lines[1].startswith(f"{plain.root / 'out'}: ")
+    assert lines[-3:] == [
+        f"load: as {plain.root / 'out/README.md'} says",  # there is no configuration
+        f"score: acemerge evaluate {plain.root / 'out'} --tasks tasks.yaml",
+        f"look: acemerge report {plain.root / 'out'}",
+    ]
+    assert lines[1].startswith("warning: the merged update overshoots")
+    assert lines[2].startswith(f"{plain.root / 'out'}: ")
+    assert any(line.startswith("length: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "call"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, {}, 'AutoModelForCausalLM.from_pretrained("{out}")'),
+        ({"architectures": ["BertForMaskedLM"]}, {}, 'BertForMaskedLM.from_pretrained("{out}")'),
+        ({"model_type": "x"}, {}, 'AutoModel.from_pretrained("{out}")'),
+        ({"model_type": "x"}, {"as_lora": 2}, 'PeftModel.from_pretrained(base, "{out}")'),
+    ],
+)
+def test_the_summary_says_how_to_load_the_output(
+    plain: PlainModel, config: dict[str, object], options: dict[str, int], call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(plain.root)
+    base, experts = plain.save()
+    (base / "config.json").write_text(json.dumps(config))
+    report = api.merge(base, experts, out="an out", report=True, **options)
+    load, score, look = (text for _, text in next_steps(report))
+    assert load == call.format(out="an out") + "; README.md there has it whole"
+    assert score == "acemerge evaluate 'an out' --tasks tasks.yaml"
+    assert look == "open an out/report.html"
 
 
 def test_a_dominating_expert_comes_with_its_cure_and_fallbacks_are_counted(plain: PlainModel) -> None:

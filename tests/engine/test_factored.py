@@ -242,7 +242,7 @@ def test_where_experts_share_their_inputs_the_outputs_are_used(rule: str, tmp_pa
     assert relative_error(found, turned) < 1e-4
     record = report.tensors[f"{LAYER}.weight"]
     assert (record["shared_input_side"], record["side"]) == (True, "output")
-    (warning,) = report.manifest["warnings"]
+    warning = report.manifest["warnings"][0]  # how far the merge goes may be another
     assert f"share A in all 1 layers that {rule} merges" in warning
     assert "the output side is used" in warning
 

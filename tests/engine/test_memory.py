@@ -150,8 +150,6 @@ LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {
     },
     "one": {"model.layers.0.mlp.up_proj.weight": (2500, 2500)},
 }
-# The expected memory counts a repetition in float64, which matrices in good condition do not need.
-_REPEATED = 1.6
 _IN_SUITE = {("average", "llama", 3), ("ties", "llama", 3)}
 _CELLS = [
     pytest.param(*cell, marks=() if cell in _IN_SUITE else pytest.mark.torture, id="-".join(map(str, cell)))
@@ -160,12 +158,19 @@ _CELLS = [
 ]
 
 
-def _write_layout(folder: Path, layout: str, seed: int) -> Path:
+def _write_layout(folder: Path, layout: str, seed: int, graded: bool) -> Path:
+    """With `graded`, updates whose faint directions float32 does not tell apart: rules that see matrices repeat their
+    work in float64 then, for which the plan must have room, and which is the most that they take.
+    """
     tensors = {}
     for i, (name, shape) in enumerate(LAYOUTS[layout].items()):
         base = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
         moved = 0.002 * torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        tensors[name] = (base + moved if seed else base).bfloat16()
+        if graded and len(shape) == 2:
+            left, right = (torch.randn(size, 4, generator=torch.Generator().manual_seed(seed + i)) for size in shape)
+            moved = 0.02 * left @ right.T + 0.1 * moved
+        tensors[name] = base + moved if seed else base
+        tensors[name] = tensors[name] if graded else tensors[name].bfloat16()
     return write_checkpoint(folder, tensors)
 
 
@@ -173,7 +178,8 @@ def _write_layout(folder: Path, layout: str, seed: int) -> Path:
 @pytest.mark.parametrize(("method", "layout", "experts"), _CELLS)
 def test_a_run_takes_what_the_plan_says(method: str, layout: str, experts: int, tmp_path: Path) -> None:
     """Never more, and not much less: all of the process counted, imports and reader too."""
-    base, *tuned = (_write_layout(tmp_path / f"m{i}", layout, i) for i in range(experts + 1))
+    graded = make(method, {}).needs.matrix
+    base, *tuned = (_write_layout(tmp_path / f"m{i}", layout, i, graded) for i in range(experts + 1))
     recipe = make_recipe({"base": str(base), "experts": [str(m) for m in tuned], "method": method})
     expected = expected_memory(open_recipe(recipe, None, RunOptions()).plan)
     words = ["merge", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--method", method]
@@ -183,4 +189,4 @@ def test_a_run_takes_what_the_plan_says(method: str, layout: str, experts: int, 
     )
     measured = int(done.stdout)
     assert measured <= expected
-    assert expected <= (_REPEATED if make(method, {}).needs.matrix else 1.25) * measured
+    assert expected <= 1.25 * measured

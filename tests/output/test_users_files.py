@@ -56,6 +56,17 @@ def test_what_names_no_folder(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("command", ["analyse", "evaluate", "compare", "reproduce", "extract-lora", "report"])
+def test_no_command_takes_an_empty_name_for_this_folder(
+    command: str, case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(case.folder)
+    before = snapshot(case.folder)
+    for name in ("", " ", "s3://bucket/out"):
+        failed(run(capsys, command, "-o", name), 2, NO_FOLDERS.get(name, "output: no folder is named"))
+    assert snapshot(case.folder) == before
+
+
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "b", "a\0b"])
 def test_a_name_that_no_disk_takes(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     failed(
@@ -77,7 +88,7 @@ def _seen_as(path: Path, other: Path) -> Any:
     """The system's answer where `path` is a bind mount of `other`: the same device and inode."""
 
     def stat(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        if call is os.stat and Path(arguments[0]) == path:
+        if call in (os.stat, os.lstat) and Path(arguments[0]) == path:
             return os.stat(other)
         return call(*arguments, **options)
 
@@ -86,10 +97,14 @@ def _seen_as(path: Path, other: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("place", "out"),
-    [("inputs/base", "mounted"), ("inputs/two", "mounted"), ("inputs", "mounted"), ("inputs/base", "mounted/inside")],
+    [
+        *(("inputs/base", "mounted"), ("inputs/two", "mounted"), ("inputs", "mounted")),
+        *(("inputs/base", "mounted/inside"), ("inputs/base/original/deep", "mounted")),
+    ],
 )
 def test_a_bind_mount_of_an_input(case: Case, place: str, out: str) -> None:
     (case.folder / out).mkdir(parents=True)
+    (case.folder / place).mkdir(parents=True, exist_ok=True)
     before = snapshot(case.folder)
     with (
         _seen_as(case.folder / "mounted", case.folder / place),
@@ -97,6 +112,17 @@ def test_a_bind_mount_of_an_input(case: Case, place: str, out: str) -> None:
     ):
         case.merge(case.folder / out, overwrite=True)
     assert snapshot(case.folder) == before
+
+
+@pytest.mark.parametrize("place", ["inputs/base", "inputs/two/heads"])
+def test_a_bind_mount_of_an_input_in_the_output(case: Case, place: str) -> None:
+    (case.folder / "out/heads").mkdir(parents=True)
+    (case.folder / place).mkdir(exist_ok=True)
+    with (
+        _seen_as(case.folder / "out/heads", case.folder / place),
+        pytest.raises(UsageError, match="is the same folder as, inside or around the input"),
+    ):
+        case.merge(case.folder / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("link", [os.link, os.symlink])

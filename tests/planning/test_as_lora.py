@@ -109,7 +109,8 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     assert code == 0
     manifest = verify(out)
     assert f"adapter of 2 layers, rank 2, {manifest['share_lost']:.2%} of the energy lost in all" in said
-    assert "3 tensors changed that a LoRA of linear layers cannot hold" in said
+    lost = [name for name, record in manifest["tensors"].items() if record["share_lost"] == 1]
+    assert f"3 tensors changed that a LoRA of linear layers cannot hold, all of it lost: {', '.join(lost)}" in said
     assert {file.name for file in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "merge.svg", "acemerge.json"
     }  # fmt: skip
@@ -118,7 +119,7 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     card = (out / "README.md").read_text()
     assert "# LoRA adapter of rank 2, merged from 2 experts by ace" in card
     assert f"It lacks {manifest['share_lost']:.2%} of the merged update's energy." in card
-    assert 'PeftModel.from_pretrained(AutoModel.from_pretrained("base"), "path/to/this/folder")' in card
+    assert "PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)" in card
 
 
 def test_factors_are_rounded_to_the_type_that_is_asked_for(plain: PlainModel) -> None:

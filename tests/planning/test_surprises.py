@@ -55,7 +55,7 @@ def test_an_expert_that_is_the_base_is_known_at_the_end(plain: PlainModel) -> No
     plain.tuned[1] = dict(plain.base)
     base, experts = plain.save()
     assert planned(base, experts) == []
-    (warning,) = acemerge.merge(base, experts, out=plain.root / "out").manifest["warnings"]
+    (warning,) = acemerge.merge(base, experts, "average", plain.root / "out").manifest["warnings"]
     assert warning.startswith("expert e2 is frozen: it is the base itself; leave it out")
-    assert acemerge.merge(base, experts).manifest["warnings"] == [warning]
-    assert acemerge.merge(base, experts, rules=[{"match": "*", "action": "base"}]).manifest["warnings"] == []
+    assert acemerge.merge(base, experts, "average").manifest["warnings"] == [warning]
+    assert acemerge.merge(base, experts, "average", rules=[{"match": "*", "action": "base"}]).manifest["warnings"] == []

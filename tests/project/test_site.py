@@ -1,4 +1,4 @@
-"""The documentation site: the pages that are made of the code, the README's sections in theirs."""
+"""The documentation site: the pages that are made of the code; and the README, which leads to the others."""
 
 from __future__ import annotations
 
@@ -16,17 +16,12 @@ from examples import PROGRAMS, ROOT, blocks
 from hosts import foreign
 from navigation import complete
 from pydantic import Field
-from readme_parts import BrokenLinkError, homes, sections, with_readme
 from rule_pages import rule_page, rule_pages
 
 import acemerge
 from acemerge.cli.app import app
 from acemerge.methods import Needs, make
 from acemerge.recipes.recipe import make_recipe, parse_settings
-
-README = "# Name\n\nintro\n\n## Big part\n\nbig, see [small](#small-part)\n\n```sh\n# no heading\n```\n"
-README += "\n### Small part\n\n[a page](docs/a.md)\n\n## Last\n\nend\n"
-
 
 # --- a page for every rule -------------------------------------------------------------------------------------
 
@@ -98,41 +93,23 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert sorted(shown) == sorted(acemerge.__all__)
 
 
-# --- sections of the README ------------------------------------------------------------------------------------
+# --- the README ------------------------------------------------------------------------------------------------
 
 
-def test_sections_hold_the_deeper_ones() -> None:
-    found = sections(README)
-    assert list(found) == ["name", "big-part", "small-part", "last"]
-    assert found["big-part"].endswith("### Small part\n\n[a page](docs/a.md)")
-    assert found["small-part"] == "[a page](docs/a.md)"
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert {"docs/report.png", "docs/quick-start.md", "docs/lora.md"} <= set(links)
+    assert [link for link in links if not link.startswith("https://") and not (ROOT / link).is_file()] == []
 
 
-def test_a_lone_link_becomes_the_section_and_others_lead_to_it() -> None:
-    pages = {
-        "deep/big.md": "# B\n\n[Big](../../README.md#big-part)\n",
-        "small.md": "[S](../README.md#small-part)",
-        "a.md": "see [big](../README.md#big-part) and [b](b.md)",
-    }
-    home = homes(pages)
-    assert home == {"big-part": "deep/big.md", "small-part": "small.md"}
-    big, small, other = (with_readme(path, text, README, home) for path, text in pages.items())
-    assert big.startswith("# B\n\nbig, see [small](../small.md)\n")
-    assert "[a page](../a.md)" in big
-    assert small == "[a page](a.md)"
-    assert other == "see [big](deep/big.md) and [b](b.md)"
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("[x](../README.md#gone)", "README.md has no section #gone"),
-        ("see [x](../README.md#last)", "no page of the site shows README.md#last"),
-    ],
-)
-def test_a_section_that_is_not_there_is_named(text: str, complaint: str) -> None:
-    with pytest.raises(BrokenLinkError, match=re.escape(f"docs/p.md: {complaint}")):
-        with_readme("p.md", text, README, homes({"p.md": text}))
+def test_the_table_of_rules_is_the_same_at_home() -> None:
+    readme, home = ((ROOT / page).read_text() for page in ("README.md", "docs/index.md"))
+    table = re.search(r"^\| I have .*?\n\n", readme, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    assert table[0].replace("](docs/", "](") in home
+    assert table[0].count("\n") == 2 + 5 + 1
 
 
 # --- the whole -------------------------------------------------------------------------------------------------

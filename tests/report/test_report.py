@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders import PlainModel, load_folder, write_checkpoint
 from commands import failed, run
 from hostile import TENSOR as HOSTILE
@@ -24,6 +26,7 @@ from acemerge.methods.stats import LayerStats, of_slices
 from acemerge.models.depth import layer_number
 from acemerge.output.manifest import load_manifest
 from acemerge.output.verify import verify
+from acemerge.recipes.recipe import make_recipe
 from acemerge.report.facts import page_facts
 from acemerge.report.html import html_page
 from acemerge.report.write import write_report
@@ -123,6 +126,31 @@ def test_the_page_holds_everything_and_asks_for_nothing(out: Path) -> None:
     assert {row["a"] for row in json.loads(page.data)["cosines"]} == {"e1", "e2", "e3", "merged"}
 
 
+@pytest.mark.parametrize(("method", "own"), [("ace", {"gamma", "branch", "condition"}), ("average", set())])
+def test_figures_that_the_rule_does_not_give_have_no_column(plain: PlainModel, method: str, own: set[str]) -> None:
+    base, experts = plain.save()
+    acemerge.merge(base, experts, out=plain.root / "out", method=method)
+    page = write_report(plain.root / "out").read_text()
+    columns = set(re.findall(r'<button type="button">([^<]+)</button>', page))
+    always = {"tensor", "role", "rule", "status", "energy", "cancels", "largest update", "its share", "seconds"}
+    assert columns == always | own
+    assert {a["value"] for tag, a in Page(page).tags if tag == "option" and "value" in a} == {
+        "energy",
+        "cancelled",
+    } | own
+
+
+def test_the_recipe_on_the_page_gives_the_same_merge_again(out: Path) -> None:
+    recipe = re.search(r"<pre[^>]*>(.*?)</pre>", write_report(out).read_text(), re.DOTALL)
+    assert recipe is not None
+    assert make_recipe(yaml.safe_load(html.unescape(recipe[1]))) == make_recipe(load_manifest(out)["recipe"])
+
+
+def test_every_figure_says_what_to_do_with_it(out: Path) -> None:
+    tags = [(tag, a.get("class")) for tag, a in Page(write_report(out).read_text()).tags]
+    assert tags.count(("p", "todo")) == tags.count(("figure", None)) == 5
+
+
 def test_names_from_files_are_never_markup(plain: PlainModel) -> None:
     for model in (plain.base, *plain.tuned):
         model[HOSTILE] = model.pop("layers.0.up.weight")
@@ -136,9 +164,9 @@ def test_names_from_files_are_never_markup(plain: PlainModel) -> None:
 
 
 def test_a_thousand_tensors_of_eight_experts_stay_under_five_megabytes() -> None:
-    html = html_page(page_facts(*many(1000, 8), ""))
-    assert len(html.encode()) < 5_000_000
-    assert len(json.loads(Page(html).data)["spectra"]) == 1000
+    page = html_page(page_facts(*many(1000, 8), ""))
+    assert len(page.encode()) < 5_000_000
+    assert len(json.loads(Page(page).data)["spectra"]) == 1000
 
 
 def test_without_the_models_the_page_says_so(out: Path) -> None:

@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pytest
+from hub_server import FakeHub, Repository
 
 from acemerge.errors import UsageError
 from acemerge.tasks.data import DataSource, as_classes, as_numbers, as_texts, read_columns
@@ -162,32 +164,118 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+class _Datasets(ModuleType):
+    """Stands for `datasets`: one table, whose builder has files of these names; keeps what it was asked for."""
 
-    class Found:
-        def with_format(self, name: str) -> Any:
-            assert name == "arrow"  # as it is stored
-            return self
+    def __init__(self, files: Sequence[str] = ("hf://datasets/org/name@c/data/test-0.parquet",)) -> None:
+        super().__init__("datasets")
+        self.__version__ = "4.0.0"
+        self.config = SimpleNamespace(HF_HUB_OFFLINE=False, data_files={"test": list(files)})
+        self.asked: list[Any] = []
 
-        def __getitem__(self, rows: slice) -> Any:
-            assert rows == slice(None)
-            return pyarrow.table({"s": ["a"], "y": [1]})
+    def disable_progress_bars(self) -> None:
+        pass
 
-    def load_dataset(*words: Any, **options: Any) -> Any:
-        asked.append((words, options))
-        return Found()
+    def load_dataset_builder(self, repo: str, subset: str | None, revision: str | None) -> Any:
+        self.asked.append((repo, subset, revision, self.config.HF_HUB_OFFLINE))
+        return self
 
-    module = type(sys)("datasets")
-    vars(module).update(__version__="4.0.0", load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    def download_and_prepare(self) -> None:
+        self.asked.append("read")
+
+    def as_dataset(self, split: str) -> Any:
+        self.asked.append(split)
+        return self
+
+    def with_format(self, name: str) -> Any:
+        assert name == "arrow"  # as it is stored
+        return self
+
+    def __getitem__(self, rows: slice) -> Any:
+        return pyarrow.table({"s": ["a"], "y": [1]})
+
+
+def _data_set(hub: FakeHub, **files: str) -> str:
+    """A data set org/name with these texts in it, README for README.md; its commit."""
+    names = {"README": "README.md", "yaml": ".huggingface.yaml"}
+    hub.repositories["datasets/org/name"] = Repository()
+    return hub.repositories["datasets/org/name"].commit(
+        {"data/test-0.parquet": b""} | {names[name]: text.encode() for name, text in files.items()}
+    )
+
+
+CARD = "---\nlicense: mit\nconfigs:\n- config_name: default\n  {}\n---\n# A data set\n"
+
+
+@pytest.mark.parametrize(
+    "own",
+    ["data_files: data/*.parquet", "data_files: [{split: test, path: [data/test-*, data/..x]}]", "data_dir: data"],
+)
+def test_a_data_set_on_the_hub_is_asked_for_by_subset_split_and_commit(
+    own: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _Datasets()
     monkeypatch.setitem(sys.modules, "datasets", module)
-    found = read_columns(DataSource("org/name@abc", "cola", "validation"), ["y", "s"])
+    commit = _data_set(hub, README=CARD.format(own))
+    found = read_columns(DataSource("org/name@main", "cola", "validation"), ["y", "s"])
     assert [list(column) for column in found] == [[1], ["a"]]
-    read_columns(DataSource("org/name", None, "test", "v2"), ["s"])
-    assert asked == [
-        (("org/name", "cola"), {"split": "validation", "revision": "abc"}),
-        (("org/name", None), {"split": "test", "revision": "v2"}),
+    read_columns(DataSource("org/name", None, "test", commit), ["s"])
+    assert module.asked == [
+        *(("org/name", "cola", commit, False), "read", "validation"),
+        *(("org/name", None, commit, False), "read", "test"),
     ]
+
+
+ELSEWHERE = (
+    "/etc/passwd",
+    "../x",
+    "data/../../x",
+    "~/x",
+    "file:///x",
+    "http://127.0.0.1:9/x",
+    "zip://x::/x",
+    "s3://b/x",
+)
+
+
+@pytest.mark.parametrize("place", ["README", "yaml", "lists", "data_dir", "builder"])
+@pytest.mark.parametrize("path", ELSEWHERE)
+def test_a_card_leads_nowhere_else(place: str, path: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _Datasets([path] if place == "builder" else [])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    cards = {
+        "README": {"README": "\ufeff\n" + CARD.format(f"data_files: {path!r}").replace("\n", "\r\n")},
+        "yaml": {"README": "no card", "yaml": f"configs: [{{config_name: a, data_files: [{path!r}]}}]"},
+        "lists": {"README": CARD.format(f"data_files: [{{split: test, path: [a, {path!r}]}}]")},
+        "data_dir": {"README": CARD.format(f"data_dir: {path!r}")},
+        "builder": {},
+    }
+    _data_set(hub, **cards[place])
+    with pytest.raises(UsageError, match="which is not in its repository"):
+        read_columns(DataSource("org/name", None, "test"), ["s"])
+    assert "read" not in module.asked
+    assert bool(module.asked) == (place == "builder")
+
+
+def test_a_card_that_cannot_be_read_is_not_followed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _Datasets()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    _data_set(hub, README=CARD.format("data_files: !!python/name:os.system x"))
+    with pytest.raises(UsageError, match=r"README.md: cannot be read"):
+        read_columns(DataSource("org/name", None, "test"), ["s"])
+    assert not module.asked
+
+
+def test_without_the_hub_what_was_loaded_before_is_taken(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _Datasets([])
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    hub.refuse["datasets"] = 500
+    read_columns(DataSource("org/name", None, "test"), ["s"])
+    assert module.asked[0] == ("org/name", None, None, True)
+    assert not module.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(module, "load_dataset_builder", None)
+    with pytest.raises(UsageError, match=r"org/name: the Hub cannot be reached.*; try again with the network"):
+        read_columns(DataSource("org/name", None, "test"), ["s"])
 
 
 def test_without_or_with_an_old_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

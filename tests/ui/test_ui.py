@@ -121,6 +121,29 @@ def test_every_rule_takes_its_own_defaults_as_they_are_shown(rule: str, shelf: F
     assert picked("e1", rule=rule, values=shown).content(shelf)["method"] == {"name": rule}
 
 
+def test_rules_are_offered_by_family_and_those_with_data_are_not() -> None:
+    offered = rules()
+    families = [shown.partition(":")[0] for shown in offered.values()]
+    assert len(set(families)) == sum(a != b for a, b in zip(["", *families], families, strict=False))
+    assert not {"regmean", "fisher", "mergekit_sum"} & offered.keys()
+    assert {"ace", "ties", "slerp"} <= offered.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("out: holds a merge; choose another folder or add --overwrite", f"or tick “{view.REPLACE}”"),
+        ("e1: is a stranger; or merge all the same with --force", f"with “{view.FORCE}” ticked"),
+        (
+            "`lm_head` differs; match rows with --vocabulary union",
+            ">lm_head differs; match rows with vocabulary union<",
+        ),
+    ],
+)
+def test_advice_on_the_page_is_about_the_page(line: str, shown: str) -> None:
+    assert shown in view.failure(line)
+
+
 def test_what_a_rule_says_of_itself() -> None:
     found = {p.name: p for p in parameters(METHODS["ace"])}
     assert list(found) == ["eps", "tau", "k_frac", "ablation", "scale"]

@@ -28,6 +28,7 @@ from acemerge.methods.about import summary
 from acemerge.ui import steps
 from acemerge.ui.folders import Folders
 from acemerge.ui.server import Server
+from acemerge.ui.view import REPLACE
 
 pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore")]
 pytest.importorskip("gradio")
@@ -132,6 +133,7 @@ def test_from_the_first_look_to_the_report(desk: Desk) -> None:
     desk.press("merge")
     wait(driver, "document.querySelector('#merged .done')")
     assert "Merged into ./models/merged" in desk.text("merged")
+    assert "Score it in a terminal: acemerge evaluate" in desk.text("merged")
 
     (desk.folder / "recipe.yaml").write_text("\n".join(lines))
     expected = {
@@ -169,7 +171,7 @@ def _other_window(driver: Any) -> str:
 def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:
     desk.press("merge")
     wait(desk.driver, "document.querySelector('#merged .failure')")
-    taken = f"{desk.folder / 'models/merged'}: holds a finished merge; choose another folder or add --overwrite"
+    taken = f"{desk.folder / 'models/merged'}: holds a finished merge; choose another folder or tick “{REPLACE}”"
     assert desk.text("merged").strip() == taken
     desk.write("out", "../outside")
     desk.press("merge")

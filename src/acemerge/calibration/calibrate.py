@@ -17,13 +17,12 @@ from acemerge.calibration.store import Store
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.execute import OnProgress, Progress, merging
-from acemerge.engine.opening import Opened
 from acemerge.engine.work import Setting, Walk
 from acemerge.methods import Calibration
 from acemerge.models.quiet import quiet_transformers
 from acemerge.output.identity import digest
 from acemerge.planning.calibration import Assigned, calibrated_jobs
-from acemerge.planning.jobs import Job, Merge
+from acemerge.planning.jobs import Job, Merge, Plan
 from acemerge.planning.pieces import pieces
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model, open_model
@@ -31,23 +30,17 @@ from acemerge.tasks.networks import Model, open_model
 
 @dataclass(frozen=True)
 class Calibrating:
-    """The calibration of one run: where it keeps what it measures, under names that hash what the run is, and how it
-    goes through tensors that are to be merged.
+    """The calibration of one run: its plan, each expert's tasks and the device that models run on; where it keeps what
+    it measures, under names that hash what the run is, and how it goes through tensors that are to be merged.
     """
 
-    opened: Opened
+    plan: Plan
+    experts: Sequence[Assigned]
+    device: torch.device
     folder: Path
     identity: Mapping[str, Any]
     walk: Walk
     on_progress: OnProgress = lambda _: None
-
-    @property
-    def device(self) -> torch.device:
-        return self.opened.devices[0]
-
-    @property
-    def experts(self) -> Sequence[Assigned]:
-        return self.opened.calibration
 
     def model(self, expert: Assigned) -> Model:
         return open_model(expert.model, self.device)
@@ -63,36 +56,35 @@ class Calibrating:
         return on_examples
 
 
-def data_of(opened: Opened) -> dict[str, Any]:
+def data_of(plan: Plan, experts: Sequence[Assigned]) -> dict[str, Any]:
     """For every expert and task a hash of the data, and how much it is. This reads the data."""
-    labelled = _labelled(opened)
-    return {e.label: {task.name: about_data(task, labelled) for task in e.tasks} for e in opened.calibration}
+    labelled = _wants_labels(plan)
+    return {e.label: {task.name: about_data(task, labelled) for task in e.tasks} for e in experts}
 
 
-def _labelled(opened: Opened) -> bool:
-    return bool(calibrated_jobs(opened.plan, "gradients"))
+def _wants_labels(plan: Plan) -> bool:
+    return bool(calibrated_jobs(plan, "gradients"))
 
 
 def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     """The setting with everything measured that the plan's rules want."""
-    if not calibrating.opened.calibration:
+    if not calibrating.experts:
         return setting
     with quiet_transformers():
         return _calibrated(setting, calibrating)
 
 
 def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
-    opened = calibrating.opened
     files.make_folder(calibrating.folder)
     store = Store(calibrating.folder)
     setting = replace(setting, measured=store)
     for wanted in ("inputs", "gradients"):
-        tensors = _specs(calibrated_jobs(opened.plan, wanted))
+        tensors = _specs(calibrated_jobs(calibrating.plan, wanted))
         for i, expert in enumerate(calibrating.experts if tensors else ()):
             key = calibrating.key(f"{wanted} of {expert.label}")
             if not store.restore(key, wanted, i):
                 store.write(key, wanted, i, _measured(wanted, expert, tensors, calibrating))
-    if calibrated_jobs(opened.plan, "merged inputs"):
+    if calibrated_jobs(calibrating.plan, "merged inputs"):
         _in_order(store, setting, calibrating)
     return setting
 
@@ -113,7 +105,7 @@ def _in_order(store: Store, setting: Setting, calibrating: Calibrating) -> None:
 
     What is in no block that the data enters is merged beforehand. The merge itself does all of it once more.
     """
-    plan, experts = calibrating.opened.plan, calibrating.experts
+    plan, experts = calibrating.plan, calibrating.experts
     tensors = _specs(calibrated_jobs(plan, "merged inputs"))
     order = block_order(calibrating.model(experts[0]), experts[0].tasks, tensors)
     merged = _merged([job for job in plan.jobs if block_of(job.name) not in order], setting, calibrating)
@@ -145,20 +137,21 @@ def _specs(jobs: Sequence[Job]) -> dict[str, TensorSpec]:
     return {job.name: job.spec for job in jobs}
 
 
-def about_calibration(opened: Opened, setting: Setting, identity: Mapping[str, Any]) -> dict[str, Any]:
+def about_calibration(
+    plan: Plan, experts: Sequence[Assigned], setting: Setting, identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the manifest says of it: every expert's tasks, their data, and the tensors that were not seen."""
     store = setting.measured
     if not isinstance(store, Store):
         return {}
-    table = {}
-    for i, expert in enumerate(opened.calibration):
+    table, labelled = {}, _wants_labels(plan)
+    for i, expert in enumerate(experts):
         found = identity["calibration"][expert.label]
         tasks = {
-            task.name: {"kind": task.kind, "data": task.data, "labels": labels_of(task, _labelled(opened))}
-            | found[task.name]
+            task.name: {"kind": task.kind, "data": task.data, "labels": labels_of(task, labelled)} | found[task.name]
             for task in expert.tasks
         }
-        jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(opened.plan)]
+        jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(plan)]
         unseen = [job.name for job, wanted in jobs if i not in job.absent and not store.has(wanted, job.name, i)]
         table[expert.label] = {"tasks": tasks, "not seen": unseen}
     return {"calibration": table}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.models.fused_experts import expert_number
 from acemerge.models.renaming import checkpoint_renaming
 from acemerge.shapes import Tensor
 
-_FUSED = re.compile(r"\.experts\.(\d+)\.")
 _PARTS = ("", "vision_model.")  # half of a model may be run within the whole, or the other way round
 _PRODUCTS = {
     *(nn.functional.linear, torch.matmul, torch.mm, torch.bmm),
@@ -45,11 +44,11 @@ def parameter_slices(network: nn.Module, tensors: Mapping[str, TensorSpec]) -> d
         renamed, converted = rename(name)
         spellings = [p + renamed for p in _PARTS] + [renamed.removeprefix(p) for p in _PARTS]
         parameter = next((spelling for spelling in spellings if spelling in state), None)
-        slices = _FUSED.search(name)
+        number = expert_number(name)
         if parameter is not None and not converted and state[parameter].shape == tensors[name].shape:
             found[name] = ParameterSlice(parameter)
-        elif parameter is not None and converted and slices and state[parameter].ndim == 3:
-            found[name] = ParameterSlice(parameter, int(slices.group(1)))
+        elif parameter is not None and converted and number is not None and state[parameter].ndim == 3:
+            found[name] = ParameterSlice(parameter, number)
     return found
 
 

@@ -9,7 +9,7 @@ from acemerge.checkpoints.header import TensorSpec
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedFactors:
     """A factor pair of all experts of a mixture in one: `A` (count r, in), expert by expert, and `B` (out, r count), in
     which an expert has every count-th column.
 
@@ -38,7 +38,7 @@ class Update:
     transposed: bool = False
     embedding: bool = False
     replaces_base: bool = False
-    stack: Stack | None = None
+    stack: StackedFactors | None = None
 
     @property
     def rank(self) -> int:

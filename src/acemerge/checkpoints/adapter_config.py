@@ -37,7 +37,7 @@ _MAX_TABLE = 100_000
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterSettings:
     """Rank and alpha, with the patterns that give some modules their own; what is saved whole or wrapped by itself."""
 
     rank: int
@@ -83,7 +83,7 @@ def _holds(module: str, target: str) -> bool:
     return f".{module}".endswith(f".{target}") if target else "expert" in module.rpartition(".")[2]
 
 
-def read_settings(config: Mapping[str, Any], path: Path) -> Settings:
+def read_adapter_settings(config: Mapping[str, Any], path: Path) -> AdapterSettings:
     """CheckpointError for a configuration that says what cannot be read."""
     if config.get("peft_type") != "LORA":
         what = f"peft_type is {str(config.get('peft_type'))[:40]!r}, and only LORA can be read"
@@ -97,7 +97,7 @@ def read_settings(config: Mapping[str, Any], path: Path) -> Settings:
         what = f"init_lora_weights is {str(beginning)[:40]!r}, which may have changed the base's weights"
         raise CheckpointError(path, what, MERGE_FIRST)
     budget = Budget()
-    return Settings(
+    return AdapterSettings(
         int(_number(config, "r", path, 8, whole=True)),
         _number(config, "lora_alpha", path, 8),
         _patterns(config, "rank_pattern", path, budget, whole=True),

@@ -1,5 +1,5 @@
-"""What a model's folder holds beside its weights: configuration, tokenizer, templates and processor files, and the
-modules that sentence-transformers puts behind a model.
+"""What a model's folder holds beside its weights: configuration, tokenizer, templates and processor files, the modules
+that sentence-transformers puts behind a model, and the components of a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ _MODULE = (
     r"|SparseAutoEncoder|MultiVectorMask|LogitScore)"
 )
 _WEIGHTS = "model.safetensors"
+# The components of a pipeline with weights, by who names these, and those without.
+MODEL_INDEX = "model_index.json"
+_COMPONENTS = {
+    r"(unet|vae|vqvae|vqgan|movq|transformer|prior|controlnet)(_\d)?": "diffusion_pytorch_model.safetensors",
+    r"(text_encoder|image_encoder|safety_checker)(_\d)?": _WEIGHTS,
+}
+_BESIDE = re.compile(r"(scheduler|tokenizer|feature_extractor|image_processor|processor)(_\d)?")
+_SCHEDULER = "scheduler_config.json"
 _MODULE_WEIGHTS = re.compile(rf"{_MODULE}/{re.escape(_WEIGHTS)}")
 _MODULE_TENSOR = re.compile(rf"(?P<module>{_MODULE})/(?P<name>.+)")
 _FOLDER = re.compile(rf"{_TEMPLATES}|{_MODULE}")
@@ -56,8 +64,30 @@ def module_weights(names: Sequence[str]) -> list[str]:
 
 
 def in_module(tensor: str) -> tuple[str, str]:
-    """The module's file and the name there of one of its tensors, which are called `2_Dense/linear.weight`; empty for
-    the transformer's own.
+    """The file of a module or component and the name there of one of its tensors, which are called
+    `2_Dense/linear.weight` or `unet/conv_in.weight`; empty for the model's own.
     """
     found = _MODULE_TENSOR.fullmatch(tensor)
-    return (f"{found['module']}/{_WEIGHTS}", found["name"]) if found else ("", "")
+    if found:
+        return f"{found['module']}/{_WEIGHTS}", found["name"]
+    folder, slash, name = tensor.partition("/")
+    weights = component_weights(folder) if slash else ""
+    return (f"{folder}/{weights}", name) if weights else ("", "")
+
+
+def component_weights(folder: str) -> str:
+    """What the weights of a pipeline's component in a folder of this name are called; empty where it has none."""
+    return next((weights for names, weights in _COMPONENTS.items() if re.fullmatch(names, folder)), "")
+
+
+def is_component(folder: str) -> bool:
+    """Whether a folder of this name in a pipeline's is one of its components, with weights or without."""
+    return bool(component_weights(folder)) or _BESIDE.fullmatch(folder) is not None
+
+
+def is_of_pipeline(name: str) -> bool:
+    """Whether a file of this name in a pipeline's folder is one that the pipeline needs."""
+    folder, slash, file = name.partition("/")
+    if not slash:
+        return name == MODEL_INDEX
+    return is_component(folder) and (file in (_SCHEDULER, component_weights(folder)) or is_asset(file))

@@ -1,4 +1,4 @@
-"""The only operating-system calls of the library: what a test replaces to fail the k-th of them.
+"""The only operating-system calls of the library that touch files: what a test replaces to fail the k-th of them.
 
 Readers use pread, never a memory map: a mapped file that shrinks kills the process.
 """
@@ -11,7 +11,6 @@ import fcntl
 import hashlib
 import os
 import re
-import resource
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -83,6 +82,23 @@ def places(path: Path) -> dict[Path, tuple[int, int]]:
     return found
 
 
+def folders_within(path: Path, most: int = 1000) -> set[tuple[int, int]]:
+    """Device and inode of a folder and of those in it, as far as they can be read; links are not followed.
+
+    No more than the first `most`.
+    """
+    found: set[tuple[int, int]] = set()
+    waiting = deque([path])
+    while waiting and len(found) < most:
+        folder = waiting.popleft()
+        with contextlib.suppress(OSError, ValueError):
+            state = os.lstat(folder)
+            if stat.S_ISDIR(state.st_mode):
+                found.add((state.st_dev, state.st_ino))
+                waiting.extend(folder / name for name in sorted(os.listdir(folder)))
+    return found
+
+
 def resolve(path: Path) -> Path:
     """The absolute path with every link followed."""
     with reading(path):
@@ -140,54 +156,11 @@ def forget(descriptor: int, offset: int, nbytes: int) -> None:
         os.posix_fadvise(descriptor, first, offset - first + nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def stays_cached(nbytes: int) -> bool:
-    """Whether so much may stay in the system's cache, for whoever reads it next: up to a quarter of the memory."""
-    try:
-        return nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (OSError, ValueError, AttributeError):
-        return True
-
-
 def free_bytes(path: Path) -> int:
     """What the disk still takes of a path that need not be there yet."""
     with reading(path):
         state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return state.f_bavail * state.f_frsize
-
-
-def address_space_left() -> int | None:
-    """The bytes that a limit on the process's address space (ulimit -v) leaves; None where there is no such limit."""
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most == resource.RLIM_INFINITY:
-        return None
-    with contextlib.suppress(OSError):
-        pages = int(_first_bytes("/proc/self/statm").split()[0])
-        return max(0, most - pages * resource.getpagesize())
-    return most
-
-
-def processor() -> str:
-    """Maker, family and model of the processor, as far as the system says; an empty text where it does not."""
-    keys = (b"vendor_id", b"cpu family", b"model", b"CPU implementer", b"CPU part")
-    with contextlib.suppress(OSError):
-        lines = [line.partition(b":") for line in _first_bytes("/proc/cpuinfo").split(b"\n\n")[0].splitlines()]
-        return " ".join(value.strip().decode(errors="replace") for key, _, value in lines if key.strip() in keys)
-    return ""
-
-
-def _first_bytes(path: str) -> bytes:
-    """Of what the kernel says of this machine, as much as fits in one read."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(descriptor, 1 << 13)
-    finally:
-        close(descriptor)
-
-
-def stack_size() -> int:
-    """The bytes of address space that a thread takes."""
-    size = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    return 8 << 20 if size == resource.RLIM_INFINITY else size
 
 
 def fingerprint(path: Path) -> tuple[int, int, int]:
@@ -328,13 +301,16 @@ def remove_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies."""
+def lock(path: Path, shared: bool = False) -> Iterator[None]:
+    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies.
+
+    Several may hold it `shared`, and nobody else then. They leave the file, which one of them may still hold.
+    """
     while True:
         with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_same_file(descriptor, path):
                 break
         except BlockingIOError:
@@ -349,8 +325,9 @@ def lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(AcemergeError):
-            remove(path)
+        if not shared:
+            with contextlib.suppress(AcemergeError):
+                remove(path)
         close(descriptor)
 
 

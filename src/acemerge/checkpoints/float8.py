@@ -35,7 +35,7 @@ _CURES = {
 
 
 @dataclass(frozen=True)
-class Scale:
+class Float8Scale:
     """Where a weight's scale lies, its shape beside the weight's, and for how many entries along each side one is."""
 
     info: TensorInfo
@@ -47,7 +47,7 @@ class Scale:
 class Float8:
     """The scales of a checkpoint's fp8 tensors by their names, and what else is no weight."""
 
-    scales: Mapping[str, Scale]
+    scales: Mapping[str, Float8Scale]
     apart: frozenset[str]
     about: str
 
@@ -107,7 +107,7 @@ def find_float8(config: Mapping[str, Any], places: Mapping[str, TensorInfo], roo
     Raises CheckpointError for a tensor whose scale is missing or does not fit, and for one of packed integers.
     """
     told = QUANTISATION in config
-    scales: dict[str, Scale] = {}
+    scales: dict[str, Float8Scale] = {}
     for name, info in places.items():
         if info.spec.dtype in FLOAT8.values():
             found = next((name + suffix for suffix in _SCALES if name + suffix in places), None)
@@ -148,7 +148,7 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     return (blocks[0][0], blocks[0][1]) if blocks else None
 
 
-def _scale(weight: TensorSpec, found: TensorInfo, block: tuple[int, int] | None, root: Path) -> Scale:
+def _scale(weight: TensorSpec, found: TensorInfo, block: tuple[int, int] | None, root: Path) -> Float8Scale:
     """The scale of a weight: one for all of it, for each row, for each block, or whatever broadcasts with it."""
     sides, shape = weight.shape, found.spec.shape
     if all(side == 1 for side in shape):
@@ -159,7 +159,7 @@ def _scale(weight: TensorSpec, found: TensorInfo, block: tuple[int, int] | None,
         blocks = ((1,) * len(sides) + (block or (1, 1)))[2:]
         repeats = tuple(_repeat(n, s, b) for n, s, b in zip(sides, shape, blocks, strict=True))
         if all(repeats):
-            return Scale(found, shape, repeats)
+            return Float8Scale(found, shape, repeats)
     about = f"{found.spec.dtype}, shape {list(found.spec.shape)}"
     what = f"tensor {weight.name!r} of shape {list(sides)} has a scale that does not fit: {about}"
     raise CheckpointError(root, what, _UNQUANTISED)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
-from acemerge.checkpoints.assets import is_asset, module_weights, with_asset_folders
-from acemerge.checkpoints.float8 import QUANTISATION, Scale, check_quantisation, dequantised, find_float8
+from acemerge.checkpoints.assets import MODEL_INDEX, is_asset, module_weights, with_asset_folders
+from acemerge.checkpoints.float8 import QUANTISATION, Float8Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
 from acemerge.checkpoints.nearby import almost, paths_in, what_is_there
 from acemerge.checkpoints.pickles import read_pickle
@@ -81,7 +82,7 @@ class Checkpoint:
     places: Mapping[str, TensorInfo] = field(repr=False)
     fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
     adapter: Adapter | None = None
-    scales: Mapping[str, Scale] = field(default_factory=dict, repr=False)
+    scales: Mapping[str, Float8Scale] = field(default_factory=dict, repr=False)
     float8: str = ""
     absent: frozenset[str] = frozenset()
 
@@ -113,6 +114,24 @@ def _read(info: TensorInfo) -> Tensor:
     return torch.frombuffer(buffer, dtype=spec.dtype).view(spec.shape)
 
 
+def has_weights(names: Sequence[str]) -> bool:
+    """Whether a folder with these files has a model's weights."""
+    return any(kind.has_some(names) for kind in _FORMATS)
+
+
+def safetensors_in(root: Path, single: str) -> tuple[dict[Path, tuple[int, int, int]], list[TensorInfo]]:
+    """The files and tensors of a folder whose weights have this name, or are the shards of its index; none where
+    neither is.
+    """
+    stem = re.escape(single.removesuffix(".safetensors"))
+    shard = re.compile(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors")
+    kind = replace(_SAFETENSORS, single=single, index=f"{single}.index.json", shard=shard)
+    names = files.list_folder(root)
+    found = _weight_files(root, names, kind) if kind.has_some(names) else []
+    prints = {file: files.fingerprint(file) for file in found}
+    return prints, list(_places(root, names, kind, prints, kind.read).values()) if prints else []
+
+
 def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> list[str]:
     """Of all files of a model, those that a reader needs: weights, or the index that lists them, and assets.
 
@@ -122,8 +141,8 @@ def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> lis
     whole = {kind.single for kind in _FORMATS} | {kind.index for kind in _FORMATS}
     if set(ADAPTER) <= set(names) and not whole & set(names):
         return [*assets, *ADAPTER]
-    if not any(kind.has_some(names) for kind in _FORMATS):
-        inner = [name for name in names if "/" in name]
+    if not has_weights(names):
+        inner = [name for name in names if "/" in name or name == MODEL_INDEX]
         instead = what_is_there(where, inner, within="/" if ":" in str(where) else ":")
         if instead:
             raise CheckpointError(where, *instead)
@@ -158,25 +177,16 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
         cure = almost(path) or "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
-    if not any(kind.has_some(names) for kind in _FORMATS):
+    if not has_weights(names):
         instead = what_is_there(path, paths_in(root))
         if instead:
             raise CheckpointError(path, *instead)
     kind = _format(root, names, allow_pickle)
     config = read_config(root / CONFIG) if CONFIG in names else {}
     check_quantisation(config, root / CONFIG, dequantize)
-    weight_files = _weight_files(root, names, kind)
-    prints = {file: files.fingerprint(file) for file in weight_files}
-    places: dict[str, TensorInfo] = {}
-    for file in weight_files:
-        for info in read_header(file, float8=True) if dequantize and kind is _SAFETENSORS else kind.read(file):
-            name = info.spec.name
-            if name in places:
-                what = f"tensor {name!r} is also in {places[name].file.name}"
-                raise CheckpointError(file, what, "keep one of the two shards' copies")
-            places[name] = info
-    if kind.index in names:
-        _check_index(root, places, kind)
+    read = partial(read_header, float8=True) if dequantize and kind is _SAFETENSORS else kind.read
+    prints = {file: files.fingerprint(file) for file in _weight_files(root, names, kind)}
+    places = _places(root, names, kind, prints, read)
     assets = tuple(name for name in with_asset_folders(root, names) if is_asset(name) and _is_file(root, name))
     for name in module_weights(assets):
         file = contained(root, name)
@@ -186,6 +196,27 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
     tensors = {name: info.spec for name, info in places.items() if name not in float8.apart}
     plain = {key: value for key, value in config.items() if key != QUANTISATION}
     return Checkpoint(path, tensors, plain, assets, places, prints, scales=float8.scales, float8=float8.about)
+
+
+def _places(
+    root: Path,
+    names: Sequence[str],
+    kind: _Format,
+    weight_files: Iterable[Path],
+    read: Callable[[Path], list[TensorInfo]],
+) -> dict[str, TensorInfo]:
+    """Where every tensor of a folder is, its index checked."""
+    places: dict[str, TensorInfo] = {}
+    for file in weight_files:
+        for info in read(file):
+            name = info.spec.name
+            if name in places:
+                what = f"tensor {name!r} is also in {places[name].file.name}"
+                raise CheckpointError(file, what, "keep one of the two shards' copies")
+            places[name] = info
+    if kind.index in names:
+        _check_index(root, places, kind)
+    return places
 
 
 def _module_places(file: str, infos: Sequence[TensorInfo]) -> dict[str, TensorInfo]:

@@ -22,14 +22,14 @@ from acemerge.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Listing:
+class CommitFiles:
     """A commit, and the bytes of each file in it; in a folder of the repository, those there by their names there."""
 
     commit: str
     sizes: Mapping[str, int]
 
 
-def list_files(wanted: HubId, what: What) -> Listing:
+def list_files(wanted: HubId, what: What) -> CommitFiles:
     """Ask the Hub; nothing is fetched. Raises CheckpointError."""
     hub = library()
     ask = hub.HfApi().model_info if what == "model" else hub.HfApi().dataset_info
@@ -42,7 +42,7 @@ def list_files(wanted: HubId, what: What) -> Listing:
     if not is_commit(str(info.sha)):
         raise CheckpointError(wanted, *NO_COMMIT)
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
-    return Listing(str(info.sha), {name: sizes[wanted.path_of(name)] for name in wanted.files_of(sizes)})
+    return CommitFiles(str(info.sha), {name: sizes[wanted.path_of(name)] for name in wanted.files_of(sizes)})
 
 
 def is_cached(wanted: HubId, what: What, commit: str, name: str) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.adapter import Adapter, Stack, Update
-from acemerge.checkpoints.adapter_config import MERGE_FIRST, Settings, read_settings
+from acemerge.checkpoints.adapter import Adapter, StackedFactors, Update
+from acemerge.checkpoints.adapter_config import MERGE_FIRST, AdapterSettings, read_adapter_settings
 from acemerge.checkpoints.folder import (
     ADAPTER,
     CONVERT,
@@ -22,6 +22,7 @@ from acemerge.checkpoints.folder import (
 )
 from acemerge.checkpoints.header import TensorInfo, TensorSpec, read_header
 from acemerge.checkpoints.pickles import read_pickle
+from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
 from acemerge.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_MODEL = ADAPTER
@@ -50,10 +51,12 @@ def base_of(path: Path) -> str | None:
 
 
 def open_expert(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
-    """Open a checkpoint, or an adapter: headers and configuration only.
+    """Open a checkpoint, an adapter or a pipeline: headers and configuration only.
 
-    Raises CheckpointError for what neither is, and for an adapter that cannot be read in full.
+    Raises CheckpointError for what none of them is, and for an adapter that cannot be read in full.
     """
+    if is_pipeline(path):
+        return open_pipeline(path)
     return open_adapter(path, allow_pickle) if is_adapter(path) else open_checkpoint(path, allow_pickle, dequantize)
 
 
@@ -69,7 +72,7 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:
             raise CheckpointError(path, f"has both {ADAPTER_CONFIG} and {whole}", "remove the one that is not meant")
     config_file, weights = contained(root, ADAPTER_CONFIG), _weights(root, names, allow_pickle)
     prints = {file: files.fingerprint(file) for file in (weights, config_file)}
-    settings = read_settings(read_config(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
+    settings = read_adapter_settings(read_config(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
     read = read_pickle if weights.name == _PICKLED_MODEL else read_header
     parts = _parts(read(weights), settings, weights)
     changed = _changed(parts.layers, settings, weights)
@@ -130,7 +133,7 @@ class _Parts:
     beginnings: set[str]
 
 
-def _parts(infos: list[TensorInfo], settings: Settings, path: Path) -> _Parts:
+def _parts(infos: list[TensorInfo], settings: AdapterSettings, path: Path) -> _Parts:
     parts = _Parts({}, {}, set())
     for info in _without_copies(infos):
         stored = info.spec.name
@@ -169,7 +172,7 @@ def _without_copies(infos: Sequence[TensorInfo]) -> list[TensorInfo]:
     return [info for info in infos if not is_copy(info.spec.name)]
 
 
-def _changed(modules: Mapping[str, _Found], settings: Settings, path: Path) -> dict[str, str]:
+def _changed(modules: Mapping[str, _Found], settings: AdapterSettings, path: Path) -> dict[str, str]:
     """The parameter that each module's factors change, by the module as it is named in the file.
 
     A module's only one is its weight. Of several the configuration has the names; PEFT wraps the first one first, so
@@ -208,7 +211,7 @@ def _add(table: _Found, key: str, info: TensorInfo, path: Path) -> None:
     table[key] = info
 
 
-def _update(name: str, found: _Found, settings: Settings, path: Path) -> Update:
+def _update(name: str, found: _Found, settings: AdapterSettings, path: Path) -> Update:
     """The update of one tensor, its factors checked against each other and the configuration."""
     embedding = "embedding_A" in found
     sides = ("embedding_A", "embedding_B") if embedding else ("A", "B")
@@ -226,7 +229,7 @@ def _update(name: str, found: _Found, settings: Settings, path: Path) -> Update:
     # PEFT's configuration names what it wraps: the module, or the parameter.
     rank, scaling = settings.scaling(name if settings.parameters_of(name.rpartition(".")[0]) else module)
     count = 1 if name.endswith(".weight") else A.shape[0] // rank
-    stack = Stack(count) if count > 1 else None
+    stack = StackedFactors(count) if count > 1 else None
     if not A.shape[0] == B.shape[1] == rank * count:
         what = f"module {module!r} has factors of shapes {list(A.shape)} and {list(B.shape)}, but its rank is {rank}"
         raise CheckpointError(path, what, "mend r or rank_pattern in adapter_config.json")

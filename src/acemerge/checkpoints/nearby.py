@@ -54,7 +54,7 @@ _KNOWN: tuple[tuple[str, _Say], ...] = (
         r"(model_index\.json)",
         lambda root, found: (
             "is a diffusers pipeline, with a model in each of its folders",
-            f"merge its models one by one, as {root}unet or {root}transformer",
+            f"fetch it whole, with hf download {root.rstrip(':/')} --local-dir FOLDER, and name that folder",
         ),
     ),
     (

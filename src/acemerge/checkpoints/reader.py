@@ -31,7 +31,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _FoundSpan:
     """Where a span lies in its file, and where in the buffer; `parts` where it lies in several places of its files."""
 
     file: Path
@@ -41,10 +41,10 @@ class _Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     scaling: _Scaling | None = None
-    parts: tuple[_Place, ...] = ()
+    parts: tuple[_FoundSpan, ...] = ()
 
     @property
-    def to_read(self) -> tuple[_Place, ...]:
+    def to_read(self) -> tuple[_FoundSpan, ...]:
         return self.parts or ((self, self.scaling.place) if self.scaling else (self,))
 
 
@@ -52,7 +52,7 @@ class _Place:
 class _Scaling:
     """The scale of an fp8 span, whose first row is `first` of the tensor."""
 
-    place: _Place
+    place: _FoundSpan
     repeats: tuple[int, ...]
     first: int
 
@@ -74,10 +74,10 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Places:
+class FoundSpans:
     """Spans found, and the bytes of the buffer that holds them."""
 
-    found: Sequence[_Place]
+    found: Sequence[_FoundSpan]
     nbytes: int
 
 
@@ -96,7 +96,7 @@ class Reader:
     _hashes: dict[Path, FileHash] = field(default_factory=dict)
     _open: tuple[Path, int] | None = None
 
-    def places(self, spans: Sequence[Span]) -> Places:
+    def places(self, spans: Sequence[Span]) -> FoundSpans:
         """Where the spans lie in the files, and where in a buffer for all of them."""
         found, at = [], 0
         for span in spans:
@@ -111,9 +111,9 @@ class Reader:
             end_of = at + _aligned(nbytes)
             scaling = self._scaling(span, end_of)
             pieces = tuple(_pieces(parts, at))
-            found.append(_Place(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling, pieces))
+            found.append(_FoundSpan(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling, pieces))
             at = end_of if scaling is None else end_of + _aligned(scaling.place.nbytes)
-        return Places(found, at)
+        return FoundSpans(found, at)
 
     def _scaling(self, span: Span, at: int) -> _Scaling | None:
         """The span's scale, whole: it is small."""
@@ -121,10 +121,10 @@ class Reader:
         if scale is None:
             return None
         file, offset, spec = scale.info.file, scale.info.offset, scale.info.spec
-        place = _Place(file, offset, spec.nbytes, at, spec.dtype, scale.shape)
+        place = _FoundSpan(file, offset, spec.nbytes, at, spec.dtype, scale.shape)
         return _Scaling(place, scale.repeats, span.rows[0] if span.rows else 0)
 
-    def read(self, places: Places, buffer: Tensor) -> list[Stored]:
+    def read(self, places: FoundSpans, buffer: Tensor) -> list[Stored]:
         """The tensors at `places`, within `buffer` (uint8)."""
         space: memoryview = buffer.numpy().data
         for run in _runs(places.found):
@@ -136,7 +136,7 @@ class Reader:
             if self.hashing:
                 self._hash(file).feed(offset, views)
 
-        def within(place: _Place) -> Tensor:
+        def within(place: _FoundSpan) -> Tensor:
             return buffer[place.at : place.at + place.nbytes].view(place.dtype).view(place.shape)
 
         return [
@@ -174,10 +174,10 @@ class Reader:
         return self._hashes[file]
 
 
-def _pieces(parts: Sequence[TensorInfo], at: int) -> Iterator[_Place]:
+def _pieces(parts: Sequence[TensorInfo], at: int) -> Iterator[_FoundSpan]:
     """The parts of one tensor, one behind the other in the buffer from `at`."""
     for part in parts:
-        yield _Place(part.file, part.offset, part.spec.nbytes, at, part.spec.dtype, part.spec.shape)
+        yield _FoundSpan(part.file, part.offset, part.spec.nbytes, at, part.spec.dtype, part.spec.shape)
         at += part.spec.nbytes
 
 
@@ -185,9 +185,9 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def _runs(found: Sequence[_Place]) -> Iterator[list[_Place]]:
+def _runs(found: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
     """Spans that follow each other in one file, to be read at once."""
-    run: list[_Place] = []
+    run: list[_FoundSpan] = []
     for place in (each for p in found for each in p.to_read):
         if place.nbytes == 0:
             continue
@@ -254,12 +254,13 @@ def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> Non
     """CheckpointError when a weight file was written since it was opened.
 
     Size and times tell. Where only a time differs, the file may have been touched, copied or linked: it is hashed
-    again and compared with what was read.
+    again and compared with what was read, if that was hashed.
     """
     for path, before in checkpoint.fingerprints.items():
         now = files.fingerprint(path)
         if now == before:
             continue
-        same = now[0] == before[0] and hashes[path].in_order and files.sha256(path) == hashes[path].sha256
+        read = hashes.get(path)
+        same = read and now[0] == before[0] and read.in_order and files.sha256(path) == read.sha256
         if not same:
             raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from acemerge.cli.log import events_on_stderr
 from acemerge.cli.options import GROUPS, Options
 
-Records = dict[str, list[tuple[str, str]]]
+HelpRecords = dict[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,15 @@ class GroupedCommands(TyperGroup):
     """All commands in their groups, each with its whole sentence."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        records: Records = {}
+        records: HelpRecords = {}
         for name, found in self.commands.items():
             records.setdefault(getattr(found, "rich_help_panel", None) or "", []).append((name, found.help or ""))
         _write({**records, "Options": [r for rows in grouped(self, ctx).values() for r in rows]}, formatter)
 
 
-def grouped(found: Any, ctx: Any) -> Records:
+def grouped(found: Any, ctx: Any) -> HelpRecords:
     """A command's arguments and options with their help, by group."""
-    records: Records = {"Arguments": [], **{group: [] for group in GROUPS}}
+    records: HelpRecords = {"Arguments": [], **{group: [] for group in GROUPS}}
     for parameter in found.get_params(ctx):
         if (record := parameter.get_help_record(ctx)) is not None:
             is_argument = parameter.param_type_name == "argument"
@@ -115,7 +115,7 @@ def grouped(found: Any, ctx: Any) -> Records:
     return {group: rows for group, rows in records.items() if rows}
 
 
-def _write(records: Records, formatter: Any) -> None:
+def _write(records: HelpRecords, formatter: Any) -> None:
     for title, rows in records.items():
         with formatter.section(title):
             formatter.write_dl(rows)

@@ -45,7 +45,7 @@ def compare(
     out = needed(asked.out, "-o", "name the output folder with -o OUT")
 
     from acemerge.engine.opening import check_output_apart
-    from acemerge.evaluation.compare import by_methods, folders_of, merge_all, rows, with_experts
+    from acemerge.evaluation.compare import by_methods, merge_all, merged_folders, rows, with_experts
     from acemerge.evaluation.results import check_free
     from acemerge.recipes.labels import expert_labels
     from acemerge.tasks.task_file import load_tasks
@@ -62,7 +62,7 @@ def compare(
         raise UsageError("command line", what, cure)
     if recipe is not None and methods is not None:
         recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
-        found, given = with_experts(found, recipe), rows(recipe.base, given, folders_of(recipes, out))
+        found, given = with_experts(found, recipe), rows(recipe.base, given, merged_folders(recipes, out))
         merge_all(recipes, out, asked.run_options(), lambda text: None if asked.silent else say(stderr(), text))
     elif not given:
         raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")

@@ -17,7 +17,7 @@ from acemerge.cli.text import print_json, say, stderr, stdout
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from acemerge.evaluation.evaluate import OnProgress
+    from acemerge.evaluation.evaluate import OnTaskProgress
     from acemerge.evaluation.tables import Evaluation
     from acemerge.tasks.task_file import Tasks
 
@@ -75,7 +75,7 @@ def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | N
 
 
 @contextlib.contextmanager
-def logged_progress() -> Iterator[OnProgress]:
+def logged_progress() -> Iterator[OnTaskProgress]:
     """An event for each batch of examples."""
     log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def logged_progress() -> Iterator[OnProgress]:
 
 
 @contextlib.contextmanager
-def examples_progress(console: Console, quiet: bool) -> Iterator[OnProgress]:
+def examples_progress(console: Console, quiet: bool) -> Iterator[OnTaskProgress]:
     """A live bar on a terminal, a line for each model and task elsewhere, nothing when quiet."""
     if quiet:
         yield lambda *_: None
@@ -117,7 +117,7 @@ def show(console: Console, found: Evaluation, out: Path | None, missing: str | N
 
     from acemerge.evaluation.tables import LEGEND
 
-    header, rows = found.cells()
+    header, rows = found.marked()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):
         table.add_column(Text(column), justify="right" if i else "left", overflow="fold")

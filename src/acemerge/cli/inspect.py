@@ -82,7 +82,7 @@ def _conflicts(console: Console, seen: Inspection) -> None:
         return
     unrelated = 1 - len(seen.experts) ** -0.5
     say(console, f"\nlayers in conflict, the worst {len(worst)} of {len(seen.in_conflict)}")
-    say(console, f"updates of one size that have nothing to do with each other lose {unrelated:.0%}")
+    say(console, f"updates that have nothing to do with each other, all of one length, lose {unrelated:.0%}")
     rows = [
         (
             view.job.name,

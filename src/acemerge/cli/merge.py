@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +43,17 @@ def merge(asked: Options) -> None:
 
     options = asked.run_options()
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
-    if not asked.silent:
+    foretold = not asked.silent and not asked.finish  # what takes long is done then
+    if foretold:
         before(stderr(), opened, out, asked.resume)
     with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
     if asked.as_json:
         print_json(outcome(report))
+    elif report.part is not None and not asked.quiet:
+        after_part(stdout(), report)
     elif not asked.quiet:
-        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and not asked.silent else ())
+        after(stdout(), report, opened.plan.warnings if is_live(stderr()) and foretold else ())
 
 
 def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
@@ -60,22 +64,32 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     from acemerge.planning.costs import RESIDENT
     from acemerge.planning.estimate import measure_rates, plan_seconds
 
-    plan = opened.plan
+    plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
     seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
-    reads = size(plan.bytes_read + plan.bytes_reread)
+    reads = size(plan.bytes_read + opened.plan.bytes_reread)
     facts = [
         ("experts", ", ".join(plan.experts)),
         *_parameters(plan),
         ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
     ]
+    if opened.part is not None:
+        own = opened.layout
+        facts.append(
+            ("part", f"{opened.part}: {len(own.jobs)} of the tensors, to {', '.join(name for name, _ in own.own)}")
+        )
     facts.append(("memory", f"{size(most)} at most"))
     facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")
     pairs(console, facts)
     say(console, "")
+
+
+def _part_of(opened: Opened) -> Plan:
+    """The plan with what the part does of it."""
+    return dataclasses.replace(opened.plan, jobs=tuple(opened.layout.jobs), heads=tuple(() for _ in opened.plan.heads))
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -96,9 +110,11 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def _parameters(plan: Plan) -> list[tuple[str, str]]:
     """Every rule's parameters; of one that has different ones for different tensors, between which values."""
+    from acemerge.methods.base import parameter_fields
+
     found: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for method in {id(job.method): job.method for job in plan.ruled}.values():
-        for key in dataclasses.fields(method):  # type: ignore[arg-type]
+        for key in parameter_fields(method):
             value, known = getattr(method, key.name), found[method.name][key.name]
             if value not in known:  # a list may be one
                 known.append(value)
@@ -119,10 +135,11 @@ def _values(known: Sequence[Any]) -> str:
 
 
 def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> None:
-    """What was done, and the three things to look at: experts, layers, what is next. `warned`: the warnings that
+    """What was done, and the three things to look at: experts, layers, what to do next. `warned`: the warnings that
     were said before the merge.
     """
     from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.output.length import length_of
     from acemerge.output.shares import total_energies
 
     manifest = report.manifest
@@ -148,7 +165,18 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     energies = total_energies(labels, records)
     advice = [str(advice) for advice in of_energies(labels, energies)]
     experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
-    pairs(console, [("experts", "; ".join(experts)), ("layers", "; ".join(_layers(records))), _next(report)])
+    length = length_of(labels, records)
+    far = [] if length is None else [("length", str(length))]
+    looked = [("experts", "; ".join(experts)), *far, ("layers", "; ".join(_layers(records)))]
+    pairs(console, [*looked, *next_steps(report)])
+
+
+def after_part(console: Console, report: MergeReport) -> None:
+    """What a part did, and what is next."""
+    files = ", ".join(report.manifest["outputs"])
+    done = "was done" if report.was_complete else f"took {report.manifest['seconds']:.1f} s"
+    say(console, f"part {report.part} {done}: {len(report.tensors)} tensors in {files}")
+    pairs(console, [("next", f"the same with --finish instead of --shard, when all parts of {report.out} are done")])
 
 
 def _layers(records: Records) -> list[str]:
@@ -168,13 +196,23 @@ def _layers(records: Records) -> list[str]:
     return found or ["nothing unusual"]
 
 
-def _next(report: MergeReport) -> tuple[str, str]:
+def next_steps(report: MergeReport) -> list[tuple[str, str]]:
+    """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
-    from acemerge.output.folder import REPORT
+    from acemerge.checkpoints.folder import CONFIG, read_config
+    from acemerge.output.folder import CARD, REPORT
+    from acemerge.output.loading import load_call
 
     assert report.out is not None
+    outputs, out = report.manifest["outputs"], shlex.quote(str(report.out))
+    config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
+    call = load_call(config, outputs, str(report.out), "stored" in report.manifest)
     page = report.out / REPORT
-    return "next", f"open {page}" if files.kind(page) == "file" else f"acemerge report {report.out}"
+    return [
+        ("load", f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"),
+        ("score", f"acemerge evaluate {out} --tasks tasks.yaml"),
+        ("look", f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"),
+    ]
 
 
 def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:

@@ -110,6 +110,11 @@ class Options:
         option(OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"),
     ] = None
     report: Annotated[bool, option(OUTPUT, "write OUT/report.html too; reads the models once more", "--report")] = False
+    shard: Annotated[
+        str | None,
+        option(RUNNING, "compute part K of N of the output's files only, on this machine", metavar="K/N"),
+    ] = None
+    finish: Annotated[bool, option(RUNNING, "put together what --shard 1/N to N/N have computed", "--finish")] = False
     device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto", metavar="NAME")] = "cpu"
     workers: Annotated[int, option(RUNNING, "tensors computed at once")] = 1
     max_memory: Annotated[
@@ -183,7 +188,19 @@ LOOKING = (
     "allow_pickle", "dequantize", "device", "workers", "max_memory",
 )  # fmt: skip
 CHOOSING = ("weights", "scale", "split_qkv", "seed", "calibration")
-WRITING = ("force", "out", "overwrite", "resume", "dtype", "max_shard_size", "as_lora", "push", "report")
+WRITING = (
+    "force",
+    "out",
+    "overwrite",
+    "resume",
+    "dtype",
+    "max_shard_size",
+    "as_lora",
+    "push",
+    "report",
+    "shard",
+    "finish",
+)
 TELLING = ("as_json", "log_format", "quiet")
 MERGING = (*LOOKING, *CHOOSING, *WRITING, *TELLING)
 

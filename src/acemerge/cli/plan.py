@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def plan(asked: Options) -> None:
     """Show which tensors get which rule and why, and what the merge takes; reads headers, and samples of weights."""
     from acemerge.engine.opening import open_recipe
-    from acemerge.planning.relatedness import check_related
+    from acemerge.engine.relatedness import check_related
 
     opened = open_recipe(asked.asked_recipe(), asked.out, asked.run_options())
     if not asked.force:

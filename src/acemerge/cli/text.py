@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from acemerge.output.merge_report import MergeReport
 
+_NAMED = 3  # tensors in one line
+
 
 @functools.cache
 def stdout() -> Console:
@@ -39,9 +41,11 @@ def adapter(console: Console, report: MergeReport) -> None:
     """What an output that is an adapter holds and lacks."""
     manifest = report.manifest
     inside = manifest["stored"]
-    outside = sum(bool(record.energy) for name, record in report.records.items() if name not in inside)
+    outside = [name for name, record in report.records.items() if record.energy and name not in inside]
     if outside:
-        say(console, f"warning: {outside} tensors changed that a LoRA of linear layers cannot hold")
+        some = f"{', '.join(outside[:_NAMED])}{' and others' if len(outside) > _NAMED else ''}"
+        count = f"{len(outside)} tensor{'s' if len(outside) > 1 else ''}"
+        say(console, f"warning: {count} changed that a LoRA of linear layers cannot hold, all of it lost: {some}")
     for label, heads in manifest["heads"].items():
         for name in heads:
             say(console, f"warning: {name} is not in the adapter: kept in heads/{label}.safetensors")
@@ -90,7 +94,8 @@ def outcome(report: MergeReport) -> dict[str, Any]:
     )
     return {
         "out": str(report.out),
-        "manifest": str(report.out / MANIFEST),
+        "manifest": None if report.part else str(report.out / MANIFEST),
+        "part": report.part,
         "was_complete": report.was_complete,
         "experts": manifest["experts"],
         "tensors": len(report.tensors),

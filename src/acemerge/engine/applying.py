@@ -17,7 +17,7 @@ from acemerge.shapes import Float, Tensor
 
 def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
-    layer = layer_of(job, used, setting, W0.mT if job.transposed else W0)
+    layer = rule_layer(job, used, setting, W0.mT if job.transposed else W0)
     turned = deltas.mT if job.transposed else deltas
     if isinstance(job, Merge) and job.fused:
         result = _by_projection(job.method, job.fused, turned, layer)
@@ -28,7 +28,7 @@ def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting:
     return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
 
 
-def layer_of(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
+def rule_layer(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:
     """What the job's rule may know of its layer; `W0` as the rule sees it. UsageError for experts it cannot take."""
     layer = setting.layer(job, used, W0.device)
     return replace(layer, base=W0) if job.method.needs.base else layer

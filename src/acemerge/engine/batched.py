@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from acemerge.engine.applying import apply_rule, layer_of
+from acemerge.engine.applying import apply_rule, rule_layer
 from acemerge.engine.compute import Computed, compute
 from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
@@ -100,19 +100,21 @@ def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place
         chosen, numbers = stack.part(plain), plain.tolist()
         merged = _merged(method, chosen, [jobs[i] for i in numbers], setting)
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
-        for i, n, (value, stats) in zip(numbers, chosen.n.tolist(), merged, strict=True):
-            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), seconds=seconds)
+        for i, n, (value, stats, energy) in zip(numbers, chosen.n.tolist(), merged, strict=True):
+            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), merged_energy=energy, seconds=seconds)
             made[i] = Computed((value,), record)
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 
 
-def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting) -> list[tuple[Tensor, LayerStats]]:
-    """The merged weights in their output type, and what the rule says of each."""
+def _merged(
+    method: Method, stack: Stack, jobs: Sequence[Merge], setting: Setting
+) -> list[tuple[Tensor, LayerStats, float]]:
+    """The merged weights in their output type, what the rule says of each, and the energy of the merged update."""
     if not jobs:
         return []
     turn = jobs[0].transposed
     W0, deltas = (stack.W0.mT, stack.deltas.mT) if turn else (stack.W0, stack.deltas)
-    common = layer_of(jobs[0], range(deltas.shape[1]), setting, W0[0])
+    common = rule_layer(jobs[0], range(deltas.shape[1]), setting, W0[0])
     layers = [
         replace(common, seeds=expert_seeds(setting.recipe.seed, job.name, range(deltas.shape[1])), base=base)
         for job, base in zip(jobs, W0 if method.needs.base else [None] * len(W0), strict=True)
@@ -121,6 +123,8 @@ def _merged(method: Method, stack: Stack, jobs: Sequence[Merge], setting: Settin
         results = method.merge_together(deltas, layers)
     else:
         results = [apply_rule(method, D, layer) for D, layer in zip(deltas, layers, strict=True)]
-    values = torch.stack([result.delta for result in results]).add_(W0)
+    values = torch.stack([result.delta for result in results])
+    lengths = energies(values).tolist()
+    values.add_(W0)
     rounded = all_rounded(values.mT if turn else values, jobs)
-    return [(value, result.stats) for value, result in zip(rounded, results, strict=True)]
+    return [(v, result.stats, energy) for v, result, energy in zip(rounded, results, lengths, strict=True)]

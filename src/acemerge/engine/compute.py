@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
@@ -78,10 +79,10 @@ def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     found = tuple(sum(parts) for parts in zip(*rows, strict=True)) if rows else None
     energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
     lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
+    merged = None if first.merged_energy is None else sum(r.merged_energy or 0.0 for r in records)
     infinite = any(r.infinite for r in records)
-    return replace(
-        first, stats=stats, energies=found, energy=energy, share_lost=lost, infinite=infinite, seconds=seconds
-    )
+    whole = replace(first, stats=stats, energies=found, merged_energy=merged, infinite=infinite, seconds=seconds)
+    return replace(whole, energy=energy, share_lost=lost)
 
 
 def _made(piece: Piece[Job], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
@@ -120,9 +121,9 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
             same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
         result = apply(job, deltas, W0, used, setting)
-        record = replace(record, stats=result.stats)
+        record = replace(record, stats=result.stats, merged_energy=float(energies(result.delta[None])))
         if isinstance(job, Merge) and job.factors is not None:
-            return (*_in_adapter(job, result.delta, record), ())
+            return (*_in_adapter(job, job.factors, result.delta, record), ())
         value = result.delta.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
 
@@ -143,23 +144,25 @@ def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, pl
     update, record = merge_factors_of(job, values, setting, place.device)
     if update is None:
         return (*_unchanged(job, base, record), ())
+    record = replace(record, merged_energy=update.energy)
     if job.factors is not None:
-        return (*_in_adapter(job, update, record), ())
+        return (*_in_adapter(job, job.factors, update, record), ())
     with place.space(job.spec.shape, job.compute_dtype) as W0:
         return (own_memory(rounded(update.added_to(W0.copy_(base)), job), W0),), record, ()
 
 
 def _in_adapter(
-    job: Merge, update: LowRankResult | Tensor | None, record: TensorRecord
+    job: Merge, factors: Sequence[TensorSpec], update: LowRankResult | Tensor | None, record: TensorRecord
 ) -> tuple[tuple[Tensor, ...], TensorRecord]:
-    stored, lost = truncated(job, update)
+    stored, lost = truncated(job, factors, update)
     return stored, replace(record, energy=lost.energy, share_lost=lost.share_lost)
 
 
 def _unchanged(job: ByRule, base: Tensor, record: TensorRecord) -> tuple[tuple[Tensor, ...], TensorRecord]:
     """What is stored where no expert has an update: the base's own bytes, the sign of zero included."""
+    record = replace(record, merged_energy=0.0)
     if isinstance(job, Merge) and job.factors is not None:
-        return _in_adapter(job, None, record)
+        return _in_adapter(job, job.factors, None, record)
     return (own_memory(rounded(base, job), base),), record
 
 

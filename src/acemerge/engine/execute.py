@@ -11,7 +11,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS, in_module
-from acemerge.checkpoints.folder import INDEX, Checkpoint
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
@@ -24,11 +24,12 @@ from acemerge.output.folder import MASKS, OutputFolder
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.packed_masks import mask_spec
 from acemerge.output.records import TensorRecord
-from acemerge.output.writer import FileSum, TensorFiles, index_bytes, split_shards
+from acemerge.output.writer import FileSum, TensorFiles, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
 from acemerge.planning.jobs import AnyJob, Job, Plan
+from acemerge.planning.parts import Part, spread
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Tensor
 
@@ -83,19 +84,25 @@ def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool
 
 @dataclass(frozen=True)
 class Layout:
-    """Which files the weights go to, and the order in which they are written."""
+    """Which files the weights go to, and the order in which they are written; of a part, those that are its own."""
 
     plan: Plan
     max_shard: int
+    part: Part | None = None
 
     @cached_property
     def shards(self) -> list[tuple[str, list[TensorSpec]]]:
         specs = [spec for job in self.plan.jobs for spec in job.stored if not in_module(spec.name)[0]]
-        return [(ADAPTER_MODEL, specs)] if self.plan.is_adapter else split_shards(specs, self.max_shard)
+        if self.plan.is_adapter:
+            return [(ADAPTER_MODEL, specs)]
+        return split_shards(specs, self.max_shard) if specs or not self.modules else []  # a pipeline has none
 
     @cached_property
     def modules(self) -> list[tuple[str, list[TensorSpec]]]:
-        """The files of what lies behind a transformer, as its dense layers. Wide types come first, as in shards."""
+        """The files of what lies behind a transformer, as its dense layers, and of a pipeline's components.
+
+        Wide types come first, as in shards.
+        """
         found: dict[str, list[TensorSpec]] = {}
         for spec in sorted((spec for job in self.plan.jobs for spec in job.stored), key=lambda s: -s.dtype.itemsize):
             file, _ = in_module(spec.name)
@@ -104,27 +111,43 @@ class Layout:
         return list(found.items())
 
     @cached_property
+    def own(self) -> list[tuple[str, list[TensorSpec]]]:
+        """Of the shards and the modules' files those that are written: all, or the part's by the work that they are."""
+        every = [*self.shards, *self.modules]
+        if self.part is None:
+            return every
+        experts, by_name = len(self.plan.experts), {job.name: job for job in self.plan.jobs}
+        work = [sum(piece_seconds(Piece(by_name[spec.name]), experts, COMMON) for spec in specs) for _, specs in every]
+        numbers = spread(work, self.part.of)
+        return [entry for entry, number in zip(every, numbers, strict=True) if number == self.part.number]
+
+    @cached_property
     def jobs(self) -> list[Job]:
         if self.plan.is_adapter:
             return list(self.plan.jobs)
         by_name = {job.name: job for job in self.plan.jobs}
-        return [by_name[spec.name] for _, specs in (*self.shards, *self.modules) for spec in specs]
+        return [by_name[spec.name] for _, specs in self.own for spec in specs]
+
+    @cached_property
+    def masks(self) -> dict[str, list[TensorSpec]]:
+        """One file of masks per expert where a rule makes masks. A part has its own, to be put together."""
+        specs = [mask_spec(job.spec) for job in self.jobs if job.makes_masks]
+        folder = MASKS if self.part is None else self.part.folder
+        return {f"{folder}/{label}.safetensors": specs for label in self.plan.experts} if specs else {}
 
     @cached_property
     def files(self) -> dict[str, list[TensorSpec]]:
-        """The shards, the modules' files, and one file of masks per expert where a rule makes masks."""
-        masks = [mask_spec(job.spec) for job in self.jobs if job.makes_masks]
-        beside = {f"{MASKS}/{label}.safetensors": masks for label in self.plan.experts} if masks else {}
-        modules = {file: [replace(s, name=in_module(s.name)[1]) for s in specs] for file, specs in self.modules}
-        return dict(self.shards) | modules | beside
+        """The shards, the modules' files, and those of masks."""
+        modules = {file for file, _ in self.modules}
+        own = {f: [replace(s, name=in_module(s.name)[1]) for s in ss] if f in modules else ss for f, ss in self.own}
+        return own | self.masks
 
     @cached_property
     def goes_to(self) -> dict[str, list[str]]:
         """For every tensor the shard of what is stored of it, then the files of its masks."""
-        masks = list(self.files)[len(self.shards) + len(self.modules) :]
-        shard = {spec.name: file for file, specs in (*self.shards, *self.modules) for spec in specs}
+        shard = {spec.name: file for file, specs in self.own for spec in specs}
         return {
-            job.name: [*(shard[spec.name] for spec in job.stored), *(masks if job.makes_masks else [])]
+            job.name: [*(shard[spec.name] for spec in job.stored), *(self.masks if job.makes_masks else [])]
             for job in self.jobs
         }
 
@@ -163,7 +186,7 @@ def write_weights(
     journal: Journal,
     readers: Sequence[Reader],
 ) -> Records:
-    """Write all weights of the plan that are not done yet, and return what the manifest says of each tensor."""
+    """Write all weights of the layout that are not done yet, and return what the manifest says of each tensor."""
     records = _Records({step.tensor: step.record for step in done.steps})
     waiting = [job for job in layout.jobs if job.name not in records.done]
     for folder in {(output.path / name).parent for name in layout.files}:
@@ -183,9 +206,8 @@ def write_weights(
                 journal.have_read(_read_by(readers))
             journal.add(steps)
         output.written |= weights.finished
-    if len(layout.shards) > 1:
-        output.write_bytes(INDEX, index_bytes(layout.shards))
-    return {job.name: records.done[job.name] for job in layout.plan.jobs}
+    written = {job.name for job in layout.jobs}
+    return {job.name: records.done[job.name] for job in layout.plan.jobs if job.name in written}
 
 
 def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:

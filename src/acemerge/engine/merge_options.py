@@ -47,4 +47,6 @@ class MergeOptions(TypedDict, total=False):
     quiet: bool
     push: str | None
     report: bool
+    shard: str | None
+    finish: bool
     on_progress: Callable[[Progress], None]

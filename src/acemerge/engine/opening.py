@@ -1,4 +1,4 @@
-"""A recipe and the options of a run, checked and opened: from headers alone."""
+"""A recipe and the options of a run, checked and opened: from headers, and the few tensors that must be equal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
@@ -21,10 +21,10 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
-from acemerge.engine.asset_notes import asset_notes
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
+from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError
 from acemerge.models.mixtures import as_stored
@@ -38,9 +38,10 @@ from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
+from acemerge.planning.lost_assets import lost_assets
+from acemerge.planning.parts import Part, check_parts, parse_part
 from acemerge.planning.planner import make_plan
-from acemerge.planning.shared_factors import shared_input_factors
-from acemerge.planning.slices import stacked
+from acemerge.planning.slices import as_sliced
 from acemerge.planning.surprises import same_models
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe
@@ -72,11 +73,18 @@ class RunOptions:
     quiet: bool = False
     push: str | None = None
     report: bool = False
+    shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
+    finish: bool = False
+
+    @property
+    def in_parts(self) -> bool:
+        return self.shard is not None or self.finish
 
 
 _WRONG = {
     "workers": ("is not a number of workers", "use 1 or more"),
     "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
+    "shard": ("is no part of a merge", "write K/N with K from 1 to N, as 2/3"),
     "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
 }
 
@@ -95,7 +103,7 @@ def make_options(given: Mapping[str, Any]) -> RunOptions:
 
 @dataclass(frozen=True)
 class Opened:
-    """A recipe with its checkpoints opened and its plan made; no tensor bytes read yet.
+    """A recipe with its checkpoints opened and its plan made; what a rule merges is not read yet.
 
     `models` are the checkpoints as they lie on disk, the base's first and last the adapters that experts have, and
     `origins` says for each of them where it is from: its path, or its Hub id with the commit. `base` and `experts` are
@@ -113,6 +121,7 @@ class Opened:
     max_shard: int
     budget: int
     calibration: tuple[Assigned, ...] = ()
+    part: Part | None = None
 
     @property
     def setting(self) -> Setting:
@@ -125,13 +134,13 @@ class Opened:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.plan, self.max_shard)
+        return Layout(self.plan, self.max_shard, self.part)
 
     @contextlib.contextmanager
     def pipeline(self, workers: int, hashing: bool) -> Iterator[tuple[Pipeline, list[Reader]]]:
         """The threads that stream these checkpoints, and their readers."""
         nbytes = sum(prints[0] for checkpoint in self.models for prints in checkpoint.fingerprints.values())
-        cached = files.stays_cached(nbytes)
+        cached = machine.stays_cached(nbytes)
         readers = [Reader(checkpoint, hashing, cached) for checkpoint in self.checkpoints]
         with Pipeline(readers, self.devices, workers, self._within_limit(len(readers), workers)) as pipeline:
             yield pipeline, readers
@@ -141,10 +150,10 @@ class Opened:
 
         ResourceError where that is too little for a tensor: without memory, libraries end the process as they like.
         """
-        left = files.address_space_left()
+        left = machine.address_space_left()
         if left is None:
             return self.budget
-        left -= threads_of(readers, workers, torch.get_num_threads()) * files.stack_size() + _LIBRARIES
+        left -= threads_of(readers, workers, torch.get_num_threads()) * machine.stack_size() + _LIBRARIES
         needed, name = largest(self.plan)
         if left < needed:
             what = f"there is not enough memory: {needed - left:,} bytes more than the limit (ulimit -v) leaves"
@@ -157,10 +166,11 @@ class Opened:
 
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
-    """Check the options, open the checkpoints and plan the merge, from headers alone."""
+    """Check the options, open the checkpoints and plan the merge; see the module."""
+    _check_together(options)
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-        check_output(out, options.overwrite, options.resume)
+        check_output(out, options.overwrite, options.resume, options.in_parts)
     devices = find_devices(options.device)
     if options.push is not None:
         check_push(options.push)
@@ -179,19 +189,22 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
     if recipe.slices:
-        base, experts = stacked(recipe.slices, base, experts, labels)
+        base, experts = as_sliced(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = _matched(base, experts, labels)
     tokens = _tokens(recipe, opened[: len(recipe.models)])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if plan.is_adapter:
         plan = as_adapter(plan, roles)
+    if options.in_parts:
+        whole = Layout(plan, options.max_shard_size)
+        check_parts(plan, options.shard, len(whole.shards) + len(whole.modules))
     read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
     twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
     known = (
         {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
     )
     losses = (
-        () if plan.is_adapter else asset_notes(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
+        () if plan.is_adapter else lost_assets(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
     )
     notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
     calibration, unused = assign(plan)
@@ -204,7 +217,16 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     origins = tuple(model.origin for model in located)
     most = allowed(plan, options.max_memory, options.workers)
     shard = options.max_shard_size
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration)
+    part = options.shard
+    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration, part)
+
+
+def _check_together(options: RunOptions) -> None:
+    """UsageError where a part is asked for something that only all parts together have."""
+    beside = {"finish": options.finish, "push": options.push is not None, "report": options.report}
+    for name in (name for name, given in beside.items() if given and options.shard is not None):
+        cure = "give it by itself" if name == "finish" else "give it with --finish"
+        raise UsageError(f"--shard {options.shard}", f"a part has no use for --{name}", cure)
 
 
 def _unwrapped(
@@ -272,13 +294,15 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
     target = files.resolve(files.output_path(out))
-    there = files.places(target)
+    there, inside = files.places(target), files.folders_within(target)
     for path in inputs:
         source = files.resolve(Path(path))
         known = files.places(source)
+        # By device and inode, which a bind mount has of what is mounted: around either, or anywhere in both.
         same = (target in there and there[target] in known.values()) or (
             source in known and known[source] in there.values()
         )
+        same = same or bool(inside & files.folders_within(source))
         if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")

@@ -11,7 +11,7 @@ import torch
 from acemerge.engine.batched import small_job, stacked, stacks
 from acemerge.engine.compute import all_task_vectors
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk
-from acemerge.linalg.select import from_halves, locate, lower_counts, share_of, upper_counts
+from acemerge.linalg.select import from_halves, kth_bin, lower_counts, share_of, upper_counts
 from acemerge.planning.jobs import ByRule, Plan
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.shapes import Int, Tensor
@@ -34,10 +34,10 @@ def with_thresholds(setting: Setting, plan: Plan, walk: Walk) -> Setting:
 
 def _thresholds(keep: float, jobs: Sequence[ByRule], setting: Setting, walk: Walk) -> list[float]:
     upper = _counts(jobs, setting, walk, lambda _, D: upper_counts(D))
-    halves = [locate(counts, share_of(keep, int(counts.sum()))) if counts.any() else (0, 1) for counts in upper]
+    halves = [kth_bin(counts, share_of(keep, int(counts.sum()))) if counts.any() else (0, 1) for counts in upper]
     lower = _counts(jobs, setting, walk, lambda t, D: lower_counts(D, halves[t][0]))
     return [
-        from_halves(high, locate(counts, rank)[0]) if counts.any() else 0.0
+        from_halves(high, kth_bin(counts, rank)[0]) if counts.any() else 0.0
         for (high, rank), counts in zip(halves, lower, strict=True)
     ]
 

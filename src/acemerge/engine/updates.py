@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from acemerge.checkpoints.adapter import Stack
+from acemerge.checkpoints.adapter import StackedFactors
 from acemerge.shapes import Float, Tensor
 
 
 def own_factors(
-    A: Float[Tensor, "ranks in"], B: Float[Tensor, "out ranks"], stack: Stack | None
+    A: Float[Tensor, "ranks in"], B: Float[Tensor, "out ranks"], stack: StackedFactors | None
 ) -> tuple[Float[Tensor, "*count r in"], Float[Tensor, "*count out r"]]:
-    """The factors of one tensor, where they are stored with those of a mixture's other experts; see `Stack`."""
+    """The factors of one tensor, where they lie with those of a mixture's other experts; see `StackedFactors`."""
     if stack is None:
         return A, B
     A, B = A.unflatten(0, (stack.count, -1)), B.unflatten(1, (-1, stack.count)).permute(2, 0, 1)

@@ -24,14 +24,14 @@ def by_methods(recipe: Recipe, methods: Sequence[str]) -> dict[str, Recipe]:
     return {name: make_recipe({**content, "method": spec}, f"method {name}") for name, spec in specs.items()}
 
 
-def folders_of(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
+def merged_folders(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
     """OUT/merged/METHOD for each method."""
     return {name: str(out / MERGED / name) for name in recipes}
 
 
 def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
     """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
-    folders = {name: Path(folder) for name, folder in folders_of(recipes, out).items()}
+    folders = {name: Path(folder) for name, folder in merged_folders(recipes, out).items()}
     options = replace(options, resume=True)
     for name, recipe in recipes.items():
         open_recipe(recipe, folders[name], options)

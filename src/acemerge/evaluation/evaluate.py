@@ -29,7 +29,7 @@ from acemerge.tasks.predict import OnBatch, score
 from acemerge.tasks.task_file import AnyTask, Classification, Images, LmEval, Perplexity, Regression, Tasks, ZeroShot
 
 # Told of the row and task, and how much of it is done, of how much.
-OnProgress = Callable[[str, int, int], None]
+OnTaskProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
 
     tasks: Tasks
     device: torch.device
-    on_progress: OnProgress = lambda *_: None
+    on_progress: OnTaskProgress = lambda *_: None
     quiet: bool = True
     base: str | None = None
     opened: dict[str, Model] = field(default_factory=dict, repr=False)

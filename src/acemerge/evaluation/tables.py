@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Average:
+class MeanScore:
     """A mean over tasks and its 95 % interval."""
 
     value: float
@@ -53,7 +53,7 @@ class Average:
     tasks: int
 
 
-def mean(row: Row) -> Average | None:
+def mean(row: Row) -> MeanScore | None:
     """The mean score over the tasks that are no perplexities; None unless all of them are known."""
     if None in row.scores:
         return None
@@ -61,7 +61,7 @@ def mean(row: Row) -> Average | None:
     return _average([(score.score, score.draws) for score in scores])
 
 
-def normalised(row: Row, experts: Row | None) -> Average | None:
+def normalised(row: Row, experts: Row | None) -> MeanScore | None:
     """The mean over tasks of score / the expert's score (of a perplexity its inverse); None without any expert.
 
     Tasks whose expert scores nothing above 0 are left out. The experts' scores are taken as they are: the interval is
@@ -70,7 +70,7 @@ def normalised(row: Row, experts: Row | None) -> Average | None:
     if experts is None:
         return None
     if row is experts:
-        return Average(1.0, (1.0, 1.0), len(row.known()))
+        return MeanScore(1.0, (1.0, 1.0), len(row.known()))
     ratios = []
     for score, best in zip(row.scores, experts.scores, strict=True):
         if score is not None and best is not None and best.score > 0:
@@ -84,12 +84,12 @@ def _ratio(score: Score, best: float) -> tuple[float, Draws]:
     return score.score / best, score.draws / best
 
 
-def _average(parts: Sequence[tuple[float, Draws]]) -> Average | None:
+def _average(parts: Sequence[tuple[float, Draws]]) -> MeanScore | None:
     """Tasks are drawn independently of each other, so the i-th draws of all are a draw of their mean."""
     if not parts:
         return None
     draws = np.mean([draws for _, draws in parts], axis=0)
-    return Average(float(np.mean([value for value, _ in parts])), interval(draws), len(parts))
+    return MeanScore(float(np.mean([value for value, _ in parts])), interval(draws), len(parts))
 
 
 @dataclass(frozen=True)
@@ -125,15 +125,38 @@ class Evaluation:
             rows.append([row.name, *cells, *(_cell(a.value, a.interval) if a else "-" for a in averages)])
         return header, rows
 
-    def markdown(self) -> str:
+    def marked(self) -> tuple[list[str], list[list[str]]]:
+        """The same, where columns of perplexities say so and the best of several models is marked in each column."""
         header, rows = self.cells()
+        others = [i for i, row in enumerate(self.rows) if row.name != EXPERTS]
+        for column, values in enumerate(self._columns(), 1):
+            known = {i: value for i in others if (value := values[i]) is not None}
+            if len(others) > 1 and known:
+                best = max(known.values())
+                for i in (i for i, value in known.items() if value == best):
+                    rows[i][column] += " *"
+        lower = {score.task for row in self.rows for score in row.known() if score.is_perplexity}
+        return [f"{name} (perplexity)" if name in lower else name for name in header], rows
+
+    def _columns(self) -> list[list[float | None]]:
+        """Of every column the rows' figures, of which the largest is the best; of perplexities they are negative."""
+        columns = zip(*(row.scores for row in self.rows), strict=True)
+        averages = [mean(row) for row in self.rows], [normalised(row, self.experts) for row in self.rows]
+        return [
+            *([None if s is None else -s.score if s.is_perplexity else s.score for s in scores] for scores in columns),
+            *([None if a is None else a.value for a in column] for column in averages),
+        ]
+
+    def markdown(self) -> str:
+        header, rows = self.marked()
         lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
         text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return f"{text}\n\n{LEGEND}\n"
 
 
 LEGEND = (
-    "Percent, with 95 % bootstrap intervals over examples; perplexities as they are, and no part of the mean. "
+    "Percent, with 95 % bootstrap intervals over examples; perplexities as they are, the lower the better, and no part "
+    "of the mean. `*` marks the best of a column, the experts' own row aside. "
     "`of experts`: mean over tasks of score / the score of the task's own expert."
 )
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
 
+from acemerge.engine.relatedness import Relation
 from acemerge.inspection.statistics import Sums
 from acemerge.methods.status import Status, Statuses
-from acemerge.planning.relatedness import Relation
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
 _DOMINATES = 4.0
@@ -60,23 +60,25 @@ def of_energies(
             continue
         mean, share = sum(others) / len(others), energy / sum(energies)
         what = f"expert {label} dominates: {share:.0%} of the energy, {energy / mean:.1f} times the others'"
-        cure = f"give it a weight of {sqrt(mean / energy):.2f}: where a rule adds updates, it is then as long as theirs"
+        cure = (
+            f"give it a weight of {sqrt(mean / energy):.2f}: rules that add updates then take as much of it as of them"
+        )
         found.append(Advice(what, cure))
     above = [gamma for gamma in gammas if gamma is not None and tau is not None and gamma > tau]
     if above:
         what = f"the experts' energies are heterogeneous (gamma above {tau:g}) in {len(above)} of {len(gammas)} layers"
-        found.append(Advice(what, "nothing to do: ace normalises them there, and `--set tau=T` moves the limit"))
+        found.append(Advice(what, "nothing to do: ace normalises them there; its parameter tau moves the limit"))
     return found
 
 
 def largest_update(labels: Sequence[str], energies: Sequence[float]) -> str:
-    """Whose update is largest, beside what an equal share were."""
+    """Whose update is largest, beside what an equal share would be."""
     total = sum(energies)
     if not total:
         return "No expert changed anything."
     leader = max(range(len(labels)), key=lambda t: energies[t])
     share = energies[leader] / total
-    return f"{labels[leader]} has {share:.0%} of the energy; an equal share were {1 / len(labels):.0%}."
+    return f"{labels[leader]} has {share:.0%} of the energy; an equal share would be {1 / len(labels):.0%}."
 
 
 def of_statuses(tensors: Iterable[Statuses]) -> list[Advice]:
@@ -110,5 +112,5 @@ def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str
         name, lowest = min(opposed, key=lambda layer: layer[1])
         where = f"{len(opposed)} of {len(layers)} layers"
         what = f"experts pull against each other in {where}, most in {name}: cosine {lowest:.2f}"
-        found.append(Advice(what, "try a rule that settles conflicts, as ties, or fewer experts"))
+        found.append(Advice(what, "try a rule that settles conflicts, such as ties, or merge fewer experts"))
     return found

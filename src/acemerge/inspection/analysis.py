@@ -133,7 +133,8 @@ def analyse(
 
         def measured(which: Opened, setting: Setting) -> Setting:
             walk = walker(pipeline, "calibration", on_progress)
-            return calibrated(setting, Calibrating(which, Path(folder), {}, walk, on_progress))
+            given = which.plan, which.calibration, which.devices[0]
+            return calibrated(setting, Calibrating(*given, Path(folder), {}, walk, on_progress))
 
         setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
         setting = measured(opened, setting)  # what the rules themselves want

@@ -14,6 +14,7 @@ import torch
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, merging, walker
 from acemerge.engine.opening import Opened
+from acemerge.engine.relatedness import relations
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
 from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
@@ -22,7 +23,6 @@ from acemerge.methods.ace import Ace, heterogeneity
 from acemerge.planning.finite import check_finite
 from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import Piece, pieces
-from acemerge.planning.relatedness import relations
 from acemerge.shapes import Float, Tensor
 
 # A rule to count memory by: one that looks at full task vectors, entry by entry, whatever adapters are given by.
@@ -97,8 +97,8 @@ class Inspection:
     def stable_ranks(self) -> list[float | None]:
         """Every expert's median over the layers that it changed; None where there is none."""
         rows = [view.stable_ranks for view in self.views if view.squared_norms is not None]
-        columns = ([row[t] for row in rows if row and row[t] is not None] for t in range(len(self.experts)))
-        return [sorted(column)[len(column) // 2] if column else None for column in columns]  # type: ignore[type-var]
+        columns = ([rank for row in rows if row and (rank := row[t]) is not None] for t in range(len(self.experts)))
+        return [sorted(column)[len(column) // 2] if column else None for column in columns]
 
     @property
     def in_conflict(self) -> list[View]:

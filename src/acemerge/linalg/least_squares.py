@@ -10,7 +10,7 @@ the sources are the G_t themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, runtime_checkable
 
@@ -76,6 +76,7 @@ class Problem:
 class Fit:
     """The solution M, what is known of its system matrix and whether M is accurate enough.
 
+    `repeated`: it is, in float64, for the type that was asked for was not enough.
     `residual(X)` is `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
     """
 
@@ -83,6 +84,7 @@ class Fit:
     diagnosis: Diagnosis
     trusted: bool
     residual: Callable[[Tensor], Tensor]
+    repeated: bool = False
 
 
 def prefers_dual(experts: int, rows: int, columns: int) -> bool:
@@ -95,14 +97,13 @@ def least_squares(problem: Problem, dtype: torch.dtype, device: torch.device) ->
     return (_dual if problem.prefers_dual else _primal)(problem, dtype, device)
 
 
-def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.device) -> tuple[Fit, str]:
-    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough; and the status."""
+def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
+    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough."""
     fit = least_squares(problem, dtype, device)
     if fit.trusted:
-        return fit, fit.diagnosis.status
+        return fit
     del fit
-    fit = least_squares(problem, torch.float64, device)
-    return fit, "float64" if fit.diagnosis.status == "ok" else fit.diagnosis.status
+    return replace(least_squares(problem, torch.float64, device), repeated=True)
 
 
 def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
@@ -136,7 +137,7 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     if origin is not None:
         B.add_(origin, alpha=sum(pull for pull, a in zip(pulls, problem.weights, strict=True) if a) - ridge)
     inverse = invert(A)
-    if origin is not None and inverse.diagnosis.status == "pseudo-inverse":  # then A^(-1) A is no identity
+    if origin is not None and not inverse.diagnosis.regular:  # then A^(-1) A is no identity
         B.addmm_(origin, A)
         origin = None
     M = inverse(B) if origin is None else inverse(B).add_(origin)

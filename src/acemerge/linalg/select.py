@@ -56,7 +56,7 @@ def lower_counts(x: Float[Tensor, "*shape"], upper: int) -> Int[Tensor, " lower"
     )
 
 
-def locate(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
+def kth_bin(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:
     """The bin that holds the k-th largest entry, k from 1, and the entry's rank within that bin."""
     above = counts.flip(0).cumsum(0)  # entries in this bin and those above it, from the top
     position = int(torch.searchsorted(above, k))
@@ -103,8 +103,8 @@ def _bracket(sample: Float[Tensor, " m"], share: float) -> tuple[Tensor, Tensor]
 
 
 def _by_counts(x: Float[Tensor, "*shape"], k: int) -> float:
-    upper, rank = locate(upper_counts(x), k)
-    lower, _ = locate(lower_counts(x, upper), rank)
+    upper, rank = kth_bin(upper_counts(x), k)
+    lower, _ = kth_bin(lower_counts(x, upper), rank)
     return from_halves(upper, lower)
 
 

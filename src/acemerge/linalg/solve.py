@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch.linalg import vector_norm
@@ -33,11 +32,11 @@ _BLOCK = 512  # a smaller factor is LAPACK's
 class Diagnosis:
     """What is known of a system matrix A once it is factored.
 
-    `status` is "ok", "pseudo-inverse", or "failed" where float32 gave no factor; `rank` counts the
-    eigenvalues that were kept, `condition` is an estimate, `norm` estimates `||A^(-1)||_F`.
+    `regular`: it has a Cholesky factor and is well enough conditioned for it. `rank` counts the eigenvalues that were
+    kept, `condition` is an estimate, `norm` estimates `||A^(-1)||_F`.
     """
 
-    status: Literal["ok", "pseudo-inverse", "failed"]
+    regular: bool
     condition: float
     rank: int
     norm: float
@@ -47,7 +46,7 @@ class Diagnosis:
         if A.dtype != torch.float32:
             return True
         tolerance = SMALL_ERROR_TOLERANCE if len(A) <= _SMALL else ERROR_TOLERANCE
-        return self.status == "ok" and rounding_error(A, B, Y, self.norm) <= tolerance
+        return self.regular and rounding_error(A, B, Y, self.norm) <= tolerance
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Inverse:
 def invert(A: Float[Tensor, "in in"]) -> Inverse:
     """The inverse by one Cholesky factor.
 
-    Where A is not positive definite to working precision: "failed" in float32, so that the caller forms A
+    Where A is not positive definite to working precision: none in float32, so that the caller forms A
     again in float64; in float64 the pseudo-inverse, which is the limit of a vanishing ridge for right-hand
     sides in the range of A, as sums of Gram matrices have.
     """
@@ -73,9 +72,9 @@ def invert(A: Float[Tensor, "in in"]) -> Inverse:
         condition, norm = (estimate.item() for estimate in spectrum_estimates(A, L))
         # In float32 `trusts` decides, from the right-hand side too.
         if A.dtype == torch.float32 or condition < largest_condition(A):
-            return Inverse(lambda B: solve(L, B), Diagnosis("ok", condition, len(A), norm))
+            return Inverse(lambda B: solve(L, B), Diagnosis(True, condition, len(A), norm))
     if A.dtype == torch.float32:
-        return Inverse(lambda B: B, Diagnosis("failed", float("inf"), 0, float("inf")))
+        return Inverse(lambda B: B, Diagnosis(False, float("inf"), 0, float("inf")))
     return _pseudo_inverse(A)
 
 
@@ -130,7 +129,7 @@ def _pseudo_inverse(A: Tensor) -> Inverse:
     values, vectors = values[kept], vectors[:, kept]  # (rank,), (in, rank)
     condition = float(values[-1] / values[0]) if len(values) else float("inf")
     norm = vector_norm(1 / values).item()
-    diagnosis = Diagnosis("pseudo-inverse", condition, len(values), norm)
+    diagnosis = Diagnosis(False, condition, len(values), norm)
     return Inverse(lambda B: (B @ vectors / values) @ vectors.T, diagnosis)
 
 

@@ -12,24 +12,22 @@ from acemerge.linalg.solve import Diagnosis, largest_condition, solve, spectrum_
 from acemerge.shapes import Float, Tensor
 
 
-def least_squares_together(problems: Sequence[Problem], device: torch.device) -> list[tuple[Fit, str]]:
-    """Every problem in float64, with its status: small ones of one shape in as many calls as one takes.
+def least_squares_together(problems: Sequence[Problem], device: torch.device) -> list[Fit]:
+    """Every problem in float64: small ones of one shape in as many calls as one takes.
 
     What is singular, or better solved in the space of all rows, is solved by itself.
     """
-    fits: dict[int, tuple[Fit, str]] = {}
+    fits: dict[int, Fit] = {}
     alike: dict[tuple[int, tuple[int, int]], list[int]] = {}
     for i, problem in enumerate(problems):
         if not problem.prefers_dual and problem.ones is None:
             alike.setdefault((len(problem.weights), problem.shape), []).append(i)
     for members in alike.values():
-        for i, fit in zip(members, _stack([problems[i] for i in members], device), strict=True):
-            if fit is not None:
-                fits[i] = fit, fit.diagnosis.status
+        found = zip(members, _stack([problems[i] for i in members], device), strict=True)
+        fits |= {i: fit for i, fit in found if fit is not None}
     for i, problem in enumerate(problems):
         if i not in fits:
-            fit = least_squares(problem, torch.float64, device)
-            fits[i] = fit, fit.diagnosis.status
+            fits[i] = least_squares(problem, torch.float64, device)
     return [fits[i] for i in range(len(problems))]
 
 
@@ -62,7 +60,7 @@ def _stack(problems: Sequence[Problem], device: torch.device) -> list[Fit | None
     fits: list[Fit | None] = []
     found = zip(problems, regular.tolist(), conditions.tolist(), norms.tolist(), strict=True)
     for i, (problem, well, condition, norm) in enumerate(found):
-        diagnosis = Diagnosis("ok", condition, n, norm)
+        diagnosis = Diagnosis(True, condition, n, norm)
         fits.append(Fit(M[i], diagnosis, True, partial(primal_residual, problem, A[i], B[i], None)) if well else None)
     return fits
 

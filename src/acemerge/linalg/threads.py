@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def pool_of(count: int, name: str, of_torch: int = 1, begin: Callable[[], None] | None = None) -> ThreadPoolExecutor:
@@ -53,7 +53,7 @@ def check_room(count: int) -> None:
             thread.join()
 
 
-def side_by_side(function: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> Iterator[Made]:
+def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
     """`map(function, items)`, on a CPU two at once, each with half of torch's threads; more would take more memory."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or len(items) < 2:

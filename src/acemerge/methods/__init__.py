@@ -18,12 +18,12 @@ from acemerge.methods.base import (
     expert_seeds,
 )
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
+from acemerge.methods.common_bases import CoreSpace, Knots
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
 from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
-from acemerge.methods.lora import CoreSpace, Knots
 from acemerge.methods.masks import Consensus, Emr
 from acemerge.methods.mergekit_overlap import MergekitNearswap, MergekitRam
 from acemerge.methods.mergekit_sum import MergekitSum

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
 
-from acemerge.methods.base import Method
+from acemerge.methods.base import Method, parameter_fields
 
 # Every rule of this library by its family, with a line that fits a terminal's.
 _LINES: Mapping[str, Mapping[str, str]] = {
@@ -104,7 +103,7 @@ def parameters(rule: type[Method]) -> list[Parameter]:
     plain, described = get_type_hints(rule), get_type_hints(rule, include_extras=True)
     return [
         Parameter(field.name, field.default, _meaning(described[field.name]), _choices(plain[field.name]))
-        for field in dataclasses.fields(rule)  # type: ignore[arg-type]
+        for field in parameter_fields(rule)
     ]
 
 

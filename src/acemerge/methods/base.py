@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,11 @@ class Method(Protocol):
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """Floating-point operations for one layer, a symmetric product at half the price of a general one."""
         ...
+
+
+def parameter_fields(rule: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The parameters of a rule, or of its class, in their order: every rule is a dataclass of them."""
+    return dataclasses.fields(rule)
 
 
 @runtime_checkable

@@ -11,8 +11,9 @@ from pydantic import Field
 from acemerge.linalg.least_squares import Problem, as_given, least_squares_trusted
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
+from acemerge.methods.least_squares_rule import with_fit
 from acemerge.methods.stats import LayerStats
-from acemerge.methods.status import Status, read_statuses
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 Shrinkage = Annotated[
@@ -122,9 +123,8 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
 
     shape = (deltas.shape[1], deltas.shape[2])
     problem = Problem(as_given(deltas), shrunk, layer.weights.tolist(), shape, measured=True)
-    fit, status = least_squares_trusted(problem, deltas.dtype, deltas.device)
-    stats = LayerStats(read_statuses(status), condition=fit.diagnosis.condition, rank=fit.diagnosis.rank)
-    return LayerResult((scale * fit.M).to(deltas.dtype), stats)
+    fit = least_squares_trusted(problem, deltas.dtype, deltas.device)
+    return LayerResult((scale * fit.M).to(deltas.dtype), with_fit(LayerStats(), fit))
 
 
 def _averaged(deltas: Float[Tensor, "T *shape"], layer: Layer, scale: float) -> LayerResult:

@@ -68,10 +68,7 @@ class LowRankResult:
         """
         if rank < 1:
             raise UsageError("rank", f"{rank} is no rank", "give 1 or more")
-        if self.right is None:
-            left, right, lost = best_factors(self.left, rank)
-        else:
-            left, right, lost = truncated_factors(self.left, self.right, rank)
+        left, right, lost = nearest_factors(self, rank)
         return LowRankResult(left, right, replace(self.stats, energy_lost=lost))
 
     def transposed(self) -> LowRankResult:
@@ -79,6 +76,15 @@ class LowRankResult:
         if self.right is None:
             return LowRankResult(self.left.T, None, self.stats)
         return LowRankResult(self.right.T, self.left.T, self.stats)
+
+
+def nearest_factors(update: LowRankResult, rank: int) -> tuple[Float[Tensor, "out k"], Float[Tensor, "k in"], float]:
+    """The two factors, of equal size, of the nearest update of at most this rank, and the share of the energy that it
+    lacks.
+    """
+    if update.right is None:
+        return best_factors(update.left, rank)
+    return truncated_factors(update.left, update.right, rank)
 
 
 def keeps_low_rank(needs: Needs, rank: int, shape: tuple[int, int]) -> bool:

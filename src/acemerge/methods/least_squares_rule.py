@@ -13,7 +13,7 @@ from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
 from acemerge.linalg.stacked import least_squares_together
 from acemerge.methods.base import Layer, LayerResult, Method
 from acemerge.methods.stats import LayerStats
-from acemerge.methods.status import read_statuses
+from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 Kept = TypeVar("Kept")  # what a rule needs again of a layer once the fit is there
@@ -45,7 +45,7 @@ class LeastSquaresRule(ABC, Generic[Kept]):
         if isinstance(asked, LayerResult):
             return asked
         problem, kept = asked
-        return self._result(*least_squares_trusted(problem, deltas.dtype, deltas.device), kept, deltas.dtype)
+        return self._result(least_squares_trusted(problem, deltas.dtype, deltas.device), kept, deltas.dtype)
 
     @final
     def merge_together(self, stack: Float[Tensor, "P T out in"], layers: Sequence[Layer]) -> list[LayerResult]:
@@ -53,15 +53,19 @@ class LeastSquaresRule(ABC, Generic[Kept]):
         asked = [self.to_fit(deltas, layer) for deltas, layer in zip(stack, layers, strict=True)]
         problems = [one[0] for one in asked if not isinstance(one, LayerResult)]
         fits = iter(least_squares_together(problems, stack.device))
-        return [
-            one if isinstance(one, LayerResult) else self._result(*next(fits), one[1], stack.dtype) for one in asked
-        ]
+        return [one if isinstance(one, LayerResult) else self._result(next(fits), one[1], stack.dtype) for one in asked]
 
-    def _result(self, fit: Fit, status: str, kept: Kept, dtype: torch.dtype) -> LayerResult:
+    def _result(self, fit: Fit, kept: Kept, dtype: torch.dtype) -> LayerResult:
         M, own = self.from_fit(fit, kept)
-        known = fit.diagnosis
-        stats = replace(own, statuses=read_statuses(status), condition=known.condition, rank=known.rank)
-        return LayerResult(M.mul_(self.scale).to(dtype), stats)
+        return LayerResult(M.mul_(self.scale).to(dtype), with_fit(own, fit))
+
+
+def with_fit(stats: LayerStats, fit: Fit) -> LayerStats:
+    """A rule's numbers with what its fit says of itself: status, condition and rank."""
+    known = fit.diagnosis
+    solved = Status.FLOAT64 if fit.repeated else Status.OK
+    status = solved if known.regular else Status.PSEUDO_INVERSE
+    return replace(stats, statuses=(status,), condition=known.condition, rank=known.rank)
 
 
 def source_of(method: Method, D: Float[Tensor, "out in"]) -> Float[Tensor, "out in"] | None:

@@ -128,7 +128,7 @@ class MergekitSum:
             return chance.uniform_like(D, t) < self._probabilities(D, t, density)
         n, size = D.numel(), magnitudes(D.flatten())
         if self.trim == "largest":
-            return largest(size, max(1, int(density * n))).view_as(D)
+            return exactly_largest(size, max(1, int(density * n))).view_as(D)
         top = int(_at(self.gamma, t) * n)
         bottom = n - int(density * n) - top
         top, bottom = top + min(0, bottom), max(0, bottom)
@@ -143,7 +143,7 @@ class MergekitSum:
         return 20 * experts * rows * columns
 
 
-def largest(size: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
+def exactly_largest(size: Float[Tensor, " n"], k: int) -> Bool[Tensor, " n"]:
     """Exactly the k largest of non-negative numbers; which of equals, as torch's sort leaves them."""
     if k >= len(size):
         return torch.ones_like(size, dtype=torch.bool)

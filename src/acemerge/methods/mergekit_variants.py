@@ -15,7 +15,7 @@ from acemerge.linalg.gram import energies
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
-from acemerge.methods.mergekit_sum import largest
+from acemerge.methods.mergekit_sum import exactly_largest
 from acemerge.methods.sphere import Weights
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
@@ -163,7 +163,7 @@ class MergekitSce:
         deltas = deltas * layer.weights.to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))
         if self.select < 1:
             spread = deltas.var(0, unbiased=False)
-            chosen = largest(magnitudes(spread).flatten(), int(self.select * int(spread.count_nonzero())))
+            chosen = exactly_largest(magnitudes(spread).flatten(), int(self.select * int(spread.count_nonzero())))
             deltas = deltas * chosen.view_as(spread)
         n = energies(deltas)
         if n.sum() == 0:

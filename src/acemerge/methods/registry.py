@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from acemerge.errors import UsageError, nearest
-from acemerge.methods.base import Method
+from acemerge.methods.base import Method, parameter_fields
 from acemerge.methods.installed import installed, load
 
 METHODS: dict[str, type[Method]] = {}
@@ -61,8 +60,7 @@ def as_table(method: AnyMethod) -> dict[str, Any]:
         return {"name": method}
     if isinstance(method, Mapping):
         return dict(method)
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    return {"name": method.name, **{field.name: getattr(method, field.name) for field in fields}}
+    return {"name": method.name, **{field.name: getattr(method, field.name) for field in parameter_fields(method)}}
 
 
 def as_rule(method: AnyMethod, params: Mapping[str, Any]) -> Method:
@@ -84,7 +82,7 @@ def make(name: str, params: Mapping[str, Any]) -> Method:
     """The rule `name` with validated parameters; UsageError names a wrong name, key or value."""
     cls = rule_class(name)
     name = cls.name
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in parameter_fields(cls)]
     for key in params:
         if key not in known:
             raise UsageError(f"method {name!r}", f"no parameter {key!r}", nearest(key, known))

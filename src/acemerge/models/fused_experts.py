@@ -25,6 +25,12 @@ class ExpertPart:
     parts: int
 
 
+def expert_number(name: str) -> int | None:
+    """The expert of a mixture whose matrix, stored apart, has this name; None for any other tensor."""
+    numbers = _NUMBER.findall(name)
+    return int(numbers[-1]) if numbers else None
+
+
 def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertPart]:
     """The checkpoint's tensors that are parts of fused parameters; none where transformers stacks them otherwise."""
     _, converters = transforms_of(model) or ([], [])
@@ -36,11 +42,11 @@ def expert_parts(model: nn.Module, names: Iterable[str]) -> dict[str, ExpertPart
             places |= {pattern: (part, len(patterns)) for part, pattern in enumerate(patterns)}
     rename, found = checkpoint_renaming(model), {}
     for name in names:
-        numbers = _NUMBER.findall(name)
-        if places and numbers:
+        number = expert_number(name)
+        if places and number is not None:
             parameter, pattern = rename(name)
             if pattern in places:
-                found[name] = ExpertPart(parameter, int(numbers[-1]), *places[pattern])
+                found[name] = ExpertPart(parameter, number, *places[pattern])
     return found
 
 

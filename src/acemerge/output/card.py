@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,30 @@ import yaml
 from acemerge.checkpoints.hub import parse_id
 from acemerge.methods import METHODS
 from acemerge.output.folder import PICTURE
+from acemerge.output.loading import load_adapter_code, load_code
 from acemerge.output.origin import Origin, common_license
 from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.shares import total_energies
 from acemerge.planning.jobs import Plan
 
-_LOAD = (
-    "## Load",
-    "",
-    "```python",
-    "from transformers import AutoModel",
-    "",
-    'model = AutoModel.from_pretrained("path/to/this/folder")',
-    "```",
-    "",
-)
-
 
 def model_card(
-    plan: Plan, records: Mapping[str, TensorRecord], origins: Sequence[Origin] = (), picture: bool = False
+    plan: Plan,
+    records: Mapping[str, TensorRecord],
+    config: Mapping[str, Any],
+    names: Collection[str],
+    origins: Sequence[Origin] = (),
+    picture: bool = False,
 ) -> str:
     """Markdown with the Hub's metadata, what was done, how to load it, the recipe and what to cite.
 
-    `origins` are those of the base and then every expert; with `picture` the card shows the one beside it.
+    `config` is the base's, and `names` are the files to load: the output's own, or of an adapter's base. `origins`
+    are those of the base and then every expert; with `picture` the card shows the one beside it.
     """
+    load = load_adapter_code(config, names, _base(plan)) if plan.is_adapter else load_code(config, names)
+    how = ["## Load", "", *_fenced("python", "\n".join(load)), ""]
     if not plan.experts:
-        return _conversion_card(plan)
+        return _conversion_card(plan, how)
     method = plan.recipe.method.model_dump(mode="json")
     recipe = {"method": method, **plan.recipe.model_dump(mode="json", exclude_defaults=True, exclude={"method"})}
     lines = [
@@ -52,7 +49,7 @@ def model_card(
         *_done(plan, records),
         "",
         *([f"![Share of the update's energy, by layer and expert]({PICTURE})", ""] if picture else []),
-        *(_load_adapter(plan) if plan.is_adapter else _LOAD),
+        *how,
         "## Recipe",
         "",
         *_fenced("yaml", yaml.safe_dump(recipe, sort_keys=False).strip()),
@@ -121,20 +118,14 @@ def _title(plan: Plan) -> str:
     return f"LoRA adapter of rank {plan.recipe.as_lora}, {about}"
 
 
-def _load_adapter(plan: Plan) -> list[str]:
-    base = json.dumps(_base(plan))
-    load = f'model = PeftModel.from_pretrained(AutoModel.from_pretrained({base}), "path/to/this/folder")'
-    return [*_LOAD[:3], "from peft import PeftModel", _LOAD[3], "", load, *_LOAD[-2:]]
-
-
-def _conversion_card(plan: Plan) -> str:
+def _conversion_card(plan: Plan, how: Sequence[str]) -> str:
     source, values = _code(_base(plan)), "The dequantised values of" if plan.dequantized else "The very values of"
     lines = [
         f"# {source} as safetensors",
         "",
         f"{values} {source}, written anew by acemerge; `acemerge.json` holds the hashes.",
         "",
-        *_LOAD,
+        *how,
     ]
     return "\n".join(lines)
 

@@ -9,18 +9,19 @@ its journal, until it is gone on with or done away with.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS, is_asset_folder
+from acemerge.checkpoints.assets import HEADS, MODEL_INDEX, is_asset_folder, is_component, is_of_pipeline
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
 from acemerge.errors import AcemergeError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
+from acemerge.planning.parts import SHARDS
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
@@ -28,11 +29,11 @@ PICTURE = "merge.svg"  # of the card
 REPORT = "report.html"  # made of a finished output, no part of it
 MASKS = "masks"
 MAX_MANIFEST = 512 << 20
-_LOCK = ".acemerge.lock"
+LOCK = ".acemerge.lock"
 _WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".acemerge.old"
 # After these a run can be gone on with: nothing is wrong with what it was asked to do.
-_RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
+RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
 
 
 @dataclass
@@ -104,10 +105,12 @@ class OutputFolder:
             files.remove_folder(self.path / folder)
 
     def _remove_work(self) -> None:
-        if files.kind(self.work) == "folder":
-            for name in files.list_folder(self.work):
-                files.remove(self.work / name)
-            files.remove_folder(self.work)
+        remove_files(self.work)
+        parts = self.path / SHARDS
+        if files.kind(parts) == "folder":
+            for name in files.list_folder(parts):
+                remove_files(parts / name)
+            files.remove_folder(parts)
 
     def _obsolete(self) -> list[str]:
         """The files of an earlier output that must go or be replaced, its manifest first."""
@@ -176,24 +179,46 @@ class OutputFolder:
         self._remove_work()
 
 
+def remove_files(folder: Path) -> None:
+    """Remove a folder, if it is one, with the files in it."""
+    if files.kind(folder) == "folder":
+        for name in files.list_folder(folder):
+            files.remove(folder / name)
+        files.remove_folder(folder)
+
+
 def side_folders(path: Path, kind: files.Kind = "folder") -> list[str]:
     """What is in an output folder under the name of a folder that acemerge writes to, and is of this kind."""
     names = files.list_folder(path) if files.kind(path) == "folder" else []
     ours = [name for name in names if name in (HEADS, MASKS) or is_asset_folder(name)]
+    ours += [name for name in names if is_component(name) and (kind == "link" or _is_ours(path, name, names))]
     return [name for name in ours if files.kind(path / name) == kind]
+
+
+def _is_ours(path: Path, component: str, names: Sequence[str]) -> bool:
+    """Whether the folder of a component belongs to a pipeline, or holds what was begun of one."""
+    if files.kind(path / component) != "folder":
+        return False
+    whole = any(name in names for name in (MODEL_INDEX, MODEL_INDEX + PARTIAL, MODEL_INDEX + OLD))
+    return whole or any(name.endswith(PARTIAL) for name in files.list_folder(path / component))
 
 
 def is_output(name: str) -> bool:
     """Whether acemerge writes files of this name."""
     if name.startswith((f"{HEADS}/", f"{MASKS}/")):
         return name.endswith(".safetensors")
-    return name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL) or is_model_file(name)
+    return (
+        name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL)
+        or is_model_file(name)
+        or is_of_pipeline(name)
+    )
 
 
-def check_output(path: Path, overwrite: bool, resume: bool = False) -> None:
+def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bool = False) -> None:
     """UsageError for what can be no output folder, or holds something that is not to be replaced.
 
-    An unfinished merge is left to `output_folder`: another run may be at it.
+    An unfinished merge is left to `output_folder`: another run may be at it. `in_parts`: what the parts of one run
+    have written is no obstacle.
     """
     there = files.kind(path)
     if there == "link" or side_folders(path, "link"):
@@ -201,32 +226,32 @@ def check_output(path: Path, overwrite: bool, resume: bool = False) -> None:
     if there not in ("nothing", "folder"):
         raise UsageError(path, f"is a {there}", "name a folder")
     if there == "folder" and JOURNAL not in files.list_folder(path):
-        _check_contents(path, overwrite, resume)
+        check_contents(path, overwrite, resume, in_parts)
 
 
 @contextlib.contextmanager
-def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator[OutputFolder]:
+def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: bool = False) -> Iterator[OutputFolder]:
     """Hold `path` for one run. A failure removes what was not published, unless the run can be gone on with.
 
-    With `resume`, what an interrupted run left is kept. Raises UsageError for a link or a folder that is not empty
-    (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder cannot be made or another run
-    holds it.
+    With `resume`, what an interrupted run left is kept; `in_parts`, what parts have written. Raises UsageError for a
+    link or a folder that is not empty (unless `overwrite`, or `resume` for acemerge's own), WriteError where the folder
+    cannot be made or another run holds it.
     """
-    check_output(path, overwrite, resume)
+    check_output(path, overwrite, resume, in_parts)
     there = files.kind(path)
     files.make_folder(path)
     try:
-        with files.lock(path / _LOCK):
-            _check_contents(path, overwrite, resume)
+        with files.lock(path / LOCK):
+            check_contents(path, overwrite, resume, in_parts)
             output = OutputFolder(path)
             output.recover()
             output.check_own()
-            if not resume:
+            if not (resume or in_parts):
                 output.discard()
             try:
                 with shortages():
                     yield output
-            except _RESUMABLE:
+            except RESUMABLE:
                 raise
             except BaseException:
                 if output.begun and not output.kept:
@@ -238,8 +263,17 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False) -> Iterator
             files.remove_folder(path)
 
 
-def _check_contents(path: Path, overwrite: bool, resume: bool) -> None:
-    names = set(files.list_folder(path)) - {_LOCK}
+def check_contents(path: Path, overwrite: bool, resume: bool, in_parts: bool) -> None:
+    """UsageError where a folder holds something that is not to be replaced, or an unfinished run of the other kind."""
+    names = set(files.list_folder(path)) - {LOCK}
+    if in_parts and JOURNAL in names:
+        cure = "go on with it by --resume, or choose another folder"
+        raise UsageError(path, "holds an unfinished merge that is not done in parts", cure)
+    if SHARDS in names and MANIFEST not in names and not overwrite:
+        if in_parts:
+            return
+        cure = "go on with --shard and --finish, or add --overwrite to start again"
+        raise UsageError(path, "holds parts of an unfinished merge", cure)
     if overwrite or not names or (resume and names & {JOURNAL, JOURNAL + PARTIAL, MANIFEST}):
         return
     if JOURNAL in names:

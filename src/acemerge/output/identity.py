@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.output.manifest import versions
 from acemerge.output.writer import FileSum
@@ -36,7 +36,7 @@ def identity(
         "recipe": _pinned(recipe, origins),
         "input": inputs,
         "largest shard": max_shard,
-        "device": device,
+        **_device(device),
         "threads": torch.get_num_threads(),
         "processor": _processor(),
         "version": {name: value for name, value in versions().items() if name in ("acemerge", "torch")},
@@ -55,10 +55,19 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
     return {**recipe.model_dump(mode="json"), "base": origins[0], "experts": experts}
 
 
+def _device(name: str) -> dict[str, str]:
+    """Which one was asked for, and of an accelerator what it is: each kind rounds in its own way."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return {"device": name}
+    return {"device": name, "accelerator": torch.cuda.get_device_name(torch.device(name))}
+
+
 def _processor() -> dict[str, Any]:
     """What decides which of its own paths a library takes for a product."""
     switches = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
-    model = files.processor() or f"{platform.machine()} {platform.processor()}".strip()
+    model = machine.processor() or f"{platform.machine()} {platform.processor()}".strip()
     return {"model": model, "capability": torch.backends.cpu.get_cpu_capability(), "switches": switches}
 
 
@@ -92,15 +101,15 @@ def digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def difference(before: Any, now: Any, place: str = "") -> str | None:
-    """Where two identities first differ, and how, in words."""
+def difference(before: Any, now: Any, place: str = "", verbs: tuple[str, str] = ("was", "and is")) -> str | None:
+    """Where two identities first differ, and how, in words; `verbs` say what the two values are."""
     if before == now:
         return None
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(before.keys() - now.keys())]:
-            found = difference(before.get(key), now.get(key), f"{place} {key}".strip())
+            found = difference(before.get(key), now.get(key), f"{place} {key}".strip(), verbs)
             if found:
                 return found
     if place.startswith("input"):
         return f"{place} was written to" if before and now else f"{place} was {'removed' if before else 'added'}"
-    return f"{place} was {json.dumps(before)} and is {json.dumps(now)}"
+    return f"{place} {verbs[0]} {json.dumps(before)} {verbs[1]} {json.dumps(now)}"

@@ -38,7 +38,8 @@ class Step:
 class Done:
     """What an unfinished run left: what it was, what it found out beforehand, and its proven steps.
 
-    `read` says how much of every input those may depend on, and its hash; None where that is not known.
+    `read` says how much of every input those may depend on, and its hash; None where that is not known. `damaged` is
+    the file that is not as a further step says.
     """
 
     identity: Mapping[str, Any]
@@ -46,6 +47,7 @@ class Done:
     steps: tuple[Step, ...] = ()
     begun: Mapping[str, Begun] = field(default_factory=dict)
     read: Mapping[str, FileSum | None] = field(default_factory=dict)
+    damaged: str | None = None
 
 
 class Journal:
@@ -97,16 +99,26 @@ class Journal:
             files.write_all(self._descriptor, text, self._path)
 
 
-def read_journal(folder: Path, names: Collection[str]) -> Done | None:
+def read_identity(folder: Path) -> Mapping[str, Any] | None:
+    """What the run is whose journal is in `folder`; None where there is none."""
+    entries = _journal(folder)
+    return entries[0]["identity"] if entries else None
+
+
+def _journal(folder: Path) -> list[dict[str, Any]]:
+    path = folder / JOURNAL
+    entries = _entries(files.read_small(path, _MAX_JOURNAL)) if files.kind(path) == "file" else []
+    return entries if entries and "identity" in entries[0] else []
+
+
+def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done | None:
     """What an unfinished run in `folder` has done; None where there is none, or none that can be gone on with.
 
-    Only files of these `names` are opened, whatever the journal says.
+    Only files of these `names` are opened, whatever the journal says. `within` is the folder therein that has the
+    journal.
     """
-    path = folder / JOURNAL
-    if files.kind(path) != "file":
-        return None
-    entries = _entries(files.read_small(path, _MAX_JOURNAL))
-    if not entries or "identity" not in entries[0]:
+    entries = _journal(folder / within)
+    if not entries:
         return None
     findings: dict[str, Any] = {}
     steps: list[Step] = []
@@ -126,7 +138,7 @@ def read_journal(folder: Path, names: Collection[str]) -> Done | None:
             steps.append(step)
     finally:
         proof.close()
-    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read)
+    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read, proof.failed)
 
 
 def _step(entry: Mapping[str, Any]) -> Step | None:
@@ -159,6 +171,7 @@ class _Proof:
         self._folder = folder
         self._open: dict[str, int] = {}
         self.begun: dict[str, Begun] = {}
+        self.failed: str | None = None
 
     def holds(self, expected: Mapping[str, FileSum]) -> bool:
         """Whether the files' first bytes are those that a step tells of."""
@@ -167,8 +180,10 @@ class _Proof:
             try:
                 found[name] = self._hashed(name, total.nbytes)
             except CheckpointError:  # not there, or shorter: the step is to be done again
+                self.failed = name
                 return False
             if found[name].sum != total:
+                self.failed = name
                 return False
         self.begun |= found
         return True

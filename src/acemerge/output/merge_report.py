@@ -16,13 +16,14 @@ class MergeReport:
     """What a merge did. `manifest` is the table that `acemerge.json` holds; `out` is None where nothing was written.
 
     `pushed` is the address on the Hub where it was uploaded. `was_complete`: with `resume`, the output was there
-    already and was verified.
+    already and was verified. `part`: that was all that was done, and `manifest` is of its tensors and files alone.
     """
 
     out: Path | None
     manifest: Mapping[str, Any]
     pushed: str | None = None
     was_complete: bool = False
+    part: str | None = None
 
     @property
     def tensors(self) -> Mapping[str, Mapping[str, Any]]:

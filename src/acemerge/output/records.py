@@ -18,7 +18,8 @@ class TensorRecord:
 
     `energies` are those of the experts' updates; the experts in `skipped_experts` were left out and have none.
     `energy` and `share_lost` are there where the output is an adapter: the energy of the merged update and the share
-    of it that the adapter lacks. `infinite`: it holds infinities, the same in all models, as a mask does.
+    of it that the adapter lacks. `merged_energy` is that of the merged update, where a rule made one. `infinite`: it
+    holds infinities, the same in all models, as a mask does.
     """
 
     role: str
@@ -29,6 +30,7 @@ class TensorRecord:
     skipped_experts: tuple[str, ...] = ()
     energy: float | None = None
     share_lost: float | None = None
+    merged_energy: float | None = None
     infinite: bool = False
     seconds: float = 0.0
 
@@ -41,6 +43,8 @@ class TensorRecord:
             plain["skipped_experts"] = list(self.skipped_experts)
         if self.energy is not None:
             plain |= {"energy": self.energy, "share_lost": self.share_lost}
+        if self.merged_energy is not None:
+            plain["merged_energy"] = self.merged_energy
         if self.infinite:
             plain["infinite"] = True
         return {**plain, "seconds": self.seconds}
@@ -48,7 +52,18 @@ class TensorRecord:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> TensorRecord:
         """What `to_json` made of it; ValueError where it is malformed."""
-        own = {"role", "rule", "reason", "energies", "skipped_experts", "energy", "share_lost", "infinite", "seconds"}
+        own = {
+            "role",
+            "rule",
+            "reason",
+            "energies",
+            "skipped_experts",
+            "energy",
+            "share_lost",
+            "merged_energy",
+            "infinite",
+            "seconds",
+        }
         stats = LayerStats.from_json({key: value for key, value in content.items() if key not in own})
         try:
             return TensorRecord(
@@ -60,6 +75,7 @@ class TensorRecord:
                 skipped_experts=tuple(map(str, content.get("skipped_experts", ()))),
                 energy=_number(content["energy"]) if "energy" in content else None,
                 share_lost=_number(content["share_lost"]) if "share_lost" in content else None,
+                merged_energy=_number(content["merged_energy"]) if "merged_energy" in content else None,
                 infinite=content.get("infinite") is True,
                 seconds=_number(content["seconds"]),
             )

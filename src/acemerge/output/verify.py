@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS, in_module
+from acemerge.checkpoints.assets import HEADS, in_module, is_component, is_of_pipeline
 from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.lora import open_expert
@@ -45,6 +45,7 @@ def _model_files(folder: Path) -> list[str]:
     """The files that a reader would take for a part of the model; not those of an unfinished run beside it."""
     extra = [f"{side}/{name}" for side in side_folders(folder) for name in files.list_folder(folder / side)]
     extra = [name for name in extra if not name.endswith((PARTIAL, OLD))]
+    extra = [name for name in extra if is_of_pipeline(name) or not is_component(name.split("/")[0])]
     return [name for name in files.list_folder(folder) if is_model_file(name)] + extra
 
 

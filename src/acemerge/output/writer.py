@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 import torch
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
 from acemerge.errors import WriteError
@@ -165,7 +165,7 @@ class TensorFiles:
     ) -> None:
         self.finished: dict[str, FileSum] = {}
         self._folder, self._layout, self._begun = folder, layout, dict(begun)
-        self._cached = files.stays_cached(sum(spec.nbytes for specs in layout.values() for spec in specs))
+        self._cached = machine.stays_cached(sum(spec.nbytes for specs in layout.values() for spec in specs))
         # Not counted in bytes: the last tensor may have none.
         self._left = dict(steps or {name: len(specs) for name, specs in layout.items()})
         for name, there in begun.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from acemerge.checkpoints.adapter import Stack, Update
+from acemerge.checkpoints.adapter import StackedFactors, Update
 from acemerge.errors import CheckpointError
 from acemerge.models.fused_experts import ExpertPart
 from acemerge.models.roles import Roles
@@ -39,7 +39,7 @@ def fit(
     for name, update in expert.adapter.updates.items():
         identity = roles.identity[name]
         if update.stack and identity in apart and identity not in base_names:
-            updates |= _by_expert(update, name, apart[identity], where, base, base_names)
+            updates |= _by_expert(update, update.stack, name, apart[identity], where, base, base_names)
             continue
         if identity not in base_names:
             raise CheckpointError(where, f"changes tensor {name!r}, which the base lacks", _OTHER_BASE)
@@ -50,7 +50,8 @@ def fit(
         updates[identity] = _turned(update, name, stored, where, base, roles)
         if _is_tied(name, stored, roles):
             warnings.append(f"{where}: its update of {name} goes to {stored}, too, to which it is tied")
-    _check_whole(expert, where, base_names, updates, roles)
+    whole = [name for name in expert.tensors if name not in expert.adapter.updates]
+    _check_whole(whole, where, base_names, updates, roles)
     if not updates and not any(roles.identity[name] in base_names for name in expert.tensors):
         raise CheckpointError(where, "changes no tensor of the base", _OTHER_BASE)
     return Fitted(updates, warnings)
@@ -67,6 +68,7 @@ def _experts_apart(base_names: Mapping[str, Sequence[str]], roles: Roles) -> dic
 
 def _by_expert(
     update: Update,
+    stack: StackedFactors,
     name: str,
     apart: Mapping[str, ExpertPart],
     where: str,
@@ -74,10 +76,9 @@ def _by_expert(
     base_names: Mapping[str, Sequence[str]],
 ) -> dict[str, Update]:
     """The update of a fused parameter for each of the matrices that the base stores in its place."""
-    assert update.stack is not None
-    count, found = update.stack.count, {}
+    count, found = stack.count, {}
     for identity, part in apart.items():
-        own = replace(update, stack=Stack(count, part.number, part.part, part.parts))
+        own = replace(update, stack=StackedFactors(count, part.number, part.part, part.parts))
         stored = base.tensors[base_names[identity][0]]
         if own.shape != stored.shape or part.number >= count:
             what = f"its update of tensor {name!r} has {count} experts of shape {list(own.shape)}"
@@ -102,15 +103,13 @@ def _turned(update: Update, name: str, stored: str, where: str, base: ModelHeade
 
 
 def _check_whole(
-    expert: ModelHeader,
+    whole: Sequence[str],
     where: str,
     base_names: Mapping[str, Sequence[str]],
     updates: Mapping[str, Update],
     roles: Roles,
 ) -> None:
-    """A tied tensor that the adapter replaces under one of its names only is tied no more."""
-    assert expert.adapter is not None
-    whole = [name for name in expert.tensors if name not in expert.adapter.updates]
+    """Of the tensors `whole` that an adapter replaces, a tied one may not be replaced under one of its names only."""
     replaced = {roles.identity[name]: name for name in whole if roles.identity[name] in base_names}
     for identity, name in replaced.items():
         stored = base_names[identity][0]

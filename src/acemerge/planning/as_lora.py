@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +16,13 @@ from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, LowRankResult
+from acemerge.methods.factors import nearest_factors
+from acemerge.models.fused_experts import expert_number
 from acemerge.models.lora_targets import task_type
 from acemerge.models.roles import Roles, role_by_name
 from acemerge.planning.finite import rounded
 from acemerge.planning.jobs import OUTPUT_DTYPES, Merge, Plan
 from acemerge.shapes import Tensor
-
-# The matrices of a mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
-_FUSED_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def as_adapter(plan: Plan, roles: Roles) -> Plan:
@@ -66,7 +64,8 @@ def _module(job: Merge, roles: Roles) -> str:
     first = roles.by_name.get(parameter) or role_by_name(replace(job.spec, name=parameter), conv1d=False)
     linear = job.role.name in ("linear", "conv1d", "output_head") and len(job.spec.shape) == 2
     linear = linear and not in_module(job.name)[0]
-    reachable = parameter.endswith(".weight") and first.name != "embedding" and not _FUSED_EXPERT.search(job.name)
+    # A mixture's experts lie apart on disk and fused in memory, where no adapter of a layer reaches them.
+    reachable = parameter.endswith(".weight") and first.name != "embedding" and expert_number(job.name) is None
     reachable = reachable and (parameter in roles.lora_targets or not roles.from_architecture)
     return parameter.removesuffix(".weight") if linear and reachable else ""
 
@@ -85,25 +84,25 @@ class Lost:
     share_lost: float
 
 
-def truncated(job: Merge, update: LowRankResult | Tensor | None) -> tuple[tuple[Tensor, ...], Lost]:
+def truncated(
+    job: Merge, factors: Sequence[TensorSpec], update: LowRankResult | Tensor | None
+) -> tuple[tuple[Tensor, ...], Lost]:
     """What the adapter holds of a tensor's merged update, which is stored as the tensor is: `B A` is the best of its
-    rank, its singular values shared by both; filled up with zeros. And what it lacks.
+    rank, its singular values shared by both; filled up with zeros. And what it lacks. `factors` are the job's.
     """
-    assert job.factors is not None
     if update is None:
-        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in job.factors), Lost(0.0, 0.0)
-    if not job.factors:
+        return tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in factors), Lost(0.0, 0.0)
+    if not factors:
         energy = update.energy if isinstance(update, LowRankResult) else energies(update[None]).item()
         return (), Lost(energy, 1.0 if energy else 0.0)
     whole = update if isinstance(update, LowRankResult) else LowRankResult(update, None, LayerStats())
     whole = whole.transposed() if job.role.transposed else whole
-    short = whole.truncated(job.factors[0].shape[0])
-    assert short.right is not None
-    assert short.stats.energy_lost is not None
-    missing = job.factors[0].shape[0] - len(short.right)
-    A, B = pad(short.right, (0, 0, 0, missing)), pad(short.left, (0, missing))
-    stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip((A, B), job.factors, strict=True))
-    return stored, Lost(whole.energy, short.stats.energy_lost)
+    rank = factors[0].shape[0]
+    B, A, lost = nearest_factors(whole, rank)
+    missing = rank - len(A)
+    filled = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+    stored = tuple(rounded(factor, job, spec.dtype) for factor, spec in zip(filled, factors, strict=True))
+    return stored, Lost(whole.energy, lost)
 
 
 def adapter_config(plan: Plan, roles: Roles, base_config: Mapping[str, Any]) -> bytes:

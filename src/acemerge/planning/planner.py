@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from acemerge.checkpoints.assets import component_weights
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
 from acemerge.errors import CheckpointError, UsageError
@@ -240,8 +241,10 @@ class _Planner:
         return CheckpointError(f"expert {label}", f"lacks tensor {name!r}{more}", cure)
 
     def _in_backbone(self, name: str) -> bool:
-        """Whether a tensor belongs to the body, as most tensors do, and not to a head."""
-        return _group(self.roles.identity[name]) == self.backbone
+        """Whether a tensor belongs to the body, as most tensors do, and not to a head. A pipeline has no heads."""
+        return ("/" in name and bool(component_weights(name.split("/")[0]))) or _group(
+            self.roles.identity[name]
+        ) == self.backbone
 
     def _mismatched(self, out: TensorSpec, role: Role, label: str, shape: tuple[int, ...]) -> Keep:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""

@@ -51,7 +51,7 @@ class Policy:
     def decide(self, spec: TensorSpec, role: Role) -> Decision:
         number = self._rule_for(spec.name)
         if number is None:
-            return self._paper(spec) if self._family else self._default(spec, role)
+            return self._paper(self._family, spec) if self._family else self._default(spec, role)
         rule, method = self._rules[number]
         reason = f"recipe rule {rule.match!r}"
         if method is None:
@@ -94,14 +94,13 @@ class Policy:
     def _merge(self, reason: str) -> Decision:
         return Decision("merge", reason, self._main)
 
-    def _paper(self, spec: TensorSpec) -> Decision:
+    def _paper(self, family: _PaperFamily, spec: TensorSpec) -> Decision:
         """What the ACE paper's own runs did: every 2-D tensor but a few, as stored; the rest averaged."""
-        assert self._family is not None
-        if any(fnmatchcase(spec.name, pattern) for pattern in self._family.kept):
-            return Decision("base", f"policy paper, {self._family.name}: not merged")
+        if any(fnmatchcase(spec.name, pattern) for pattern in family.kept):
+            return Decision("base", f"policy paper, {family.name}: not merged")
         if len(spec.shape) == 2:
-            return self._merge(f"policy paper, {self._family.name}: 2-D")
-        return Decision("merge", f"policy paper, {self._family.name}: not 2-D, averaged", self._average)
+            return self._merge(f"policy paper, {family.name}: 2-D")
+        return Decision("merge", f"policy paper, {family.name}: not 2-D, averaged", self._average)
 
 
 @dataclass(frozen=True)

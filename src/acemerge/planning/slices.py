@@ -12,7 +12,7 @@ from acemerge.planning.jobs import is_whole
 from acemerge.recipes.tables import SliceSpec
 
 
-def stacked(
+def as_sliced(
     slices: Sequence[SliceSpec], base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
     """The base and the experts as the recipe's slices have them: under the names of the output's layers.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 
 from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
 from acemerge.inspection.look_back import LookBack
@@ -15,6 +16,7 @@ from acemerge.inspection.spectra import spectra_of
 from acemerge.methods.status import Status, spelled
 from acemerge.models.depth import layer_number, places_in_layers
 from acemerge.models.roles import LAYERS
+from acemerge.output.length import Length, length_of
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
 from acemerge.report.scores import Scores
@@ -24,15 +26,17 @@ _MOST_ROWS = 4000  # of the table: more take a browser too long
 
 @dataclass(frozen=True)
 class Facts:
-    """`rows` are the tensors of the table; `data` is what the charts draw; `answers` are questions with answers;
-    `notes` say what the look back left out.
+    """`rows` are the tensors of the table, `filled` the figures that any of them has; `data` is what the charts draw;
+    `answers` are questions with answers; `notes` say what the look back left out; `recipe` is a file of it.
     """
 
     manifest: Mapping[str, Any]
     answers: Sequence[tuple[str, str]]
     advice: Sequence[Advice]
     rows: Sequence[Mapping[str, Any]]
+    filled: frozenset[str]
     left_out: int
+    recipe: str
     data: Mapping[str, Any]
     why_not: str
     notes: Sequence[str] = ()
@@ -66,10 +70,17 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
         "seconds": _seconds(records),
         "scores": [] if scores is None else scores.points,
     }
-    answers = _answers(manifest, rows, labels, energies, advice, seen)
+    answers = _answers(manifest, rows, labels, energies, advice, seen, length_of(labels, records))
     notes = [] if seen is None else _left_out(seen, data["spectra"])
     left_out = max(0, len(rows) - _MOST_ROWS)
-    return Facts(manifest, answers, advice, rows[:_MOST_ROWS], left_out, data, why_not, notes, scores)
+    filled = frozenset(key for row in rows for key, value in row.items() if value not in (None, ""))
+    recipe = _recipe_file(manifest["recipe"])
+    return Facts(manifest, answers, advice, rows[:_MOST_ROWS], filled, left_out, recipe, data, why_not, notes, scores)
+
+
+def _recipe_file(recipe: Mapping[str, Any]) -> str:
+    given = {key: value for key, value in recipe.items() if value is not None}
+    return yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------
@@ -159,6 +170,7 @@ def _answers(
     energies: Sequence[float],
     advice: Sequence[Advice],
     seen: LookBack | None,
+    length: Length | None,
 ) -> list[tuple[str, str]]:
     merged = sum(row["energy"] is not None for row in rows)
     files = len(manifest["outputs"])
@@ -168,12 +180,13 @@ def _answers(
     conflict = [row for row in rows if row["cancelled"] is not None and row["role"] in LAYERS]
     worst = sorted(conflict, key=lambda row: -row["cancelled"])[:3]
     named = [f"{row['name']} ({row['cancelled']:.0%} cancels)" for row in worst]
-    unrelated = f"of unrelated updates of one size {1 - len(labels) ** -0.5:.0%} cancels"
-    where = f"Most in {', '.join(named)}; {unrelated}." if named else "Not known without the models that were merged."
+    unrelated = f"Of equally long updates that have nothing in common, {1 - len(labels) ** -0.5:.0%} cancels."
+    where = f"Most in {', '.join(named)}. {unrelated}" if named else "Not known without the models that were merged."
     cures = [line.cure for line in advice if line.cure and not line.cure.startswith("nothing to do")]
     return [
         ("Did it work?", worked),
         ("Which layers are in conflict?", where),
         ("Which expert dominates?", largest_update(labels, energies)),
+        *([] if length is None else [("How far does it go?", f"The merged update is {length}.")]),
         ("What would I change?", f"{cures[0][:1].upper()}{cures[0][1:]}." if cures else "Nothing stands out."),
     ]

@@ -127,7 +127,7 @@ def fetch(inputs: Sequence[PackInput], out: Path, options: RunOptions) -> tuple[
     return places, data
 
 
-def folders_of(pack: Pack, tasks: Sequence[str], data: Mapping[Key, str]) -> dict[str, str]:
+def data_folders(pack: Pack, tasks: Sequence[str], data: Mapping[Key, str]) -> dict[str, str]:
     """The folder of each task's examples."""
     return {task["name"]: data[_data_key(task)] for task in pack.tasks if task["name"] in tasks}
 

@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from acemerge.engine.opening import RunOptions, find_devices
-from acemerge.evaluation.compare import folders_of as merged_folders
-from acemerge.evaluation.compare import merge_all, rows
-from acemerge.evaluation.evaluate import OnProgress, Run, evaluate
+from acemerge.evaluation.compare import merge_all, merged_folders, rows
+from acemerge.evaluation.evaluate import OnTaskProgress, Run, evaluate
 from acemerge.evaluation.results import write_results
 from acemerge.evaluation.tables import Evaluation
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
 from acemerge.reproduction.comparison import Line, compare, markdown
-from acemerge.reproduction.inputs import PackInput, fetch, folders_of
+from acemerge.reproduction.inputs import PackInput, data_folders, fetch
 from acemerge.reproduction.pack import Pack, recipes_of, tasks_of
 from acemerge.reproduction.scores import kept_in
 
@@ -59,7 +58,7 @@ def reproduce(
     out: Path,
     options: RunOptions,
     tell: Callable[[str], None],
-    on_progress: OnProgress,
+    on_progress: OnTaskProgress,
 ) -> Reproduced:
     """Fetch, merge by each rule, score base, experts and merges, and write the tables into `out`."""
     pack = asked.pack
@@ -67,7 +66,7 @@ def reproduce(
         tell("fetching")
     places, data = fetch(inputs, out, options)
     recipes = recipes_of(pack, asked.rules, places)
-    tasks = tasks_of(pack, asked.tasks, places, folders_of(pack, asked.tasks, data), asked.limit)
+    tasks = tasks_of(pack, asked.tasks, places, data_folders(pack, asked.tasks, data), asked.limit)
     merge_all(recipes, out, options, tell)
     models = rows(places[pack.base], {}, merged_folders(recipes, out))
     run = Run(tasks, find_devices(options.device)[0], on_progress, options.quiet)

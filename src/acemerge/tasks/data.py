@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
+from acemerge.tasks import hub_data
 from acemerge.tasks.task_file import FILE_SUFFIXES, Column
 
 _MAX_FILE = 2 << 30
@@ -156,9 +157,9 @@ def _load_table(source: DataSource) -> Any:
         raise UsageError(source.data, "its split is not named", "add for example `split: validation`")
     try:
         if wanted is not None:
-            revision = source.revision or wanted.revision
-            found = datasets.load_dataset(wanted.repo, source.subset, split=source.split, revision=revision)
-            return found.with_format("arrow")[:]
+            assert source.split is not None
+            pinned = replace(wanted, revision=source.revision or wanted.revision)
+            return hub_data.load(datasets, pinned, source.subset, source.split)
         import pyarrow
         from pyarrow import parquet
 

@@ -10,15 +10,19 @@ import yaml
 
 from acemerge.errors import UsageError
 from acemerge.methods import METHODS, load_installed, make
-from acemerge.methods.about import parameters
+from acemerge.methods.about import families, parameters
 from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.ui.folders import Folders
 
 
-def rules() -> list[str]:
-    """The rules to choose from; those that are there for mergekit's recipes belong to files."""
+def rules() -> dict[str, str]:
+    """The rules to choose from, by family, and what the page calls them. Those that are there for mergekit's recipes
+    belong to files, and those that ask for data to task files.
+    """
     load_installed()
-    return [name for name in METHODS if not name.startswith("mergekit_")]
+    named = [name for name in METHODS if not name.startswith("mergekit_")]
+    offered = {name: METHODS[name] for name in named if make(name, {}).needs.calibration is None}
+    return {rule.name: f"{family}: {rule.name}" for family, found in families(offered).items() for rule in found}
 
 
 @dataclass(frozen=True)

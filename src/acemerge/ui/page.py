@@ -40,7 +40,8 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
             found, inspected = gr.HTML(elem_id="found"), gr.HTML(elem_id="inspected")
         with gr.Column(elem_classes="step"):
             gr.HTML("<h2>2. Rule</h2>")
-            rule = gr.Dropdown(rules(), value=_BEGIN_WITH, label="Rule", elem_id="rule")
+            offered = [(shown, name) for name, shown in rules().items()]
+            rule = gr.Dropdown(offered, value=_BEGIN_WITH, label="Rule", elem_id="rule")
             about = gr.HTML(_about(_BEGIN_WITH))
             slots = _Slots()
             with gr.Row(elem_classes="buttons"):
@@ -49,8 +50,8 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
         with gr.Column(elem_classes="step"):
             gr.HTML("<h2>3. Merge</h2>")
             out = gr.Textbox(f"{folders.name(folders.roots[0])}/merged", label="Output folder", elem_id="out")
-            overwrite = gr.Checkbox(label="Replace what the output folder holds (--overwrite)", elem_id="overwrite")
-            force = gr.Checkbox(label="Merge experts even if they do not seem to come from this base (--force)")
+            overwrite = gr.Checkbox(label=view.REPLACE, elem_id="overwrite")
+            force = gr.Checkbox(label=view.FORCE)
             with gr.Row(elem_classes="buttons"):
                 merge = gr.Button("Merge", variant="primary", elem_id="merge")
                 stop_merge = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-merge")
@@ -86,7 +87,7 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
             try:
                 return choice(*values).yaml(folders)
             except AcemergeError as error:
-                return f"# {error}\n"
+                return f"# {view.plain(str(error))}\n"
 
         def models() -> list[Any]:
             listing = folders.find()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from acemerge.cli.merge import next_steps
 from acemerge.cli.text import size
 from acemerge.engine.foreseen import expected_memory
 from acemerge.inspection.survey import Inspection
@@ -38,14 +40,28 @@ def _right(numeric: bool) -> str:
     return ' class="n"' if numeric else ""
 
 
+REPLACE = "Replace what the output folder holds"
+FORCE = "Merge experts even if they do not seem to come from this base"
+_BOXES = {"add --overwrite": f"tick “{REPLACE}”", "with --overwrite": f"with “{REPLACE}” ticked"}
+_BOXES |= {"with --force": f"with “{FORCE}” ticked"}
+
+
+def plain(text: str) -> str:
+    """Advice without a command line's signs: options that the page has are its boxes, others go by their names."""
+    for option, box in _BOXES.items():
+        text = text.replace(option, box)
+    return re.sub(r"`|(?<![\w-])--(?=[a-z])", "", text)
+
+
 def failure(line: str) -> str:
     """An error as one line."""
-    return f'<p class="failure" role="alert">{escape(line)}</p>'
+    return f'<p class="failure" role="alert">{escape(plain(line))}</p>'
 
 
 def _warnings(lines: Sequence[tuple[str, str]]) -> str:
     """Warnings with their cures, which may be empty."""
-    items = (f"<li><strong>{escape(what)}</strong>{f'<br>{escape(cure)}' if cure else ''}</li>" for what, cure in lines)
+    said = ((escape(plain(what)), escape(plain(cure))) for what, cure in lines)
+    items = (f"<li><strong>{what}</strong>{f'<br>{cure}' if cure else ''}</li>" for what, cure in said)
     return f'<ul class="advice">{"".join(items)}</ul>' if lines else ""
 
 
@@ -179,8 +195,15 @@ def merged(done: Merged, number: int) -> str:
         f"<p>{len(records):,} tensors ({escape(by)}), {size(total)}, in {manifest['seconds']:.1f} s. "
         f"Largest update: {escape(share)} of the energy.</p>"
         f"{_warnings([(warning, '') for warning in manifest['warnings']])}"
-        f"<p>{link if done.page else 'The report was not finished.'}</p></div>"
+        f"<p>{link if done.page else 'The report was not finished.'}</p>{_next(done)}</div>"
     )
+
+
+def _next(done: Merged) -> str:
+    """How to load the output and to score it."""
+    said = {"load": "Load it in Python", "score": "Score it in a terminal"}
+    steps = ((said[what], text) for what, text in next_steps(done.report) if what in said)
+    return "".join(f"<p>{title}: <code>{escape(text)}</code></p>" for title, text in steps)
 
 
 def _number(value: float | None, form: str) -> str:

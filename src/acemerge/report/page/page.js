@@ -17,10 +17,17 @@
     if (!place) return null;
     const config = theme();
     const width = Math.max(220, place.clientWidth - 20);
-    if (width < 500) config.legend.columns = 2;
+    config.legend.columns = columns(spec.encoding, width);
     const whole = { $schema: "https://vega.github.io/schema/vega-lite/v6.json", width, autosize: { type: "fit-x", contains: "padding" }, padding: 2, ...spec, config };
     const drawn = await vegaEmbed(place, whole, { actions: false, renderer: "svg", tooltip: { theme: dark.matches ? "dark" : "light" } });
     return drawn.view;
+  }
+  // As many as fit beside each other, by the longest of the names that colour stands for.
+  function columns(encoding, width) {
+    const field = encoding && encoding.color && encoding.color.type === "nominal" && encoding.color.field;
+    const names = field === "curve" ? [...data.experts, "before refinement"] : data.experts;
+    const longest = Math.min(220, 7 * Math.max(...names.map((name) => name.length), 13)) + 30;
+    return Math.max(1, Math.floor(width / longest));
   }
   const layerAxis = { field: "layer", type: "ordinal", sort: null, title: "layer", axis: { labelAngle: 0, labelOverlap: true } };
   const scheme = (name) => ({ scheme: name, reverse: false });
@@ -28,17 +35,19 @@
   function cosines() {
     const names = [...data.experts, "merged"];
     const long = Math.max(...names.map((n) => n.length));
-    const x = { field: "b", type: "ordinal", sort: names, title: null, axis: { orient: "top", labelAngle: long * names.length > 60 ? -40 : 0 } };
+    const fit = Math.min(element("chart-cosines").clientWidth - 20, 140 + 90 * names.length);
+    const cell = (fit - Math.min(220, 6 * long)) / names.length;
+    const angle = cell < 50 ? -90 : cell < 6 * long ? -40 : 0;
+    const x = { field: "b", type: "ordinal", sort: names, title: null, axis: { orient: "top", labelAngle: angle } };
     const y = { field: "a", type: "ordinal", sort: names, title: null };
     const tooltip = [{ field: "a", title: "of" }, { field: "b", title: "with" }, { field: "cosine", format: ".4f" }];
     const layers = [{ mark: "rect", encoding: { x, y, tooltip,
       color: { field: "cosine", type: "quantitative", scale: { scheme: "blueorange", domain: [-1, 1], reverse: true }, legend: null } } }];
-    if (names.length <= 12) {
+    if (names.length <= 12 && cell >= 34) {
       layers.push({ mark: { type: "text", fontSize: 11 }, encoding: { x, y,
         text: { field: "cosine", type: "quantitative", format: ".2f" },
         color: { condition: { test: "abs(datum.cosine) > 0.6", value: "#ffffff" }, value: "#1a1d21" } } });
     }
-    const fit = Math.min(element("chart-cosines").clientWidth - 20, 140 + 90 * names.length);
     return draw("chart-cosines", { width: fit, data: { values: data.cosines }, height: 28 * names.length, layer: layers });
   }
   const shares = () => draw("chart-shares", { data: { values: data.shares }, height: 220, mark: "bar", encoding: { x: layerAxis,
@@ -60,7 +69,7 @@
     const color = chosen === "branch"
       ? { field: "branch", type: "nominal", title: null, scale: { domain: ["homogeneous", "heterogeneous", "mixed"], range: ["#4c9be8", "#f08c2e", "#9a6fd0"] } }
       : { field: chosen, type: "quantitative", title: chosen, scale: { type: logarithmic[chosen] ? "log" : "linear", scheme: "viridis" },
-          legend: { format: chosen === "cancelled" ? "%" : ".3~g", gradientLength: 160 } };
+          legend: { format: chosen === "cancelled" ? "%" : ".3~g", gradientLength: Math.max(60, Math.min(160, element("chart-heat").clientWidth - 240)) } };
     const order = [...new Set(data.layers.map((row) => row.layer))].sort((a, b) => (a === null) - (b === null) || a - b)
       .map((layer) => (layer === null ? "rest" : String(layer)));
     const view = await draw("chart-heat", { data: { values: rows }, height: 18 * new Set(rows.map((row) => row.part)).size, mark: { type: "rect", cursor: "pointer", tooltip: true },

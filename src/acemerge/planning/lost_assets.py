@@ -15,7 +15,7 @@ from acemerge.recipes.recipe import Recipe
 Answer = TypeVar("Answer")
 
 
-def asset_notes(
+def lost_assets(
     recipe: Recipe,
     base: Checkpoint,
     owner: Checkpoint,

@@ -1,0 +1,69 @@
+"""What an output has beside its weights: index, heads, configuration, tokenizer, card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import with_asset_folders
+from acemerge.checkpoints.folder import INDEX, Checkpoint
+from acemerge.checkpoints.lora import ADAPTER_CONFIG
+from acemerge.checkpoints.reader import Reader
+from acemerge.engine.execute import Records, write_heads
+from acemerge.engine.opening import Opened
+from acemerge.output.assets import write_assets
+from acemerge.output.card import model_card
+from acemerge.output.folder import CARD, PICTURE, OutputFolder
+from acemerge.output.origin import Origin, origin_of
+from acemerge.output.picture import shares_picture
+from acemerge.output.shares import layer_shares
+from acemerge.output.writer import FileSum, index_bytes
+from acemerge.planning.as_lora import adapter_config
+
+
+def origins_of(opened: Opened) -> list[Origin]:
+    """Where the card says that each model is from."""
+    models = opened.plan.recipe.models
+    return [origin_of(model, found.path) for model, found in zip(models, opened.checkpoints, strict=True)]
+
+
+def write_beside(
+    opened: Opened, records: Records, readers: Sequence[Reader], origins: Sequence[Origin], output: OutputFolder
+) -> None:
+    """Write everything but the weights and the manifest."""
+    plan, shards = opened.plan, opened.layout.shards
+    if len(shards) > 1:
+        output.write_bytes(INDEX, index_bytes(shards))
+    write_heads(plan, readers, output)
+    if plan.is_adapter:
+        output.write_bytes(ADAPTER_CONFIG, adapter_config(plan, opened.roles, opened.base.config))
+    else:
+        write_assets(plan, opened.base, opened.assets_from, opened.models, output)
+    _write_card(opened, records, origins, output)
+
+
+def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: OutputFolder) -> None:
+    plan = opened.plan
+    shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
+    if shares:
+        output.write_bytes(PICTURE, shares_picture(plan.experts, shares).encode())
+    names = opened.base.assets if plan.is_adapter else output.written
+    card = model_card(plan, records, opened.base.config, names, origins, bool(shares))
+    output.write_bytes(CARD, card.encode(errors="replace"))
+
+
+def inputs_of(opened: Opened, sums: Mapping[Path, FileSum]) -> list[tuple[str, dict[str, FileSum]]]:
+    """Every model's origin, and the sums of its weight files under the names that its folder calls them by."""
+    return [
+        (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
+        for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
+    ]
+
+
+def _names(checkpoint: Checkpoint) -> dict[Path, str]:
+    """What the folder calls its files: in a Hub cache those are links to files that are named by their hash."""
+    root = files.resolve(checkpoint.path)
+    if files.kind(root) != "folder":
+        return {}
+    return {files.resolve(root / name): name for name in with_asset_folders(root, files.list_folder(root))}

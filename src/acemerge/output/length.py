@@ -1,0 +1,71 @@
+"""How far a merge moves the weights, beside its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+from acemerge.methods import METHODS
+from acemerge.models.roles import LAYERS
+from acemerge.output.shares import Records, energies_of
+
+# Longer than this the result is in nobody's direction: twice the longest expert's, or more than what updates at right
+# angles to one another add up to, by more than rounding and chance.
+_TWICE, _BEYOND = 2.0, 1.1
+
+
+@dataclass(frozen=True)
+class Length:
+    """Norms over all linear layers: of the merged update, of the longest expert's, and `orthogonal`, what the experts'
+    would add up to at right angles, `sqrt(sum_t ||D_t||_F^2)`. `worst` is the layer whose merged update is longest
+    beside its longest expert's, `worst_ratio` how many times so long.
+    """
+
+    merged: float
+    longest: float
+    orthogonal: float
+    worst: str
+    worst_ratio: float
+
+    @property
+    def overshoots(self) -> bool:
+        return self.merged > _TWICE * self.longest or self.merged > _BEYOND * self.orthogonal
+
+    def __str__(self) -> str:
+        beside = f"{self.merged / self.longest:.2g} times the longest expert's"
+        added = f"{self.merged / self.orthogonal:.2g} times all at right angles"
+        return f"{beside}, {added}; most in {self.worst}, {self.worst_ratio:.2g} times"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def length_of(labels: Sequence[str], records: Records) -> Length | None:
+    """None where no linear layer was merged from updates of all experts."""
+    layers = dict(_layers(labels, records))
+    totals = [sum(column) for column in zip(*(energies for _, energies in layers.values()), strict=True)]
+    if not any(totals):
+        return None
+    ratios = {name: sqrt(merged / max(energies)) for name, (merged, energies) in layers.items() if max(energies) > 0}
+    worst = max(ratios, key=lambda name: ratios[name])
+    merged = sum(merged for merged, _ in layers.values())
+    return Length(sqrt(merged), sqrt(max(totals)), sqrt(sum(totals)), worst, ratios[worst])
+
+
+def _layers(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tuple[float, Sequence[float]]]]:
+    for name, record in records.items():
+        energies = energies_of(record, labels)
+        if record.role in LAYERS and energies and record.merged_energy is not None:
+            yield name, (record.merged_energy, energies)
+
+
+def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
+    """What an overshooting merge is told, with cures that fit its rule."""
+    method = str(recipe.get("method", {}).get("name", ""))
+    eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
+    given = recipe.get("scale") or recipe.get("method", {}).get("scale") or getattr(METHODS.get(method), "scale", 1.0)
+    scale = min(length.orthogonal, _TWICE * length.longest) / length.merged * float(given)
+    cure = f"{eps}--scale {scale:.2g}, or another rule is nearer to them"
+    return f"the merged update overshoots, {length}: it may be in nobody's direction; {cure}"

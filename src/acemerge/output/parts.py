@@ -1,0 +1,147 @@
+"""A part's place in the output folder: its files are written beside those of the others, none is published.
+
+Parts hold the folder's lock together, so that no other run writes there and nobody finishes before they are done;
+each holds the lock of its own notes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.header import TensorSpec, read_header
+from acemerge.errors import AcemergeError, UsageError, shortages
+from acemerge.output.folder import (
+    LOCK,
+    MANIFEST,
+    OLD,
+    RESUMABLE,
+    OutputFolder,
+    check_contents,
+    check_output,
+    remove_files,
+)
+from acemerge.output.identity import difference
+from acemerge.output.journal import read_identity
+from acemerge.output.writer import PARTIAL, header_bytes
+from acemerge.planning.parts import SHARDS, Part, part_of_folder
+
+# What of a run's identity is of the machines that compute it, not of the one that puts its parts together.
+_OF_MACHINES = ("device", "accelerator", "threads", "processor")
+_TOLD = 8  # parts that an error names
+
+
+@contextlib.contextmanager
+def part_output(path: Path, part: Part, names: Iterable[str], overwrite: bool) -> Iterator[OutputFolder]:
+    """The output folder, held for one part that writes files of these `names`.
+
+    A failure removes these, unless the part can be gone on with. Raises as `output_folder` does.
+    """
+    check_output(path, overwrite, in_parts=True)
+    files.make_folder(path)
+    with files.lock(path / LOCK, shared=True):
+        check_contents(path, overwrite, False, True)
+        if any(name == MANIFEST + PARTIAL or name.endswith(OLD) for name in files.list_folder(path)):
+            raise UsageError(path, "--finish was interrupted here", "run --finish again, it puts this in order")
+        output, notes = OutputFolder(path), path / part.folder
+        output.check_own()
+        files.make_folder(notes)
+        with files.lock(notes / LOCK):
+            try:
+                with shortages():
+                    yield output
+            except RESUMABLE:
+                raise
+            except BaseException:
+                if output.begun:
+                    with contextlib.suppress(AcemergeError):
+                        _discard(path, part, names)
+                raise
+
+
+def _discard(path: Path, part: Part, names: Iterable[str]) -> None:
+    for name in names:
+        files.remove(path / (name + PARTIAL))
+    remove_files(path / part.folder)
+    files.remove_folder(path / SHARDS)
+
+
+def _begun(path: Path) -> dict[Part, Mapping[str, Any]]:
+    """The parts that have begun in `path`, in their order, and what run each is of. All are of one number of parts."""
+    folder = path / SHARDS
+    names = files.list_folder(folder) if files.kind(folder) == "folder" else []
+    parts = sorted(part for part in map(part_of_folder, names) if part is not None)
+    known = {part: read_identity(path / part.folder) for part in parts}
+    found = {part: about for part, about in known.items() if about is not None}
+    _check_number(path, found)
+    return found
+
+
+def _check_number(path: Path, parts: Iterable[Part]) -> None:
+    numbers = sorted({part.of for part in parts})
+    if len(numbers) > 1:
+        cure = f"remove those that are not wanted from {path / SHARDS}"
+        raise UsageError(path, f"holds parts of other runs: some of {numbers[0]}, some of {numbers[1]}", cure)
+
+
+def check_begun(path: Path, part: Part, about: Mapping[str, Any]) -> None:
+    """UsageError where parts that have begun are of another run than this one, which is `about` that."""
+    found = _begun(path)
+    _check_number(path, [part, *found])
+    _check_alike(path, {other: known for other, known in found.items() if other != part}, about)
+
+
+def all_parts(path: Path, about: Mapping[str, Any]) -> tuple[list[Part], Mapping[str, Any]]:
+    """Every part of the run in `path`, and what that is: `about`, but for the machines, which are those of the parts.
+
+    UsageError names the parts that are missing or of another run.
+    """
+    found = _begun(path)
+    if not found:
+        raise UsageError(path, "holds no part of a merge", "run the merge with --shard 1/N to N/N first")
+    first, *_ = found
+    every = [Part(first.of, number) for number in range(1, first.of + 1)]
+    missing = [part for part in every if part not in found]
+    if missing:
+        names = _listed([str(part) for part in missing])
+        what = f"part {names} is missing" if len(missing) == 1 else f"parts {names} are missing"
+        raise UsageError(path, what, f"run the merge with --shard {missing[0]}")
+    run = {key: value for key, value in about.items() if key not in _OF_MACHINES}
+    run |= {key: found[first][key] for key in _OF_MACHINES if key in found[first]}
+    _check_alike(path, found, run)
+    return every, run
+
+
+def _check_alike(path: Path, found: Mapping[Part, Mapping[str, Any]], expected: Mapping[str, Any]) -> None:
+    others = {part: difference(known, expected, verbs=("is", "and not")) for part, known in found.items()}
+    told = [f"in part {part} {what}" for part, what in others.items() if what]
+    if told:
+        cure = "undo the change, or run the parts that differ again with --overwrite"
+        raise UsageError(path, f"its parts are not all of this run: {_listed(told)}", cure)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
+
+
+def put_together(output: OutputFolder, name: str, specs: Sequence[TensorSpec], sources: Sequence[str]) -> None:
+    """Write a file with tensors that lie in several unfinished ones."""
+    paths = [output.path / (source + PARTIAL) for source in sources]
+    places = {info.spec.name: info for path in paths for info in read_header(path)}
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield header_bytes(specs)
+        for spec in specs:
+            value = memoryview(bytearray(spec.nbytes))
+            descriptor = files.open_for_reading(places[spec.name].file)
+            try:
+                files.read_into(descriptor, [value], places[spec.name].offset, places[spec.name].file)
+            finally:
+                files.close(descriptor)
+            yield value
+
+    files.make_folder((output.path / name).parent)
+    output.write_chunks(name, chunks())

@@ -1,0 +1,85 @@
+"""How far a merge goes beside its experts: the figures in the manifest, and the warning where it is too far."""
+
+from __future__ import annotations
+
+import shutil
+from math import sqrt
+from pathlib import Path
+
+import pytest
+import torch
+from builders import write_adapter, write_checkpoint
+
+import acemerge
+from acemerge.output.verify import verify
+
+UP, DOWN = "layers.0.up.weight", "layers.1.up.weight"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """Two experts that change other entries: updates of norm 3 and 4 in one layer, of 0 and 4 in the other."""
+    base = {name: torch.eye(8) for name in (UP, DOWN)} | {"norm.weight": torch.ones(8)}
+    first, second = ({name: value.clone() for name, value in base.items()} for _ in range(2))
+    first[UP][0, 1] += 3
+    second[UP][2, 3] += 4
+    second[DOWN][2, 3] += 4
+    first["norm.weight"] += 100  # no linear layer
+    return write_checkpoint(tmp_path / "base", base), [
+        write_checkpoint(tmp_path / name, tensors) for name, tensors in (("a", first), ("b", second))
+    ]
+
+
+def test_the_sum_of_updates_at_right_angles(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, experts = models
+    report = acemerge.merge(base, experts, "task_arithmetic", tmp_path / "out", scale=1.0)
+    assert report.manifest["length"] == {
+        "merged": pytest.approx(sqrt(9 + 16 + 16)),
+        "longest": pytest.approx(sqrt(16 + 16)),
+        "orthogonal": pytest.approx(sqrt(9 + 16 + 16)),
+        "worst": UP,
+        "worst_ratio": pytest.approx(5 / 4),
+    }
+    assert report.manifest["warnings"] == []
+    assert verify(tmp_path / "out")["length"] == report.manifest["length"]
+    assert report.tensors[UP]["merged_energy"] == pytest.approx(25)
+
+
+def test_a_merge_that_overshoots_is_told_how_to_come_back(models: tuple[Path, list[Path]]) -> None:
+    base, experts = models
+    (warning,) = acemerge.merge(base, experts, "task_arithmetic", scale=1.5).manifest["warnings"]
+    assert warning.startswith(
+        "the merged update overshoots, 1.7 times the longest expert's, 1.5 times all at right angles"
+    )
+    assert "--scale 1, or another rule" in warning
+    assert acemerge.merge(base, experts, "task_arithmetic", scale=1.0).manifest["warnings"] == []  # the cure cures
+    (warning,) = acemerge.merge(base, experts, "ace", scale=2.0).manifest["warnings"]
+    assert "a larger eps, as --set eps=1e-2" in warning
+
+
+def test_the_scale_that_is_advised_is_of_the_rules_own(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Eight equal experts: 0.3 times the sum is 2.4 times the longest, and still under what right angles would give."""
+    base, (first, _) = models
+    eight = [shutil.copytree(first, tmp_path / f"e{i}") for i in range(8)]
+    warnings = acemerge.merge(base, eight, "task_arithmetic").manifest["warnings"]
+    assert any("--scale 0.25, or another rule" in warning for warning in warnings)
+    again = acemerge.merge(base, eight, "task_arithmetic", scale=0.25).manifest["warnings"]
+    assert not any("overshoots" in warning for warning in again)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_adapters_are_measured_by_their_factors(tmp_path: Path, whole: bool) -> None:
+    base = write_checkpoint(tmp_path / "base", {UP: torch.eye(64)})
+    generator = torch.Generator().manual_seed(0)
+    pairs = [(0.1 * torch.randn(2, 64, generator=generator), torch.randn(64, 2, generator=generator)) for _ in range(2)]
+    updates = [B @ A for A, B in pairs]
+    experts = [write_adapter(tmp_path / f"a{i}", {UP.removesuffix(".weight"): pair}) for i, pair in enumerate(pairs)]
+    if whole:
+        experts = [write_checkpoint(tmp_path / f"w{i}", {UP: torch.eye(64) + D}) for i, D in enumerate(updates)]
+    report = acemerge.merge(base, experts, "average")
+    assert report.manifest["length"]["merged"] == pytest.approx(float(sum(updates).norm()) / 2, rel=1e-5)
+
+
+def test_where_nothing_is_merged_there_is_no_length(models: tuple[Path, list[Path]]) -> None:
+    base, _ = models
+    assert acemerge.merge(base, [base], "average").manifest["length"] is None
