@@ -83,4 +83,4 @@ def batch(of: Letters, count: int, generator: torch.Generator, side: int = SIDE)
     seen = nn.functional.grid_sample(of.images[rows, None], grid, align_corners=False)
     fade = (1 + 0.3 * draw[:, 5]).clamp(0.3, 1.5).view(-1, 1, 1, 1)
     noise = torch.randn(seen.shape, generator=generator)
-    return seen * fade + 0.2 * noise, of.classes[rows]
+    return seen * fade + 0.1 * noise, of.classes[rows]

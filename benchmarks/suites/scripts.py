@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from training import fit
 
 _WIDTH = 96
+_LAYERS = 4
 _HELD_OUT = 600
-_BATCH = 96
-_VERSION = 2
+_BATCH = 64
+_BASE_STEPS = 5000
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -26,30 +29,49 @@ class Kind:
 
     scripts: tuple[str, ...] = tuple(SCRIPTS)
     optimiser: str = "adam"
-    rate: float = 5e-4
+    rate: float = 1e-3
     steps: int = 300
     bad: str = ""
     shared: int = 0
     seed: int = 0
 
 
-class Classifier(nn.Module):
-    """A body with a linear head on the mean of its last layer."""
+class Body(nn.Module):
+    """A few strided convolutions, then transformer layers on the 16 places that are left; the mean of these."""
 
-    def __init__(self, classes: int) -> None:
-        from transformers import ViTConfig, ViTModel
+    def __init__(self) -> None:
+        from transformers import ViTConfig
+        from transformers.models.vit.modeling_vit import ViTLayer
 
         super().__init__()
         config = ViTConfig(
-            hidden_size=_WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=3 * _WIDTH,
-            image_size=SIDE, patch_size=4, num_channels=1,
-        )  # fmt: skip
-        self.body = ViTModel(config, add_pooling_layer=False)
+            hidden_size=_WIDTH, num_attention_heads=4, intermediate_size=3 * _WIDTH, attn_implementation="sdpa"
+        )
+        sizes = (1, _WIDTH // 4, _WIDTH // 2, _WIDTH)
+        convolutions = [nn.Conv2d(m, n, 3, 2, 1) for m, n in itertools.pairwise(sizes)]
+        self.stem = nn.Sequential(convolutions[0], nn.GELU(), convolutions[1], nn.GELU(), convolutions[2])
+        self.position = nn.Parameter(0.02 * torch.randn(1, 16, _WIDTH))
+        self.layers = nn.ModuleList(ViTLayer(config) for _ in range(_LAYERS))
+        self.norm = nn.LayerNorm(_WIDTH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.stem(images).flatten(2).transpose(1, 2) + self.position
+        for layer in self.layers:
+            hidden = layer(hidden)
+        mean: Tensor = self.norm(hidden).mean(1)
+        return mean
+
+
+class Classifier(nn.Module):
+    """A body with a linear head."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = Body()
         self.head = nn.Linear(_WIDTH, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        hidden: Tensor = self.body(images).last_hidden_state
-        scores: Tensor = self.head(hidden.mean(1))
+        scores: Tensor = self.head(self.body(images))
         return scores
 
 
@@ -72,9 +94,9 @@ def prepare(cache: Path, kind: Kind) -> Prepared:
 
 def base_model(cache: Path) -> Classifier:
     signs = letters(*SIGNS.values())
-    about = {"what": "scripts base", "version": _VERSION, "width": _WIDTH}
+    about = {"what": "scripts base", "version": _VERSION, "steps": _BASE_STEPS}
     return trained(
-        cache, about, lambda: Classifier(signs.count), lambda m: _learn(m, signs, 2500, 1e-3, "adam", 0, "base")
+        cache, about, lambda: Classifier(signs.count), lambda m: _learn(m, signs, _BASE_STEPS, 3e-3, "adam", 0, "base")
     )
 
 
@@ -149,4 +171,4 @@ def _held_out(of: Letters) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _hits(body: nn.Module, head: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
-    return head(body(images).last_hidden_state.mean(1)).argmax(1) == classes
+    return head(body(images)).argmax(1) == classes
