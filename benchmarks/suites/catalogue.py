@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import language
+import convolutional
 import known
+import language
 import scripts
 from suite import Prepared, Suite
 
@@ -32,16 +33,29 @@ SUITES = (
         "scripts-bad", "choosing", "four, one of which learned labels by chance", scripts.Kind(_ALL[:4], bad="greek")
     ),
     _language("language", "choosing", "six kinds of text, all weights, AdamW", language.Kind()),
+    _language("language-lora", "choosing", "six kinds of text, LoRA of rank 8 from one seed", language.Kind(rank=8)),
+    Suite("text8-lora", "confirming", "four tasks of text, LoRA of rank 16", partial(known.text8, rank=16)),
     _scripts("scripts-2", "confirming", "two scripts", scripts.Kind(_ALL[4:6])),
     _scripts("scripts-4", "confirming", "four scripts", scripts.Kind(_ALL[4:])),
     _scripts("scripts-sgd", "confirming", "six scripts, SGD", scripts.Kind(_ALL[:6], optimiser="sgd", rate=0.02)),
     _scripts("scripts-muon", "confirming", "six scripts, Muon", scripts.Kind(_ALL[:6], optimiser="muon", rate=5e-3)),
     _scripts("scripts-shared", "confirming", "five that share a component", scripts.Kind(_ALL[3:], shared=300)),
-    _language("language-lora", "confirming", "six kinds of text, LoRA of rank 8", language.Kind(rank=8)),
+    _language(
+        "language-lora-4",
+        "confirming",
+        "four kinds of text, LoRA of rank 4, a seed for each",
+        language.Kind(language.DOMAINS[2:], rank=4, apart=True),
+    ),
     _language(
         "language-3",
         "confirming",
         "three kinds of text, SGD",
         language.Kind(language.DOMAINS[:3], optimiser="sgd", rate=0.1),
+    ),
+    Suite(
+        "convolutional",
+        "confirming",
+        "six scripts on EfficientNet-Lite0 with ImageNet's weights",
+        partial(convolutional.prepare, kind=convolutional.Kind()),
     ),
 )

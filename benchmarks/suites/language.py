@@ -26,10 +26,13 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Kind:
-    """`rank`: of experts by LoRA on every linear layer, all from the same first factors; 0 for all weights."""
+    """`rank`: of experts by LoRA on every linear layer; 0 for all weights. Their first factors are the same, or each
+    expert's own where `apart`.
+    """
 
     domains: tuple[str, ...] = DOMAINS
     rank: int = 0
+    apart: bool = False
     optimiser: str = "adam"
     rate: float = 5e-4
     steps: int = 200
@@ -68,6 +71,7 @@ def base_model(cache: Path) -> Any:
 def _expert(cache: Path, base: nn.Module, name: str, kind: Kind) -> Any:
     about = {"what": "language expert", "version": _VERSION, "domain": name, "rank": kind.rank}
     about |= {"optimiser": kind.optimiser, "rate": kind.rate, "steps": kind.steps}
+    about |= {"apart": True} if kind.apart else {}
 
     def make() -> Any:
         model = _model()
@@ -81,7 +85,7 @@ def _expert(cache: Path, base: nn.Module, name: str, kind: Kind) -> Any:
             return
         from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(0)  # every expert starts from the same factors
+        torch.manual_seed(seed if kind.apart else 0)
         adapted = get_peft_model(model, LoraConfig(r=kind.rank, lora_alpha=2 * kind.rank, target_modules="all-linear"))
         _learn(adapted, text, kind.steps, 10 * kind.rate, kind.optimiser, seed, f"LoRA {name}")
         merged = adapted.merge_and_unload().state_dict()
