@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from glyphs import SCRIPTS, SIDE, SIGNS, Letters, batch, letters
+from glyphs import SCRIPTS, SIGNS, Letters, batch, letters
 from suite import Outcome, Prepared, trained
 from torch import Tensor, nn
 from training import fit
