@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from acemerge.errors import UsageError, nearest
+from acemerge.errors import UsageError, nearest, shown
 from acemerge.methods.base import Method, parameter_fields
 from acemerge.methods.installed import installed, load
 
@@ -92,6 +92,6 @@ def make(name: str, params: Mapping[str, Any]) -> Method:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         place = f"method {name!r}, parameter {where!r}" if where else f"method {name!r}"
-        what = f"{first['msg'].removeprefix('Value error, ').lower()}, not {first['input']!r}"
+        what = f"{first['msg'].removeprefix('Value error, ').lower()}, not {shown(first['input'])}"
         raise UsageError(place, what, f"see `acemerge methods {name}`") from None
     return rule
