@@ -39,6 +39,14 @@ def test_some_expert_must_have_a_weight(name: str) -> None:
         result(deltas, name, weights=[0.0] * len(deltas))
 
 
+@over_rules
+@pytest.mark.parametrize("weight", [5e-324, 1e-200, 1e200, 1e308])
+def test_weights_that_cannot_be_squared_are_refused(name: str, weight: float) -> None:
+    deltas = randn(3, 6, 5)[: RULES[name].experts]
+    with pytest.raises(UsageError, match="whose square float64 does not hold"):
+        result(deltas, name, weights=[weight] * len(deltas))
+
+
 def test_weights_that_cancel_but_for_rounding_are_refused() -> None:
     assert sum([0.1, 0.2, -0.3]) != 0
     with pytest.raises(UsageError, match="sum to zero"):
@@ -119,6 +127,9 @@ def test_factors_beyond_what_can_be_squared_are_refused(name: str, size: float) 
 
 @pytest.mark.parametrize("value", ["9" * 5000, 10**5000, [1.0] * 5000], ids=["text", "number", "list"])
 def test_a_value_is_told_by_its_beginning(value: object) -> None:
+    with pytest.raises(UsageError, match="no such rule") as caught:
+        make("9" * 5000, {})
+    assert len(str(caught.value)) < 1000
     with pytest.raises(UsageError, match="parameter 'scale'") as caught:
         make("ties", {"scale": value})
     assert len(str(caught.value)) < 300

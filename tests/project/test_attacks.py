@@ -247,7 +247,7 @@ def _unbounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patterns as `re` matches them, of these one that takes seconds."""
     monkeypatch.setattr(Pattern, "matches", lambda self, name, _: re.match(rf"(.*\.)?({self.text})$", name) is not None)
     monkeypatch.setattr(patterns, "_cases", lambda: [("hostile", {"alpha_pattern": {"(a|a)*b": 1}}, "either")])
-    monkeypatch.setattr(patterns, "_MODULES", {"ordinary": [f"layers.0.{'a' * 24}"]})
+    monkeypatch.setattr(patterns, "_MODULES", {"ordinary": [f"layers.0.{'a' * 26}"]})
 
 
 def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _no_weights_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_layer, "check_weights", lambda *_: None)
-    monkeypatch.setattr(weights, "METHODS", {"average": weights.METHODS["average"]})
+    monkeypatch.setattr(weights, "METHODS", {"task_arithmetic": weights.METHODS["task_arithmetic"]})
 
 
 def _oversized(path: Path) -> Tally:

@@ -37,7 +37,7 @@ def rule_class(name: str) -> type[Method]:
     if name not in METHODS:
         offered = installed()
         if name not in offered:
-            raise UsageError(f"method {name!r}", "no such rule", nearest(name, [*METHODS, *offered]))
+            raise UsageError(f"method {shown(name)}", "no such rule", nearest(name, [*METHODS, *offered]))
         register(load(offered[name]))
     return METHODS[name]
 
