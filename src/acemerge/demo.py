@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import load_file
 from torch import nn
 
 from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.folder import SINGLE
-from acemerge.errors import AcemergeError, UsageError
+from acemerge.errors import AcemergeError, UsageError, printable
 from acemerge.models.quiet import quiet_transformers
 from acemerge.shapes import Float, Tensor
 
@@ -222,7 +223,7 @@ def run_demo(folder: Path, console: Console) -> None:
         raise UsageError(folder, "is not empty", "choose another folder with -o")
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(Text(printable(text)), soft_wrap=True)
 
     data = load_digits()
     with quiet_transformers():

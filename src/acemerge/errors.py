@@ -9,6 +9,22 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar
 
+_LONGEST_VALUE = 80
+
+
+def printable(text: str) -> str:
+    """The text with what is no character to be seen spelt out: it never breaks a line nor drives a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object) -> str:
+    """The beginning of a value that somebody gave, which may be as long as a file."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
 
 class AcemergeError(Exception):
     """Base of every error that this library raises on purpose.
@@ -23,8 +39,7 @@ class AcemergeError(Exception):
         super().__init__(f"{where}: {what}; {cure}")
 
     def __str__(self) -> str:
-        # Input may hold control characters: a message never breaks its line nor drives the terminal.
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in self.args[0])
+        return printable(self.args[0])  # input may hold control characters
 
 
 class UsageError(AcemergeError):

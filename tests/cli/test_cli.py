@@ -249,3 +249,23 @@ def test_the_module_runs_as_a_program(plain: PlainModel) -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     assert json.loads((plain.root / "out" / "acemerge.json").read_text())["format"] == "acemerge-manifest-1"
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [([], 0), (["--log-format", "json"], 0), (["--method", "nosuch"], 2)],
+    ids=["text", "json", "error"],
+)
+def test_a_full_disk_behind_stderr_changes_nothing(more: list[str], code: int, plain: PlainModel) -> None:
+    out = plain.root / "out"
+    words = [str(word) for word in ("merge", *arguments(plain), "-o", out, *more)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "acemerge", *words], stdout=subprocess.PIPE, stderr=full, text=True, check=False
+        )
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout
+    if code == 0:
+        assert len(verify(out)["tensors"]) == len(plain.base)
+    else:
+        assert not out.exists()

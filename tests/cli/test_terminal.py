@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 from builders import PlainModel, write_checkpoint
+from commands import run
+from hostile import TERMINAL as HOSTILE
 from rich.console import Console
 
 from acemerge import api
 from acemerge.api import MergeReport
 from acemerge.cli import progress as show_progress
-from acemerge.cli.merge import after, before, next_steps
+from acemerge.cli.merge import after, before, next_steps, pairs
 from acemerge.cli.progress import Pace, progress, view
-from acemerge.cli.text import duration
+from acemerge.cli.text import duration, say, table
 from acemerge.engine.execute import Progress
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.errors import printable
 from acemerge.methods import make
 from acemerge.planning import estimate
 from acemerge.planning.estimate import Rates, measure_rates, plan_seconds
@@ -57,6 +60,30 @@ def opened(plain: PlainModel, **keys: object) -> Opened:
 def at(share: float, **more: object) -> Progress:
     fields = {"stage": "merge", "name": "layers.7.up.weight", "done": 7, "total": 9, "bytes_total": 90}
     return Progress(**{**fields, "bytes_done": 50, "share": share, **more})  # type: ignore[arg-type]
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("console", [terminal(2000, NO_COLOR="1"), pipe()], ids=["terminal", "pipe"])
+def test_a_name_is_shown_and_gives_no_orders(console: Console) -> None:
+    shown = printable(HOSTILE)
+    assert "\\x1b[31mr" in shown
+    say(console, HOSTILE)
+    pairs(console, [(HOSTILE, HOSTILE)])
+    table(console, (HOSTILE,), [(HOSTILE,)])
+    console.print(view(Pace(at(0.5, name=HOSTILE, stage=HOSTILE), 1.0), 2000))
+    text = said(console)
+    assert text.count(shown) >= 7 if console.is_terminal else text.replace("\n", "").count(shown[-20:]) >= 7
+    assert re.sub(r"\x1b\[[01]?m|\n", "", text).isprintable()
+
+
+def test_what_is_wrong_with_a_command_is_a_line_whatever_was_given(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["merge", f"--x{HOSTILE}"], [HOSTILE], ["verify", HOSTILE], ["methods", HOSTILE]):
+        code, out, error = run(capsys, *words)
+        assert (code, out) == (3 if words[0] == "verify" else 2, "")
+        assert error.endswith("\n")
+        assert error[:-1].isprintable()
 
 
 # --- before --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import acemerge
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.inspection.analysis import Analysis, LayerAnalysis, analyse, with_data
 from acemerge.inspection.analysis_files import write_analysis
-from acemerge.inspection.analysis_tables import as_json, layer_rows, summary
+from acemerge.inspection.analysis_tables import as_csv, as_json, layer_rows, markdown, summary
 from acemerge.linalg import principal as by_principal
 from acemerge.linalg.principal import first_cosines, matrix_cosine, overlaps, principal
 from acemerge.output.manifest import load_manifest
@@ -316,13 +316,31 @@ def test_the_command_and_its_files(plain: PlainModel, capsys: pytest.CaptureFixt
     assert json.loads((out / "analysis.json").read_text())["model"]["condition"] is None
 
 
+def test_names_are_text_in_the_page_and_no_formula_in_the_rows(tmp_path: Path) -> None:
+    from markdown_it import MarkdownIt
+
+    parts = ["=1+1", "<img src=x onerror=alert(1)>", "[x](javascript:y)", "`a` __b__ *c* | d |", "&lt;b&gt;"]
+    names = [f"{part}.weight" for part in sorted(parts)]
+    tensors = {name: torch.eye(4) for name in names}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    expert = write_checkpoint(tmp_path / "__e__", {name: 2 * value for name, value in tensors.items()})
+    found = looked(base, [expert])
+    rows = [row[0] for row in csv.reader(as_csv(found).splitlines())]
+    assert sorted(rows[1:]) == sorted(f"'{name}" if name[0] == "=" else name for name in names)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(markdown(found))
+    inside = [child for token in tokens for child in token.children or ()]
+    assert {child.type for child in inside} == {"text"}
+    cells = ["".join(child.content for child in token.children or ()) for token in tokens if token.type == "inline"]
+    assert {*names, "expert __e__"} <= {*cells}
+
+
 def test_one_expert_alone_and_names_that_are_not_read(plain: PlainModel) -> None:
     base, experts = plain.save()
     found = replace(looked(base, experts[:1], **REFINED), experts=("$a|b$",))
     assert found.gamma is None
     assert as_json(found)["model"]["directions"]["first_inputs"] is None
     write_analysis(found, plain.root / "seen")
-    assert "expert $a\\|b$ |" in (plain.root / "seen/analysis.md").read_text()
+    assert "expert \\$a\\|b\\$ |" in (plain.root / "seen/analysis.md").read_text()
     assert not (plain.root / "seen/directions.png").exists()
 
 

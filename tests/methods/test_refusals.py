@@ -39,6 +39,14 @@ def test_some_expert_must_have_a_weight(name: str) -> None:
         result(deltas, name, weights=[0.0] * len(deltas))
 
 
+@over_rules
+@pytest.mark.parametrize("weight", [5e-324, 1e-200, 1e200, 1e308])
+def test_weights_that_cannot_be_squared_are_refused(name: str, weight: float) -> None:
+    deltas = randn(3, 6, 5)[: RULES[name].experts]
+    with pytest.raises(UsageError, match="whose square float64 does not hold"):
+        result(deltas, name, weights=[weight] * len(deltas))
+
+
 def test_weights_that_cancel_but_for_rounding_are_refused() -> None:
     assert sum([0.1, 0.2, -0.3]) != 0
     with pytest.raises(UsageError, match="sum to zero"):
@@ -93,6 +101,38 @@ def test_what_float32_does_not_hold_is_refused_by_name() -> None:
     pairs: list[Any] = [(randn(4, 2), randn(2, 3)), (1e39 * randn(4, 2), randn(2, 3))]
     with pytest.raises(UsageError, match="factors 2: has values beyond the range of float32"):
         acemerge.merge_factors(pairs, "average", compute_dtype=torch.float32)
+
+
+FAR = (1e150, 1e160, 1e307)
+
+
+@over_rules
+def test_float64_beyond_what_can_be_squared_or_ranked_is_never_taken_for_nothing(name: str) -> None:
+    """Such updates have no energy; a rule that leaves out experts without one would give nothing, silently."""
+    unit = randn(3, 12, 9).clamp(-3, 3)
+    given = merged(unit, name)
+    for size in FAR:
+        with contextlib.suppress(NumericalError):
+            found = merged(size * unit, name) / size
+            assert not RULES[name].scales or (found - given).norm() < 1e-6 * given.norm()
+
+
+@pytest.mark.parametrize("size", [1e160, 1e307])
+@pytest.mark.parametrize("name", ["average", "model_stock", "tsv_m", "svc", "kron_auto"])
+def test_factors_beyond_what_can_be_squared_are_refused(name: str, size: float) -> None:
+    pairs = [(size * randn(12, 2), randn(2, 9, seed=t)) for t in range(2)]
+    with pytest.raises(NumericalError, match="factors: an update is so large that float64 does not hold its square"):
+        acemerge.merge_factors(pairs, name)
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, 10**5000, [1.0] * 5000], ids=["text", "number", "list"])
+def test_a_value_is_told_by_its_beginning(value: object) -> None:
+    with pytest.raises(UsageError, match="no such rule") as caught:
+        make("9" * 5000, {})
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(UsageError, match="parameter 'scale'") as caught:
+        make("ties", {"scale": value})
+    assert len(str(caught.value)) < 300
 
 
 def test_factors_whose_product_is_beyond_float32_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ from PIL import Image
 
 import attacks
 from acemerge.checkpoints import files, folder, header
+from acemerge.checkpoints.patterns import Pattern
+from acemerge.cli import text as cli_text
+from acemerge.engine import one_layer
 from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.recipes import yaml_file
 from acemerge.tasks import images as task_images
@@ -34,11 +38,14 @@ from attacks import (
     mutate,
     names,
     oversize,
+    patterns,
     payloads,
     pickles,
     shards,
+    shown,
     trap,
     truncation,
+    weights,
     yaml_files,
 )
 from attacks.harness import Meter, Tally, check, clean, in_child
@@ -46,7 +53,7 @@ from attacks.harness import Meter, Tally, check, clean, in_child
 # Cases in a test run; the others have a few.
 COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 20}
 COUNTS |= {"changes": 12, "kills": 36, "os_faults": 90, "races": 5, "same_bytes": 2, "bit_flips": 300, "interrupts": 4}
-COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9}
+COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9, "patterns": 12, "weights": 30, "sizes": 60}
 FEW = 2
 
 
@@ -71,7 +78,15 @@ def test_an_attack_breaks_nothing(module: ModuleType, tmp_path: Path) -> None:
 
 
 def test_every_row_of_bad_input_is_attacked() -> None:
-    assert {module.ROW for module in attacks.modules()} >= {*range(1, 11), 18, 19, 20, 22, 23, 24, 25, 26, 27, 29}
+    assert {module.ROW for module in attacks.modules()} >= {
+        *range(1, 11),
+        18,
+        19,
+        20,
+        *range(22, 28),
+        *range(29, 32),
+        *range(35, 38),
+    }
     assert all(module.FULL >= FEW for module in attacks.modules())
 
 
@@ -228,6 +243,24 @@ def _constructed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(yaml_files, "_VALUES", {"a boolean that is none": "!!bool maybe"})
 
 
+def _unbounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patterns as `re` matches them, of these one that takes seconds."""
+    monkeypatch.setattr(Pattern, "matches", lambda self, name, _: re.match(rf"(.*\.)?({self.text})$", name) is not None)
+    monkeypatch.setattr(patterns, "_cases", lambda: [("hostile", {"alpha_pattern": {"(a|a)*b": 1}}, "either")])
+    monkeypatch.setattr(patterns, "_MODULES", {"ordinary": [f"layers.0.{'a' * 26}"]})
+
+
+def _as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal is sent what there is."""
+    monkeypatch.setattr(cli_text, "printable", str)
+    monkeypatch.setattr(shown, "NAMES", ("\x1b[31mred", "\x9b31m"))
+
+
+def _no_weights_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_layer, "check_weights", lambda *_: None)
+    monkeypatch.setattr(weights, "METHODS", {"task_arithmetic": weights.METHODS["task_arithmetic"]})
+
+
 def _oversized(path: Path) -> Tally:
     tally = Tally()
     label, make = next(text for text in oversize._headers() if "1.5" in text[0])
@@ -251,6 +284,9 @@ BREACHES: dict[str, tuple[Breach, Callable[[Path], Tally]]] = {
     "images": (_any_format, lambda path: images.attack(path, images.FULL, 0)),
     "images, outside": (_images_outside, lambda path: images.attack(path, images.FULL, 0)),
     "yaml_files": (_constructed, lambda path: yaml_files.attack(path, yaml_files.FULL, 0)),
+    "patterns": (_unbounded, lambda path: patterns.attack(path, patterns.FULL, 0)),
+    "shown": (_as_it_is, lambda path: shown.attack(path, 2, 1)),
+    "weights": (_no_weights_checked, lambda path: weights.attack(path, 60, 0)),
     "data_paths": (_paths_followed, lambda path: data_paths.attack(path, data_paths.FULL, 0)),
 }
 

@@ -163,6 +163,15 @@ def test_names_from_files_are_never_markup(plain: PlainModel) -> None:
     assert [a.get("id") for tag, a in page.tags if tag == "script"] == ["data", None, None]
 
 
+def test_a_folder_whose_name_is_no_text_has_a_page(plain: PlainModel) -> None:
+    base, experts = plain.save()
+    expert = experts[0].rename(plain.root / "\udcff<b>")
+    acemerge.merge(base, [expert], out=plain.root / "out", report=True)
+    page = Page((plain.root / "out" / "report.html").read_text("utf-8"))
+    assert "\\udcff<b>" in page.text
+    assert not {tag for tag, _ in page.tags} & {"b"}
+
+
 def test_a_thousand_tensors_of_eight_experts_stay_under_five_megabytes() -> None:
     page = html_page(page_facts(*many(1000, 8), ""))
     assert len(page.encode()) < 5_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from builders import write_adapter, write_checkpoint
 from commands import failed, run
 from hostile import MARKUP as HOSTILE
+from hostile import TERMINAL
 from ui_choices import picked
 
 from acemerge.engine.execute import Progress
@@ -83,6 +85,13 @@ def test_a_folder_that_is_not_there_is_an_error_and_one_that_is_named_twice_is_l
         Folders([Path("models"), Path("nowhere")])
     assert Folders([Path("models"), Path("models")]).find() == shelf.find()
     assert len(Folders([Path(), Path("models")]).find().found) == 5
+
+
+def test_a_folder_whose_name_is_no_text_is_passed_over(shelf: Folders) -> None:
+    os.rename("models/e1", "models/\udcff")
+    assert [found.name for found in shelf.find().found] == ["./models/base", "./models/e2", "./models/e3"]
+    (line,) = shelf.find().passed_over
+    assert line.endswith("models/\\udcff: its name is no text in UTF-8; rename the folder")
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_reason(shelf: Folders) -> None:
@@ -214,11 +223,12 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
         view.plan(opened.plan),
         view.inspection(survey(opened, 1)),
         view.state(State(1, "merge", "running", progress, 1.0)),
-        view.state(State(1, "merge", "failed", error=HOSTILE)),
-        view.listing(Listing((), (HOSTILE,))),
+        view.state(State(1, "merge", "failed", error=HOSTILE + TERMINAL)),
+        view.listing(Listing((), (f"{HOSTILE}\udcff",))),
         view.about(HOSTILE, HOSTILE),
         view.roots([Path(HOSTILE)]),
     ]
     for html in shown:
         assert "&lt;img src=x" in html
         assert "<img" not in html
+        assert html.isprintable()

@@ -7,7 +7,7 @@ refused, never passed over.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,10 @@ _MAX_TABLE = 100_000
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """Rank and alpha, with the patterns that give some modules their own; what is saved whole or wrapped by itself."""
+    """Rank and alpha, with the patterns that give some modules their own; what is saved whole or wrapped by itself.
+
+    `parameters` are those that are wrapped by themselves, by the end of their modules' names.
+    """
 
     rank: int
     alpha: float
@@ -48,7 +51,7 @@ class AdapterSettings:
     dora: bool
     biases: bool
     saved: tuple[str, ...]
-    parameters: tuple[str, ...]
+    parameters: Mapping[str, frozenset[str]]
     path: Path
 
     def scaling(self, module: str) -> tuple[int, float]:
@@ -64,23 +67,24 @@ class AdapterSettings:
 
     def saves(self, name: str) -> bool:
         """Whether a tensor is of a module that was trained as a copy: as PEFT has it, one of these names ends it."""
-        parts = name.split(".")
-        return any(".".join(parts[:i]).endswith(self.saved) for i in range(1, len(parts)))
+        try:
+            self.ranks.budget.take(1 + len(self.saved) // 5, next(iter(self.saved), ""))
+        except PatternError as failure:
+            raise CheckpointError(self.path, f"its list modules_to_save {failure}", "name fewer modules") from None
+        return any(f"{saved}." in name for saved in self.saved)
 
     def parameters_of(self, module: str) -> tuple[str, ...]:
         """The parameters of a module that are wrapped by themselves, in the order in which it registers them.
 
         None where that is not known.
         """
-        found = {target.rpartition(".")[2] for target in self.parameters if _holds(module, target.rpartition(".")[0])}
+        parts = module.split(".")
+        ends = [end for i in range(len(parts)) if (end := ".".join(parts[i:]))]
+        fused = [""] if "expert" in parts[-1] else []  # a parameter's name alone is of fused experts
+        found = frozenset[str]().union(*(self.parameters.get(end, frozenset()) for end in (*ends, *fused)))
         if len(found) > 1 and not found <= {*_REGISTERED}:
             return ()
         return tuple(sorted(found, key=lambda name: _REGISTERED.index(name) if name in _REGISTERED else -1))
-
-
-def _holds(module: str, target: str) -> bool:
-    """Whether a module is one of those that `target` names the end of. A parameter's name alone is of fused experts."""
-    return f".{module}".endswith(f".{target}") if target else "expert" in module.rpartition(".")[2]
 
 
 def read_adapter_settings(config: Mapping[str, Any], path: Path) -> AdapterSettings:
@@ -107,9 +111,18 @@ def read_adapter_settings(config: Mapping[str, Any], path: Path) -> AdapterSetti
         config.get("bias", "none") != "none",
         # With `ensure_weight_tying` PEFT ties the copies as the base ties the modules.
         () if _flag(config, "ensure_weight_tying", path) else _names(config, "modules_to_save", path),
-        _names(config, "target_parameters", path),
+        _by_module(_names(config, "target_parameters", path)),
         path,
     )
+
+
+def _by_module(targets: Sequence[str]) -> dict[str, frozenset[str]]:
+    """The parameters that stand behind the end of each module's name."""
+    found: dict[str, set[str]] = {}
+    for target in targets:
+        module, _, parameter = target.rpartition(".")
+        found.setdefault(module, set()).add(parameter)
+    return {module: frozenset(names) for module, names in found.items()}
 
 
 def _names(config: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:

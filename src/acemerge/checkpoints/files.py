@@ -228,6 +228,10 @@ def output_path(text: str | Path) -> Path:
         raise UsageError("output", "no folder is named", "name one, or . for this one")
     if _SCHEME.match(str(text)):
         raise UsageError(text, "is an address, and only folders are written to", "name a folder, upload it from there")
+    try:
+        os.path.abspath(text).encode()
+    except UnicodeEncodeError:  # safetensors opens no such file, to see whether it is as it was written
+        raise UsageError(text, "lies in a folder whose name is no text in UTF-8", "name another folder") from None
     with writing(Path(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
         os.lstat(text)  # too long a name, or one that no system has
     return Path(text)

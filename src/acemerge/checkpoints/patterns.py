@@ -140,17 +140,17 @@ class Pattern:
         """PatternError for what is none."""
         if not isinstance(text, str) or len(text) > _MAX_LENGTH:
             raise PatternError("is no pattern" if not isinstance(text, str) else f"is longer than {_MAX_LENGTH}")
+        budget.take(100 + 3 * len(text), text)  # as long as it takes to parse
         try:
             own = _parser.parse(text)
             if own.state.flags != re.UNICODE.value:
                 raise PatternError("sets flags, which cannot be read")
+            # Characters in a row are a matter of one look for `re`, too, and it is faster at it.
+            if all(str(operation) in ("LITERAL", "ANY", "IN") for operation, _ in own):
+                return Pattern(text, re.compile(rf"(?:.*\.)?(?:{text})$"))
             parsed = _parser.parse(rf"(?:.*\.)?(?:{text})$")
         except (re.error, RecursionError, OverflowError):
             raise PatternError("is no regular expression") from None
-        # Characters in a row are a matter of one look for `re`, too, and it is faster at it.
-        if all(str(operation) in ("LITERAL", "ANY", "IN") for operation, _ in own):
-            budget.take(100, text)
-            return Pattern(text, re.compile(rf"(?:.*\.)?(?:{text})$"))
         automaton = _Automaton()
         last = automaton.add(list(parsed), automaton.state())
         budget.take(10 * automaton.size, text)  # as long as it takes to make

@@ -28,7 +28,7 @@ from acemerge.cli.report import report
 from acemerge.cli.reproduce import reproduce
 from acemerge.cli.ui import ui
 from acemerge.cli.verify import verify
-from acemerge.errors import AcemergeError, shortage_of
+from acemerge.errors import AcemergeError, printable, shortage_of
 
 COMMANDS = (
     merge, plan, inspect, methods,
@@ -95,6 +95,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         line, code = _line_of(told)
         if isinstance(told, AcemergeError):
             line += _not_taken(told.cure, arguments)
+        line = printable(line)
         with contextlib.suppress(OSError):  # nobody may be there to read it, nor room for it where it goes
             _say(line, code, arguments)
     sys.exit(code if isinstance(code, int) else 0)

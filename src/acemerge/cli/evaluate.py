@@ -12,7 +12,8 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.options import MODELS, TELLING, Options, option
-from acemerge.cli.text import print_json, say, stderr, stdout
+from acemerge.cli.text import cell, print_json, say, stderr, stdout
+from acemerge.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,23 +107,22 @@ def examples_progress(console: Console, quiet: bool) -> Iterator[OnTaskProgress]
             if name != shown:
                 bar.reset(task)
                 shown = name
-            bar.update(task, completed=done, total=total, description=name)
+            bar.update(task, completed=done, total=total, description=printable(name))
 
         yield on_progress
 
 
 def show(console: Console, found: Evaluation, out: Path | None, missing: str | None) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     from acemerge.evaluation.tables import LEGEND
 
     header, rows = found.marked()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(header):
-        table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
+        table.add_column(cell(column), justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(cell, row))
     console.print(table)
     say(console, LEGEND)
     if missing is not None:

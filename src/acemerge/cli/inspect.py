@@ -61,7 +61,8 @@ def show(console: Console, seen: Inspection) -> None:
     columns = ("expert", "energy", "share", "leads layers", "distance", "stable rank")
     table(console, columns, rows, numeric=columns[1:])
     if len(seen.experts) > 1:
-        say(console, "\ncosine between the experts, over all tensors")
+        say(console, "")
+        say(console, "cosine between the experts, over all tensors")
         cosines = [[_number(value, "{:.2f}") for value in numbers(row)] for row in total.cosines]
         names = [f"{i}" for i in range(1, len(seen.experts) + 1)]
         rows_of = ([n, label, *row] for n, label, row in zip(names, seen.experts, cosines, strict=True))
@@ -81,7 +82,8 @@ def _conflicts(console: Console, seen: Inspection) -> None:
     if not worst:
         return
     unrelated = 1 - len(seen.experts) ** -0.5
-    say(console, f"\nlayers in conflict, the worst {len(worst)} of {len(seen.in_conflict)}")
+    say(console, "")
+    say(console, f"layers in conflict, the worst {len(worst)} of {len(seen.in_conflict)}")
     say(console, f"updates that have nothing to do with each other, all of one length, lose {unrelated:.0%}")
     rows = [
         (
@@ -98,9 +100,10 @@ def _conflicts(console: Console, seen: Inspection) -> None:
 
 
 def _reading_help(console: Console) -> None:
+    say(console, "")
     say(
         console,
-        "\nenergy: squared norm of the update; distance: its norm over the base's; stable rank: energy over the",
+        "energy: squared norm of the update; distance: its norm over the base's; stable rank: energy over the",
     )
     say(
         console,

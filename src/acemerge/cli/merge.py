@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from acemerge.cli.command import command
 from acemerge.cli.options import MERGING, Options
-from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
+from acemerge.cli.text import adapter, cell, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
 from acemerge.cli.verify import verified
 
 if TYPE_CHECKING:
@@ -222,11 +222,10 @@ def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
             say(console, f"{label}: {text}")
         return
     from rich.table import Table
-    from rich.text import Text
 
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in facts:
-        grid.add_row(Text(label), Text(text))
+        grid.add_row(cell(label), cell(text))
     console.print(grid)

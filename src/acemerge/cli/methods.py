@@ -83,8 +83,11 @@ def show_one(console: Console, rule: type[Method]) -> None:
     """What a rule says of itself, and its parameters."""
     from acemerge.methods.about import parameters
 
-    say(console, f"{rule.name}\n")
+    say(console, rule.name)
+    say(console, "")
     for part in (inspect.getdoc(rule) or "").split("\n\n"):
         is_formula = part.startswith("    ")
-        say(console, f"{part if is_formula else ' '.join(part.split())}\n", wrap=not is_formula)
+        for line in part.split("\n") if is_formula else [" ".join(part.split())]:
+            say(console, line, wrap=not is_formula)
+        say(console, "")
     table(console, ("parameter", "default", "meaning"), [(p.name, p.default, p.meaning) for p in parameters(rule)])

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from acemerge.cli.text import duration, is_live, say, size
 from acemerge.engine.execute import OnProgress, Progress
+from acemerge.errors import printable
 
 _QUIET_INTERVAL = 60.0  # seconds between lines where there is no terminal
 _SOON = 2.0  # seconds before which nobody can say how long it takes
@@ -114,6 +115,7 @@ def view(pace: Pace | None, width: int) -> Group:
 
 def _cut(text: str, width: int) -> Text:
     """The end of a name says more than its beginning."""
+    text = printable(text)
     return Text(text if len(text) <= width else "…" + text[1 - width :], no_wrap=True)
 
 

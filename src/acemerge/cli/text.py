@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from acemerge.errors import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from acemerge.output.merge_report import MergeReport
 
@@ -59,21 +62,27 @@ def table(
 ) -> None:
     """A plain table; `numeric` columns stand at the right."""
     from rich.table import Table
-    from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        grid.add_column(column, overflow="fold", justify="right" if column in numeric else "left")
+        grid.add_column(cell(column), overflow="fold", justify="right" if column in numeric else "left")
     for row in rows:
-        grid.add_row(*(Text(str(cell)) for cell in row))
+        grid.add_row(*map(cell, row))
     console.print(grid)
 
 
+def cell(value: object) -> Text:
+    """Names from files are never read as markup, nor reach a terminal as an order to it."""
+    from rich.text import Text
+
+    return Text(printable(str(value)))
+
+
 def say(console: Console, text: str, wrap: bool = False) -> None:
-    """Plain text: names from files are never read as markup. On a terminal a sentence may be broken between words,
-    which paths and commands to copy must not be.
+    """One line of plain text, as of `cell`. On a terminal a sentence may be broken between words, which paths and
+    commands to copy must not be.
     """
-    console.print(text, highlight=False, markup=False, soft_wrap=not (wrap and console.is_terminal))
+    console.print(cell(text), soft_wrap=not (wrap and console.is_terminal))
 
 
 def print_json(value: Any) -> None:

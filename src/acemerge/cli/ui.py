@@ -36,6 +36,7 @@ def ui(
     from acemerge.ui.server import Server
 
     server = Server(Folders(folders or [Path()]), host, port)
-    say(stdout(), f"open {server.address}\nstop with Ctrl-C")
+    say(stdout(), f"open {server.address}")
+    say(stdout(), "stop with Ctrl-C")
     with contextlib.suppress(KeyboardInterrupt):
         server.run()

@@ -11,7 +11,15 @@ from acemerge.linalg.gram import energies
 from acemerge.methods import Status
 from acemerge.models.vocabulary import in_order, lent_rows, rows_of
 from acemerge.output.records import TensorRecord, about
-from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.finite import (
+    check_energies,
+    check_finite,
+    cure_of,
+    is_finite,
+    nothing_finite,
+    own_memory,
+    rounded,
+)
 from acemerge.planning.jobs import MergeByToken
 from acemerge.shapes import Float, Tensor
 
@@ -40,7 +48,9 @@ def averaged_by_token(job: MergeByToken, base: Tensor, values: Values, setting: 
         rows = job.vocabulary.sources[i].to(place.device)
         D = rows_of(Wt.to(W0), rows).sub_(W0)
         D[rows < 0] = 0
-        found.append(energies(D[None]).item())
+        n = energies(D[None])
+        check_energies(n, f"tensor {job.name!r}", job.compute_dtype)
+        found.append(n.item())
         total.add_(D, alpha=weight)
         weights.add_(rows >= 0, alpha=weight)
         values.release(i + 1)

@@ -23,7 +23,15 @@ from acemerge.methods.status import of_all
 from acemerge.output.packed_masks import pack
 from acemerge.output.records import TensorRecord, about
 from acemerge.planning.as_lora import truncated
-from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite, own_memory, rounded
+from acemerge.planning.finite import (
+    check_energies,
+    check_finite,
+    cure_of,
+    is_finite,
+    nothing_finite,
+    own_memory,
+    rounded,
+)
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken
 from acemerge.planning.pieces import Piece
 from acemerge.shapes import Float, Tensor
@@ -62,9 +70,9 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
             stored = (own_memory(base.to(job.spec.dtype), base),)
     except (RuntimeError, MemoryError) as failure:  # torch's word for no memory and for no convergence
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
-        cure = "use --compute-dtype float64"
-        if isinstance(job, ByRule) and job.compute_dtype == torch.float64:
-            cure = "give the tensor another rule, as average, in the recipe's rules"
+        double = isinstance(job, ByRule) and job.compute_dtype == torch.float64
+        other = "scale the updates to a size near 1, or give the tensor another rule in the recipe's rules"
+        cure = other if double else "use --compute-dtype float64"
         where = f"tensor {job.name!r}"
         raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
     return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
@@ -119,6 +127,7 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
     with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
         W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
         skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
+        check_energies(n, f"tensor {job.name!r}", job.compute_dtype)
         record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
@@ -243,7 +252,9 @@ def _difference(job: Merge, i: int, values: Values, W0: Float[Tensor, "*shape"],
 
 
 def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values, setting: Setting) -> bool:
-    """Whether the i-th expert is to be used although its energy is not finite: all values are, but large."""
+    """Whether the i-th expert is to be used although its energy is not finite: what is wrong with it is not that its
+    own values are not.
+    """
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
     if _is_mask(W0) and _all_have(piece, values):
         raise _SameInfinitiesError

@@ -16,7 +16,7 @@ from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
 from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
 from acemerge.output.records import TensorRecord, about
-from acemerge.planning.finite import check_finite, cure_of, is_finite, nothing_finite
+from acemerge.planning.finite import check_energies, check_finite, cure_of, is_finite, nothing_finite
 from acemerge.planning.jobs import Merge
 from acemerge.shapes import Tensor
 
@@ -38,6 +38,7 @@ def merge_factors_of(
     pairs = [pair for pair in given if pair is not None]
     updates = LowRank(tuple(U for U, _ in pairs), tuple(V for _, V in pairs))
     n = updates.energies()
+    check_energies(n, f"tensor {job.name!r}", job.compute_dtype)
     skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
     record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
     if not n.any():

@@ -27,7 +27,7 @@ from acemerge.methods import (
     expert_seeds,
     merge_low_rank,
 )
-from acemerge.planning.finite import is_finite
+from acemerge.planning.finite import check_energies, is_finite
 from acemerge.shapes import Float, Tensor
 
 Array = Tensor | npt.NDArray[Any]
@@ -78,8 +78,11 @@ def merge_deltas(
         layer = replace(layer, base=base.detach().to(device=deltas.device, dtype=dtype))
     if moments is not None:
         layer = replace(layer, moments=moments.detach().to(device=deltas.device, dtype=dtype))
+    deltas = _in_range("deltas", deltas.detach(), dtype)
+    if dtype == torch.float64:  # which holds the squares of any other type
+        check_energies(energies(deltas), "deltas", dtype)
     with _refusals(rule, dtype):
-        result = rule.merge(_in_range("deltas", deltas.detach(), dtype), layer)
+        result = rule.merge(deltas, layer)
     _check_result(rule, dtype, result.delta)
     return result
 
@@ -125,8 +128,10 @@ def merge_factors(
     )
     if base is not None:
         layer = replace(layer, base_energy=float(energies(base.detach().to(device, dtype)[None])))
+    updates = LowRank(left, right)
+    check_energies(updates.energies(), "factors", torch.float64)
     with _refusals(rule, dtype):
-        result = merge_low_rank(rule, LowRank(left, right), layer, dtype)
+        result = merge_low_rank(rule, updates, layer, dtype)
     _check_result(rule, dtype, result.left, *([] if result.right is None else [result.right]))
     return result
 

@@ -26,7 +26,7 @@ from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, ResourceError, UsageError
+from acemerge.errors import CheckpointError, ResourceError, UsageError, shown
 from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
@@ -98,7 +98,7 @@ def make_options(given: Mapping[str, Any]) -> RunOptions:
         name = str(first["loc"][0])
         message = first["msg"][0].lower() + first["msg"][1:]
         what, cure = _WRONG.get(name, (f"is wrong: {message}", "see `acemerge merge --help`"))
-        raise UsageError(f"--{name.replace('_', '-')}", f"{first['input']!r} {what}", cure) from None
+        raise UsageError(f"--{name.replace('_', '-')}", f"{shown(first['input'])} {what}", cure) from None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from acemerge.evaluation.metrics import Draws, interval
 from acemerge.inspection.png import literal, new_figure, png_bytes
+from acemerge.output.markdown import plain
 
 FORMAT = "acemerge-evaluation-1"
 EXPERTS = "experts"
@@ -149,8 +150,9 @@ class Evaluation:
 
     def markdown(self) -> str:
         header, rows = self.marked()
-        lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        named = [[plain(row[0]), *row[1:]] for row in rows]
+        lines = [map(plain, header), ["---", *("--:" for _ in header[1:])], *named]
+        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         return f"{text}\n\n{LEGEND}\n"
 
 

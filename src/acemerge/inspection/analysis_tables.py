@@ -14,6 +14,7 @@ from acemerge.inspection.survey import numbers
 from acemerge.linalg.principal import principal_count
 from acemerge.methods.status import spelled
 from acemerge.models.depth import layer_number, places_in_layers
+from acemerge.output.markdown import plain
 from acemerge.shapes import Float, Tensor
 
 FORMAT = "acemerge-analysis-1"
@@ -154,8 +155,14 @@ def as_csv(analysis: Analysis) -> str:
     lines = csv.writer(text, lineterminator="\n")
     lines.writerow([*(rows[0] if rows else ["name"]), *(f"share: {label}" for label in analysis.experts)])
     for row, layer in zip(rows, analysis.layers, strict=True):
-        lines.writerow([*row.values(), *(spectrum.share for spectrum in layer.own)])
+        values = [_no_formula(value) if isinstance(value, str) else value for value in row.values()]
+        lines.writerow([*values, *(spectrum.share for spectrum in layer.own)])
     return text.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """A spreadsheet runs what begins like one."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 Table = tuple[str, list[str], list[list[str]]]  # what it is of, the names of its columns, its rows
@@ -214,8 +221,8 @@ def markdown(analysis: Analysis) -> str:
 
 
 def _markdown_table(about: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
-    grid = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    lines = [map(plain, header), ["---", *("--:" for _ in header[1:])], *(map(plain, row) for row in rows)]
+    grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{about}:\n\n{grid}"
 
 

@@ -12,6 +12,7 @@ from functools import reduce
 
 import torch
 
+from acemerge.errors import NumericalError
 from acemerge.linalg.rounding import NULL
 from acemerge.shapes import Bool, Float, Int, Tensor
 
@@ -24,8 +25,12 @@ _DEVIATIONS = 5
 
 
 def magnitudes(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """`|x|` in float32: the type in which magnitudes are ranked."""
-    return x.abs().float()
+    """`|x|` in float32: the type in which magnitudes are ranked. NumericalError for what is beyond it."""
+    sizes = x.abs().float()
+    if x.dtype == torch.float64 and bool(sizes.isinf().any()):
+        what = "has values beyond the range of float32, in which magnitudes are ranked"
+        raise NumericalError("an update", what, "scale the updates to a size near 1, or use another rule")
+    return sizes
 
 
 def largest_entry(D: Float[Tensor, "*shape"]) -> float:

@@ -188,6 +188,9 @@ class Method(Protocol):
         ...
 
 
+_SQUARED = (1e-150, 1e150)  # between these float64 holds the square of a number
+
+
 def parameter_fields(rule: Any) -> tuple[dataclasses.Field[Any], ...]:
     """The parameters of a rule, or of its class, in their order: every rule is a dataclass of them."""
     return dataclasses.fields(rule)
@@ -218,9 +221,13 @@ def check_experts(method: Method, weights: Sequence[float]) -> None:
 
 
 def check_weights(method: Method, weights: Sequence[float]) -> None:
-    """UsageError where no expert of all has a weight."""
+    """UsageError where no expert of all has a weight, or none that can be reckoned with."""
     if not any(weights):
         raise UsageError(method.name, "no expert has a weight", "give at least one that is not zero")
+    largest = max(map(abs, weights))
+    if not _SQUARED[0] < largest < _SQUARED[1]:
+        what = f"the largest weight is {largest:g}, whose square float64 does not hold"
+        raise UsageError(method.name, what, "use weights of a size near 1")
 
 
 def expert_seeds(seed: int, name: str, experts: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from acemerge.errors import UsageError, nearest
+from acemerge.errors import UsageError, nearest, shown
 from acemerge.methods.base import Method, parameter_fields
 from acemerge.methods.installed import installed, load
 
@@ -37,7 +37,7 @@ def rule_class(name: str) -> type[Method]:
     if name not in METHODS:
         offered = installed()
         if name not in offered:
-            raise UsageError(f"method {name!r}", "no such rule", nearest(name, [*METHODS, *offered]))
+            raise UsageError(f"method {shown(name)}", "no such rule", nearest(name, [*METHODS, *offered]))
         register(load(offered[name]))
     return METHODS[name]
 
@@ -92,6 +92,6 @@ def make(name: str, params: Mapping[str, Any]) -> Method:
         first = failure.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         place = f"method {name!r}, parameter {where!r}" if where else f"method {name!r}"
-        what = f"{first['msg'].removeprefix('Value error, ').lower()}, not {first['input']!r}"
+        what = f"{first['msg'].removeprefix('Value error, ').lower()}, not {shown(first['input'])}"
         raise UsageError(place, what, f"see `acemerge methods {name}`") from None
     return rule

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from acemerge.checkpoints.hub import parse_id
 from acemerge.methods import METHODS
 from acemerge.output.folder import PICTURE
 from acemerge.output.loading import load_adapter_code, load_code
+from acemerge.output.markdown import code, fenced
 from acemerge.output.origin import Origin, common_license
 from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.shares import total_energies
@@ -34,7 +34,7 @@ def model_card(
     are those of the base and then every expert; with `picture` the card shows the one beside it.
     """
     load = load_adapter_code(config, names, _base(plan)) if plan.is_adapter else load_code(config, names)
-    how = ["## Load", "", *_fenced("python", "\n".join(load)), ""]
+    how = ["## Load", "", *fenced("python", "\n".join(load)), ""]
     if not plan.experts:
         return _conversion_card(plan, how)
     method = plan.recipe.method.model_dump(mode="json")
@@ -52,7 +52,7 @@ def model_card(
         *how,
         "## Recipe",
         "",
-        *_fenced("yaml", yaml.safe_dump(recipe, sort_keys=False).strip()),
+        *fenced("yaml", yaml.safe_dump(recipe, sort_keys=False).strip()),
         "",
         *_citations(records),
     ]
@@ -85,7 +85,7 @@ def _done(plan: Plan, records: Mapping[str, TensorRecord]) -> list[str]:
     tasks = ", ".join(f"`{name}`" for names in plan.calibration.values() for name in names)
     data = f"with examples of {tasks}" if tasks else "without data"
     return [
-        f"Made with acemerge, {data}, from the base {_code(_base(plan))} and the experts "
+        f"Made with acemerge, {data}, from the base {code(_base(plan))} and the experts "
         + ", ".join(f"`{label}`{_about(plan, label)}" for label in plan.experts)
         + ".",
         f"{done[0].upper()}{done[1:]}; `acemerge.json` says for each tensor which and why.",
@@ -119,7 +119,7 @@ def _title(plan: Plan) -> str:
 
 
 def _conversion_card(plan: Plan, how: Sequence[str]) -> str:
-    source, values = _code(_base(plan)), "The dequantised values of" if plan.dequantized else "The very values of"
+    source, values = code(_base(plan)), "The dequantised values of" if plan.dequantized else "The very values of"
     lines = [
         f"# {source} as safetensors",
         "",
@@ -128,19 +128,6 @@ def _conversion_card(plan: Plan, how: Sequence[str]) -> str:
         *how,
     ]
     return "\n".join(lines)
-
-
-def _code(text: str) -> str:
-    """A span of code in Markdown, whatever the text: nothing in it is a link, HTML or the span's end."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    marks = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    return f"{marks} {shown} {marks}" if "`" in shown else f"{marks}{shown}{marks}"
-
-
-def _fenced(language: str, text: str) -> list[str]:
-    """A block of code whose end is nowhere in it."""
-    marks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return [f"{marks}{language}", text, marks]
 
 
 def _base(plan: Plan) -> str:

@@ -36,6 +36,18 @@ def check_finite(values: Tensor, name: str, where: str, cure: str = _FETCH, firs
     raise CheckpointError(where, what, cure)
 
 
+def check_energies(n: Float[Tensor, " T"], where: str, dtype: torch.dtype) -> None:
+    """NumericalError where updates of finite values in `dtype` have no energy: rules weigh by these, and would take
+    the largest of all for nothing.
+    """
+    if bool(n.isfinite().all()):
+        return
+    if dtype == torch.float32:
+        raise NumericalError(where, "an update is beyond the range of float32", "use --compute-dtype float64")
+    what = "an update is so large that float64 does not hold its square"
+    raise NumericalError(where, what, "scale the updates to a size near 1")
+
+
 def nothing_finite(job: Job) -> CheckpointError:
     """The error where no expert is left to merge."""
     return CheckpointError(f"tensor {job.name!r}", "no expert has finite values", "fetch the experts again")

@@ -39,7 +39,8 @@ def write_report(
         raise UsageError(out, "is no merge", "name the output folder of a merge")
     found = find_scores(out, None if scores is None else Path(scores))
     seen, why_not = try_to_look_back(out, manifest, on_progress)
-    page = html_page(page_facts(manifest, seen, why_not, found)).encode()
+    # A folder's name may hold half a character, which no page may.
+    page = html_page(page_facts(manifest, seen, why_not, found)).encode(errors="backslashreplace")
     path = out / REPORT if target is None else Path(target)
     write_file(path, page)
     return path

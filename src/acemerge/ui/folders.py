@@ -8,7 +8,7 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import ADAPTER, CONFIG, INDEX, SINGLE, read_config
-from acemerge.errors import AcemergeError, CheckpointError, UsageError
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, printable
 
 _DEEPEST = 8
 _MOST_FOLDERS = 20_000
@@ -68,6 +68,7 @@ class Folders:
             try:
                 names = files.list_folder(folder)
                 if folder not in found and _looks_like_one(names):
+                    _check_text(folder)
                     found[folder] = self._checkpoint(folder, names)
                 below, leading_out = self._below(folder, names)
             except AcemergeError as failure:
@@ -97,8 +98,16 @@ class Folders:
         kind = "LoRA"
         if not _is_adapter(names):
             config = read_config(self.inside(str(folder / CONFIG))) if CONFIG in names else {}
-            kind = str(config.get("model_type", ""))[:40]
+            kind = printable(str(config.get("model_type", ""))[:40])
         return Found(self.name(folder), sum(files.fingerprint(path)[0] for path in weights), kind)
+
+
+def _check_text(path: Path) -> None:
+    """CheckpointError for a name with half a character in it, which no page may hold."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(path, "its name is no text in UTF-8", "rename the folder") from None
 
 
 def _looks_like_one(names: Sequence[str]) -> bool:

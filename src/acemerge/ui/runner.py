@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from acemerge.engine.execute import OnProgress, Progress
-from acemerge.errors import AcemergeError, UsageError, shortage_of
+from acemerge.errors import AcemergeError, UsageError, printable, shortage_of
 
 Phase = Literal["running", "stopping", "done", "failed", "stopped"]
 
@@ -131,5 +131,5 @@ def line(failure: BaseException) -> str:
     if isinstance(told, AcemergeError):
         return str(told)
     traceback.print_exception(failure, file=sys.stderr)
-    what = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+    what = printable(" ".join(f"{type(failure).__name__}: {failure}".split())[:300])
     return f"internal: {what}; see the terminal, and report it"

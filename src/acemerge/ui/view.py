@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 from acemerge.cli.merge import next_steps
 from acemerge.cli.text import size
 from acemerge.engine.foreseen import expected_memory
+from acemerge.errors import printable
 from acemerge.inspection.survey import Inspection
 from acemerge.output.shares import total_energies
 from acemerge.planning.costs import operations
@@ -20,6 +21,11 @@ from acemerge.ui.runner import State
 from acemerge.ui.steps import Merged
 
 _MOST_LAYERS = 10
+
+
+def escape(text: str) -> str:
+    """Text as HTML. What no one could see, and half a character, which no page may hold, is spelt out."""
+    return html.escape(printable(text))
 
 
 def table(caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[str] = ()) -> str:
