@@ -48,6 +48,8 @@ CORED: list[tuple[str, dict]] = [
     ("tsv_m", {}),
     ("iso_c", {}),
     ("iso_cts", {"common": 0.5}),
+    ("dc_merge", {}),
+    ("dc_merge", {"top": 0.1, "smooth": "mean"}),
     ("svc", {"over": "average"}),
     ("svc", {"over": {"name": "ace", "eps": 1e-2}}),
     ("svc", {"over": "knots"}),

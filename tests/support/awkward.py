@@ -56,6 +56,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, _SOLVED.get(name, {})) for name in RULES),
     ("ace", {"eps": 1e-2, "tau": -1.0}),
     ("iso_cts", {"common": 0.5}),
+    ("dc_merge", {"top": 0.3, "smooth": "linear"}),
     ("svc", {"over": "tsv_m"}),
     ("svc", {"over": {"name": "ace", "eps": 1e-2}}),
     ("knots", {"over": {"name": "ace", "eps": 1e-2}}),

@@ -49,6 +49,7 @@ RULES = {
     "tsv_m": Traits(rotates=True, rank=True),
     "iso_c": Traits(rotates=True, rank=True),
     "iso_cts": Traits(rotates=True, rank=True),
+    "dc_merge": Traits(rotates=True, rank=True, params=(("top", 0.1),)),
     "svc": Traits(rotates=True, rank=True, params=(("over", "task_arithmetic"),)),
     "knots": Traits(rank=True),
     "core_space": Traits(rotates=True, rank=True),

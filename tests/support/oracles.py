@@ -207,6 +207,32 @@ def iso_cts(deltas: Tensor, weights: Sequence[float] | None = None, common: floa
     return s.mean() * polar(U) @ polar(V).T
 
 
+def dc_merge(
+    deltas: Tensor, weights: Sequence[float] | None = None, top: float = 1e-3, smooth: str = "none"
+) -> Tensor:  # fmt: skip
+    D = weighted(deltas, weights)
+    T, k = len(D), max(1, min(D[0].shape) // len(D))
+    parts = [svd(d) for d in D]
+    P, Q = polar(torch.cat([u[:, :k] for u, _, _ in parts], 1)), polar(torch.cat([vh[:k].T for *_, vh in parts], 1))
+    cores = []
+    for u, s, vh in parts:
+        s = s[:k]
+        if smooth != "none":
+            steepest = 1.0 if smooth == "mean" else min(5.0, float(s[0] / s[-1]))
+            ramp = torch.linspace(steepest, 1.0, k, dtype=torch.float64)
+            s = s.sum() * ramp / ramp.sum()
+        core = P.T @ u[:, :k] @ s.diag() @ vh[:k] @ Q
+        cores.append(torch.where(largest(core, max(top, 1 / core.numel())), core, 0))
+    merged = torch.zeros_like(cores[0])
+    for i in range(T * k):
+        for j in range(T * k):
+            total = sum(core[i, j] for core in cores)
+            agreeing = [core[i, j] for core in cores if core[i, j] * total > 0]
+            if agreeing and i // k == j // k:
+                merged[i, j] = sum(agreeing) / len(agreeing)
+    return P @ merged @ Q.T
+
+
 def svc(M: Tensor, deltas: Tensor, weights: Sequence[float] | None = None, a: float | None = None) -> Tensor:
     """Calibrates another rule's M."""
     T = len(deltas)

@@ -19,6 +19,7 @@ from acemerge.methods.base import (
 )
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
 from acemerge.methods.common_bases import CoreSpace, Knots
+from acemerge.methods.dc_merge import DcMerge
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
@@ -90,6 +91,7 @@ for _rule in (
     TsvM,
     IsoC,
     IsoCts,
+    DcMerge,
     Svc,
     Knots,
     CoreSpace,

@@ -28,6 +28,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "tsv_m": "TSV-M: leading singular vectors, made orthogonal",
         "iso_c": "Iso-C: the sum, with all singular values equal",
         "iso_cts": "Iso-CTS: common directions, then each expert's own",
+        "dc_merge": "DC-Merge: directions of all in one space, then a vote",
         "cart": "CART: the mean, and low-rank parts beyond it",
         "svc": "another rule, its singular values calibrated",
     },
