@@ -43,6 +43,8 @@ CORED: list[tuple[str, dict]] = [
     ("kron_auto", oracles.EXACT["kron_auto"]),
     ("actmat", {}),
     ("actmat", {"lam": 1e-2, "p": 1}),
+    ("cauchy", {"tol": 3.0, "stop": 1e-10}),
+    ("cauchy", {"over": {"name": "ace", "eps": 1e-2}, "tol": 3.0, "stop": 1e-10}),
     ("swudi_a", {}),
     ("cart", {}),
     ("tsv_m", {}),

@@ -60,6 +60,7 @@ RULES = {
     "kron_auto": Traits(rotates=True, params=tuple(EXACT["kron_auto"].items())),
     "actmat": Traits(returns=True, rotates=True, rank=True),
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
+    "cauchy": Traits(returns=True, rotates=True, rank=True, params=tuple(EXACT["cauchy"].items())),
     "wudi": Traits(scales=False),
     "swudi_a": Traits(rotates=True, rank=True),
     "regmean": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),

@@ -15,7 +15,11 @@ import torch
 from torch import Tensor
 
 # What makes a rule that iterates as exact as its oracle.
-EXACT = {"kron": {"steps": 1000, "tol": 1e-14, "keep": 1.0}, "kron_auto": {"steps": 1000, "tol": 1e-14}}
+EXACT = {
+    "kron": {"steps": 1000, "tol": 1e-14, "keep": 1.0},
+    "kron_auto": {"steps": 1000, "tol": 1e-14},
+    "cauchy": {"steps": 5, "stop": 1e-14, "jitter": 0.0},
+}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -260,6 +264,27 @@ def actmat(
     total = sum(G)
     ridge = lam * total.diag().mean() * torch.eye(len(total), dtype=torch.float64)
     return sum(d @ g for d, g in zip(D, G, strict=True)) @ torch.linalg.pinv(total + ridge, hermitian=True)
+
+
+def cauchy(
+    deltas: Tensor, weights: Sequence[float] | None = None, tol: float = 0.3, jitter: float = 0.0, side: str = "input",
+    steps: int = 5,
+) -> Tensor:  # fmt: skip
+    """Over actmat, for so many steps."""
+    if side == "output":
+        return cauchy(deltas.mT, weights, tol, jitter, steps=steps).T
+    D, w = deltas.double(), factors(len(deltas), weights)
+    n = torch.stack([d.square().sum() for d in D])
+    unit = torch.stack([(d @ d.T).square().sum() for d in D]).div(n).mean()
+    a, M = torch.ones(len(D), dtype=torch.float64), D[0]
+    for _ in range(steps + 1):
+        G = [f * x * d.T @ d for f, x, d in zip(w, a, D, strict=True)]
+        ridge = jitter * sum(G).diag().mean() * torch.eye(D.shape[2], dtype=torch.float64)
+        right = sum(d @ g for d, g in zip(D, G, strict=True))
+        M = right @ torch.linalg.pinv(sum(G) + ridge, hermitian=True)
+        q = torch.stack([((M - d) @ d.T).square().sum() for d in D])
+        a = 1 / (q + tol * n * unit)
+    return M
 
 
 def regmean(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, a: float = 0.9) -> Tensor:

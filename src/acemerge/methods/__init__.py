@@ -18,6 +18,7 @@ from acemerge.methods.base import (
     expert_seeds,
 )
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
+from acemerge.methods.cauchy import Cauchy
 from acemerge.methods.common_bases import CoreSpace, Knots
 from acemerge.methods.dc_merge import DcMerge
 from acemerge.methods.elementwise import Average, TaskArithmetic
@@ -102,6 +103,7 @@ for _rule in (
     KronAuto,
     Actmat,
     Tact,
+    Cauchy,
     Wudi,
     SwudiA,
     RegMean,

@@ -21,6 +21,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "kron": "weighted by inputs and outputs",
         "actmat": "ACTMat: each update's own second moment as its task's",
         "tact": "TACT: as ACTMat, from the largest entries alone",
+        "cauchy": "a fit again and again, far experts counting less",
         "wudi": "WUDI: gradient descent on the interference",
         "swudi_a": "SWUDI-A: the minimiser of WUDI's loss",
     },
