@@ -51,7 +51,7 @@ def _inputs() -> dict[str, Tensor]:
 
 INPUTS = {name: D / D.flatten(1).norm(dim=1).amax() for name, D in _inputs().items()}
 # By default conjugate gradients end at 1e-2, one step sooner or later.
-_SOLVED = {name: {"steps": 200, "tol": 1e-12} for name in ("kron", "kron_auto")}
+_SOLVED = {name: {"steps": 200, "tol": 1e-12} for name in ("kron", "kron_auto", "kfac")}
 _SOLVED["cauchy"] = {"steps": 8, "stop": 1e-12}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, _SOLVED.get(name, {})) for name in RULES),

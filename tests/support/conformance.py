@@ -65,6 +65,7 @@ RULES = {
     "swudi_a": Traits(rotates=True, rank=True),
     "regmean": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
     "regmean_pp": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
+    "kfac": Traits(rotates=True, drops=False, params=tuple(EXACT["kfac"].items())),
     "fisher": Traits(returns=True, drops=False),
     "mergekit_linear": Traits(rotates=True),
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
@@ -91,7 +92,11 @@ def measurements(deltas: Tensor, name: str) -> dict[str, Tensor]:
     unit = D / D.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, *[1] * (D.ndim - 1))
     if wanted == "gradients":
         return {"moments": unit.square() + 1 / D[0].numel()}
-    return {"moments": unit.mT @ unit + torch.eye(D.shape[-1], dtype=torch.float64) / D.shape[-1]}
+    moments = unit.mT @ unit + torch.eye(D.shape[-1], dtype=torch.float64) / D.shape[-1]
+    if wanted == "both sides":
+        of_outputs = unit @ unit.mT + torch.eye(D.shape[-2], dtype=torch.float64) / D.shape[-2]
+        moments = torch.cat([moments.flatten(1), of_outputs.flatten(1)], 1)
+    return {"moments": moments}
 
 
 def having(trait: str) -> list[str]:

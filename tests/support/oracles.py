@@ -18,6 +18,7 @@ from torch import Tensor
 EXACT = {
     "kron": {"steps": 1000, "tol": 1e-14, "keep": 1.0},
     "kron_auto": {"steps": 1000, "tol": 1e-14},
+    "kfac": {"steps": 1000, "tol": 1e-14},
     "cauchy": {"steps": 5, "stop": 1e-14, "jitter": 0.0},
 }
 
@@ -295,6 +296,28 @@ def regmean(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = N
         for w, S in zip(factors(len(deltas), weights), moments.double(), strict=True)
     ]
     return sum(d @ g for d, g in zip(deltas.double(), G, strict=True)) @ torch.linalg.inv(sum(G))
+
+
+def kfac(
+    deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, lam: float = 0.01
+) -> Tensor:  # fmt: skip
+    """The dense system of the update as a vector; `moments` are those of the inputs, then of the outputs."""
+    D, w, (out, cols) = deltas.double(), factors(len(deltas), weights), deltas.shape[1:]
+    if len(D) == 1:
+        return D[0]
+    S, A = (
+        [m.view(n, n) / m.view(n, n).diag().mean() for m in part.double()]
+        for n, part in zip((cols, out), moments.split([cols**2, out**2], 1), strict=True)
+    )
+    L, R = (
+        sum(f * side for f, side in zip(w, each, strict=True)) / w.sum() ** 0.5
+        + 0.1 * w.sum() ** 0.5 * torch.eye(len(each[0]), dtype=torch.float64)
+        for each in (A, S)
+    )
+    H = sum(f * torch.kron(a, s) for f, a, s in zip(w, A, S, strict=True))
+    B = sum(f * a @ d @ s for f, a, d, s in zip(w, A, D, S, strict=True)).flatten()
+    X = torch.linalg.solve(H + lam * torch.kron(L, R), B)
+    return ((X @ B) / (X @ H @ X) * X).view_as(D[0])
 
 
 def fisher(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, floor: float = 1e-6) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from acemerge.calibration.blocks import block_moments, block_of, block_order
+from acemerge.calibration.both_sides import both_second_moments
 from acemerge.calibration.feed import about_data, labels_of
 from acemerge.calibration.gradients import squared_gradients
 from acemerge.calibration.moments import OnExamples, second_moments
@@ -78,7 +79,7 @@ def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     files.make_folder(calibrating.folder)
     store = Store(calibrating.folder)
     setting = replace(setting, measured=store)
-    for wanted in ("inputs", "gradients"):
+    for wanted in ("inputs", "gradients", "both sides"):
         tensors = _specs(calibrated_jobs(calibrating.plan, wanted))
         for i, expert in enumerate(calibrating.experts if tensors else ()):
             key = calibrating.key(f"{wanted} of {expert.label}")
@@ -95,6 +96,8 @@ def _measured(
     model, told = calibrating.model(expert), calibrating.told(expert, "")
     if wanted == "gradients":
         yield from squared_gradients(model, expert.tasks, tensors, told)
+    elif wanted == "both sides":
+        yield from both_second_moments(model, expert.tasks, tensors, told)
     else:
         for name, moment in second_moments(model, expert.tasks, tensors, told):
             yield name, moment.mean

@@ -28,7 +28,8 @@ from acemerge.tasks.task_file import Classification, Images, Perplexity, Regress
 class Feed:
     """`lengths` are those of the examples, `forward` runs some of one length, `log_likelihood` scores one.
 
-    What an example answers is the data's label, or where it has none drawn from the network's own answer.
+    What an example answers is the data's label, or where it has none drawn from the network's own answer; in
+    `drawn_log_likelihood` it is always drawn, of a text every token.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class Feed:
     batch_size: int
     forward: Callable[[Sequence[int]], Tensor]
     log_likelihood: Callable[[int], Float[Tensor, ""]]
+    drawn_log_likelihood: Callable[[int], Float[Tensor, ""]]
 
     def batches(self) -> Iterator[list[int]]:
         """The numbers of all examples: together those of one length, so that nothing is padded."""
@@ -72,8 +74,13 @@ def _of_text(model: Model, task: Perplexity) -> Feed:
     def log_likelihood(i: int) -> Tensor:
         return -token_losses(forward([i])[0], windows[i], 1).sum()
 
+    def drawn_log_likelihood(i: int) -> Tensor:
+        logs = log_softmax(forward([i])[0].float(), -1)
+        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=_chance(task, i)).to(logs.device)
+        return logs.gather(1, drawn).sum()
+
     lengths = [len(window) for window in windows]
-    return Feed(network, lengths, task.batch_size, forward, log_likelihood)
+    return Feed(network, lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
 def _of_examples(model: Model, task: Classification | Regression | Images | ZeroShot, labelled: bool) -> Feed:
@@ -87,17 +94,28 @@ def _of_examples(model: Model, task: Classification | Regression | Images | Zero
         return examples.scorer.logits({key: value.to(model.device) for key, value in examples.batch(rows).items()})
 
     def log_likelihood(i: int) -> Tensor:
-        scores = forward([i])[0]
-        return _log_likelihood(scores, i, examples, task)
+        label = None if examples.labels is None else examples.labels[i]
+        return _log_likelihood(forward([i])[0], i, examples, task, label)
 
-    return Feed(examples.scorer.network, examples.lengths, task.batch_size, forward, log_likelihood)
+    def drawn_log_likelihood(i: int) -> Tensor:
+        return _log_likelihood(forward([i])[0], i, examples, task, None)
+
+    network = examples.scorer.network
+    return Feed(network, examples.lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
-def _log_likelihood(scores: Float[Tensor, " K"], i: int, examples: Examples, task: Task) -> Float[Tensor, ""]:
-    """`log p(label | example)` up to a constant: of classes by their softmax, of numbers with variance one."""
-    label = None if examples.labels is None else examples.labels[i]
-    # An example's draw depends on the task and its number alone.
-    chance = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
+def _chance(task: Task, i: int) -> torch.Generator:
+    """An example's draw depends on the task and its number alone."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
+
+
+def _log_likelihood(
+    scores: Float[Tensor, " K"], i: int, examples: Examples, task: Task, label: Any
+) -> Float[Tensor, ""]:
+    """`log p(label | example)` up to a constant: of classes by their softmax, of numbers with variance one. Without a
+    label it is drawn.
+    """
+    chance = _chance(task, i)
     if isinstance(task, Regression):
         answer = scores[0]
         drawn = answer.item() + torch.randn((), generator=chance).item()

@@ -24,6 +24,7 @@ from acemerge.methods.dc_merge import DcMerge
 from acemerge.methods.elementwise import Average, TaskArithmetic
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
+from acemerge.methods.kfac import Kfac
 from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.masks import Consensus, Emr
@@ -108,6 +109,7 @@ for _rule in (
     SwudiA,
     RegMean,
     RegMeanPp,
+    Kfac,
     Fisher,
     MergekitLinear,
     MergekitSum,

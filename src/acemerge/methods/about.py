@@ -56,6 +56,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
     "With data, for each expert": {
         "regmean": "RegMean: outputs nearest to each expert's",
         "regmean_pp": "RegMean++: block by block, inputs as merged so far",
+        "kfac": "weighted by inputs and outputs, as measured",
         "fisher": "weights averaged by their Fisher information",
     },
     "As mergekit has them": {

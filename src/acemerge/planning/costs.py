@@ -85,7 +85,8 @@ def _measured(job: ByRule, rows: int, columns: int, count: int) -> int:
         return 0
     if job.method.needs.calibration == "gradients":
         return count
-    return count // max(1, rows * columns) * columns**2
+    both = rows**2 if job.method.needs.calibration == "both sides" else 0
+    return count // max(1, rows * columns) * (columns**2 + both)
 
 
 def bytes_written(piece: Piece[Job]) -> int:
