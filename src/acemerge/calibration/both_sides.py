@@ -13,12 +13,13 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model
+from acemerge.tasks.own_text import OwnText
 from acemerge.tasks.task_file import Task
 
 
 def both_second_moments(
     model: Model,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | OwnText],
     tensors: Mapping[str, TensorSpec],
     on_examples: OnExamples = lambda *_: None,
 ) -> Iterator[tuple[str, Float[Tensor, " n"]]]:
@@ -43,7 +44,7 @@ def both_second_moments(
 
 def _run(
     model: Model,
-    task: Task,
+    task: Task | OwnText,
     tensors: Mapping[str, TensorSpec],
     sums: tuple[InputSums, InputSums],
     on_examples: OnExamples,

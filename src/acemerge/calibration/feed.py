@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from acemerge.errors import UsageError
-from acemerge.shapes import Float, Tensor
+from acemerge.shapes import Float, Int, Tensor
 from acemerge.tasks.data import read_columns
 from acemerge.tasks.examples import Examples, open_examples, open_text, source, text_of
 from acemerge.tasks.heads import find_heads
 from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import Model
+from acemerge.tasks.own_text import OwnText, open_writer
 from acemerge.tasks.perplexity import token_losses
 from acemerge.tasks.task_file import Classification, Images, Perplexity, Regression, Task, ZeroShot
 
@@ -49,12 +50,15 @@ class Feed:
                 yield rows[start : start + self.batch_size]
 
 
-def open_feed(model: Model, task: Task, labelled: bool) -> Feed:
+def open_feed(model: Model, task: Task | OwnText, labelled: bool) -> Feed:
     """The task's data for the expert that it belongs to; without `labelled` no label is read.
 
     UsageError, CheckpointError where they do not go together.
     """
-    feed = _of_text(model, task) if isinstance(task, Perplexity) else _of_examples(model, task, labelled)
+    if isinstance(task, OwnText):
+        feed = _of_windows(open_writer(model), task.windows, task)
+    else:
+        feed = _of_text(model, task) if isinstance(task, Perplexity) else _of_examples(model, task, labelled)
     eager = getattr(feed.network, "set_experts_implementation", None)
     if eager is not None and getattr(feed.network, "_can_set_experts_implementation", lambda: False)():
         eager("eager")  # expert by expert, so that each one's inputs are seen
@@ -63,9 +67,14 @@ def open_feed(model: Model, task: Task, labelled: bool) -> Feed:
 
 def _of_text(model: Model, task: Perplexity) -> Feed:
     network, tokens = open_text(model, task)
-    windows = [window.to(model.device) for window in tokens.split(task.context) if len(window) > 1]
+    windows = [window for window in tokens.split(task.context) if len(window) > 1]
     if not windows:
         raise UsageError(f"task {task.name}", "the text has fewer than two tokens", "name a longer text")
+    return _of_windows(network, windows, task)
+
+
+def _of_windows(network: Any, tokens: Sequence[Int[Tensor, " L"]], task: Perplexity | OwnText) -> Feed:
+    windows = [window.to(network.device) for window in tokens]
 
     def forward(rows: Sequence[int]) -> Tensor:
         logits: Tensor = network(input_ids=torch.stack([windows[i] for i in rows])).logits
@@ -104,7 +113,7 @@ def _of_examples(model: Model, task: Classification | Regression | Images | Zero
     return Feed(network, examples.lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
-def _chance(task: Task, i: int) -> torch.Generator:
+def _chance(task: Task | OwnText, i: int) -> torch.Generator:
     """An example's draw depends on the task and its number alone."""
     return torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
 
@@ -128,20 +137,22 @@ def _log_likelihood(
     return logs[int(label)]
 
 
-def labels_of(task: Task, labelled: bool) -> str:
+def labels_of(task: Task | OwnText, labelled: bool) -> str:
     """Where a task's labels are from, in words."""
     if not labelled:
         return "not read"
-    if isinstance(task, Perplexity):
+    if isinstance(task, Perplexity | OwnText):
         return "the text's own tokens"
     unlabelled = isinstance(task, Classification | Regression) and task.label is None
     return "drawn from the expert's own answers" if unlabelled else "given"
 
 
-def about_data(task: Task, labelled: bool) -> dict[str, Any]:
+def about_data(task: Task | OwnText, labelled: bool) -> dict[str, Any]:
     """The SHA-256 of all that is read of a task's data (texts, pixels and, where `labelled`, labels), and how much it
-    is: examples, or the characters of a text.
+    is: examples, or the characters of a text. Of text that is not yet written, what decides it.
     """
+    if isinstance(task, OwnText):
+        return task.about
     digest = hashlib.sha256()
     if isinstance(task, Images | ZeroShot):
         images = open_images(source(task), task.image, task.label, task.labels)

@@ -70,7 +70,8 @@ class Options:
     ] = None
     seed: Annotated[int | None, option(RULE, "seed of the rules that use chance")] = None
     calibration: Annotated[
-        str | None, option(RULE, "tasks of the experts, for the rules that need data", metavar="TASKS.yaml")
+        str | None,
+        option(RULE, "tasks of the experts, for rules that need data; self: text they write", metavar="TASKS.yaml"),
     ] = None
     compute_dtype: Annotated[
         Literal["float32", "float64"] | None, option(RULE, "type of the arithmetic [default: float32]")

@@ -24,6 +24,9 @@ ComputeDtype = Literal["float32", "float64"]
 PolicyName = Literal["default", "paper"]
 
 
+SELF = "self"  # in the place of calibration's task file: text that the experts write
+
+
 class Recipe(Strict):
     """Everything that decides the values of the merged model."""
 
@@ -59,7 +62,7 @@ class Recipe(Strict):
         built = (self.build_method(), *(rule.method.build() for rule in self.rules if rule.method))
         wanting = next((method.name for method in built if method.needs.calibration), None)
         if wanting is not None and self.calibration is None:
-            cure = "name tasks of the experts by --calibration TASKS.yaml, or `calibration:` in the recipe"
+            cure = "name tasks of the experts by --calibration TASKS.yaml, or self, or `calibration:` in the recipe"
             raise UsageError(f"method {wanting}", "needs calibration data", cure)
         return self
 
@@ -159,7 +162,7 @@ def load_recipe(
         content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
-    if isinstance(content.get("calibration"), str):  # never on the Hub
+    if isinstance(content.get("calibration"), str) and content["calibration"] != SELF:  # never on the Hub
         content["calibration"] = str(path.parent / expanded(content["calibration"]))
     rule = with_params(method or content.get("method", "ace"), params or {})
     content = {**content, "method": rule, **overrides}
