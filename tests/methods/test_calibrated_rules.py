@@ -76,6 +76,35 @@ def test_kfac_asks_nothing_of_an_expert_whose_data_did_not_reach_the_layer() -> 
     assert relative_error(merged(deltas, "kfac", moments), deltas[0]) < 1e-12
 
 
+@pytest.mark.parametrize("options", [{}, {"p": 0.5}, {"weights": WEIGHTS}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_esm_is_the_formula(options: dict[str, object], shape: tuple[int, int]) -> None:
+    deltas, moments = task_vectors(4, shape), second_moments(4, shape[1])
+    expected = oracles.esm(deltas, moments, **options)
+    assert relative_error(merged(deltas, "esm", moments, **options), expected) < 1e-8
+    assert relative_error(merged(deltas.float(), "esm", moments.float(), **options), expected) < 1e-4
+
+
+def test_esm_takes_the_directions_that_inputs_move_not_the_largest_of_the_update() -> None:
+    """One output answers to inputs that are there, another, more strongly, to one that is not."""
+    D = torch.zeros(2, 4, 6, dtype=torch.float64)
+    D[0, 0, 0], D[0, 1, 1] = 1.0, 5.0
+    D[1, 2, 2], D[1, 3, 3] = 1.0, 5.0
+    moments = torch.eye(6, dtype=torch.float64).repeat(2, 1, 1)
+    moments[0, 1, 1] = moments[1, 3, 3] = 1e-9
+    found = merged(D, "esm", moments)
+    assert found[0, 0] > 0.1
+    assert found[2, 2] > 0.1
+    assert found[[1, 3]].abs().max() == 0
+
+
+def test_esm_without_inputs_is_tsv_m_and_says_so() -> None:
+    deltas, weights = task_vectors(3, (6, 8)), torch.tensor(WEIGHTS[:3], dtype=torch.float64)
+    found = make("esm", {"scale": 0.5}).merge(deltas, Layer(weights, (0, 1, 2)))
+    assert found.stats.statuses == (Status.UNSEEN_SPECTRAL,)
+    assert relative_error(found.delta, 0.5 * oracles.tsv_m(deltas, WEIGHTS[:3])) < 1e-8
+
+
 @pytest.mark.parametrize("options", [{}, {"floor": 0.1}, {"weights": WEIGHTS}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fisher_is_the_formula(options: dict[str, object], shape: tuple[int, int]) -> None:

@@ -66,6 +66,7 @@ RULES = {
     "regmean": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
     "regmean_pp": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
     "kfac": Traits(rotates=True, drops=False, params=tuple(EXACT["kfac"].items())),
+    "esm": Traits(rank=True),
     "fisher": Traits(returns=True, drops=False),
     "mergekit_linear": Traits(rotates=True),
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),

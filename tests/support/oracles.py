@@ -320,6 +320,26 @@ def kfac(
     return ((X @ B) / (X @ H @ X) * X).view_as(D[0])
 
 
+def esm(
+    deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, p: float = 0.15
+) -> Tensor:  # fmt: skip
+    """By the singular vectors of `Z_t D_t^T`, any Z_t with `Z_t^T Z_t` the moments."""
+    D = weighted(deltas, weights)
+    T, out = D.shape[:2]
+    k, norms, us, vs = max(1, out // T), [d.norm() for d in D], [], []
+    for d, G in zip(D, moments.double(), strict=True):
+        Z = torch.linalg.cholesky(G).T
+        _, s, E = torch.linalg.svd(Z @ d.T)
+        e = torch.nn.functional.pad(s.square(), (0, max(0, out - len(s))))[:k]
+        g = (e / e.mean()) ** p
+        g = g / g.mean()
+        us.append(E[:k].T * g)
+        vs.append(E[:k] @ d * d.norm() ** 2 * g[:, None])
+    U, V = torch.cat(us, 1), torch.cat(vs) / (sum(norms) / T) ** 2
+    V = V * (V.norm(dim=0) / V.norm(dim=0).mean()) ** 2
+    return 2 * torch.linalg.svdvals(U).mean() * torch.linalg.svdvals(V).mean() * polar(U) @ polar(V)
+
+
 def fisher(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, floor: float = 1e-6) -> Tensor:
     F = [w * (f + floor) for w, f in zip(factors(len(deltas), weights), moments.double(), strict=True)]
     return sum(d * f for d, f in zip(deltas.double(), F, strict=True)) / sum(F)

@@ -22,6 +22,7 @@ from acemerge.methods.cauchy import Cauchy
 from acemerge.methods.common_bases import CoreSpace, Knots
 from acemerge.methods.dc_merge import DcMerge
 from acemerge.methods.elementwise import Average, TaskArithmetic
+from acemerge.methods.esm import Esm
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
 from acemerge.methods.kfac import Kfac
@@ -110,6 +111,7 @@ for _rule in (
     RegMean,
     RegMeanPp,
     Kfac,
+    Esm,
     Fisher,
     MergekitLinear,
     MergekitSum,

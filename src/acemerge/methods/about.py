@@ -57,6 +57,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "regmean": "RegMean: outputs nearest to each expert's",
         "regmean_pp": "RegMean++: block by block, inputs as merged so far",
         "kfac": "weighted by inputs and outputs, as measured",
+        "esm": "ESM: output directions that inputs move most",
         "fisher": "weights averaged by their Fisher information",
     },
     "As mergekit has them": {
