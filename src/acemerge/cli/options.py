@@ -106,6 +106,10 @@ class Options:
     as_lora: Annotated[
         int | None, option(OUTPUT, "write one LoRA adapter of this rank instead of a model", metavar="RANK")
     ] = None
+    compress: Annotated[
+        Literal["first", "last"] | None,
+        option(OUTPUT, "with --as-lora: to its rank before adapters are merged, or after [default: last]"),
+    ] = None
     push: Annotated[
         str | None,
         option(OUTPUT, "upload the output, once verified, to the Hub; a new repository is private", metavar="ORG/NAME"),
@@ -197,6 +201,7 @@ WRITING = (
     "dtype",
     "max_shard_size",
     "as_lora",
+    "compress",
     "push",
     "report",
     "shard",

@@ -12,6 +12,7 @@ from acemerge.engine.work import Setting, Values
 from acemerge.errors import CheckpointError
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
+from acemerge.methods.compressed import merge_compressed
 from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
 from acemerge.output.records import TensorRecord, about
@@ -41,7 +42,10 @@ def merge_factors_of(
         return None, record
     layer = setting.layer(job, used, device)
     seen = updates.transposed() if job.transposed else updates
-    if job.fused:
+    if job.compressed and job.factors:
+        rank = job.factors[0].shape[0]
+        merged = merge_compressed(job.method, seen, layer, job.compute_dtype, rank)
+    elif job.fused:
         merged = _by_projection(job.method, job.fused, seen, layer, job.compute_dtype)
     else:
         merged = merge_low_rank(job.method, seen, layer, job.compute_dtype)

@@ -46,6 +46,7 @@ class Recipe(Strict):
     seed: int = 0
     assets: str = "base"
     as_lora: Annotated[int, Field(ge=1)] | None = None
+    compress: Literal["first", "last"] = "last"
     calibration: str | None = None
     chat_template: str | None = None
     slices: tuple[SliceSpec, ...] = ()
@@ -83,6 +84,12 @@ class Recipe(Strict):
     def _an_adapter_adds_no_tokens(self) -> Recipe:
         if self.as_lora is not None and self.vocabulary != "refuse":
             raise ValueError("as_lora: an adapter holds no vocabulary; leave `vocabulary` out, or write a full model")
+        return self
+
+    @model_validator(mode="after")
+    def _only_an_adapter_is_compressed(self) -> Recipe:
+        if self.compress == "first" and (self.as_lora is None or self.split_qkv):
+            raise ValueError("compress: `first` goes with as_lora, and not with split_qkv")
         return self
 
     @model_validator(mode="after")
