@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import oracles
 import pytest
 import torch
 from builders import load_folder, make_model
-from calibrated_family import EXPERTS, examples, merge, moments_of, task_vectors
+from calibrated_family import EXPERTS, examples, merge, moments_of, second_moment, task_vectors
 from oracles import relative_error
 from safetensors.torch import load_file, save_file
-from task_builders import ROOM, save_model, sharpened, write_tasks
+from task_builders import ROOM, save_model, sentences, sharpened, write_tasks
 from torch import Tensor
 
 import acemerge
 from acemerge.calibration import gradients
 from acemerge.calibration.blocks import block_of
+from acemerge.calibration.both_sides import both_second_moments
+from acemerge.methods.kfac import both_moments
 from acemerge.methods.status import Status
 from acemerge.output.manifest import load_manifest
 from acemerge.tasks.networks import open_model
@@ -89,8 +92,6 @@ def test_fisher_weighs_by_squared_gradients_of_single_examples(family: Path) -> 
     report, merged = merge(family, "fisher", rules=rules), load_folder(family / "out")
 
     def drawn(i: int, logs: Tensor) -> int:
-        import zlib
-
         chance = torch.Generator().manual_seed(zlib.crc32(f"mood/{i}".encode()))
         return int(torch.multinomial(logs.detach().float().exp(), 1, generator=chance))
 
@@ -105,6 +106,68 @@ def test_fisher_weighs_by_squared_gradients_of_single_examples(family: Path) -> 
     about = report.manifest["calibration"]
     assert about["topic"]["tasks"]["topic"]["labels"] == "given"
     assert about["tone"]["tasks"]["mood"]["labels"] == "drawn from the expert's own answers"
+
+
+def test_kfac_merges_by_inputs_and_by_gradients_at_the_outputs(family: Path) -> None:
+    """By hand: each example's loss of an answer drawn by the expert, and what comes back to a layer's output."""
+    report, merged = merge(family, "kfac", tol=1e-10), load_folder(family / "out")
+    names = [name for name, record in report.tensors.items() if record["rule"] == "kfac"]
+    assert len(names) == 13
+    chosen = [
+        "roberta.encoder.layer.0.attention.self.value.weight",
+        "roberta.encoder.layer.1.intermediate.dense.weight",
+    ]
+    moments = [
+        factors_by_hand(family, family / name, i, task, chosen)
+        for i, (name, task) in enumerate((("topic", "topic"), ("tone", "mood")))
+    ]
+    for name in chosen:
+        base, deltas = task_vectors(family, name)
+        expected = oracles.kfac(deltas, torch.stack([of_expert[name] for of_expert in moments]))
+        assert relative_error(merged[name] - base, expected) < 1e-3, name
+    assert report.manifest["calibration"]["topic"]["tasks"]["topic"]["labels"] == "not read"
+
+
+def factors_by_hand(root: Path, folder: Path, number: int, task: str, names: list[str]) -> dict[str, Tensor]:
+    """The moments of the inputs, and behind them of the gradients, of these layers."""
+    from transformers import RobertaForSequenceClassification
+
+    network = RobertaForSequenceClassification.from_pretrained(folder).eval()
+    kept: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    for name, rows in kept.items():
+        module = network.get_submodule(name.removesuffix(".weight"))
+
+        def keep(
+            _: object, given: tuple[Tensor, ...], output: Tensor, rows: list[tuple[Tensor, Tensor]] = rows
+        ) -> None:
+            output.retain_grad()
+            rows.append((given[0], output))
+
+        module.register_forward_hook(keep)
+    for i, example in enumerate(examples(root, number)):
+        logs = network(**example).logits[0].log_softmax(0)
+        chance = torch.Generator().manual_seed(zlib.crc32(f"{task}/{i}".encode()))
+        logs[int(torch.multinomial(logs.detach().exp(), 1, generator=chance))].backward()
+    return {
+        name: torch.cat(
+            [second_moment([z.detach() for z, _ in rows]).flatten(), second_moment([y.grad for _, y in rows]).flatten()]
+        )
+        for name, rows in kept.items()
+    }
+
+
+def test_kfac_of_a_language_model_draws_every_token(tmp_path: Path) -> None:
+    """A Conv1D layer, whose weight is stored with its inputs as rows."""
+    save_model(tmp_path / "gpt2", sharpened(make_model("gpt2"), 1))
+    (tmp_path / "text.txt").write_text(" ".join(sentences(12, seed=3)))
+    write_tasks(tmp_path, {"kind": "perplexity", "name": "lm", "data": "text.txt", "context": 8, "stride": 8})
+    task, model = load_tasks(tmp_path / "tasks.yaml").tasks, open_model(str(tmp_path / "gpt2"), torch.device("cpu"))
+    name = "transformer.h.1.mlp.c_fc.weight"
+    found = dict(both_second_moments(model, task, {name: model.checkpoint.tensors[name]}))[name]
+    S, A = both_moments(found, 64, 16)
+    assert relative_error(S, moments_of(tmp_path, tmp_path / "gpt2", 0)[name]) < 1e-5
+    assert relative_error(A, A.T) < 1e-12
+    assert torch.linalg.eigvalsh(A)[-1] > 0
 
 
 def test_images_against_sentences_move_the_half_that_sees(tmp_path: Path) -> None:

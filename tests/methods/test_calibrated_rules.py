@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 from crossed import crossed
-from oracles import average, relative_error, task_vectors
+from oracles import EXACT, average, relative_error, task_vectors
 from torch import Tensor
 
 import acemerge
@@ -39,6 +39,70 @@ def test_regmean_is_the_formula(rule: str, options: dict[str, object], shape: tu
     expected = oracles.regmean(deltas, moments, **options)
     assert relative_error(merged(deltas, rule, moments, **options), expected) < 1e-8
     assert relative_error(merged(deltas.float(), rule, moments.float(), **options), expected) < 1e-4
+
+
+def two_moments(T: int, out: int, columns: int) -> Tensor:
+    """Of correlated inputs, and of gradients at the outputs, one after the other."""
+    return torch.cat([second_moments(T, columns).flatten(1), second_moments(T, out, rows=60).flatten(1)], 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"lam": 1.0}, {"weights": WEIGHTS}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kfac_is_the_formula(options: dict[str, object], shape: tuple[int, int]) -> None:
+    deltas, moments = task_vectors(4, shape), two_moments(4, *shape)
+    expected = oracles.kfac(deltas, moments, **options)
+    assert relative_error(merged(deltas, "kfac", moments, **EXACT["kfac"], **options), expected) < 1e-8
+    found = acemerge.merge_deltas(deltas.float(), "kfac", moments=moments.float(), **options)
+    assert relative_error(found.delta, expected) < 1e-2  # the default tol
+    assert found.stats["status"] == "ok"
+
+
+def test_kfac_leaves_experts_on_inputs_or_outputs_apart_to_themselves() -> None:
+    """No update, where nobody's data or loss is; all of each expert's, with next to no pull, where its own is."""
+    deltas, moments = task_vectors(2, (6, 8)), two_moments(2, 6, 8).clone()
+    S = moments[:, :64].view(2, 8, 8)
+    S[0, 4:], S[0, :, 4:], S[1, :4], S[1, :, :4] = 0, 0, 0, 0
+    found = merged(deltas, "kfac", moments, lam=1e-11, **EXACT["kfac"])
+    expected = torch.cat([deltas[0, :, :4], deltas[1, :, 4:]], 1)
+    assert relative_error(found, expected) < 1e-6
+
+
+def test_kfac_asks_nothing_of_an_expert_whose_data_did_not_reach_the_layer() -> None:
+    deltas, moments = task_vectors(3, (6, 8)), two_moments(3, 6, 8).clone()
+    moments[2] = 0
+    found = merged(deltas, "kfac", moments, **EXACT["kfac"])
+    assert relative_error(found, oracles.kfac(deltas[:2], moments[:2])) < 1e-8
+    moments[1] = 0
+    assert relative_error(merged(deltas, "kfac", moments), deltas[0]) < 1e-12
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 0.5}, {"weights": WEIGHTS}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_esm_is_the_formula(options: dict[str, object], shape: tuple[int, int]) -> None:
+    deltas, moments = task_vectors(4, shape), second_moments(4, shape[1])
+    expected = oracles.esm(deltas, moments, **options)
+    assert relative_error(merged(deltas, "esm", moments, **options), expected) < 1e-8
+    assert relative_error(merged(deltas.float(), "esm", moments.float(), **options), expected) < 1e-4
+
+
+def test_esm_takes_the_directions_that_inputs_move_not_the_largest_of_the_update() -> None:
+    """One output answers to inputs that are there, another, more strongly, to one that is not."""
+    D = torch.zeros(2, 4, 6, dtype=torch.float64)
+    D[0, 0, 0], D[0, 1, 1] = 1.0, 5.0
+    D[1, 2, 2], D[1, 3, 3] = 1.0, 5.0
+    moments = torch.eye(6, dtype=torch.float64).repeat(2, 1, 1)
+    moments[0, 1, 1] = moments[1, 3, 3] = 1e-9
+    found = merged(D, "esm", moments)
+    assert found[0, 0] > 0.1
+    assert found[2, 2] > 0.1
+    assert found[[1, 3]].abs().max() == 0
+
+
+def test_esm_without_inputs_is_tsv_m_and_says_so() -> None:
+    deltas, weights = task_vectors(3, (6, 8)), torch.tensor(WEIGHTS[:3], dtype=torch.float64)
+    found = make("esm", {"scale": 0.5}).merge(deltas, Layer(weights, (0, 1, 2)))
+    assert found.stats.statuses == (Status.UNSEEN_SPECTRAL,)
+    assert relative_error(found.delta, 0.5 * oracles.tsv_m(deltas, WEIGHTS[:3])) < 1e-8
 
 
 @pytest.mark.parametrize("options", [{}, {"floor": 0.1}, {"weights": WEIGHTS}], ids=str)
@@ -75,7 +139,7 @@ def test_directions_that_no_input_reaches_stay_at_the_base() -> None:
     assert relative_error(found.delta[:, :6], seen) < 1e-10
 
 
-@pytest.mark.parametrize("rule", [*REGRESSIONS, "fisher"])
+@pytest.mark.parametrize("rule", [*REGRESSIONS, "fisher", "kfac"])
 def test_what_was_not_seen_is_averaged_and_said(rule: str) -> None:
     deltas, weights = task_vectors(3, (5, 8)), torch.tensor(WEIGHTS[:3], dtype=torch.float64)
     found = make(rule, {"scale": 0.5}).merge(deltas, Layer(weights, (0, 1, 2)))
@@ -92,7 +156,7 @@ def test_fused_experts_that_no_input_was_sent_to_are_averaged() -> None:
 
 def test_measurements_that_are_missing_or_do_not_fit_are_refused() -> None:
     deltas = task_vectors(3, (5, 8))
-    for rule, what in (("regmean", "second moments"), ("fisher", "squared gradients")):
+    for rule, what in (("regmean", "second moments"), ("fisher", "squared gradients"), ("kfac", "second moments")):
         with pytest.raises(UsageError, match=f"{rule}: needs {what}.*; give them as `moments`"):
             acemerge.merge_deltas(deltas, rule)
         with pytest.raises(UsageError, match=r"moments: shape \[3, 5, 5\]; give"):

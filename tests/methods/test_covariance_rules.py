@@ -13,6 +13,8 @@ from oracles import EXACT, average, relative_error, task_vectors
 from torch import Tensor
 
 import acemerge
+from acemerge.errors import UsageError
+from acemerge.methods import make
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (3, 40), (40, 3)]
 WEIGHTS = [2.0, 0.5, 1.5, 3.0]
@@ -23,6 +25,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
     "kron_auto": oracles.kron_auto,
     "actmat": oracles.actmat,
     "tact": partial(oracles.actmat, keep=0.5),
+    "cauchy": oracles.cauchy,
     "swudi_a": oracles.swudi_a,
     "wudi": oracles.wudi,
 }
@@ -92,6 +95,9 @@ PARAMETERS = [
     ("tact", {"keep": 0.2}),
     ("tact", {"p": 1}),
     ("tact", {"p": 2, "lam": 1e-2}),
+    ("cauchy", {"tol": 1e-3}),
+    ("cauchy", {"jitter": 0.1}),
+    ("cauchy", {"side": "output"}),
     ("swudi_a", {"anchor": "mean"}),
     ("wudi", {"steps": 30}),
     ("wudi", {"lr": 1e-4, "steps": 50}),
@@ -124,6 +130,31 @@ def test_wudi_without_steps_is_the_sum() -> None:
         relative_error(merged(deltas, "wudi", steps=0, weights=WEIGHTS), oracles.weighted(deltas, WEIGHTS).sum(0))
         < 1e-12
     )
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_cauchy_ends_where_its_loss_is_least(side: str) -> None:
+    """`sum_t w_t log(||(M - D_t) D_t^T||^2 + c_t)`: no gradient is left, which the first fit has."""
+    deltas = task_vectors(3, (24, 16))
+    found = acemerge.merge_deltas(deltas, "cauchy", weights=WEIGHTS[:3], jitter=0.0, side=side, stop=1e-12, steps=500)
+    assert found.stats["status"] in ("ok", "pseudo-inverse")
+    D = deltas if side == "input" else deltas.mT
+    unit = ((D @ D.mT).square().sum((1, 2)) / D.square().sum((1, 2))).mean()
+
+    def gradient(M: Tensor) -> Tensor:
+        M = (M if side == "input" else M.T).clone().requires_grad_()
+        terms = [((M - d) @ d.T).square().sum() + 0.3 * d.square().sum() * unit for d in D]
+        sum(w * term.log() for w, term in zip(WEIGHTS, terms, strict=False)).backward()
+        return M.grad
+
+    first = gradient(merged(deltas, "cauchy", weights=WEIGHTS[:3], jitter=0.0, side=side, steps=0))
+    assert gradient(found.delta).norm() < 1e-8 * first.norm()
+
+
+def test_cauchy_is_around_one_fit_alone() -> None:
+    for over in ("swudi_a", "tsv_m"):
+        with pytest.raises(UsageError, match=f"{over} is no single fit by least squares"):
+            make("cauchy", {"over": over})
 
 
 # --- where the formulas end ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ at the small end, below every truncation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import oracles
 import pytest
@@ -34,6 +35,7 @@ RULES = {
     "tsv_m": ("tsv_m", {}, oracles.tsv_m),
     "iso_c": ("iso_c", {}, oracles.iso_c),
     "iso_cts": ("iso_cts", {}, oracles.iso_cts),
+    "dc_merge": ("dc_merge", {"top": 0.05}, partial(oracles.dc_merge, top=0.05)),
     "svc over average": ("svc", {"over": "average"}, calibrated(oracles.average)),
     "svc over task_arithmetic": (
         "svc",
@@ -106,6 +108,9 @@ def test_a_weight_multiplies_its_task_vector(rule: str, params: dict, oracle: Ca
         ("cart", {"k_frac": 0.3}),
         ("iso_cts", {"common": 0.4}),
         ("iso_cts", {"common": 0.0}),
+        ("dc_merge", {"top": 0.3}),
+        ("dc_merge", {"top": 0.3, "smooth": "mean"}),
+        ("dc_merge", {"top": 0.3, "smooth": "linear"}),
     ],
 )
 def test_parameters_are_those_of_the_formula(rule: str, params: dict[str, float]) -> None:
@@ -117,7 +122,9 @@ def test_parameters_are_those_of_the_formula(rule: str, params: dict[str, float]
 # --- where the formulas end ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["tsv_m", "iso_c", "iso_cts", "svc over task_arithmetic", "svc over tsv_m"])
+@pytest.mark.parametrize(
+    "rule", ["tsv_m", "iso_c", "iso_cts", "dc_merge", "svc over task_arithmetic", "svc over tsv_m"]
+)
 def test_experts_without_an_update_drop_out(rule: str) -> None:
     deltas, (name, params, oracle) = task_vectors(3, (16, 24)), RULES[rule]
     assert relative_error(merged(with_frozen(deltas), name, **params), oracle(deltas)) < 1e-8
@@ -198,6 +205,24 @@ def test_experts_that_share_their_columns_share_a_polar_factor() -> None:
 def test_iso_cts_of_one_expert_is_iso_c() -> None:
     deltas = task_vectors(1, (16, 24))
     assert relative_error(merged(deltas, "iso_cts"), oracles.iso_c(deltas)) < 1e-8
+
+
+def test_dc_merge_takes_of_an_adapter_no_more_directions_than_its_rank() -> None:
+    """Three experts of rank 2: cores of side 6, though the layer has room for 5 directions of each."""
+    deltas = low_rank(3, (16, 24), rank=2)
+    U, _, Vh = svd(deltas)
+    left = oracles.polar(torch.cat([u[:, :2] for u in U], 1))
+    right = oracles.polar(torch.cat([vh[:2].T for vh in Vh], 1))
+    cores = left.T @ deltas @ right
+    blocks = [oracles.elect(cores[:, i : i + 2, i : i + 2]) for i in (0, 2, 4)]
+    found = acemerge.merge_deltas(deltas, "dc_merge", top=1.0)
+    assert found.stats["rank"] == 6
+    assert relative_error(found.delta, left @ torch.block_diag(*blocks) @ right.T) < 1e-8
+
+
+def test_dc_merge_keeps_nothing_of_experts_that_are_opposite() -> None:
+    D = task_vectors(1, (16, 24))
+    assert merged(torch.cat([D, -D]), "dc_merge", top=1.0).abs().max() == 0
 
 
 # --- svc -----------------------------------------------------------------------------------------------------

@@ -50,6 +50,38 @@ MODULES = {
 }
 
 
+@pytest.mark.parametrize("rule", ["average", "ties"])  # the second must otherwise see full updates
+def test_adapters_are_compressed_first_where_that_is_asked(rule: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base)
+    modules = MODULES["llama"][:2]
+    experts = adapters_of(base, tmp_path, [*modules, modules[0]][:2])
+    report = {
+        when: acemerge.merge(base, experts, rule, tmp_path / when, as_lora=2, compress=when)
+        for when in ("first", "last")
+    }
+    name = f"{modules[0]}.weight"
+    lost = {when: found.tensors[name]["share_lost"] for when, found in report.items()}
+    assert lost["first"] < 1e-6 < lost["last"]
+    assert report["first"].manifest["recipe"]["compress"] == "first"
+    for when in report:
+        verify(tmp_path / when)
+
+
+def test_what_cannot_be_compressed_first_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base)
+    experts = adapters_of(base, tmp_path, MODULES["llama"])
+    with pytest.raises(UsageError, match="compress: `first` goes with as_lora"):
+        acemerge.merge(base, experts, "average", tmp_path / "out", compress="first")
+    with pytest.raises(UsageError, match="slerp needs more than the updates"):
+        acemerge.merge(base, experts, "slerp", tmp_path / "out", as_lora=2, compress="first")
+    perturb(make_model("llama"), 1).save_pretrained(tmp_path / "full")
+    with pytest.raises(UsageError, match=r"not all experts have an adapter for tensor .*; use --compress last"):
+        acemerge.merge(base, [experts[0], tmp_path / "full"], "average", tmp_path / "out", as_lora=2, compress="first")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rule", ["ace", "tsv_m", "ties"])
 @pytest.mark.parametrize("family", MODULES)

@@ -51,11 +51,14 @@ def _inputs() -> dict[str, Tensor]:
 
 INPUTS = {name: D / D.flatten(1).norm(dim=1).amax() for name, D in _inputs().items()}
 # By default conjugate gradients end at 1e-2, one step sooner or later.
-_SOLVED = {name: {"steps": 200, "tol": 1e-12} for name in ("kron", "kron_auto")}
+_SOLVED = {name: {"steps": 200, "tol": 1e-12} for name in ("kron", "kron_auto", "kfac")}
+_SOLVED["cauchy"] = {"steps": 8, "stop": 1e-12}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, _SOLVED.get(name, {})) for name in RULES),
     ("ace", {"eps": 1e-2, "tau": -1.0}),
     ("iso_cts", {"common": 0.5}),
+    ("cauchy", {"over": {"name": "ace", "eps": 1e-2}, "side": "output", **_SOLVED["cauchy"]}),
+    ("dc_merge", {"top": 0.3, "smooth": "linear"}),
     ("svc", {"over": "tsv_m"}),
     ("svc", {"over": {"name": "ace", "eps": 1e-2}}),
     ("knots", {"over": {"name": "ace", "eps": 1e-2}}),

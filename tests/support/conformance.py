@@ -49,6 +49,7 @@ RULES = {
     "tsv_m": Traits(rotates=True, rank=True),
     "iso_c": Traits(rotates=True, rank=True),
     "iso_cts": Traits(rotates=True, rank=True),
+    "dc_merge": Traits(rotates=True, rank=True, params=(("top", 0.1),)),
     "svc": Traits(rotates=True, rank=True, params=(("over", "task_arithmetic"),)),
     "knots": Traits(rank=True),
     "core_space": Traits(rotates=True, rank=True),
@@ -60,10 +61,13 @@ RULES = {
     "kron_auto": Traits(rotates=True, params=tuple(EXACT["kron_auto"].items())),
     "actmat": Traits(returns=True, rotates=True, rank=True),
     "tact": Traits(returns=True, rotates=True, rank=True, params=(("keep", 1.0),)),
+    "cauchy": Traits(returns=True, rotates=True, rank=True, params=tuple(EXACT["cauchy"].items())),
     "wudi": Traits(scales=False),
     "swudi_a": Traits(rotates=True, rank=True),
     "regmean": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
     "regmean_pp": Traits(returns=True, rotates=True, drops=False, rank=True, params=(("a", 1.0),)),
+    "kfac": Traits(rotates=True, drops=False, params=tuple(EXACT["kfac"].items())),
+    "esm": Traits(rank=True),
     "fisher": Traits(returns=True, drops=False),
     "mergekit_linear": Traits(rotates=True),
     "mergekit_sum": Traits(params=(("trim", "largest"), ("density", 0.5), ("vote", True), ("normalize", True))),
@@ -90,7 +94,11 @@ def measurements(deltas: Tensor, name: str) -> dict[str, Tensor]:
     unit = D / D.flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, *[1] * (D.ndim - 1))
     if wanted == "gradients":
         return {"moments": unit.square() + 1 / D[0].numel()}
-    return {"moments": unit.mT @ unit + torch.eye(D.shape[-1], dtype=torch.float64) / D.shape[-1]}
+    moments = unit.mT @ unit + torch.eye(D.shape[-1], dtype=torch.float64) / D.shape[-1]
+    if wanted == "both sides":
+        of_outputs = unit @ unit.mT + torch.eye(D.shape[-2], dtype=torch.float64) / D.shape[-2]
+        moments = torch.cat([moments.flatten(1), of_outputs.flatten(1)], 1)
+    return {"moments": moments}
 
 
 def having(trait: str) -> list[str]:

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 # What makes a rule that iterates as exact as its oracle.
-EXACT = {"kron": {"steps": 1000, "tol": 1e-14, "keep": 1.0}, "kron_auto": {"steps": 1000, "tol": 1e-14}}
+EXACT = {
+    "kron": {"steps": 1000, "tol": 1e-14, "keep": 1.0},
+    "kron_auto": {"steps": 1000, "tol": 1e-14},
+    "kfac": {"steps": 1000, "tol": 1e-14},
+    "cauchy": {"steps": 5, "stop": 1e-14, "jitter": 0.0},
+}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -207,6 +212,32 @@ def iso_cts(deltas: Tensor, weights: Sequence[float] | None = None, common: floa
     return s.mean() * polar(U) @ polar(V).T
 
 
+def dc_merge(
+    deltas: Tensor, weights: Sequence[float] | None = None, top: float = 1e-3, smooth: str = "none"
+) -> Tensor:  # fmt: skip
+    D = weighted(deltas, weights)
+    T, k = len(D), max(1, min(D[0].shape) // len(D))
+    parts = [svd(d) for d in D]
+    P, Q = polar(torch.cat([u[:, :k] for u, _, _ in parts], 1)), polar(torch.cat([vh[:k].T for *_, vh in parts], 1))
+    cores = []
+    for u, s, vh in parts:
+        s = s[:k]
+        if smooth != "none":
+            steepest = 1.0 if smooth == "mean" else min(5.0, float(s[0] / s[-1]))
+            ramp = torch.linspace(steepest, 1.0, k, dtype=torch.float64)
+            s = s.sum() * ramp / ramp.sum()
+        core = P.T @ u[:, :k] @ s.diag() @ vh[:k] @ Q
+        cores.append(torch.where(largest(core, max(top, 1 / core.numel())), core, 0))
+    merged = torch.zeros_like(cores[0])
+    for i in range(T * k):
+        for j in range(T * k):
+            total = sum(core[i, j] for core in cores)
+            agreeing = [core[i, j] for core in cores if core[i, j] * total > 0]
+            if agreeing and i // k == j // k:
+                merged[i, j] = sum(agreeing) / len(agreeing)
+    return P @ merged @ Q.T
+
+
 def svc(M: Tensor, deltas: Tensor, weights: Sequence[float] | None = None, a: float | None = None) -> Tensor:
     """Calibrates another rule's M."""
     T = len(deltas)
@@ -236,6 +267,27 @@ def actmat(
     return sum(d @ g for d, g in zip(D, G, strict=True)) @ torch.linalg.pinv(total + ridge, hermitian=True)
 
 
+def cauchy(
+    deltas: Tensor, weights: Sequence[float] | None = None, tol: float = 0.3, jitter: float = 0.0, side: str = "input",
+    steps: int = 5,
+) -> Tensor:  # fmt: skip
+    """Over actmat, for so many steps."""
+    if side == "output":
+        return cauchy(deltas.mT, weights, tol, jitter, steps=steps).T
+    D, w = deltas.double(), factors(len(deltas), weights)
+    n = torch.stack([d.square().sum() for d in D])
+    unit = torch.stack([(d @ d.T).square().sum() for d in D]).div(n).mean()
+    a, M = torch.ones(len(D), dtype=torch.float64), D[0]
+    for _ in range(steps + 1):
+        G = [f * x * d.T @ d for f, x, d in zip(w, a, D, strict=True)]
+        ridge = jitter * sum(G).diag().mean() * torch.eye(D.shape[2], dtype=torch.float64)
+        right = sum(d @ g for d, g in zip(D, G, strict=True))
+        M = right @ torch.linalg.pinv(sum(G) + ridge, hermitian=True)
+        q = torch.stack([((M - d) @ d.T).square().sum() for d in D])
+        a = 1 / (q + tol * n * unit)
+    return M
+
+
 def regmean(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, a: float = 0.9) -> Tensor:
     """M = (sum_t D_t G_t) (sum_t G_t)^(-1), entries of G_t off the diagonal times a."""
     eye = torch.eye(deltas.shape[2], dtype=torch.float64)
@@ -244,6 +296,48 @@ def regmean(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = N
         for w, S in zip(factors(len(deltas), weights), moments.double(), strict=True)
     ]
     return sum(d @ g for d, g in zip(deltas.double(), G, strict=True)) @ torch.linalg.inv(sum(G))
+
+
+def kfac(
+    deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, lam: float = 0.01
+) -> Tensor:  # fmt: skip
+    """The dense system of the update as a vector; `moments` are those of the inputs, then of the outputs."""
+    D, w, (out, cols) = deltas.double(), factors(len(deltas), weights), deltas.shape[1:]
+    if len(D) == 1:
+        return D[0]
+    S, A = (
+        [m.view(n, n) / m.view(n, n).diag().mean() for m in part.double()]
+        for n, part in zip((cols, out), moments.split([cols**2, out**2], 1), strict=True)
+    )
+    L, R = (
+        sum(f * side for f, side in zip(w, each, strict=True)) / w.sum() ** 0.5
+        + 0.1 * w.sum() ** 0.5 * torch.eye(len(each[0]), dtype=torch.float64)
+        for each in (A, S)
+    )
+    H = sum(f * torch.kron(a, s) for f, a, s in zip(w, A, S, strict=True))
+    B = sum(f * a @ d @ s for f, a, d, s in zip(w, A, D, S, strict=True)).flatten()
+    X = torch.linalg.solve(H + lam * torch.kron(L, R), B)
+    return ((X @ B) / (X @ H @ X) * X).view_as(D[0])
+
+
+def esm(
+    deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, p: float = 0.15
+) -> Tensor:  # fmt: skip
+    """By the singular vectors of `Z_t D_t^T`, any Z_t with `Z_t^T Z_t` the moments."""
+    D = weighted(deltas, weights)
+    T, out = D.shape[:2]
+    k, norms, us, vs = max(1, out // T), [d.norm() for d in D], [], []
+    for d, G in zip(D, moments.double(), strict=True):
+        Z = torch.linalg.cholesky(G).T
+        _, s, E = torch.linalg.svd(Z @ d.T)
+        e = torch.nn.functional.pad(s.square(), (0, max(0, out - len(s))))[:k]
+        g = (e / e.mean()) ** p
+        g = g / g.mean()
+        us.append(E[:k].T * g)
+        vs.append(E[:k] @ d * d.norm() ** 2 * g[:, None])
+    U, V = torch.cat(us, 1), torch.cat(vs) / (sum(norms) / T) ** 2
+    V = V * (V.norm(dim=0) / V.norm(dim=0).mean()) ** 2
+    return 2 * torch.linalg.svdvals(U).mean() * torch.linalg.svdvals(V).mean() * polar(U) @ polar(V)
 
 
 def fisher(deltas: Tensor, moments: Tensor, weights: Sequence[float] | None = None, floor: float = 1e-6) -> Tensor:

@@ -15,6 +15,7 @@ from acemerge.errors import UsageError
 from acemerge.models.depth import split_layer
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model
+from acemerge.tasks.own_text import OwnText
 from acemerge.tasks.task_file import Task
 
 
@@ -24,7 +25,7 @@ def block_of(name: str) -> str:
     return name.rpartition(".")[0] if layer is None else f"{layer[0]}{layer[1]}"
 
 
-def block_order(model: Model, tasks: Sequence[Task], tensors: Mapping[str, TensorSpec]) -> list[str]:
+def block_order(model: Model, tasks: Sequence[Task | OwnText], tensors: Mapping[str, TensorSpec]) -> list[str]:
     """The blocks of these weights in the order in which the tasks' first examples enter them; the others are none."""
     order: dict[str, None] = {}
     for task in tasks:
@@ -42,7 +43,7 @@ def block_order(model: Model, tasks: Sequence[Task], tensors: Mapping[str, Tenso
 
 def block_moments(
     model: Model,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | OwnText],
     tensors: Mapping[str, TensorSpec],
     block: str,
     later: Sequence[str],

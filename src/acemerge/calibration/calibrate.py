@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from acemerge.calibration.blocks import block_moments, block_of, block_order
+from acemerge.calibration.both_sides import both_second_moments
 from acemerge.calibration.feed import about_data, labels_of
 from acemerge.calibration.gradients import squared_gradients
 from acemerge.calibration.moments import OnExamples, second_moments
@@ -26,6 +27,8 @@ from acemerge.planning.jobs import Job, Merge, Plan
 from acemerge.planning.pieces import pieces
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Model, open_model
+from acemerge.tasks.own_text import OwnText, write_text
+from acemerge.tasks.task_file import Task
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
 def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     files.make_folder(calibrating.folder)
     store = Store(calibrating.folder)
-    setting = replace(setting, measured=store)
-    for wanted in ("inputs", "gradients"):
+    setting, calibrating = replace(setting, measured=store), _with_text(store, calibrating)
+    for wanted in ("inputs", "gradients", "both sides"):
         tensors = _specs(calibrated_jobs(calibrating.plan, wanted))
         for i, expert in enumerate(calibrating.experts if tensors else ()):
             key = calibrating.key(f"{wanted} of {expert.label}")
@@ -89,12 +92,33 @@ def _calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     return setting
 
 
+def _with_text(store: Store, calibrating: Calibrating) -> Calibrating:
+    """The same; where experts are to be calibrated on text of their own, with that written. It is kept in float32, as
+    all is, which holds every token's number.
+    """
+    experts = []
+    for i, expert in enumerate(calibrating.experts):
+        (task, *more) = expert.tasks
+        if isinstance(task, OwnText) and not more:
+            key = calibrating.key(f"text of {expert.label}")
+            if not store.restore(key, "text", i):
+                told = calibrating.told(expert, ", writing")
+                store.write(key, "text", i, [(task.name, write_text(calibrating.model(expert), task, told))])
+            text = store.of("text", task.name, [i])
+            assert text is not None
+            expert = replace(expert, tasks=(replace(task, written=text[0].long()),))
+        experts.append(expert)
+    return replace(calibrating, experts=experts)
+
+
 def _measured(
     wanted: Calibration, expert: Assigned, tensors: Mapping[str, TensorSpec], calibrating: Calibrating
 ) -> Iterator[tuple[str, Tensor]]:
     model, told = calibrating.model(expert), calibrating.told(expert, "")
     if wanted == "gradients":
         yield from squared_gradients(model, expert.tasks, tensors, told)
+    elif wanted == "both sides":
+        yield from both_second_moments(model, expert.tasks, tensors, told)
     else:
         for name, moment in second_moments(model, expert.tasks, tensors, told):
             yield name, moment.mean
@@ -137,6 +161,12 @@ def _specs(jobs: Sequence[Job]) -> dict[str, TensorSpec]:
     return {job.name: job.spec for job in jobs}
 
 
+def _source(task: Task | OwnText) -> dict[str, str]:
+    if isinstance(task, OwnText):
+        return {"kind": task.name, "data": "written by the expert"}
+    return {"kind": task.kind, "data": task.data}
+
+
 def about_calibration(
     plan: Plan, experts: Sequence[Assigned], setting: Setting, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -148,7 +178,7 @@ def about_calibration(
     for i, expert in enumerate(experts):
         found = identity["calibration"][expert.label]
         tasks = {
-            task.name: {"kind": task.kind, "data": task.data, "labels": labels_of(task, labelled)} | found[task.name]
+            task.name: {**_source(task), "labels": labels_of(task, labelled)} | found[task.name]
             for task in expert.tasks
         }
         jobs = [(job, job.method.needs.calibration) for job in calibrated_jobs(plan)]

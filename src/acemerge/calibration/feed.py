@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn.functional import log_softmax
 
 from acemerge.errors import UsageError
-from acemerge.shapes import Float, Tensor
+from acemerge.shapes import Float, Int, Tensor
 from acemerge.tasks.data import read_columns
 from acemerge.tasks.examples import Examples, open_examples, open_text, source, text_of
 from acemerge.tasks.heads import find_heads
 from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import Model
+from acemerge.tasks.own_text import OwnText, open_writer
 from acemerge.tasks.perplexity import token_losses
 from acemerge.tasks.task_file import Classification, Images, Perplexity, Regression, Task, ZeroShot
 
@@ -28,7 +29,8 @@ from acemerge.tasks.task_file import Classification, Images, Perplexity, Regress
 class Feed:
     """`lengths` are those of the examples, `forward` runs some of one length, `log_likelihood` scores one.
 
-    What an example answers is the data's label, or where it has none drawn from the network's own answer.
+    What an example answers is the data's label, or where it has none drawn from the network's own answer; in
+    `drawn_log_likelihood` it is always drawn, of a text every token.
     """
 
     network: nn.Module
@@ -36,6 +38,7 @@ class Feed:
     batch_size: int
     forward: Callable[[Sequence[int]], Tensor]
     log_likelihood: Callable[[int], Float[Tensor, ""]]
+    drawn_log_likelihood: Callable[[int], Float[Tensor, ""]]
 
     def batches(self) -> Iterator[list[int]]:
         """The numbers of all examples: together those of one length, so that nothing is padded."""
@@ -47,12 +50,15 @@ class Feed:
                 yield rows[start : start + self.batch_size]
 
 
-def open_feed(model: Model, task: Task, labelled: bool) -> Feed:
+def open_feed(model: Model, task: Task | OwnText, labelled: bool) -> Feed:
     """The task's data for the expert that it belongs to; without `labelled` no label is read.
 
     UsageError, CheckpointError where they do not go together.
     """
-    feed = _of_text(model, task) if isinstance(task, Perplexity) else _of_examples(model, task, labelled)
+    if isinstance(task, OwnText):
+        feed = _of_windows(open_writer(model), task.windows, task)
+    else:
+        feed = _of_text(model, task) if isinstance(task, Perplexity) else _of_examples(model, task, labelled)
     eager = getattr(feed.network, "set_experts_implementation", None)
     if eager is not None and getattr(feed.network, "_can_set_experts_implementation", lambda: False)():
         eager("eager")  # expert by expert, so that each one's inputs are seen
@@ -61,9 +67,14 @@ def open_feed(model: Model, task: Task, labelled: bool) -> Feed:
 
 def _of_text(model: Model, task: Perplexity) -> Feed:
     network, tokens = open_text(model, task)
-    windows = [window.to(model.device) for window in tokens.split(task.context) if len(window) > 1]
+    windows = [window for window in tokens.split(task.context) if len(window) > 1]
     if not windows:
         raise UsageError(f"task {task.name}", "the text has fewer than two tokens", "name a longer text")
+    return _of_windows(network, windows, task)
+
+
+def _of_windows(network: Any, tokens: Sequence[Int[Tensor, " L"]], task: Perplexity | OwnText) -> Feed:
+    windows = [window.to(network.device) for window in tokens]
 
     def forward(rows: Sequence[int]) -> Tensor:
         logits: Tensor = network(input_ids=torch.stack([windows[i] for i in rows])).logits
@@ -72,8 +83,13 @@ def _of_text(model: Model, task: Perplexity) -> Feed:
     def log_likelihood(i: int) -> Tensor:
         return -token_losses(forward([i])[0], windows[i], 1).sum()
 
+    def drawn_log_likelihood(i: int) -> Tensor:
+        logs = log_softmax(forward([i])[0].float(), -1)
+        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=_chance(task, i)).to(logs.device)
+        return logs.gather(1, drawn).sum()
+
     lengths = [len(window) for window in windows]
-    return Feed(network, lengths, task.batch_size, forward, log_likelihood)
+    return Feed(network, lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
 def _of_examples(model: Model, task: Classification | Regression | Images | ZeroShot, labelled: bool) -> Feed:
@@ -87,17 +103,28 @@ def _of_examples(model: Model, task: Classification | Regression | Images | Zero
         return examples.scorer.logits({key: value.to(model.device) for key, value in examples.batch(rows).items()})
 
     def log_likelihood(i: int) -> Tensor:
-        scores = forward([i])[0]
-        return _log_likelihood(scores, i, examples, task)
+        label = None if examples.labels is None else examples.labels[i]
+        return _log_likelihood(forward([i])[0], i, examples, task, label)
 
-    return Feed(examples.scorer.network, examples.lengths, task.batch_size, forward, log_likelihood)
+    def drawn_log_likelihood(i: int) -> Tensor:
+        return _log_likelihood(forward([i])[0], i, examples, task, None)
+
+    network = examples.scorer.network
+    return Feed(network, examples.lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
-def _log_likelihood(scores: Float[Tensor, " K"], i: int, examples: Examples, task: Task) -> Float[Tensor, ""]:
-    """`log p(label | example)` up to a constant: of classes by their softmax, of numbers with variance one."""
-    label = None if examples.labels is None else examples.labels[i]
-    # An example's draw depends on the task and its number alone.
-    chance = torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
+def _chance(task: Task | OwnText, i: int) -> torch.Generator:
+    """An example's draw depends on the task and its number alone."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
+
+
+def _log_likelihood(
+    scores: Float[Tensor, " K"], i: int, examples: Examples, task: Task, label: Any
+) -> Float[Tensor, ""]:
+    """`log p(label | example)` up to a constant: of classes by their softmax, of numbers with variance one. Without a
+    label it is drawn.
+    """
+    chance = _chance(task, i)
     if isinstance(task, Regression):
         answer = scores[0]
         drawn = answer.item() + torch.randn((), generator=chance).item()
@@ -110,20 +137,22 @@ def _log_likelihood(scores: Float[Tensor, " K"], i: int, examples: Examples, tas
     return logs[int(label)]
 
 
-def labels_of(task: Task, labelled: bool) -> str:
+def labels_of(task: Task | OwnText, labelled: bool) -> str:
     """Where a task's labels are from, in words."""
     if not labelled:
         return "not read"
-    if isinstance(task, Perplexity):
+    if isinstance(task, Perplexity | OwnText):
         return "the text's own tokens"
     unlabelled = isinstance(task, Classification | Regression) and task.label is None
     return "drawn from the expert's own answers" if unlabelled else "given"
 
 
-def about_data(task: Task, labelled: bool) -> dict[str, Any]:
+def about_data(task: Task | OwnText, labelled: bool) -> dict[str, Any]:
     """The SHA-256 of all that is read of a task's data (texts, pixels and, where `labelled`, labels), and how much it
-    is: examples, or the characters of a text.
+    is: examples, or the characters of a text. Of text that is not yet written, what decides it.
     """
+    if isinstance(task, OwnText):
+        return task.about
     digest = hashlib.sha256()
     if isinstance(task, Images | ZeroShot):
         images = open_images(source(task), task.image, task.label, task.labels)

@@ -14,13 +14,14 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model
+from acemerge.tasks.own_text import OwnText
 from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Task
 
 
 def squared_gradients(
     model: Model,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | OwnText],
     tensors: Mapping[str, TensorSpec],
     on_examples: OnExamples = lambda *_: None,
 ) -> Iterator[tuple[str, Float[Tensor, "*shape"]]]:

@@ -83,6 +83,30 @@ def watching(network: nn.Module, parameters: set[str], see: See) -> Iterator[Non
         yield
 
 
+@contextlib.contextmanager
+def watching_gradients(network: nn.Module, parameters: set[str], see: See) -> Iterator[None]:
+    """While the block lasts, `see` is told, in a backward pass, of the gradients at the outputs of the linear and
+    Conv1D layers with these weights. No parameter needs a gradient.
+    """
+    with contextlib.ExitStack() as stack:
+        for path, module in network.named_modules():
+            weight = f"{path}.weight".lstrip(".")
+            if weight in parameters and _is_linear(module):
+                stack.callback(module.register_forward_hook(_gradient_hook(weight, see)).remove)
+        yield
+
+
+def _gradient_hook(weight: str, see: See) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        with torch.enable_grad():
+            # A sum, so that what follows may change it in place.
+            output = output + output.new_zeros(1, requires_grad=True)
+        output.register_hook(lambda gradient: see((weight, 0), gradient))
+        return output
+
+    return hook
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 

@@ -19,6 +19,7 @@ from acemerge.errors import CheckpointError, NumericalError, UsageError
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model, open_model
+from acemerge.tasks.own_text import OwnText
 from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Task
 
@@ -108,7 +109,7 @@ def reported() -> Iterator[None]:
 
 def second_moments(
     model: Model,
-    tasks: Sequence[Task],
+    tasks: Sequence[Task | OwnText],
     tensors: Mapping[str, TensorSpec],
     on_examples: OnExamples = lambda *_: None,
 ) -> Iterator[tuple[str, Moment]]:
@@ -175,6 +176,6 @@ def input_second_moments(
         for name, spec in opened.checkpoint.tensors.items()
         if len(spec.shape) in (2, 3) and (wanted is None or name in wanted)
     }
-    tasks = [task] if isinstance(task, Task) else list(task)
+    tasks: list[Task | OwnText] = [task] if isinstance(task, Task) else list(task)
     for name, moment in second_moments(opened, tasks, specs):
         yield name, moment.mean

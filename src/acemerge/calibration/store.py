@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from acemerge.methods import Calibration
 from acemerge.output.writer import PARTIAL, header_bytes, tensor_bytes, write_partial
 from acemerge.shapes import Tensor
 
+Kept = Calibration | Literal["text"]  # what was measured, and what experts wrote to be measured on
 _PART = 1 << 30
 _MAX_INDEX = 64 << 20
 
@@ -28,9 +29,9 @@ class Store:
     """What was measured of each expert, by tensor. Only where values lie is kept in memory."""
 
     folder: Path
-    _found: dict[tuple[Calibration, int], dict[str, Checkpoint]] = field(default_factory=dict)
+    _found: dict[tuple[Kept, int], dict[str, Checkpoint]] = field(default_factory=dict)
 
-    def of(self, wanted: Calibration, tensor: str, experts: Sequence[int]) -> Tensor | None:
+    def of(self, wanted: Kept, tensor: str, experts: Sequence[int]) -> Tensor | None:
         """One measurement of a tensor for each of the experts, (T, ...) in float32; None if one of them lacks it."""
         places = [self._found.get((wanted, i), {}).get(tensor) for i in experts]
         there = [place for place in places if place is not None]
@@ -39,7 +40,7 @@ class Store:
     def has(self, wanted: Calibration | None, tensor: str, expert: int) -> bool:
         return wanted is not None and tensor in self._found.get((wanted, expert), {})
 
-    def restore(self, key: str, wanted: Calibration, expert: int) -> bool:
+    def restore(self, key: str, wanted: Kept, expert: int) -> bool:
         """Take what an interrupted run had measured under this key, if its files are as they were written."""
         index = self.folder / f"{key}.json"
         if files.kind(index) != "file":
@@ -55,7 +56,7 @@ class Store:
             return False
         return True
 
-    def write(self, key: str, wanted: Calibration, expert: int, values: Iterable[tuple[str, Tensor]]) -> None:
+    def write(self, key: str, wanted: Kept, expert: int, values: Iterable[tuple[str, Tensor]]) -> None:
         """Write the values as they come, in files of about a gigabyte, and then the index that makes them count."""
         sums: dict[str, Any] = {}
         part: dict[str, Tensor] = {}
@@ -69,7 +70,7 @@ class Store:
         self._finish(f"{key}.json", [json.dumps(sums).encode()])
         self._add(wanted, expert, [self.folder / file for file in sums])
 
-    def _add(self, wanted: Calibration, expert: int, paths: Iterable[Path]) -> None:
+    def _add(self, wanted: Kept, expert: int, paths: Iterable[Path]) -> None:
         found = self._found.setdefault((wanted, expert), {})
         for path in paths:
             checkpoint = open_file(path)

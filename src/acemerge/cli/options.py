@@ -73,7 +73,8 @@ class Options:
     ] = None
     seed: Annotated[int | None, option(RULE, "seed of the rules that use chance")] = None
     calibration: Annotated[
-        str | None, option(RULE, "tasks of the experts, for the rules that need data", metavar="TASKS.yaml")
+        str | None,
+        option(RULE, "tasks of the experts, for rules that need data; self: text they write", metavar="TASKS.yaml"),
     ] = None
     compute_dtype: Annotated[
         Literal["float32", "float64"] | None, option(RULE, "type of the arithmetic [default: float32]")
@@ -107,6 +108,10 @@ class Options:
     max_shard_size: Annotated[str | None, option(OUTPUT, "largest output file [default: 5GB]", metavar="SIZE")] = None
     as_lora: Annotated[
         int | None, option(OUTPUT, "write one LoRA adapter of this rank instead of a model", metavar="RANK")
+    ] = None
+    compress: Annotated[
+        Literal["first", "last"] | None,
+        option(OUTPUT, "with --as-lora: to its rank before adapters are merged, or after [default: last]"),
     ] = None
     push: Annotated[
         str | None,
@@ -204,6 +209,7 @@ WRITING = (
     "dtype",
     "max_shard_size",
     "as_lora",
+    "compress",
     "push",
     "report",
     "shard",

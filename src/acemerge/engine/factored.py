@@ -13,6 +13,7 @@ from acemerge.errors import CheckpointError
 from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import Layer, LowRankResult, Method, merge_low_rank
+from acemerge.methods.compressed import merge_compressed
 from acemerge.methods.stats import of_projections
 from acemerge.models.projections import Fused
 from acemerge.output.records import TensorRecord, about
@@ -48,7 +49,10 @@ def merge_factors_of(
     W0 = values.take((0, job.name)) if job.method.needs.base_energy else None
     if W0 is not None and job.transposed:
         W0 = W0.mT
-    if job.fused:
+    if job.compressed and job.factors:
+        rank = job.factors[0].shape[0]
+        merged = merge_compressed(job.method, seen, _on_base(layer, W0, job.compute_dtype), job.compute_dtype, rank)
+    elif job.fused:
         merged = _by_projection(job.method, job.fused, seen, layer, W0, job.compute_dtype)
     else:
         merged = merge_low_rank(job.method, seen, _on_base(layer, W0, job.compute_dtype), job.compute_dtype)

@@ -31,6 +31,7 @@ class MergeOptions(TypedDict, total=False):
     seed: int
     assets: str
     as_lora: int | None
+    compress: Literal["first", "last"]
     calibration: str | Path | None
     chat_template: str | None
     slices: Sequence[Mapping[str, Any]]

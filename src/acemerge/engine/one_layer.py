@@ -100,9 +100,10 @@ def merge_factors(
     """Merge task vectors of low rank, `D_t = U_t V_t`, given as pairs `(U_t, V_t)` of (out, r_t) and (r_t, in).
 
     For LoRA U_t is `scaling * B` and V_t is `A`. The result is that of `merge_deltas` on the products; average,
-    task_arithmetic, ace, ace_auto, anchored, kron, kron_auto, actmat, swudi_a, knots, core_space and the spectral rules
-    do not form them where the ranks together are fewer than a side of the layer. For the others they are formed, and
-    `stats.statuses` says so. Rules that merge weights merge the task vectors; `base` is for kron_auto and trust.
+    task_arithmetic, ace, ace_auto, anchored, kron, kron_auto, actmat, cauchy, swudi_a, knots, core_space and the
+    spectral rules do not form them where the ranks together are fewer than a side of the layer. For the others they are
+    formed, and `stats.statuses` says so. Rules that merge weights merge the task vectors; `base` is for kron_auto and
+    trust.
 
     Where two or more experts share the row space of V_t, as with a frozen A, the input side says nothing of the tasks:
     ace, actmat and the like then merge the transposes, and `stats.shared_input_side` is True.
@@ -185,8 +186,13 @@ def _check_moments(rule: Method, deltas: Tensor, moments: Tensor | None) -> None
     if wanted is None:
         raise UsageError("moments", f"{rule.name} does not use them", "leave them out")
     side = deltas.shape[-1]
-    shape = deltas.shape if wanted == "gradients" else (len(deltas), side, side)
-    what = "squared gradients" if wanted == "gradients" else "second moments of the layer's inputs"
+    shape: tuple[int, ...] = (len(deltas), side, side)
+    what = "second moments of the layer's inputs"
+    if wanted == "gradients":
+        shape, what = tuple(deltas.shape), "squared gradients"
+    elif wanted == "both sides":
+        shape = (len(deltas), side**2 + deltas.shape[-2] ** 2)
+        what = "second moments of the layer's inputs and of the gradients at its outputs"
     if moments is None:
         cure = "give them as `moments`, or merge folders with `calibration`"
         raise UsageError(f"method {rule.name}", f"needs {what} of each expert", cure)

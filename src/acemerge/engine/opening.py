@@ -207,7 +207,7 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         () if plan.is_adapter else lost_assets(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
     )
     notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
-    calibration, unused = assign(plan)
+    calibration, unused = assign(plan, base.config)
     plan = replace(
         plan,
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),

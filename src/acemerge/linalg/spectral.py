@@ -15,7 +15,7 @@ from acemerge.shapes import Float, Tensor
 _GRAM_RANGE = 1e-3
 # Unit vectors of several matrices side by side inherit the noise of a direction over its size. Angles below this are
 # none: the vectors share a direction.
-_SHARED = 2.0**-16
+SHARED = 2.0**-16
 # A solve magnifies what noise leaves of a null direction by its condition.
 _NULL_SOLVED = 2.0**-13
 
@@ -126,7 +126,7 @@ def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     if len(G) == 0:
         return G.double()
     values, vectors = torch.linalg.eigh(G.double())
-    kept = values > values[-1].clamp_min(0) * _SHARED**2
+    kept = values > values[-1].clamp_min(0) * SHARED**2
     V = vectors[:, kept]
     root: Tensor = (V / values[kept].sqrt()) @ V.T
     return root

@@ -18,10 +18,14 @@ from acemerge.methods.base import (
     expert_seeds,
 )
 from acemerge.methods.calibrated import Fisher, RegMean, RegMeanPp
+from acemerge.methods.cauchy import Cauchy
 from acemerge.methods.common_bases import CoreSpace, Knots
+from acemerge.methods.dc_merge import DcMerge
 from acemerge.methods.elementwise import Average, TaskArithmetic
+from acemerge.methods.esm import Esm
 from acemerge.methods.factors import LowRankResult, keeps_low_rank, merge_low_rank
 from acemerge.methods.fusion import ArceeFusion
+from acemerge.methods.kfac import Kfac
 from acemerge.methods.kron import Kron
 from acemerge.methods.kron_auto import KronAuto
 from acemerge.methods.masks import Consensus, Emr
@@ -91,6 +95,7 @@ for _rule in (
     TsvM,
     IsoC,
     IsoCts,
+    DcMerge,
     Svc,
     Knots,
     CoreSpace,
@@ -101,10 +106,13 @@ for _rule in (
     KronAuto,
     Actmat,
     Tact,
+    Cauchy,
     Wudi,
     SwudiA,
     RegMean,
     RegMeanPp,
+    Kfac,
+    Esm,
     Fisher,
     MergekitLinear,
     MergekitSum,

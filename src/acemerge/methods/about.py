@@ -21,6 +21,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "kron": "weighted by inputs and outputs",
         "actmat": "ACTMat: each update's own second moment as its task's",
         "tact": "TACT: as ACTMat, from the largest entries alone",
+        "cauchy": "a fit again and again, far experts counting less",
         "wudi": "WUDI: gradient descent on the interference",
         "swudi_a": "SWUDI-A: the minimiser of WUDI's loss",
     },
@@ -28,6 +29,7 @@ _LINES: Mapping[str, Mapping[str, str]] = {
         "tsv_m": "TSV-M: leading singular vectors, made orthogonal",
         "iso_c": "Iso-C: the sum, with all singular values equal",
         "iso_cts": "Iso-CTS: common directions, then each expert's own",
+        "dc_merge": "DC-Merge: directions of all in one space, then a vote",
         "cart": "CART: the mean, and low-rank parts beyond it",
         "svc": "another rule, its singular values calibrated",
     },
@@ -57,6 +59,8 @@ _LINES: Mapping[str, Mapping[str, str]] = {
     "With data, for each expert": {
         "regmean": "RegMean: outputs nearest to each expert's",
         "regmean_pp": "RegMean++: block by block, inputs as merged so far",
+        "kfac": "weighted by inputs and outputs, as measured",
+        "esm": "ESM: output directions that inputs move most",
         "fisher": "weights averaged by their Fisher information",
     },
     "As mergekit has them": {

@@ -20,7 +20,7 @@ from acemerge.methods.status import Status
 from acemerge.shapes import Bool, Float, Tensor
 
 Scale = Annotated[float, Field(allow_inf_nan=False, description="factor on the merged update")]
-Calibration = Literal["inputs", "merged inputs", "gradients"]
+Calibration = Literal["inputs", "merged inputs", "gradients", "both sides"]
 # What a result has. A rule that is not the library's own may give a plain mapping, which becomes that.
 if TYPE_CHECKING:
     Stats = LayerStats
@@ -136,7 +136,9 @@ class Needs:
 
     `calibration` is what it wants measured in `Layer.moments`: "inputs", the second moments `Z_t^T Z_t / N` (T, in, in)
     of the layer's inputs in the expert's network; "merged inputs", the same behind blocks that are merged already;
-    "gradients", the mean squares (T, *shape) of the gradients of single examples' log-likelihoods.
+    "gradients", the mean squares (T, *shape) of the gradients of single examples' log-likelihoods; "both sides", the
+    second moments (in, in) of the inputs and (out, out) of the gradients at the outputs, one after the other in a row
+    (T, in^2 + out^2).
     """
 
     matrix: bool = False

@@ -29,6 +29,11 @@ class Status(Enum):
         "averaged, for the calibration data never reached them",
         "calibrate with data that does",
     )
+    UNSEEN_SPECTRAL = (
+        "by tsv_m, not seen in calibration",
+        "merged by tsv_m, for the calibration data never reached them",
+        "calibrate with data that does",
+    )
 
     sentence: str
     cure: str

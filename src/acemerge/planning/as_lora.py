@@ -16,6 +16,7 @@ from acemerge.checkpoints.lora import PREFIX
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, LowRankResult
+from acemerge.methods.compressed import looks_at_updates_alone
 from acemerge.methods.factors import nearest_factors
 from acemerge.models.fused_experts import expert_number
 from acemerge.models.lora_targets import task_type
@@ -47,12 +48,25 @@ def as_adapter(plan: Plan, roles: Roles, rank: int) -> Plan:
     jobs = []
     for job in plan.merged:
         if modules[job.name]:
+            if plan.recipe.compress == "first":
+                job = replace(job, compressed=True)
+                _check_compressible(job)
             jobs.append(replace(job, factors=_specs(job, modules[job.name], rank, dtype), entrywise=False))
         else:
             layer = job.role.name in ("linear", "conv1d") and roles.from_architecture
             why = ", as PEFT puts no LoRA there" if layer else ""
             jobs.append(replace(job, factors=(), reason=f"{job.reason}; not in the adapter{why}"))
     return replace(plan, jobs=tuple(jobs))
+
+
+def _check_compressible(job: Merge) -> None:
+    """UsageError for a tensor whose experts have no factors, and for a rule that needs more than updates."""
+    cure = "use --compress last"
+    if not job.factored:
+        raise UsageError("--compress first", f"not all experts have an adapter for tensor {job.name!r}", cure)
+    if not looks_at_updates_alone(job.method.needs):
+        what = f"{job.rule} needs more than the updates, and they are turned here"
+        raise UsageError("--compress first", what, cure)
 
 
 def _module(job: Merge, roles: Roles) -> str:

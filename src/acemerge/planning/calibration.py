@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.methods import Calibration
+from acemerge.models.lora_targets import task_type
 from acemerge.models.quiet import need_transformers
 from acemerge.planning.jobs import ByRule, Plan
+from acemerge.recipes.recipe import SELF
 from acemerge.tasks.networks import MERGE_ALONE
+from acemerge.tasks.own_text import OwnText, own_text
 from acemerge.tasks.task_file import AnyTask, LmEval, Task, load_tasks
 
 
@@ -22,14 +26,15 @@ class Assigned:
 
     label: str
     model: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[Task | OwnText, ...]
 
 
-def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
+def assign(plan: Plan, config: Mapping[str, Any]) -> tuple[tuple[Assigned, ...], list[str]]:
     """The tasks of every expert where a rule of the plan wants them, and what is to be warned of.
 
-    A task is an expert's whose path its `expert:` is; without that, whose label its head has. UsageError where an
-    expert has none, or where the plan and calibration do not go together.
+    A task is an expert's whose path its `expert:` is; without that, whose label its head has. With `self` every expert
+    writes text. UsageError where an expert has no task, or where the plan or the architecture in `config` and
+    calibration do not go together.
     """
     recipe = plan.recipe
     if recipe.calibration is None:
@@ -37,10 +42,15 @@ def assign(plan: Plan) -> tuple[tuple[Assigned, ...], list[str]]:
     wanting = calibrated_jobs(plan)
     if not wanting:
         return (), ["calibration: no rule of this merge asks for it"]
+    named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
+    if recipe.calibration == SELF:
+        _check(plan, wanting)
+        _check_writer(config)
+        need_transformers()
+        return tuple(Assigned(label, model, (own_text(recipe.seed, label),)) for label, model in named), []
     tasks = [_with_examples(task) for task in load_tasks(Path(recipe.calibration), labelled=False).tasks]
     _check(plan, wanting)
     need_transformers()
-    named = [(label, expert.model) for label, expert in zip(plan.experts, recipe.experts, strict=True)]
     owners = [_owner(task, named) for task in tasks]
     for i, (label, model) in enumerate(named):
         if i not in owners:
@@ -81,6 +91,16 @@ def _check(plan: Plan, wanting: Sequence[ByRule]) -> None:
     if stored:
         what = f"tensor {stored[0]!r} is merged as it is stored, its inputs are the rows"
         raise UsageError("calibration", what, "use orientation input, and policy default")
+
+
+def _check_writer(config: Mapping[str, Any]) -> None:
+    """UsageError for what is no causal language model."""
+    if task_type(config) != "CAUSAL_LM":
+        found = config.get("architectures")
+        name = found[0] if isinstance(found, list) and found else "this model"
+        what = f"{name} cannot write the text that it is calibrated on"
+        cure = "only causal language models can; name tasks of the experts by --calibration TASKS.yaml"
+        raise UsageError(f"calibration {SELF}", what, cure)
 
 
 def _is_entrywise(job: ByRule) -> bool:

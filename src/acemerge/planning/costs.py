@@ -12,6 +12,8 @@ from acemerge.methods.elementwise import Average
 from acemerge.methods.spectral import SPECTRAL_WORK
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
+from acemerge.recipes.recipe import SELF
+from acemerge.tasks.own_text import TEXTS, TOKENS
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
 RESIDENT = 315_000_000
@@ -93,7 +95,8 @@ def _measured(job: ByRule, rows: int, columns: int, count: int) -> int:
         return 0
     if job.method.needs.calibration == "gradients":
         return count
-    return count // max(1, rows * columns) * columns**2
+    both = rows**2 if job.method.needs.calibration == "both sides" else 0
+    return count // max(1, rows * columns) * (columns**2 + both)
 
 
 def bytes_written(piece: Piece[Job]) -> int:
@@ -129,8 +132,21 @@ def _low_rank_operations(job: Merge, experts: int) -> int:
 
 
 def operations(plan: Plan) -> int:
-    """Floating-point operations of all rules."""
-    return sum(piece_operations(Piece(job), len(plan.experts)) for job in plan.jobs)
+    """Floating-point operations of all rules, and of text that experts write to be calibrated on."""
+    return sum(piece_operations(Piece(job), len(plan.experts)) for job in plan.jobs) + text_operations(plan)
+
+
+def text_operations(plan: Plan) -> int:
+    """Of writing and measuring the experts' own text, where it is as long as it may be; 0 without such."""
+    wanted = {job.method.needs.calibration for job in plan.ruled} - {None}
+    if plan.recipe.calibration != SELF or not wanted:
+        return 0
+    passes = 2 + 2 * bool(wanted & {"gradients", "both sides"})  # written, run again, and back
+    weights = sum(job.spec.count for job in plan.jobs if len(job.spec.shape) > 1)
+    measured = sum(
+        _measured(job, *job.matrices[1:], job.spec.count) for job in plan.ruled if job.method.needs.calibration
+    )
+    return len(plan.experts) * TEXTS * TOKENS * (2 * passes * weights + 2 * measured)
 
 
 def piece_operations(piece: Piece[Job], experts: int) -> int:

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from acemerge.planning.costs import piece_operations
+from acemerge.planning.costs import piece_operations, text_operations
 from acemerge.planning.jobs import Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
@@ -94,4 +94,5 @@ def plan_seconds(plan: Plan, rates: Rates) -> float:
     experts = len(plan.experts)
     computing = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs)
     looking = sum(job.spec.count for job in plan.ruled if job.method.needs.keep is not None)
+    computing += text_operations(plan) / rates.products
     return computing + 2 * experts * looking / rates.entries + plan.bytes_written / (rates.hashing * rates.threads)

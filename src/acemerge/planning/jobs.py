@@ -158,6 +158,7 @@ class Merge(_ByRule):
     fused: Fused | None = None
     joined: tuple[Merge, ...] = ()
     factors: tuple[TensorSpec, ...] | None = None
+    compressed: bool = False  # to the rank of the output, before the rule
 
     @cached_property
     def inputs(self) -> tuple[Input, ...]:
@@ -205,7 +206,7 @@ class Merge(_ByRule):
         """
         given = any(self.updates) and not any(self.sources) and not any(u and u.magnitude for u in self.updates)
         given = given and not self.absent and len(self.spec.shape) == 2
-        return given and (self.method.needs.input_side or self._low_rank_pays)
+        return given and (self.compressed or self.method.needs.input_side or self._low_rank_pays)
 
     @property
     def keeps_low_rank(self) -> bool:

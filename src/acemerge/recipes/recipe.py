@@ -24,6 +24,9 @@ ComputeDtype = Literal["float32", "float64"]
 PolicyName = Literal["default", "paper"]
 
 
+SELF = "self"  # in the place of calibration's task file: text that the experts write
+
+
 class Recipe(Strict):
     """Everything that decides the values of the merged model."""
 
@@ -44,6 +47,7 @@ class Recipe(Strict):
     seed: int = 0
     assets: str = "base"
     as_lora: Annotated[int, Field(ge=1)] | None = None
+    compress: Literal["first", "last"] = "last"
     calibration: str | None = None
     chat_template: str | None = None
     slices: tuple[SliceSpec, ...] = ()
@@ -60,7 +64,7 @@ class Recipe(Strict):
         built = (self.build_method(), *(rule.method.build() for rule in self.rules if rule.method))
         wanting = next((method.name for method in built if method.needs.calibration), None)
         if wanting is not None and self.calibration is None:
-            cure = "name tasks of the experts by --calibration TASKS.yaml, or `calibration:` in the recipe"
+            cure = "name tasks of the experts by --calibration TASKS.yaml, or self, or `calibration:` in the recipe"
             raise UsageError(f"method {wanting}", "needs calibration data", cure)
         return self
 
@@ -84,6 +88,12 @@ class Recipe(Strict):
     def _an_adapter_adds_no_tokens(self) -> Recipe:
         if self.as_lora is not None and self.vocabulary != "refuse":
             raise ValueError("as_lora: an adapter holds no vocabulary; leave `vocabulary` out, or write a full model")
+        return self
+
+    @model_validator(mode="after")
+    def _only_an_adapter_is_compressed(self) -> Recipe:
+        if self.compress == "first" and (self.as_lora is None or self.split_qkv):
+            raise ValueError("compress: `first` goes with as_lora, and not with split_qkv")
         return self
 
     @model_validator(mode="after")
@@ -179,7 +189,7 @@ def load_recipe(
         content["base"] = relative_to(path.parent, content["base"])
     if isinstance(content.get("experts"), list):
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
-    if isinstance(content.get("calibration"), str):  # never on the Hub
+    if isinstance(content.get("calibration"), str) and content["calibration"] != SELF:  # never on the Hub
         content["calibration"] = str(path.parent / expanded(content["calibration"]))
     rule = with_params(method or content.get("method", "auto"), params or {})
     content = {**content, "method": rule, **overrides}
