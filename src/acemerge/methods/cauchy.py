@@ -15,7 +15,7 @@ from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
 from acemerge.linalg.select import largest_entry
 from acemerge.methods.around import Over, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work
 from acemerge.methods.least_squares_rule import LeastSquaresRule, with_fit
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
