@@ -58,17 +58,16 @@ SIZES = {
 
 
 def overhead(arguments: argparse.Namespace) -> None:
+    sys.path.insert(0, str(ROOT))
     from attacks.ray_cluster import cluster_of
 
+    rules = arguments.rules.split(",")
+    wanted = [("nothing", "average", _tiny(arguments.models / "tiny"))]
+    wanted += [(arguments.layout, rule, [*write_all(arguments.models, arguments.layout).values()]) for rule in rules]
     print(f"| layout | rule | GB read | one process s | Ray s | Ray / one | load |\n|---|---|{'--:|' * 5}")
-    tiny = arguments.models / "tiny"
-    for name, folders in {
-        "nothing": dict(zip(("base", "expert-1"), _tiny(tiny), strict=True)),
-        arguments.layout: write_all(arguments.models, arguments.layout),
-    }.items():
-        for rule in ["average"] if name == "nothing" else arguments.rules.split(","):
-            with cluster_of(2) as cluster:
-                print(_row(name, rule, list(folders.values()), cluster.address, arguments), flush=True)
+    with cluster_of(2) as cluster:
+        for name, rule, folders in wanted:
+            print(_row(name, rule, folders, cluster.address, arguments), flush=True)
 
 
 def _row(name: str, rule: str, folders: Sequence[Path], address: str, arguments: argparse.Namespace) -> str:
@@ -94,7 +93,6 @@ def _row(name: str, rule: str, folders: Sequence[Path], address: str, arguments:
 
 
 def _tiny(folder: Path) -> list[Path]:
-    sys.path.insert(0, str(ROOT))
     from attacks.merging import make_models
 
     shutil.rmtree(folder, ignore_errors=True)
@@ -169,9 +167,9 @@ class Measured:
             deltas = 0.02 * torch.randn(EXPERTS, rows, columns, generator=torch.Generator().manual_seed(0))
             calls = []
             for _ in range(3):
-                started = time.perf_counter()
+                started = time.process_time()  # of one thread: not what others took of the machine
                 acemerge.merge_deltas(deltas, "ace")
-                calls.append(time.perf_counter() - started)
+                calls.append(time.process_time() - started)
             shape = (rows * SCALED, columns * SCALED)
             found[shape] = min(calls) / rule.operations(EXPERTS, rows, columns)
             print(f"{rows} x {columns}: {found[shape] * 1e12:.0f} s a TFLOP", file=sys.stderr)

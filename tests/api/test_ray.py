@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import acemerge
+import acemerge.output.identity
 from acemerge.engine.execute import Progress
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.verify import verify
@@ -165,7 +166,18 @@ def test_a_signal_leaves_what_goes_on(cluster: Any, long: Case, out: Path, numbe
     long.check_output(out)
 
 
-def test_a_node_that_differs_is_named_before_any_work(cluster: Any, tmp_path: Path, out: Path) -> None:
+def test_nodes_with_other_versions_are_named_before_any_work(
+    cluster: Any, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, known = Case(tmp_path, "average"), acemerge.output.identity.versions()
+    monkeypatch.setattr(acemerge.output.identity, "versions", lambda: {**known, "torch": "1.0"})
+    told = f"on node {node_address()} (", f'version torch is "{known["torch"]}" and not "1.0", on node '
+    refused(case, out, "its nodes do not go together", *told, ray=cluster.address)
+    assert not out.exists()
+
+
+@pytest.mark.torture  # the start of a node may take long
+def test_a_node_with_another_processor_is_named(cluster: Any, tmp_path: Path, out: Path) -> None:
     case = Case(tmp_path, "average")
     node = cluster.add_node(**NODE, env_vars={"MKL_CBWR": "COMPATIBLE"})
     try:
