@@ -52,10 +52,13 @@ def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 class Case:
     """One merge to be attacked, and what an untroubled run makes of it."""
 
-    def __init__(self, folder: Path, method: str, workers: int = 1, layers: int = 3, side: int = 8) -> None:
+    def __init__(
+        self, folder: Path, method: str, workers: int = 1, layers: int = 3, side: int = 8, shards: int | None = None
+    ) -> None:
         self.base, self.experts = make_models(folder / "inputs", layers, side)
         self.folder = folder
-        self.options: dict[str, Any] = {"method": method, "workers": workers, "max_shard_size": f"{6 * side * side}B"}
+        a_file = 4 * side * side * (layers + 1) // shards if shards else 6 * side * side  # or one matrix each
+        self.options: dict[str, Any] = {"method": method, "workers": workers, "max_shard_size": f"{a_file}B"}
         self.merge(folder / "reference")
         self.expected = content(folder / "reference")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import io
 import os
@@ -11,21 +9,18 @@ import signal
 import sys
 from typing import NoReturn
 
-# Of <malloc.h>.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_THRESHOLD = -3
-_M_ARENA_MAX = -8
-
 
 def main() -> None:
     # Threads that wait by spinning take the processors from each other: with anything else at work on the machine,
     # small layers become several times slower. Spinning for a moment only costs nothing on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "50000")
-    _keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _quit)  # an import may swallow an exception
     gc.set_threshold(100_000)  # libraries make many objects, and nearly all of them stay
     try:
+        from acemerge.checkpoints.machine import keep_freed_memory
+
+        keep_freed_memory()
         from acemerge.cli.app import main as run
         from acemerge.cli.app import terminated
     except Exception as failure:
@@ -38,17 +33,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     run()
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc use freed blocks of a few MB again. Giving them back and mapping new ones costs more than the work
-    that is done in them. All threads share one arena: in one of its own each would keep what it freed from the others,
-    and on a busy machine, where threads take turns, that came to several times the bound on memory.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another system's C library has no such knobs
-        mallopt = ctypes.CDLL(None).mallopt
-        for knob, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 1)):
-            mallopt(knob, value)
 
 
 def _explain(failure: Exception) -> None:

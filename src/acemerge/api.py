@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,12 @@ from acemerge.engine.execute import (
     walker,
     write_weights,
 )
+from acemerge.engine.executor import Executor, Here
+from acemerge.engine.in_parts import compute_parts, machines_of, parts_to_do, put_together
 from acemerge.engine.merge_options import MergeOptions
-from acemerge.engine.opening import Opened, RunOptions, make_options, open_recipe
-from acemerge.engine.parts import compute_part, gather
+from acemerge.engine.on_ray import on_ray
+from acemerge.engine.opening import Opened, RunOptions, identity_of, make_options, open_recipe
+from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
@@ -39,11 +43,12 @@ from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
 from acemerge.output.folder import MANIFEST, OutputFolder, output_folder
-from acemerge.output.identity import difference, digest, identity, whole_files, with_same_bytes
+from acemerge.output.identity import difference, digest, whole_files, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done, read_journal
 from acemerge.output.length import length_of, length_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
+from acemerge.output.parts import holds_parts
 from acemerge.output.records import records_of
 from acemerge.output.shares import energies_of, total_energies
 from acemerge.output.upload import upload
@@ -87,7 +92,8 @@ def merge(
         method: a rule's name, a table with `name` and its parameters, or an instance of a rule.
         options: those of `MergeOptions`, and parameters of the rule (`eps=1e-4`): fields of the recipe (`scale`,
             `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`, `overwrite`, `resume`, `max_shard_size`,
-            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`, `shard`, `finish`),
+            `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`, `shard`, `finish`,
+            `ray`),
             `weights` for the experts, and `on_progress`, a function that is told how far the merge is, by a
             `Progress`.
 
@@ -116,7 +122,7 @@ def _nobody(_: Progress) -> None:
 
 def run_recipe(recipe: Recipe, out: Path | None, options: RunOptions, on_progress: OnProgress = _nobody) -> MergeReport:
     """Plan and execute a recipe; without `out` compute everything and write nothing."""
-    if out is None and (options.push is not None or options.in_parts):
+    if out is None and (options.push is not None or options.asked_for_parts is not None):
         name, what = ("push", "to upload") if options.push is not None else ("shard", "for parts to write to")
         raise UsageError(name, f"there is no output {what}", "name the output folder with `out`")
     with shortages():
@@ -141,7 +147,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         check_libraries()
     if not options.force:
         check_related(plan, opened.base, opened.experts)
-    about = identity(plan.recipe, opened.models, opened.origins, opened.max_shard, options.device)
+    about = identity_of(opened, options.device if options.ray is None else "cpu")
     about |= {"calibration": data_of(plan, opened.calibration)} if opened.calibration else {}
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
@@ -150,25 +156,63 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         return MergeReport(None, manifest | _with_surprises(manifest))
     if opened.part is not None:
         return _part(opened, out, about, options, on_progress)
+    if options.ray is not None or (options.resume and not options.finish and holds_parts(out)):
+        return _in_parts(opened, out, about, options, on_progress)
     with output_folder(out, options.overwrite, options.resume, options.finish) as output:
         done = Done(about)
         if options.resume and not options.finish:
             if _is_finished(out, about, options.overwrite):
-                output.discard()
-                log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
-                return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
+                return _was_complete(output, options, on_progress)
             done = read_journal(out, opened.layout.files) or done
             models = list(zip(opened.origins, opened.models, strict=True))
             before = with_same_bytes(done.identity, about, models, done.read)
             _check_same_run(out, before, about)
             done = replace(done, identity=about)
         if options.finish:
-            manifest = _put_together(opened, output, about)
+            manifest = put_together(opened, output, about)
         else:
             manifest = _write(opened, output, done, options, on_progress) | {"run": digest(about)}
-        manifest |= {"seconds": _since(started), **_with_surprises(manifest)}
-        output.publish(to_bytes(manifest))
-        return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
+        return _published(output, manifest, started, options, on_progress)
+
+
+def _in_parts(
+    opened: Opened, out: Path, about: Mapping[str, Any], options: RunOptions, on_progress: OnProgress
+) -> MergeReport:
+    """Have an executor compute all parts that are not done, and put them together."""
+    started = time.perf_counter()
+    with _executor(opened, out, about, options) as executor:
+        with output_folder(out, options.overwrite, options.resume, options.resume) as output:
+            about = machines_of(executor, output, about)
+            if options.resume and _is_finished(out, about, options.overwrite):
+                return _was_complete(output, options, on_progress)
+            parts = parts_to_do(opened, output, about, options.resume, executor.slots)
+        compute_parts(opened, out, parts, executor, options, on_progress)
+    with output_folder(out, options.overwrite, in_parts=True) as output:
+        return _published(output, put_together(opened, output, about), started, options, on_progress)
+
+
+def _executor(
+    opened: Opened, out: Path, about: Mapping[str, Any], options: RunOptions
+) -> contextlib.AbstractContextManager[Executor]:
+    if options.ray is not None:
+        return on_ray(opened, out, options)
+    return contextlib.nullcontext(Here(opened, out, about, options))
+
+
+def _was_complete(output: OutputFolder, options: RunOptions, on_progress: OnProgress) -> MergeReport:
+    """The report of a run that was published before it was killed."""
+    out = output.path
+    output.discard()
+    log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
+    return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
+
+
+def _published(
+    output: OutputFolder, manifest: dict[str, Any], started: float, options: RunOptions, on_progress: OnProgress
+) -> MergeReport:
+    manifest |= {"seconds": _since(started), **_with_surprises(manifest)}
+    output.publish(to_bytes(manifest))
+    return _finished(output.path, manifest if options.push is None else verify(output.path), options, on_progress)
 
 
 def _dry_run(
@@ -276,17 +320,6 @@ def _part(
     manifest = build_manifest(opened.plan, found.records, unread, found.written, _since(started))
     log.info("part %s of %s is done", opened.part, out, extra=_fields("part", out=out, part=str(opened.part)))
     return MergeReport(out, manifest, was_complete=was_done, part=str(opened.part))
-
-
-def _put_together(opened: Opened, output: OutputFolder, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write what is beside the weights that all parts have computed, and return the manifest."""
-    origins, found = origins_of(opened), gather(opened, output, about)
-    with opened.pipeline(1, hashing=False) as (_, readers):
-        write_beside(opened, found.records, readers, origins, output)
-    for checkpoint in opened.models:
-        check_unchanged(checkpoint, {})
-    manifest = build_manifest(opened.plan, found.records, inputs_of(opened, found.inputs), output.written, 0.0)
-    return manifest | {"run": digest(found.identity)}
 
 
 def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

@@ -72,6 +72,10 @@ class WriteError(AcemergeError):
     exit_code = 5
 
 
+class LockedError(WriteError):
+    """Another run writes there."""
+
+
 _LONGEST = 200  # no name is longer, and looking for what is like a megabyte takes minutes
 
 

@@ -17,6 +17,7 @@ import torch
 import acemerge.engine.execute
 import acemerge.output.identity
 from acemerge.checkpoints import files
+from acemerge.engine.execute import Progress
 from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
 from acemerge.output.verify import verify
 from acemerge.planning.parts import Part, parse_part, spread
@@ -115,6 +116,26 @@ def test_a_killed_part_goes_on(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
     case.merge(out, shard="1/2")
     case.merge(out, finish=True)
     case.check_output(out)
+
+
+@pytest.mark.parametrize("numbers", [(2,), (1, 2, 3)])
+def test_one_process_goes_on_with_parts_and_finishes_them(
+    tmp_path: Path, numbers: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds that a part has found are not looked for again."""
+    case, told = Case(tmp_path, "ties"), list[Progress]()
+    out = in_parts(case, tmp_path / "out", *numbers)
+    monkeypatch.setattr(acemerge.engine.execute, "with_thresholds", None)
+    report = case.merge(out, resume=True, on_progress=told.append)
+    case.check_output(out)
+    assert run_of(out) == run_of(tmp_path / "reference")
+    assert (report.part, told[-1].done, told[-1].share) == (None, told[-1].total, pytest.approx(1))
+    assert case.merge(out, resume=True).was_complete
+
+
+def test_one_process_does_not_go_on_with_parts_of_another_run(case: Case) -> None:
+    out = in_parts(case, case.folder / "out", 1, 3)
+    refused(case, out, "in part 1/3 recipe scale is", "in part 3/3 recipe scale is", scale=0.5, resume=True)
 
 
 def test_parts_replace_an_earlier_output_when_all_are_done(case: Case) -> None:
@@ -319,7 +340,7 @@ def test_two_of_one_part_and_a_finish_before_its_time_are_locked_out(case: Case,
 
 
 def test_parts_and_a_run_of_one_process_keep_apart(case: Case, out: Path) -> None:
-    refused(case, out, "holds parts of an unfinished merge", "--finish", resume=True)
+    refused(case, out, "holds parts of an unfinished merge", "--resume", "--finish")
     case.merge(out, overwrite=True)
     case.check_output(out)
     other = case.folder / "other"

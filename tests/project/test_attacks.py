@@ -61,7 +61,16 @@ def _name(module: ModuleType) -> str:
     return module.__name__.removeprefix("attacks.")
 
 
-@pytest.mark.parametrize("module", attacks.modules(), ids=_name)
+def _every_attack() -> list[Any]:
+    """That on a Ray cluster takes half a minute a case, and tests/api/test_ray.py has its faults."""
+    slow = {"ray_faults": pytest.mark.torture}
+    return [
+        pytest.param(module, id=_name(module), marks=[slow[_name(module)]] if _name(module) in slow else [])
+        for module in attacks.modules()
+    ]
+
+
+@pytest.mark.parametrize("module", _every_attack())
 def test_an_attack_breaks_nothing(module: ModuleType, tmp_path: Path) -> None:
     count = min(COUNTS.get(_name(module), FEW), module.FULL)
     tally = module.attack(tmp_path, count, 0)

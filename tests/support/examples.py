@@ -130,6 +130,9 @@ def _text(block: Block, module: types.ModuleType, printed: str) -> str:
 
 def _yaml(block: Block, module: types.ModuleType, printed: str) -> str:
     content = yaml.safe_load(block.text)
+    if content.get("kind") == "RayJob":
+        _acemerge(shlex.split(content["spec"]["entrypoint"]), False)
+        return ""
     if "apiVersion" in content:
         for container in content["spec"]["template"]["spec"]["containers"]:
             _acemerge(shlex.split(container["command"][-1]), False)
@@ -218,6 +221,14 @@ def _interpreter(words: list[str], run: bool) -> None:
             runpy.run_path(str(script), run_name="__main__")
 
 
+def _ray(words: list[str], run: bool) -> None:
+    """It starts what stays: parsed, by Ray's own parser."""
+    from ray.scripts.scripts import cli
+
+    name, command, rest = cli.resolve_command(cli.make_context("ray", words[1:]), words[1:])
+    command.make_context(name, rest)
+
+
 def _script(words: list[str], run: bool) -> None:
     """It installs other tools: is it there, and is it a script?"""
     subprocess.run(["bash", "-n", ROOT / words[0]], check=True, capture_output=True)
@@ -227,6 +238,7 @@ PROGRAMS: dict[str, Callable[[list[str], bool], None]] = {
     "acemerge": _acemerge,
     "make": _make,
     "pip": _pip,
+    "ray": _ray,
     "python": _interpreter,
     ".venv/bin/python": _interpreter,
     "benchmarks/setup_peers.sh": _script,

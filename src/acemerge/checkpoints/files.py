@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError, shortage_of
+from acemerge.errors import AcemergeError, CheckpointError, LockedError, UsageError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
@@ -319,7 +319,7 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
                 break
         except BlockingIOError:
             close(descriptor)
-            raise WriteError(
+            raise LockedError(
                 path.parent, "another run is writing here", "wait for it or choose another folder"
             ) from None
         except OSError as failure:

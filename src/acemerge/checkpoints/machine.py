@@ -1,12 +1,31 @@
-"""What the system says of this machine and of the process's limits, as far as it says anything."""
+"""What the system says of this machine and of the process's limits, as far as it says anything; and what it is told of
+the process's memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 
 from acemerge.checkpoints.files import close
+
+# Of <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+
+def keep_freed_memory() -> None:
+    """Have glibc use freed blocks of a few MB again. Giving them back and mapping new ones costs more than the work
+    that is done in them. All threads share one arena: in one of its own each would keep what it freed from the others,
+    and on a busy machine, where threads take turns, that came to several times the bound on memory.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another system's C library has no such knobs
+        mallopt = ctypes.CDLL(None).mallopt
+        for knob, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 1)):
+            mallopt(knob, value)
 
 
 def stays_cached(nbytes: int) -> bool:

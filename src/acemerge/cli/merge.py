@@ -45,7 +45,7 @@ def merge(asked: Options) -> None:
     opened = open_recipe(asked.asked_recipe(), out, options)  # downloads have a bar of their own
     foretold = not asked.silent and not asked.finish  # what takes long is done then
     if foretold:
-        before(stderr(), opened, out, asked.resume)
+        before(stderr(), opened, out, asked.resume, asked.ray)
     with progress(stderr(), asked.silent) as on_progress:
         report = api.run_opened(opened, out, options, on_progress)
     if asked.as_json:
@@ -56,7 +56,7 @@ def merge(asked: Options) -> None:
         after(stdout(), report, opened.plan.warnings if is_live(stderr()) and foretold else ())
 
 
-def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
+def before(console: Console, opened: Opened, out: Path, resumed: bool, cluster: str | None = None) -> None:
     """What goes where, and what to expect; on a terminal, while one may still stop it."""
     if not is_live(console):
         return
@@ -67,7 +67,6 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
     free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
-    seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
     reads = size(plan.bytes_read + opened.plan.bytes_reread)
     facts = [
         ("experts", ", ".join(plan.experts)),
@@ -79,8 +78,12 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
         facts.append(
             ("part", f"{opened.part}: {len(own.jobs)} of the tensors, to {', '.join(name for name, _ in own.own)}")
         )
-    facts.append(("memory", f"{size(most)} at most"))
-    facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it"))
+    facts.append(("memory", f"{size(most)} at most{', each task' if cluster else ''}"))
+    if cluster is None:  # whose machines are not known yet
+        seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
+        facts.append(
+            ("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it")
+        )
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")
     pairs(console, facts)

@@ -123,6 +123,12 @@ class Options:
         option(RUNNING, "compute part K of N of the output's files only, on this machine", metavar="K/N"),
     ] = None
     finish: Annotated[bool, option(RUNNING, "put together what --shard 1/N to N/N have computed", "--finish")] = False
+    ray: Annotated[
+        str | None,
+        option(
+            RUNNING, "compute all parts on a Ray cluster: HOST:PORT, auto (where one runs), local", metavar="ADDRESS"
+        ),
+    ] = None
     device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto", metavar="NAME")] = "cpu"
     workers: Annotated[int, option(RUNNING, "tensors computed at once")] = 1
     max_memory: Annotated[
@@ -214,6 +220,7 @@ WRITING = (
     "report",
     "shard",
     "finish",
+    "ray",
 )
 TELLING = ("as_json", "log_format", "quiet")
 MERGING = (*LOOKING, *CHOOSING, *WRITING, *TELLING)

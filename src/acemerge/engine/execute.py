@@ -113,13 +113,21 @@ class Layout:
     @cached_property
     def own(self) -> list[tuple[str, list[TensorSpec]]]:
         """Of the shards and the modules' files those that are written: all, or the part's by the work that they are."""
-        every = [*self.shards, *self.modules]
         if self.part is None:
-            return every
+            return self.every
+        numbers = self.spread_over(self.part.of)
+        return [entry for entry, number in zip(self.every, numbers, strict=True) if number == self.part.number]
+
+    @cached_property
+    def every(self) -> list[tuple[str, list[TensorSpec]]]:
+        """The shards and the modules' files of the whole, whatever the part."""
+        return [*self.shards, *self.modules]
+
+    def spread_over(self, parts: int) -> list[int]:
+        """For each of all files the number of the part that writes it."""
         experts, by_name = len(self.plan.experts), {job.name: job for job in self.plan.jobs}
-        work = [sum(piece_seconds(Piece(by_name[spec.name]), experts, COMMON) for spec in specs) for _, specs in every]
-        numbers = spread(work, self.part.of)
-        return [entry for entry, number in zip(every, numbers, strict=True) if number == self.part.number]
+        work = [sum(piece_seconds(Piece(by_name[s.name]), experts, COMMON) for s in specs) for _, specs in self.every]
+        return spread(work, parts)
 
     @cached_property
     def jobs(self) -> list[Job]:

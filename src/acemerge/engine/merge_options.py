@@ -51,4 +51,5 @@ class MergeOptions(TypedDict, total=False):
     report: bool
     shard: str | None
     finish: bool
+    ray: str | None
     on_progress: Callable[[Progress], None]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files, machine
@@ -33,6 +34,7 @@ from acemerge.models.submodels import as_part
 from acemerge.models.tied_heads import heads_apart
 from acemerge.models.vocabulary import Tokens
 from acemerge.output.folder import check_output
+from acemerge.output.identity import identity
 from acemerge.output.upload import check_push
 from acemerge.planning.as_lora import as_adapter
 from acemerge.planning.calibration import Assigned, assign
@@ -48,10 +50,19 @@ from acemerge.recipes.recipe import Recipe
 
 # What libraries take beside the threads and tensors when they are used first.
 _LIBRARIES = 64 << 20
+# HOST:PORT
+_ADDRESS = re.compile(r"[A-Za-z0-9.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}", re.ASCII)
 
 
 def _device_name(value: Any) -> Any:
     return str(value) if isinstance(value, torch.device) else value
+
+
+def _cluster(value: str | None) -> str | None:
+    """What Ray's driver may be told: its client, `ray://`, would run here without the cluster's file system."""
+    if value is not None and value not in ("auto", "local") and not _ADDRESS.fullmatch(value):
+        raise ValueError("is no cluster")
+    return value
 
 
 Bytes = Annotated[ByteSize, Field(ge=1, lt=1 << 62)]
@@ -75,16 +86,21 @@ class RunOptions:
     report: bool = False
     shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
     finish: bool = False
+    ray: Annotated[str | None, AfterValidator(_cluster)] = None
 
     @property
-    def in_parts(self) -> bool:
-        return self.shard is not None or self.finish
+    def asked_for_parts(self) -> str | None:
+        """The option that has the merge done in parts, and its value; None where none has."""
+        if self.shard is not None:
+            return f"--shard {self.shard}"
+        return "--finish" if self.finish else f"--ray {self.ray}" if self.ray is not None else None
 
 
 _WRONG = {
     "workers": ("is not a number of workers", "use 1 or more"),
     "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
     "shard": ("is no part of a merge", "write K/N with K from 1 to N, as 2/3"),
+    "ray": ("is no Ray cluster", "write HOST:PORT of its head, on a machine of the cluster; or auto, or local"),
     "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
 }
 
@@ -165,13 +181,18 @@ class Opened:
         return (self.base, *self.experts)
 
 
+def identity_of(opened: Opened, device: str) -> dict[str, Any]:
+    """What run this is, computed here on this device."""
+    return identity(opened.plan.recipe, opened.models, opened.origins, opened.max_shard, device)
+
+
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge; see the module."""
     _check_together(options)
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-        check_output(out, options.overwrite, options.resume, options.in_parts)
-    devices = find_devices(options.device)
+        check_output(out, options.overwrite, options.resume, options.shard is not None or options.finish)
+    devices = find_devices(options.device if options.ray is None else "cpu")
     if options.push is not None:
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
@@ -195,9 +216,9 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if recipe.as_lora is not None:
         plan = as_adapter(plan, roles, recipe.as_lora)
-    if options.in_parts:
+    if options.asked_for_parts is not None:
         whole = Layout(plan, options.max_shard_size)
-        check_parts(plan, options.shard, len(whole.shards) + len(whole.modules))
+        check_parts(plan, options.asked_for_parts, options.shard, len(whole.every))
     read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
     twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
     known = (
@@ -223,6 +244,12 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
 
 def _check_together(options: RunOptions) -> None:
     """UsageError where a part is asked for something that only all parts together have."""
+    if options.ray is not None and (options.shard is not None or options.finish):
+        what = f"does not go with --{'finish' if options.finish else 'shard'}"
+        raise UsageError(f"--ray {options.ray}", what, "give it alone: it computes all parts and puts them together")
+    if options.ray is not None and options.device not in ("cpu", "cuda", "auto"):
+        what = "cannot be chosen where Ray gives each task a device of its own"
+        raise UsageError(f"--device {options.device}", what, "use cpu, cuda or auto")
     beside = {"finish": options.finish, "push": options.push is not None, "report": options.report}
     for name in (name for name, given in beside.items() if given and options.shard is not None):
         cure = "give it by itself" if name == "finish" else "give it with --finish"

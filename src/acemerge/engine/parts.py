@@ -19,14 +19,15 @@ from acemerge.engine.execute import (
     walker,
     write_weights,
 )
-from acemerge.engine.opening import Opened, RunOptions
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
+from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.folder import MANIFEST, OutputFolder
 from acemerge.output.identity import difference
 from acemerge.output.journal import Done, Journal, read_journal
-from acemerge.output.parts import all_parts, check_begun, part_output, put_together
+from acemerge.output.parts import all_parts, check_begun, found_by_others, part_output, put_together
 from acemerge.output.writer import PARTIAL, FileSum
 from acemerge.planning.parts import Part, spread
+from acemerge.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def compute_part(
             if changed:
                 cure = "undo the change, or start it again with --overwrite"
                 raise UsageError(out, f"cannot go on with part {part}: {changed}", cure)
-        if not options.overwrite:
+        if options.resume or not options.overwrite:
             check_begun(out, part, about)
+            done = _with_thresholds_of_others(out, part, done)
         was_done = len(done.steps) == len(layout.jobs) and "inputs" in done.findings
         output.begun = True
         journal = Journal(out / part.folder, done)
@@ -75,6 +77,19 @@ def compute_part(
             journal.close()
         written = {name: output.written[name] for name, _ in layout.own}
         return Found(records, written, inputs, about), was_done
+
+
+def _with_thresholds_of_others(out: Path, part: Part, done: Done) -> Done:
+    """The same with the thresholds, if another part has found them: they are those of the whole model."""
+    known = None if "thresholds" in done.findings else found_by_others(out, part, done.identity, "thresholds")
+    return done if known is None else replace(done, findings={**done.findings, "thresholds": known})
+
+
+def compute_alone(recipe: Recipe, out: Path, options: RunOptions, on_progress: OnProgress) -> None:
+    """Open everything and compute the part that the options name: all that a process of its own has to do."""
+    with shortages():
+        opened = open_recipe(recipe, out, options)
+        compute_part(opened, out, identity_of(opened, options.device), options, on_progress)
 
 
 def _hashes(opened: Opened, part: Part, done: Done) -> dict[Path, FileSum]:

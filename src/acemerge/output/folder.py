@@ -267,12 +267,12 @@ def check_contents(path: Path, overwrite: bool, resume: bool, in_parts: bool) ->
     """UsageError where a folder holds something that is not to be replaced, or an unfinished run of the other kind."""
     names = set(files.list_folder(path)) - {LOCK}
     if in_parts and JOURNAL in names:
-        cure = "continue it with --resume, or choose another folder"
+        cure = "continue it with --resume alone, or choose another folder"
         raise UsageError(path, "holds an unfinished merge that is not done in parts", cure)
     if SHARDS in names and MANIFEST not in names and not overwrite:
-        if in_parts:
+        if in_parts or resume:
             return
-        cure = "continue with --shard and --finish, or add --overwrite to start again"
+        cure = "continue with --resume, or with --shard and --finish, or add --overwrite to start again"
         raise UsageError(path, "holds parts of an unfinished merge", cure)
     if overwrite or not names or (resume and names & {JOURNAL, JOURNAL + PARTIAL, MANIFEST}):
         return

@@ -105,6 +105,14 @@ def read_identity(folder: Path) -> Mapping[str, Any] | None:
     return entries[0]["identity"] if entries else None
 
 
+def read_findings(folder: Path) -> Mapping[str, Any]:
+    """What the run found out beforehand whose journal is in `folder`."""
+    found: dict[str, Any] = {}
+    for entry in _journal(folder):
+        found |= entry.get("findings", {})
+    return found
+
+
 def _journal(folder: Path) -> list[dict[str, Any]]:
     path = folder / JOURNAL
     entries = _entries(files.read_small(path, _MAX_JOURNAL)) if files.kind(path) == "file" else []

@@ -25,7 +25,7 @@ from acemerge.output.folder import (
     remove_files,
 )
 from acemerge.output.identity import difference
-from acemerge.output.journal import read_identity
+from acemerge.output.journal import read_findings, read_identity
 from acemerge.output.writer import PARTIAL, header_bytes
 from acemerge.planning.parts import SHARDS, Part, part_of_folder
 
@@ -87,6 +87,29 @@ def _check_number(path: Path, parts: Iterable[Part]) -> None:
         raise UsageError(path, f"holds parts of other runs: some of {numbers[0]}, some of {numbers[1]}", cure)
 
 
+def begun_parts(path: Path, about: Mapping[str, Any]) -> int | None:
+    """Of how many parts the run is that is begun in `path`; None where none is. UsageError where it is not `about`."""
+    found = _begun(path)
+    _check_alike(path, found, about)
+    return next((part.of for part in found), None)
+
+
+def holds_parts(path: Path) -> bool:
+    """Whether parts have begun in `path`, of whatever run."""
+    folder = path / SHARDS
+    return files.kind(folder) == "folder" and any(map(part_of_folder, files.list_folder(folder)))
+
+
+def found_by_others(path: Path, part: Part, about: Mapping[str, Any], key: str) -> Any:
+    """What another part of the same run has noted under `key` before its first tensor; None where none has."""
+    for other, known in _begun(path).items():
+        if other != part and known == about:
+            found = read_findings(path / other.folder)
+            if key in found:
+                return found[key]
+    return None
+
+
 def check_begun(path: Path, part: Part, about: Mapping[str, Any]) -> None:
     """UsageError where parts that have begun are of another run than this one, which is `about` that."""
     found = _begun(path)
@@ -106,7 +129,7 @@ def all_parts(path: Path, about: Mapping[str, Any]) -> tuple[list[Part], Mapping
     every = [Part(first.of, number) for number in range(1, first.of + 1)]
     missing = [part for part in every if part not in found]
     if missing:
-        names = _listed([str(part) for part in missing])
+        names = listed([str(part) for part in missing])
         what = f"part {names} is missing" if len(missing) == 1 else f"parts {names} are missing"
         raise UsageError(path, what, f"run the merge with --shard {missing[0]}")
     run = {key: value for key, value in about.items() if key not in _OF_MACHINES}
@@ -120,10 +143,11 @@ def _check_alike(path: Path, found: Mapping[Part, Mapping[str, Any]], expected: 
     told = [f"in part {part} {what}" for part, what in others.items() if what]
     if told:
         cure = "undo the change, or run the parts that differ again with --overwrite"
-        raise UsageError(path, f"its parts are not all of this run: {_listed(told)}", cure)
+        raise UsageError(path, f"its parts are not all of this run: {listed(told)}", cure)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """As many of them as an error names."""
     return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
 
 

@@ -61,9 +61,11 @@ def spread(costs: Sequence[float], parts: int) -> list[int]:
     return given
 
 
-def check_parts(plan: Plan, part: Part | None, files: int) -> None:
-    """UsageError where the plan, which writes so many files of weights, cannot be done in parts, or not in so many."""
-    where = "--finish" if part is None else f"--shard {part}"
+def check_parts(plan: Plan, where: str, part: Part | None, files: int) -> None:
+    """UsageError where the plan, which writes so many files of weights, cannot be done in parts, or not in so many.
+
+    `where` is the option that wants it to be.
+    """
     if plan.is_adapter:
         raise UsageError(where, "an adapter (--as-lora) is one file", f"leave out {where.split()[0]}")
     measured = sorted({job.rule for job in plan.ruled if job.method.needs.calibration is not None})
