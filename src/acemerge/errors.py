@@ -9,6 +9,14 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar
 
+# What pathlib makes of `s3://bucket/key`, wherever it stands in a message.
+_SQUEEZED = re.compile(r"(?<![\w/.+-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
+
+
+def addressed(text: object) -> str:
+    """A path, or words with paths in them, with addresses as people write them: `s3://bucket/key`."""
+    return _SQUEEZED.sub(r"\1://", str(text))
+
 
 class AcemergeError(Exception):
     """Base of every error that this library raises on purpose.
@@ -19,8 +27,8 @@ class AcemergeError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, where: object, what: str, cure: str) -> None:
-        self.where, self.what, self.cure = str(where), what, cure
-        super().__init__(f"{where}: {what}; {cure}")
+        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(cure)
+        super().__init__(f"{self.where}: {self.what}; {self.cure}")
 
     def __str__(self) -> str:
         # Input may hold control characters: a message never breaks its line nor drives the terminal.

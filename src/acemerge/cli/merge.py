@@ -13,6 +13,7 @@ from acemerge.cli.command import command
 from acemerge.cli.options import MERGING, Options, needed
 from acemerge.cli.text import adapter, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
 from acemerge.cli.verify import verified
+from acemerge.errors import addressed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
         "acemerge merge recipe.yaml --method auto -o ./merged --report",
     ),
+    to_stores=True,
     page="recipes.md",
 )
 def merge(asked: Options) -> None:
@@ -72,7 +74,7 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool) -> None:
     facts = [
         ("experts", ", ".join(plan.experts)),
         *_parameters(plan),
-        ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
+        ("reads", f"{reads}, writes {size(plan.bytes_written)}{'' if free is None else f'; {size(free)} are free'}"),
     ]
     if opened.part is not None:
         own = opened.layout
@@ -204,9 +206,9 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     from acemerge.output.loading import load_call
 
     assert report.out is not None
-    outputs, out = report.manifest["outputs"], shlex.quote(str(report.out))
+    outputs, out = report.manifest["outputs"], shlex.quote(addressed(report.out))
     config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
-    call = load_call(config, outputs, str(report.out), "stored" in report.manifest)
+    call = load_call(config, outputs, addressed(report.out), "stored" in report.manifest)
     page = report.out / REPORT
     return [
         ("load", f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"),
@@ -228,5 +230,5 @@ def pairs(console: Console, facts: Sequence[tuple[str, str]]) -> None:
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in facts:
-        grid.add_row(Text(label), Text(text))
+        grid.add_row(Text(label), Text(addressed(text)))
     console.print(grid)

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from acemerge.errors import addressed
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -73,7 +75,7 @@ def say(console: Console, text: str, wrap: bool = False) -> None:
     """Plain text: names from files are never read as markup. On a terminal a sentence may be broken between words,
     which paths and commands to copy must not be.
     """
-    console.print(text, highlight=False, markup=False, soft_wrap=not (wrap and console.is_terminal))
+    console.print(addressed(text), highlight=False, markup=False, soft_wrap=not (wrap and console.is_terminal))
 
 
 def print_json(value: Any) -> None:
@@ -93,8 +95,8 @@ def outcome(report: MergeReport) -> dict[str, Any]:
         {"layers": len(manifest["stored"]), "share_lost": manifest["share_lost"]} if "stored" in manifest else None
     )
     return {
-        "out": str(report.out),
-        "manifest": None if report.part else str(report.out / MANIFEST),
+        "out": addressed(report.out),
+        "manifest": None if report.part else addressed(report.out / MANIFEST),
         "part": report.part,
         "was_complete": report.was_complete,
         "experts": manifest["experts"],
@@ -104,7 +106,7 @@ def outcome(report: MergeReport) -> dict[str, Any]:
         "seconds": manifest["seconds"],
         "warnings": manifest["warnings"],
         "adapter": adapter,
-        "report": str(page) if files.kind(page) == "file" else None,
+        "report": addressed(page) if files.kind(page) == "file" else None,
         "pushed": report.pushed,
     }
 

@@ -49,4 +49,5 @@ class MergeOptions(TypedDict, total=False):
     report: bool
     shard: str | None
     finish: bool
+    stream: bool
     on_progress: Callable[[Progress], None]

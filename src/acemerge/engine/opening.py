@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, ByteSize, ConfigDict, Field, ValidationErr
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files, machine
+from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
@@ -75,6 +76,7 @@ class RunOptions:
     report: bool = False
     shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
     finish: bool = False
+    stream: bool = False
 
     @property
     def in_parts(self) -> bool:
@@ -173,9 +175,13 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         check_output(out, options.overwrite, options.resume, options.in_parts)
     devices = find_devices(options.device)
     if options.push is not None:
+        if out is not None and scheme_of(out):
+            raise UsageError(
+                "--push", "the output is in a store", "write to a folder to upload it, or leave --push out"
+            )
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
-    located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    located = [locate(model, options.allow_pickle, options.quiet, stream=options.stream) for model in named]
     if out is not None:
         check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
@@ -296,7 +302,7 @@ def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     target = files.resolve(files.output_path(out))
     there, inside = files.places(target), files.folders_within(target)
     for path in inputs:
-        source = files.resolve(Path(path))
+        source = files.resolve(parse(path) or Path(path))
         known = files.places(source)
         # By device and inode, which a bind mount has of what is mounted: around either, or anywhere in both.
         same = (target in there and there[target] in known.values()) or (
