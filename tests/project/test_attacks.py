@@ -46,7 +46,7 @@ from attacks.harness import Meter, Tally, check, clean, in_child
 # Cases in a test run; the others have a few.
 COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 20}
 COUNTS |= {"changes": 12, "kills": 36, "os_faults": 90, "races": 5, "same_bytes": 2, "bit_flips": 300, "interrupts": 4}
-COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9}
+COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9, "store_addresses": 40}
 FEW = 2
 
 
