@@ -92,7 +92,7 @@ def _wrong(scheme: str, rest: str) -> str:
     bucket, *parts = rest.split("/")
     if len(rest) > _LONGEST or not rest.isprintable() or "\\" in rest:
         return "it is too long, or has characters that no key has"
-    if scheme != HUB and "@" in bucket:
+    if "@" in bucket:
         return "it names a user, and credentials are taken from the environment alone"
     if set(rest) & {"?", "#", "%"}:
         return "it has a query, a fragment or an escape"
@@ -107,5 +107,5 @@ def without_user(text: str | Path) -> str:
     """The text without what may be a password."""
     scheme, slashes, rest = str(text).partition("//")
     host, slash, path = rest.partition("/")
-    shown = f"{scheme}{slashes}{host.rpartition('@')[2] if scheme != f'{HUB}:' else host}{slash}{path}"
+    shown = f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"
     return shown.partition("?")[0][:200]

@@ -201,6 +201,7 @@ def _layers(records: Records) -> list[str]:
 def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
+    from acemerge.checkpoints.address import scheme_of
     from acemerge.checkpoints.folder import CONFIG, read_config
     from acemerge.output.folder import CARD, REPORT
     from acemerge.output.loading import load_call
@@ -210,8 +211,11 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
     call = load_call(config, outputs, addressed(report.out), "stored" in report.manifest)
     page = report.out / REPORT
+    load = f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"
+    if scheme_of(report.out):  # transformers reads folders
+        load = f"acemerge convert {out} FOLDER, then as {report.out / CARD} says"
     return [
-        ("load", f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"),
+        ("load", load),
         ("score", f"acemerge evaluate {out} --tasks tasks.yaml"),
         ("look", f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"),
     ]
