@@ -21,6 +21,7 @@ import torch  # noqa: E402
 from builders import PlainModel  # noqa: E402
 from hub_server import FakeHub  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from stores import memory, s3, s3_server  # noqa: E402, F401
 
 settings.register_profile("test", max_examples=12, deadline=None, derandomize=True)
 settings.register_profile("torture", max_examples=100, deadline=None)
@@ -47,6 +48,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """An empty Hub and an empty cache. huggingface_hub reads its environment when it is imported: set it there."""
     from huggingface_hub import constants
 
+    from acemerge.checkpoints import objects
+
+    objects.forget_stores()
     server = FakeHub()
     settings = {
         "ENDPOINT": server.address,

@@ -38,17 +38,18 @@ from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
-from acemerge.errors import CheckpointError, UsageError, shortages
+from acemerge.errors import CheckpointError, UsageError, addressed, shortages
 from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.folder import MANIFEST, OutputFolder, output_folder
+from acemerge.output.folder import MANIFEST, Output, output_folder
 from acemerge.output.identity import difference, digest, whole_files, with_same_bytes
-from acemerge.output.journal import JOURNAL, Done, read_journal
+from acemerge.output.journal import JOURNAL, Done
 from acemerge.output.length import length_of, length_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.parts import holds_parts
+from acemerge.output.place import output_at
 from acemerge.output.records import records_of
 from acemerge.output.shares import energies_of, total_energies
 from acemerge.output.upload import upload
@@ -158,12 +159,12 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         return _part(opened, out, about, options, on_progress)
     if options.ray is not None or (options.resume and not options.finish and holds_parts(out)):
         return _in_parts(opened, out, about, options, on_progress)
-    with output_folder(out, options.overwrite, options.resume, options.finish) as output:
+    with output_at(out, options.overwrite, options.resume, options.finish) as output:
         done = Done(about)
         if options.resume and not options.finish:
             if _is_finished(out, about, options.overwrite):
                 return _was_complete(output, options, on_progress)
-            done = read_journal(out, opened.layout.files) or done
+            done = output.left(opened.layout.files) or done
             models = list(zip(opened.origins, opened.models, strict=True))
             before = with_same_bytes(done.identity, about, models, done.read)
             _check_same_run(out, before, about)
@@ -199,16 +200,16 @@ def _executor(
     return contextlib.nullcontext(Here(opened, out, about, options))
 
 
-def _was_complete(output: OutputFolder, options: RunOptions, on_progress: OnProgress) -> MergeReport:
+def _was_complete(output: Output, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of a run that was published before it was killed."""
     out = output.path
     output.discard()
-    log.info("%s was complete: verifying it", out, extra=_fields("complete", out=out))
+    log.info("%s was complete: verifying it", addressed(out), extra=_fields("complete", out=out))
     return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
 
 
 def _published(
-    output: OutputFolder, manifest: dict[str, Any], started: float, options: RunOptions, on_progress: OnProgress
+    output: Output, manifest: dict[str, Any], started: float, options: RunOptions, on_progress: OnProgress
 ) -> MergeReport:
     manifest |= {"seconds": _since(started), **_with_surprises(manifest)}
     output.publish(to_bytes(manifest))
@@ -236,7 +237,7 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     """The report of an output that is there and, where it is to be uploaded, was verified."""
     report = MergeReport(out, manifest)
     written = _fields("finished", out=out, bytes=report.bytes_written, seconds=manifest["seconds"])
-    log.info("%s is complete: %d tensors", out, len(report.tensors), extra=written)
+    log.info("%s is complete: %d tensors", addressed(out), len(report.tensors), extra=written)
     if options.report:
         write_report(out, on_progress=on_progress)
     if options.push is None:
@@ -263,7 +264,8 @@ def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fields(event: str, **fields: Any) -> dict[str, Any]:
     """What a logged event is, and its figures, for handlers that want more than words."""
-    return {"event": event, "fields": fields}
+    known = {key: addressed(value) if isinstance(value, Path) else value for key, value in fields.items()}
+    return {"event": event, "fields": known}
 
 
 def _logged(on_progress: OnProgress) -> OnProgress:
@@ -279,9 +281,7 @@ def _logged(on_progress: OnProgress) -> OnProgress:
     return told
 
 
-def _write(
-    opened: Opened, output: OutputFolder, done: Done, options: RunOptions, on_progress: OnProgress
-) -> dict[str, Any]:
+def _write(opened: Opened, output: Output, done: Done, options: RunOptions, on_progress: OnProgress) -> dict[str, Any]:
     """Write everything but the manifest, and return that."""
     plan, origins = opened.plan, origins_of(opened)
     check_heads(plan, opened.experts)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 _LONGEST_VALUE = 80
+# What pathlib makes of `s3://bucket/key`, wherever it stands in a message.
+_SQUEEZED = re.compile(r"(?<![\w/.+-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
 
 
 def printable(text: str) -> str:
@@ -26,6 +28,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
+def addressed(text: object) -> str:
+    """A path, or words with paths in them, with addresses as people write them: `s3://bucket/key`."""
+    return _SQUEEZED.sub(r"\1://", str(text))
+
+
 class AcemergeError(Exception):
     """Base of every error that this library raises on purpose.
 
@@ -35,8 +42,8 @@ class AcemergeError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, where: object, what: str, cure: str) -> None:
-        self.where, self.what, self.cure = str(where), what, cure
-        super().__init__(f"{where}: {what}; {cure}")
+        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(cure)
+        super().__init__(f"{self.where}: {self.what}; {self.cure}")
 
     def __str__(self) -> str:
         return printable(self.args[0])  # input may hold control characters

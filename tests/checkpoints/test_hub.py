@@ -96,7 +96,7 @@ def test_an_adapter_is_fetched_whole(plain: PlainModel, hub: FakeHub, capsys: py
     put(hub, plain)
     hub.repositories["org/lora"] = Repository()
     hub.repositories["org/lora"].commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "a.py": b""})
-    run(capsys, "plan", "--base", "org/lora", "--expert", plain.root / "e1")
+    run(capsys, "inspect", "--base", "org/lora", "--expert", plain.root / "e1")
     assert hub.fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
@@ -134,10 +134,10 @@ def test_a_model_in_a_folder_of_its_repository(
 def test_a_cached_commit_asks_nobody(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     put(hub, plain)
     words = ["--base", f"org/base@{hub.repositories['org/base'].refs['main']}", "--expert", plain.root / "e1"]
-    assert run(capsys, "plan", *words)[0] == 0
+    assert run(capsys, "inspect", *words)[0] == 0
     assert hub.fetched
     hub.asked.clear()
-    assert run(capsys, "plan", *words)[0] == 0
+    assert run(capsys, "inspect", *words)[0] == 0
     assert not [line for line in hub.asked if "org/base" in line]
 
 
@@ -182,7 +182,7 @@ def test_the_environment_is_huggingface_hubs_own(plain: PlainModel, hub: FakeHub
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, in a process of its own; a pipe gets no progress."""
     words = put(hub, plain)
     hub.repositories["org/base"].private = True
-    command = [sys.executable, "-m", "acemerge", "plan", *words]
+    command = [sys.executable, "-m", "acemerge", "inspect", *words]
     given = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
     for more in ({"HF_TOKEN": TOKEN}, {"HF_HUB_OFFLINE": "1"}):
         hub.asked.clear()
@@ -223,3 +223,43 @@ def test_python_takes_ids(plain: PlainModel, hub: FakeHub) -> None:
     assert report.manifest["experts"] == ["e1", "e2"]
     with pytest.raises(CheckpointError, match="no such model on the Hub"):
         acemerge.merge("org/base", ["org/nobody"])
+
+
+# --- by ranges ----------------------------------------------------------------------------------------------
+
+
+def test_a_plan_reads_headers_and_keeps_nothing(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    big = {f"layers.{i}.up.weight": torch.ones(1024, 1024) for i in range(2)}
+    files = contents(write_checkpoint(plain.root / "big", big)) | ASSETS | JUNK
+    for name in ("org/base", "org/e1"):
+        hub.repositories[name] = Repository()
+        hub.repositories[name].commit(files)
+    assert run(capsys, "plan", "--base", "org/base", "--expert", "hf://org/e1@main")[0] == 0
+    assert hub.by_range < 2 << 20 < len(files["model.safetensors"])
+    assert not [line for line in hub.asked if line.startswith("HEAD")]
+    assert not list(Path("cache").rglob("*.safetensors"))
+
+
+def test_a_merge_may_stream(plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the same bytes as from the cache, and the cache where it has the model."""
+    words = put(hub, plain)
+    assert run(capsys, "merge", *words, "-o", "streamed", "--stream", "--quiet") == (0, "", "")
+    assert not list(Path("cache").rglob("*.safetensors"))
+    assert run(capsys, "merge", *words, "-o", "cached", "--quiet") == (0, "", "")
+    hub.asked.clear()
+    assert run(capsys, "merge", *words, "-o", "again", "--stream", "--quiet") == (0, "", "")
+    assert hub.fetched == set()
+    streamed, *others = (verify(out) for out in ("streamed", "cached", "again"))
+    for other in others:
+        assert (other["inputs"], other["outputs"]) == (streamed["inputs"], streamed["outputs"])
+
+
+def test_a_stream_that_breaks_is_one_line(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acemerge.checkpoints.store.time.sleep", lambda seconds: None)
+    words = put(hub, plain)
+    hub.refuse["/resolve/"] = 503
+    failed(run(capsys, "plan", *words), 3, "hf://org/base@[0-9a-f]{40}/.*: the Hub answers 503; check the address")

@@ -48,6 +48,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.asked: list[str] = []
+        self.by_range = 0  # bytes of files that were sent in parts
         self.created: list[dict[str, Any]] = []
         self.commits: list[list[dict[str, Any]]] = []
         self.large: dict[str, bytes] = {}
@@ -181,7 +182,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._refused(404, "EntryNotFound")
             return
         etag = hashlib.sha256(held[name]).hexdigest()
-        self._answer(200, held[name], {"ETag": f'"{etag}"', "X-Repo-Commit": sha})
+        about = {"ETag": f'"{etag}"', "X-Repo-Commit": sha}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+        if asked is None:
+            self._answer(200, held[name], about)
+        else:
+            part = held[name][int(asked[1]) : int(asked[2]) + 1]
+            self.hub.by_range += len(part)
+            self._answer(206, part, about | {"Content-Range": f"bytes {asked[1]}-{asked[2]}/{len(held[name])}"})
 
     def create(self) -> None:
         asked = json.loads(self.body)

@@ -36,7 +36,7 @@ class Record:
     nbytes: int
 
 
-def read_records(descriptor: int, path: Path) -> Mapping[str, Record]:
+def read_records(descriptor: files.Handle, path: Path) -> Mapping[str, Record]:
     """The records of an archive by their names without the common first folder."""
     size = files.fingerprint(path)[0]
     if read_at(descriptor, 0, min(size, 4), path) != _LOCAL:
@@ -57,7 +57,7 @@ def read_records(descriptor: int, path: Path) -> Mapping[str, Record]:
     return records
 
 
-def read_at(descriptor: int, offset: int, count: int, path: Path) -> bytes:
+def read_at(descriptor: files.Handle, offset: int, count: int, path: Path) -> bytes:
     """`count` bytes from `offset`, all of them or an error."""
     block = bytearray(count)
     files.read_into(descriptor, [memoryview(block)], offset, path)
@@ -79,7 +79,7 @@ def _directory(window: _Window) -> tuple[list[zipfile.ZipInfo], int]:
 class _Window:
     """The file as zipfile asks for it: read by pread, and never more than a directory may have."""
 
-    def __init__(self, descriptor: int, size: int, path: Path) -> None:
+    def __init__(self, descriptor: files.Handle, size: int, path: Path) -> None:
         self.descriptor, self.size, self.path, self.position = descriptor, size, path, 0
 
     def seekable(self) -> bool:
@@ -124,7 +124,7 @@ def _checked_name(entry: zipfile.ZipInfo, path: Path) -> str:
     return name
 
 
-def _located(descriptor: int, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:
+def _located(descriptor: files.Handle, entry: zipfile.ZipInfo, size: int, path: Path) -> Record:
     """Where a record's bytes begin, by its own header, which must agree with the directory."""
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
     length = 30 + len(name)

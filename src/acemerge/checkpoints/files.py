@@ -1,6 +1,7 @@
 """The only operating-system calls of the library that touch files: what a test replaces to fail the k-th of them.
 
-Readers use pread, never a memory map: a mapped file that shrinks kills the process.
+Readers use pread, never a memory map: a mapped file that shrinks kills the process. What reads here also reads objects
+of stores, whose paths are addresses (`address`): the rest of the library does not know which of both it has.
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ import errno
 import fcntl
 import hashlib
 import os
-import re
 import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
+from acemerge.checkpoints import objects
+from acemerge.checkpoints.address import is_address, parse, scheme_of, without_user
+from acemerge.checkpoints.objects import Opened
+from acemerge.checkpoints.ranges import Run
 from acemerge.errors import AcemergeError, CheckpointError, LockedError, UsageError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
 _FORGOTTEN_AGAIN = 32 << 20
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# What tells that a file was written to: its size and times, or an object's size, ETag and version.
+Fingerprint = tuple[int, int | str, int | str]
+Handle = int | Opened  # of what is open for reading: a file's descriptor, or an object
 
 
 @contextlib.contextmanager
@@ -57,6 +63,8 @@ Kind = Literal["nothing", "file", "folder", "link", "other"]
 
 def kind(path: Path) -> Kind:
     """What is at `path`; a link is not followed."""
+    if scheme_of(path):
+        return objects.kind(path)
     with reading(path):
         try:
             mode = os.lstat(path).st_mode
@@ -73,7 +81,9 @@ def places(path: Path) -> dict[Path, tuple[int, int]]:
 
     By a bind mount, one folder has two paths: these tell.
     """
-    found = {}
+    found: dict[Path, tuple[int, int]] = {}
+    if scheme_of(path):
+        return found
     with reading(path):
         for place in (path, *path.parents):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -88,7 +98,7 @@ def folders_within(path: Path, most: int = 1000) -> set[tuple[int, int]]:
     No more than the first `most`.
     """
     found: set[tuple[int, int]] = set()
-    waiting = deque([path])
+    waiting = deque([] if scheme_of(path) else [path])
     while waiting and len(found) < most:
         folder = waiting.popleft()
         with contextlib.suppress(OSError, ValueError):
@@ -100,7 +110,9 @@ def folders_within(path: Path, most: int = 1000) -> set[tuple[int, int]]:
 
 
 def resolve(path: Path) -> Path:
-    """The absolute path with every link followed."""
+    """The absolute path with every link followed. In a store there are none."""
+    if scheme_of(path):
+        return path
     with reading(path):
         return path.resolve()
 
@@ -108,7 +120,19 @@ def resolve(path: Path) -> Path:
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def open_for_reading(path: Path) -> int:
+def local_copy(path: Path, wanted: Callable[[str], bool]) -> Path:
+    """The folder, or a copy of what is wanted of a prefix, for whoever reads folders alone."""
+    if not scheme_of(path):
+        return path
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return objects.copy_folder(path, Path(home, "acemerge", "stores"), wanted)
+
+
+def open_for_reading(path: Path) -> Handle:
+    return objects.open_object(path) if scheme_of(path) else _open_file(path)
+
+
+def _open_file(path: Path) -> int:
     with reading(path):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -122,14 +146,28 @@ def open_for_reading(path: Path) -> int:
     raise CheckpointError(path, "not a regular file", "name a folder of ordinary files")
 
 
-def close(descriptor: int) -> None:
+def close(descriptor: Handle) -> None:
     """Let go of a file. That this fails says nothing of what was read, nor of what was synced before."""
+    if isinstance(descriptor, Opened):
+        return
     with contextlib.suppress(OSError):
         os.close(descriptor)
 
 
-def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path: Path) -> None:
+def read_runs(descriptor: Handle, runs: Sequence[Run], path: Path) -> None:
+    """Fill the buffers of several runs, each from its own offset; of an object those near each other at once."""
+    if isinstance(descriptor, Opened):
+        descriptor.fill(runs)
+        return
+    for offset, buffers in runs:
+        read_into(descriptor, buffers, offset, path)
+
+
+def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, path: Path) -> None:
     """Fill `buffers` one after the other from `offset`; a file that ends too early is an error, not a short read."""
+    if isinstance(descriptor, Opened):
+        descriptor.fill([(offset, buffers)])
+        return
     waiting = deque(buffer for buffer in buffers if len(buffer))
     with reading(path):
         while waiting:
@@ -145,29 +183,36 @@ def read_into(descriptor: int, buffers: Sequence[memoryview], offset: int, path:
                 waiting[0] = waiting[0][count:]
 
 
-def forget(descriptor: int, offset: int, nbytes: int) -> None:
+def forget(descriptor: Handle, offset: int, nbytes: int) -> None:
     """Tell the system that a range of a file is not needed in its cache again: what was written goes to the disk now.
 
     A cache that fills up with what is read once costs more than the reading. The system forgets whole blocks of up
     to some MB only, so that the end of one range goes with the next. A system that cannot is left alone.
     """
+    if isinstance(descriptor, Opened):
+        return
     first = max(0, offset - _FORGOTTEN_AGAIN)
     with contextlib.suppress(OSError, AttributeError):
         os.posix_fadvise(descriptor, first, offset - first + nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def free_bytes(path: Path) -> int:
-    """What the disk still takes of a path that need not be there yet."""
+def free_bytes(path: Path) -> int | None:
+    """What the disk still takes of a path that need not be there yet; None for a store, which says nothing of it."""
+    if scheme_of(path):
+        return None
     with reading(path):
         state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return state.f_bavail * state.f_frsize
 
 
-def fingerprint(path: Path) -> tuple[int, int, int]:
+def fingerprint(path: Path) -> Fingerprint:
     """Size, and times of modification and change in nanoseconds: what differs when a file was written to.
 
-    The time of change is the kernel's own: nobody can set it back.
+    The time of change is the kernel's own: nobody can set it back. An object has its ETag and version instead.
     """
+    if scheme_of(path):
+        now = objects.stat(path)
+        return now.size, now.etag, now.version
     with reading(path):
         state = os.stat(path)
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns
@@ -175,8 +220,10 @@ def fingerprint(path: Path) -> tuple[int, int, int]:
 
 def read_small(path: Path, limit: int) -> bytes:
     """A whole file of at most `limit` bytes; a larger one is refused unread."""
+    if scheme_of(path):
+        return objects.read_small(path, limit)
     with reading(path):
-        descriptor = open_for_reading(path)
+        descriptor = _open_file(path)
         try:
             size = os.fstat(descriptor).st_size
             if size > limit:
@@ -191,8 +238,11 @@ def read_small(path: Path, limit: int) -> bytes:
 
 def read_chunks(path: Path) -> Iterator[bytes]:
     """A whole file, a piece at a time."""
+    if scheme_of(path):
+        yield from objects.read_chunks(path)
+        return
     with reading(path):
-        descriptor = open_for_reading(path)
+        descriptor = _open_file(path)
         try:
             while block := os.read(descriptor, _CHUNK):
                 yield block
@@ -215,6 +265,8 @@ def sha256(path: Path, nbytes: int | None = None) -> str:
 
 def list_folder(path: Path) -> list[str]:
     """The names in a folder, sorted: no result may depend on the order of a directory."""
+    if scheme_of(path):
+        return objects.names_in(path)
     with reading(path):
         return sorted(os.listdir(path))
 
@@ -222,12 +274,19 @@ def list_folder(path: Path) -> list[str]:
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def output_path(text: str | Path) -> Path:
+def location(text: str | Path) -> Path:
+    """Where something is: a path on this machine, or an address, which is checked."""
+    return parse(text) or Path(text)
+
+
+def folder_path(text: str | Path) -> Path:
     """Where an output is to go. UsageError for nothing, which would be the current folder, and for an address."""
     if not str(text).strip():
         raise UsageError("output", "no folder is named", "name one, or . for this one")
-    if _SCHEME.match(str(text)):
-        raise UsageError(text, "is an address, and only folders are written to", "name a folder, upload it from there")
+    if is_address(text):
+        raise UsageError(
+            without_user(text), "is an address, and only folders are written to", "name a folder, upload it from there"
+        )
     try:
         os.path.abspath(text).encode()
     except UnicodeEncodeError:  # safetensors opens no such file, to see whether it is as it was written
@@ -237,7 +296,15 @@ def output_path(text: str | Path) -> Path:
     return Path(text)
 
 
+def output_path(text: str | Path) -> Path:
+    """The same for a model, which may also go to a store, by its address."""
+    return parse(text, writing=True) or folder_path(text)
+
+
 def make_folder(path: Path) -> None:
+    """Stores have none to make."""
+    if scheme_of(path):
+        return
     with writing(path):
         os.makedirs(path, exist_ok=True)
 

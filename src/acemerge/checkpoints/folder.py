@@ -13,6 +13,7 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.assets import MODEL_INDEX, is_asset, module_weights, with_asset_folders
 from acemerge.checkpoints.float8 import QUANTISATION, Float8Scale, check_quantisation, dequantised, find_float8
 from acemerge.checkpoints.header import FLOAT8, MAX_PARTS, TensorInfo, TensorSpec, parse_json, read_header
@@ -80,7 +81,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     assets: tuple[str, ...]
     places: Mapping[str, TensorInfo] = field(repr=False)
-    fingerprints: Mapping[Path, tuple[int, int, int]] = field(repr=False)
+    fingerprints: Mapping[Path, files.Fingerprint] = field(repr=False)
     adapter: Adapter | None = None
     scales: Mapping[str, Float8Scale] = field(default_factory=dict, repr=False)
     float8: str = ""
@@ -119,7 +120,7 @@ def has_weights(names: Sequence[str]) -> bool:
     return any(kind.has_some(names) for kind in _FORMATS)
 
 
-def safetensors_in(root: Path, single: str) -> tuple[dict[Path, tuple[int, int, int]], list[TensorInfo]]:
+def safetensors_in(root: Path, single: str) -> tuple[dict[Path, files.Fingerprint], list[TensorInfo]]:
     """The files and tensors of a folder whose weights have this name, or are the shards of its index; none where
     neither is.
     """
@@ -174,7 +175,8 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
     if there == "file" and path.suffix == ".safetensors":
         return open_file(path, dequantize)
     if there != "folder":
-        cure = almost(path) or "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
+        known = "name a checkpoint folder with model.safetensors in it, or a Hub id as org/name"
+        cure = almost(path) or ("check the address" if scheme_of(path) else known)
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
     if not has_weights(names):

@@ -103,7 +103,7 @@ def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:
     return infos
 
 
-def _header_length(descriptor: int, size: int, path: Path) -> int:
+def _header_length(descriptor: files.Handle, size: int, path: Path) -> int:
     if size < 8:
         raise CheckpointError(path, f"{size} bytes are too few for a safetensors file", _CURE)
     prefix = bytearray(8)

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import HUB, parse, place_of, scheme_of
 from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
 from acemerge.checkpoints.nearby import almost
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.checkpoints.objects import hub_store
+from acemerge.errors import CheckpointError, UsageError, addressed
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(
@@ -74,9 +76,24 @@ def parse_id(text: str) -> HubId | None:
 
 
 def hub_id(model: str, beside: Path = Path()) -> HubId | None:
-    """The Hub id that a model is given by; None for a path. What exists in the folder `beside` is a path."""
+    """The Hub id that a model is given by, also as `hf://org/name@revision/folder`; None for a path, and for another
+    address. What exists in the folder `beside` is a path.
+    """
+    address = parse(model)
+    if address is not None:
+        return _of_address(address)
     wanted = parse_id(model)
     return None if wanted is None or files.kind(beside / model) != "nothing" else wanted
+
+
+def _of_address(address: Path) -> HubId | None:
+    if scheme_of(address) != HUB:
+        return None
+    place = place_of(address)
+    found = parse_id(f"{place.bucket}:{place.key}" if place.key else place.bucket)
+    if found is None:
+        raise UsageError(address, "names no model of the Hub", "write hf://org/name, or hf://org/name@revision/folder")
+    return found
 
 
 def is_commit(revision: str) -> bool:
@@ -84,22 +101,24 @@ def is_commit(revision: str) -> bool:
     return _COMMIT.fullmatch(revision) is not None
 
 
-def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False) -> Located:
-    """The folder of a model given by its path or its Hub id; what of the latter is not cached yet is fetched.
+def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False, stream: bool = False) -> Located:
+    """The folder of a model given by its path, its address or its Hub id; what of the last is not cached yet is
+    fetched, or with `stream` left where it is: its address is the folder then.
 
     With `heads` also the task heads that lie beside a merged model. Without `quiet`, a download shows its progress on
     a terminal. Raises CheckpointError.
     """
     wanted = hub_id(model)
     if wanted is None:
-        return Located(Path(model), str(Path(model)), model)
+        path = parse(model) or Path(model)
+        return Located(path, addressed(path), addressed(model))
     hub = library()
     try:
         with manners(hub, quiet):
-            root = _fetch(hub, wanted, _Wanted(allow_pickle, heads))
+            root, commit = (_stream if stream else _fetch)(hub, wanted, _Wanted(allow_pickle, heads))
     except CheckpointError as failure:
         raise _path_first(model, failure) from failure
-    origin = replace(wanted, revision=root.name)
+    origin = replace(wanted, revision=commit)
     return Located(wanted.within(root), str(origin), str(replace(wanted, revision=None)))
 
 
@@ -119,7 +138,7 @@ def locate_cached(model: str) -> Path:
     """
     wanted = hub_id(model)
     if wanted is None:
-        return Path(model)
+        return parse(model) or Path(model)
     hub = library()
     with manners(hub, quiet=True):
         root = _cached(hub, wanted, _Wanted(allow_pickle=False, heads=False), "nothing is fetched to look back")
@@ -150,8 +169,40 @@ class _Wanted:
         return [*needed_files(wanted, names, self.allow_pickle), *heads]
 
 
-def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> Path:
-    """The cached folder of a repository's commit, with all that a merge needs of the model in it."""
+def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> tuple[Path, str]:
+    """The cached folder of a repository's commit, with all that a merge needs of the model in it, and the commit."""
+    info = _ask(hub, wanted, which)
+    if isinstance(info, Path):
+        return info, info.name
+    needed = which.of(wanted, wanted.files_of(file.rfilename for file in info.siblings or ()))
+    root = download(hub, wanted, wanted.revision, needed)
+    if root.name != info.sha:
+        raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
+    _complete(wanted, root, needed, "")
+    shards = [shard for name in needed for shard in listed_files(wanted.within(root), name)]
+    if shards:
+        download(hub, wanted, info.sha, shards)
+    return _complete(wanted, root, shards, ""), root.name
+
+
+def _stream(hub: Any, wanted: HubId, which: _Wanted) -> tuple[Path, str]:
+    """The address of a repository's commit, and the commit; its folder where all that is needed is cached."""
+    info = _ask(hub, wanted, which)
+    if isinstance(info, Path):
+        return info, info.name
+    needed = which.of(wanted, wanted.files_of(file.rfilename for file in info.siblings or ()))
+    with contextlib.suppress(CheckpointError):
+        return _cached(hub, replace(wanted, revision=info.sha), which, ""), info.sha
+    address = Path(f"{HUB}:/{wanted.repo}@{info.sha}")
+    store = hub_store(address)
+    store.show(map(wanted.path_of, needed))
+    shards = [shard for name in needed for shard in listed_files(wanted.within(address), name)]
+    store.show(map(wanted.path_of, shards))
+    return address, info.sha
+
+
+def _ask(hub: Any, wanted: HubId, which: _Wanted) -> Any:
+    """What the Hub says of the repository; the cached folder where it need not be asked, or cannot."""
     if wanted.revision and is_commit(wanted.revision):  # what a commit holds never changes: ask nobody
         with contextlib.suppress(CheckpointError):
             return _cached(hub, wanted, which, "")
@@ -164,15 +215,7 @@ def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> Path:
         return _cached(hub, wanted, which, why_not(hub, failure))
     if not is_commit(str(info.sha)):
         raise CheckpointError(wanted, *NO_COMMIT)
-    needed = which.of(wanted, wanted.files_of(file.rfilename for file in info.siblings or ()))
-    root = download(hub, wanted, wanted.revision, needed)
-    if root.name != info.sha:
-        raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
-    _complete(wanted, root, needed, "")
-    shards = [shard for name in needed for shard in listed_files(wanted.within(root), name)]
-    if shards:
-        download(hub, wanted, info.sha, shards)
-    return _complete(wanted, root, shards, "")
+    return info
 
 
 def download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str], what: What = "model") -> Path:

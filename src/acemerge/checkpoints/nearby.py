@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
 
 _MOST = 1000  # names of a folder that are looked at
 _WEIGHTS = r"(model\.safetensors(\.index\.json)?|adapter_model\.safetensors|model-\d{5}-of-\d{5}\.safetensors)"
@@ -116,7 +117,7 @@ def paths_in(root: Path) -> list[str]:
 
 def almost(path: Path) -> str:
     """`did you mean X?` of a path that is not there and one that is, if there is one; else empty."""
-    parts = path.parts
+    parts = path.parts if scheme_of(path) is None else ()
     for i in range(len(parts)):
         folder = Path(*parts[:i])
         if files.kind(files.resolve(folder / parts[i])) != "nothing":

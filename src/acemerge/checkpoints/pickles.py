@@ -93,7 +93,7 @@ def read_pickle(path: Path) -> list[TensorInfo]:
     return infos
 
 
-def _content(descriptor: int, records: Mapping[str, Record], name: str, path: Path) -> bytes:
+def _content(descriptor: files.Handle, records: Mapping[str, Record], name: str, path: Path) -> bytes:
     record = records.get(name)
     if record is None:
         raise CheckpointError(path, f"has no record {name}", _CURE)

@@ -28,7 +28,7 @@ def open_pipeline(path: Path) -> Checkpoint:
     read_config(root / MODEL_INDEX)
     folders = [name for name in files.list_folder(root) if files.kind(contained(root, name)) == "folder"]
     places: dict[str, TensorInfo] = {}
-    prints: dict[Path, tuple[int, int, int]] = {}
+    prints: dict[Path, files.Fingerprint] = {}
     assets = [MODEL_INDEX]
     for folder in folders:
         names = files.list_folder(root / folder)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from threading import Lock
 
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import FLOAT8, TensorInfo
@@ -94,7 +96,7 @@ class Reader:
     hashing: bool = False
     cached: bool = True
     _hashes: dict[Path, FileHash] = field(default_factory=dict)
-    _open: tuple[Path, int] | None = None
+    _open: tuple[Path, files.Handle] | None = None
 
     def places(self, spans: Sequence[Span]) -> FoundSpans:
         """Where the spans lie in the files, and where in a buffer for all of them."""
@@ -127,14 +129,14 @@ class Reader:
     def read(self, places: FoundSpans, buffer: Tensor) -> list[Stored]:
         """The tensors at `places`, within `buffer` (uint8)."""
         space: memoryview = buffer.numpy().data
-        for run in _runs(places.found):
-            file, offset = run[0].file, run[0].offset
-            views = [space[place.at : place.at + place.nbytes] for place in run]
-            files.read_into(self._descriptor(file), views, offset, file)
-            if not self.cached:
-                files.forget(self._descriptor(file), offset, sum(map(len, views)))
-            if self.hashing:
-                self._hash(file).feed(offset, views)
+        for file, together in groupby(_runs(places.found), key=lambda run: run[0].file):
+            runs = [(run[0].offset, [space[p.at : p.at + p.nbytes] for p in run]) for run in together]
+            files.read_runs(self._descriptor(file), runs, file)
+            for offset, views in runs:
+                if not self.cached:
+                    files.forget(self._descriptor(file), offset, sum(map(len, views)))
+                if self.hashing:
+                    self._hash(file).feed(offset, views)
 
         def within(place: _FoundSpan) -> Tensor:
             return buffer[place.at : place.at + place.nbytes].view(place.dtype).view(place.shape)
@@ -161,7 +163,7 @@ class Reader:
             files.close(self._open[1])
             self._open = None
 
-    def _descriptor(self, file: Path) -> int:
+    def _descriptor(self, file: Path) -> files.Handle:
         if self._open is None or self._open[0] != file:
             self.close()
             self._open = file, files.open_for_reading(file)
@@ -210,7 +212,7 @@ class FileHash:
 
     file: Path
     nbytes: int
-    _descriptor: Callable[[Path], int] = field(repr=False)
+    _descriptor: Callable[[Path], files.Handle] = field(repr=False)
     position: int = 0
     in_order: bool = True
     _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
@@ -254,13 +256,15 @@ def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> Non
     """CheckpointError when a weight file was written since it was opened.
 
     Size and times tell. Where only a time differs, the file may have been touched, copied or linked: it is hashed
-    again and compared with what was read, if that was hashed.
+    again and compared with what was read, if that was hashed. Of an object its ETag says as much.
     """
     for path, before in checkpoint.fingerprints.items():
         now = files.fingerprint(path)
         if now == before:
             continue
         read = hashes.get(path)
-        same = read and now[0] == before[0] and read.in_order and files.sha256(path) == read.sha256
+        same = (
+            read and not scheme_of(path) and now[0] == before[0] and read.in_order and files.sha256(path) == read.sha256
+        )
         if not same:
             raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from acemerge.checkpoints.files import output_path
 from acemerge.cli.log import events_on_stderr
 from acemerge.cli.options import GROUPS, Options
 
@@ -47,15 +48,16 @@ def command(
     examples: tuple[str, ...],
     page: str,
     helps: Mapping[str, str] | None = None,
+    to_stores: bool = False,
 ) -> Callable[[Callable[..., None]], Command]:
     """Makes a command of a function. It is called with the `Options` that it takes, and with parameters of its own.
 
-    `helps` are words of the command's own for options that are shared.
+    `helps` are words of the command's own for options that are shared. With `to_stores`, the output may be an address.
     """
 
     def made_of(function: Callable[..., None]) -> Command:
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
-        shared = list(_shared([*takes, "debug"], helps or {}))
+        shared = list(_shared([*takes, "debug"], helps or {}, to_stores))
 
         def run(**given: Any) -> None:
             asked = Options(**{parameter.name: given.pop(parameter.name) for parameter in shared})
@@ -72,7 +74,7 @@ def command(
     return made_of
 
 
-def _shared(names: Sequence[str], helps: Mapping[str, str]) -> Iterator[inspect.Parameter]:
+def _shared(names: Sequence[str], helps: Mapping[str, str], to_stores: bool) -> Iterator[inspect.Parameter]:
     """The parameters that stand for fields of `Options`."""
     hints, fields = get_type_hints(Options, include_extras=True), {f.name: f for f in dataclasses.fields(Options)}
     for name in names:
@@ -80,6 +82,9 @@ def _shared(names: Sequence[str], helps: Mapping[str, str]) -> Iterator[inspect.
         if name in helps:
             declared = copy.copy(declared)
             declared.help = helps[name]
+        if name == "out" and to_stores:
+            declared = copy.copy(declared)
+            declared.parser = output_path
         yield inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=fields[name].default, annotation=Annotated[kind, declared]
         )

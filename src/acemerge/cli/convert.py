@@ -16,7 +16,7 @@ from acemerge.cli.text import outcome, print_json, say, size, stderr, stdout
 @command(
     "convert",
     group="Checkpoints",
-    takes=("allow_pickle", "dequantize", "overwrite", "resume", "max_shard_size", *TELLING),
+    takes=("allow_pickle", "dequantize", "stream", "overwrite", "resume", "max_shard_size", *TELLING),
     examples=(
         "acemerge convert ./old ./new --allow-pickle",
         "acemerge convert ./fp8 ./plain --dequantize --max-shard-size 2GB",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         "acemerge extract-lora ./math --base ./base --rank 16 -o ./math-lora",
         "acemerge extract-lora org/math --base org/base --rank 64 -o ./math-lora --device cuda",
     ),
+    to_stores=True,
     page="lora.md",
     helps={"base": "folder or Hub id (org/name@revision) that it comes from"},
 )

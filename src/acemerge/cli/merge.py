@@ -13,6 +13,7 @@ from acemerge.cli.command import command
 from acemerge.cli.options import MERGING, Options
 from acemerge.cli.text import adapter, cell, duration, is_live, outcome, print_json, say, size, stderr, stdout, table
 from acemerge.cli.verify import verified
+from acemerge.errors import addressed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
         "acemerge merge recipe.yaml --method auto -o ./merged --report",
     ),
+    to_stores=True,
     page="recipes.md",
 )
 def merge(asked: Options) -> None:
@@ -71,7 +73,7 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool, cluster: 
     facts = [
         ("experts", ", ".join(plan.experts)),
         *_parameters(plan),
-        ("reads", f"{reads}, writes {size(plan.bytes_written)}; {size(free)} are free"),
+        ("reads", f"{reads}, writes {size(plan.bytes_written)}{'' if free is None else f'; {size(free)} are free'}"),
     ]
     if opened.part is not None:
         own = opened.layout
@@ -202,17 +204,21 @@ def _layers(records: Records) -> list[str]:
 def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
+    from acemerge.checkpoints.address import scheme_of
     from acemerge.checkpoints.folder import CONFIG, read_config
     from acemerge.output.folder import CARD, REPORT
     from acemerge.output.loading import load_call
 
     assert report.out is not None
-    outputs, out = report.manifest["outputs"], shlex.quote(str(report.out))
+    outputs, out = report.manifest["outputs"], shlex.quote(addressed(report.out))
     config = read_config(files.resolve(report.out) / CONFIG) if CONFIG in outputs else {}
-    call = load_call(config, outputs, str(report.out), "stored" in report.manifest)
+    call = load_call(config, outputs, addressed(report.out), "stored" in report.manifest)
     page = report.out / REPORT
+    load = f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"
+    if scheme_of(report.out):  # transformers reads folders
+        load = f"acemerge convert {out} FOLDER, then as {report.out / CARD} says"
     return [
-        ("load", f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"),
+        ("load", load),
         ("score", f"acemerge evaluate {out} --tasks tasks.yaml"),
         ("look", f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"),
     ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.files import folder_path
 from acemerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -96,7 +96,10 @@ class Options:
         bool,
         option(READING, "also read weights in fp8, with their scales, as the values they stand for", "--dequantize"),
     ] = False
-    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH", parser=output_path)] = (
+    stream: Annotated[
+        bool, option(READING, "read models of the Hub by byte ranges, and keep no copy of them", "--stream")
+    ] = False
+    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH", parser=folder_path)] = (
         None
     )
     overwrite: Annotated[bool, option(OUTPUT, "replace what the output folder holds", "--overwrite")] = False
@@ -204,7 +207,7 @@ class Options:
 # whose result machines may want.
 LOOKING = (
     "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
-    "allow_pickle", "dequantize", "device", "workers", "max_memory", "calibration",
+    "allow_pickle", "dequantize", "stream", "device", "workers", "max_memory", "calibration",
 )  # fmt: skip
 CHOOSING = ("weights", "scale", "split_qkv", "join_qkv", "seed")
 WRITING = (

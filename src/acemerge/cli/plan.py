@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         "acemerge plan --base ./base --expert ./math --expert ./code",
         "acemerge plan recipe.yaml --method ties -o ./merged",
     ),
+    to_stores=True,
     page="concepts/policies.md",
 )
 def plan(asked: Options) -> None:
@@ -31,7 +33,8 @@ def plan(asked: Options) -> None:
     from acemerge.engine.opening import open_recipe
     from acemerge.engine.relatedness import check_related
 
-    opened = open_recipe(asked.asked_recipe(), asked.out, asked.run_options())
+    options = dataclasses.replace(asked.run_options(), stream=True)  # to read headers, nothing is downloaded
+    opened = open_recipe(asked.asked_recipe(), asked.out, options)
     if not asked.force:
         check_related(opened.plan, opened.base, opened.experts)
     if asked.as_json:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from acemerge.checkpoints.files import location
 from acemerge.cli.command import command
 from acemerge.cli.options import READING, Options, option
 from acemerge.cli.text import say, size, stderr, stdout
@@ -22,17 +23,20 @@ from acemerge.cli.text import say, size, stderr, stdout
 )
 def report(
     asked: Options,
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=location, help="folder or address that acemerge wrote")
+    ],
     scores: Annotated[
         Path | None,
         option(READING, "evaluation.json of `evaluate` or `compare` [default: OUT/evaluation.json, if there]"),
     ] = None,
 ) -> None:
     """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
+    from acemerge.checkpoints import files
     from acemerge.cli.progress import progress
     from acemerge.report.write import write_report
 
     with progress(stderr(), asked.quiet) as on_progress:
         path = write_report(folder, asked.out, on_progress, scores)
     if not asked.quiet:
-        say(stdout(), f"{path}: {size(path.stat().st_size)}, opens in any browser")
+        say(stdout(), f"{path}: {size(files.fingerprint(path)[0])}, opens in any browser")

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from acemerge.errors import printable
+from acemerge.errors import addressed, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,7 @@ def cell(value: object) -> Text:
     """Names from files are never read as markup, nor reach a terminal as an order to it."""
     from rich.text import Text
 
-    return Text(printable(str(value)))
+    return Text(printable(addressed(value)))
 
 
 def say(console: Console, text: str, wrap: bool = False) -> None:
@@ -102,8 +102,8 @@ def outcome(report: MergeReport) -> dict[str, Any]:
         {"layers": len(manifest["stored"]), "share_lost": manifest["share_lost"]} if "stored" in manifest else None
     )
     return {
-        "out": str(report.out),
-        "manifest": None if report.part else str(report.out / MANIFEST),
+        "out": addressed(report.out),
+        "manifest": None if report.part else addressed(report.out / MANIFEST),
         "part": report.part,
         "was_complete": report.was_complete,
         "experts": manifest["experts"],
@@ -113,7 +113,7 @@ def outcome(report: MergeReport) -> dict[str, Any]:
         "seconds": manifest["seconds"],
         "warnings": manifest["warnings"],
         "adapter": adapter,
-        "report": str(page) if files.kind(page) == "file" else None,
+        "report": addressed(page) if files.kind(page) == "file" else None,
         "pushed": report.pushed,
     }
 

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from acemerge.checkpoints.files import location
 from acemerge.cli.command import command
 from acemerge.cli.options import Options
 from acemerge.cli.text import print_json, say, size, stdout
+from acemerge.errors import addressed
 
 
 @command(
@@ -21,7 +23,10 @@ from acemerge.cli.text import print_json, say, size, stdout
     page="reliability.md",
 )
 def verify(
-    asked: Options, folder: Annotated[Path, typer.Argument(metavar="OUT", help="folder that acemerge wrote")]
+    asked: Options,
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=location, help="folder or address that acemerge wrote")
+    ],
 ) -> None:
     """Check hashes, completeness and finiteness of an output folder."""
     from acemerge.output import verify as output
@@ -31,7 +36,7 @@ def verify(
         files = manifest["outputs"]
         total = sum(entry["bytes"] for entry in files.values())
         about = {"files": len(files), "tensors": len(manifest["tensors"]), "bytes": total}
-        print_json({"out": str(folder), **about, "created": manifest["created"]})
+        print_json({"out": addressed(folder), **about, "created": manifest["created"]})
     else:
         say(stdout(), verified(folder, manifest))
 

@@ -14,7 +14,7 @@ from acemerge.engine.execute import Records, write_heads
 from acemerge.engine.opening import Opened
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
-from acemerge.output.folder import CARD, PICTURE, OutputFolder
+from acemerge.output.folder import CARD, PICTURE, Output
 from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.shares import layer_shares
@@ -29,7 +29,7 @@ def origins_of(opened: Opened) -> list[Origin]:
 
 
 def write_beside(
-    opened: Opened, records: Records, readers: Sequence[Reader], origins: Sequence[Origin], output: OutputFolder
+    opened: Opened, records: Records, readers: Sequence[Reader], origins: Sequence[Origin], output: Output
 ) -> None:
     """Write everything but the weights and the manifest."""
     plan, shards = opened.plan, opened.layout.shards
@@ -43,7 +43,7 @@ def write_beside(
     _write_card(opened, records, origins, output)
 
 
-def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: OutputFolder) -> None:
+def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], output: Output) -> None:
     plan = opened.plan
     shares = layer_shares(plan.experts, records) if len(plan.experts) > 1 else {}
     if shares:

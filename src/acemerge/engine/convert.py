@@ -23,7 +23,7 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
     check_output(out, options.overwrite, options.resume)
-    model = locate(source, options.allow_pickle, options.quiet)
+    model = locate(source, options.allow_pickle, options.quiet, stream=options.stream)
     checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
     # Without an expert this is no recipe that could be asked for: it is not validated as one.

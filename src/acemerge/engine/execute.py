@@ -20,7 +20,7 @@ from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
-from acemerge.output.folder import MASKS, OutputFolder
+from acemerge.output.folder import MASKS, Output
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.packed_masks import mask_spec
 from acemerge.output.records import TensorRecord
@@ -192,7 +192,7 @@ def write_weights(
     layout: Layout,
     setting: Setting,
     walk: Walk,
-    output: OutputFolder,
+    output: Output,
     done: Done,
     journal: Journal,
     readers: Sequence[Reader],
@@ -216,6 +216,7 @@ def write_weights(
             if steps:
                 journal.have_read(_read_by(readers))
             journal.add(steps)
+            output.complete(steps, weights.finished)
         output.written |= weights.finished
     written = {job.name for job in layout.jobs}
     return {job.name: records.done[job.name] for job in layout.plan.jobs if job.name in written}
@@ -269,7 +270,7 @@ def check_heads(plan: Plan, experts: Sequence[Checkpoint]) -> None:
                 check_finite(expert.read(head.spec.name), head.spec.name, f"expert {label}")
 
 
-def write_heads(plan: Plan, readers: Sequence[Reader], output: OutputFolder) -> None:
+def write_heads(plan: Plan, readers: Sequence[Reader], output: Output) -> None:
     """Each expert's own heads; `readers` are those of the base and the experts."""
     if any(plan.heads):
         files.make_folder(output.path / HEADS)

@@ -18,7 +18,7 @@ from acemerge.engine.executor import Executor
 from acemerge.engine.opening import Opened, RunOptions
 from acemerge.engine.parts import gather
 from acemerge.errors import AcemergeError
-from acemerge.output.folder import MANIFEST, RESUMABLE, OutputFolder, output_folder, remove_files
+from acemerge.output.folder import MANIFEST, RESUMABLE, Output, OutputFolder, output_folder, remove_files
 from acemerge.output.identity import digest
 from acemerge.output.manifest import build_manifest
 from acemerge.output.parts import begun_parts
@@ -73,7 +73,7 @@ def compute_parts(
         raise
 
 
-def put_together(opened: Opened, output: OutputFolder, about: Mapping[str, Any]) -> dict[str, Any]:
+def put_together(opened: Opened, output: Output, about: Mapping[str, Any]) -> dict[str, Any]:
     """Write what is beside the weights that all parts have computed, and return the manifest."""
     origins, found = origins_of(opened), gather(opened, output, about)
     with opened.pipeline(1, hashing=False) as (_, readers):

@@ -52,4 +52,5 @@ class MergeOptions(TypedDict, total=False):
     shard: str | None
     finish: bool
     ray: str | None
+    stream: bool
     on_progress: Callable[[Progress], None]

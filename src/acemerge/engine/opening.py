@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, ByteSize, ConfigDict, Fiel
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files, machine
+from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.folder import CONFIG, Checkpoint
 from acemerge.checkpoints.hub import locate
@@ -87,6 +88,7 @@ class RunOptions:
     shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
     finish: bool = False
     ray: Annotated[str | None, AfterValidator(_cluster)] = None
+    stream: bool = False
 
     @property
     def asked_for_parts(self) -> str | None:
@@ -194,9 +196,13 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
         check_output(out, options.overwrite, options.resume, options.shard is not None or options.finish)
     devices = find_devices(options.device if options.ray is None else "cpu")
     if options.push is not None:
+        if out is not None and scheme_of(out):
+            raise UsageError(
+                "--push", "the output is in a store", "write to a folder to upload it, or leave --push out"
+            )
         check_push(options.push)
     named = [*recipe.models, *recipe.adapters.values()]
-    located = [locate(model, options.allow_pickle, options.quiet) for model in named]
+    located = [locate(model, options.allow_pickle, options.quiet, stream=options.stream) for model in named]
     if out is not None:
         check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
@@ -323,7 +329,7 @@ def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     target = files.resolve(files.output_path(out))
     there, inside = files.places(target), files.folders_within(target)
     for path in inputs:
-        source = files.resolve(Path(path))
+        source = files.resolve(parse(path) or Path(path))
         known = files.places(source)
         # By device and inode, which a bind mount has of what is mounted: around either, or anywhere in both.
         same = (target in there and there[target] in known.values()) or (

@@ -21,7 +21,7 @@ from acemerge.engine.execute import (
 )
 from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
 from acemerge.errors import CheckpointError, UsageError, shortages
-from acemerge.output.folder import MANIFEST, OutputFolder
+from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
 from acemerge.output.journal import Done, Journal, read_journal
 from acemerge.output.parts import all_parts, check_begun, found_by_others, part_output, put_together
@@ -106,7 +106,7 @@ def _sums(done: Done) -> dict[Path, FileSum]:
     return {Path(path): FileSum(sha256, nbytes) for path, (nbytes, sha256) in done.findings["inputs"].items()}
 
 
-def gather(opened: Opened, output: OutputFolder, about: Mapping[str, Any]) -> Found:
+def gather(opened: Opened, output: Output, about: Mapping[str, Any]) -> Found:
     """What all parts have done, checked, with their files among those that `output` is to publish.
 
     UsageError where a part is missing, unfinished or of another run; CheckpointError where a file was damaged.

@@ -159,7 +159,8 @@ def _disturbance(problem: Problem, t: int, M: Float[Tensor, "*matrix"]) -> float
     if not all(sizes):
         return 0.0
     product = (R / sizes[0]) @ (Z / sizes[1]).T  # products of very small or large entries would leave float32
-    return float(energies(product[None])) * (sizes[0] * sizes[1]) ** 2
+    size = sizes[0] * sizes[1]
+    return float(energies(product[None])) * size * size  # infinite, not an error, where it is beyond float64
 
 
 def _sizes(problem: Problem, dtype: torch.dtype) -> dict[int, float]:

@@ -10,13 +10,11 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
 from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
-from acemerge.output.folder import OutputFolder
+from acemerge.output.folder import Output
 from acemerge.planning.jobs import Plan
 
 
-def write_assets(
-    plan: Plan, base: Checkpoint, owner: Checkpoint, models: Sequence[Checkpoint], output: OutputFolder
-) -> None:
+def write_assets(plan: Plan, base: Checkpoint, owner: Checkpoint, models: Sequence[Checkpoint], output: Output) -> None:
     """The base's configuration, which follows a forced output type; tokenizer, template and processor files of
     `owner`, the model that the recipe names. Both know of tokens that were added. `models` are all, the base's first.
     """

@@ -9,17 +9,19 @@ its journal, until it is continued or done away with.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.assets import HEADS, MODEL_INDEX, is_asset_folder, is_component, is_of_pipeline
 from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
-from acemerge.errors import AcemergeError, ResourceError, UsageError, WriteError, shortages
-from acemerge.output.journal import JOURNAL, Done, Journal
+from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
+from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
 from acemerge.planning.parts import SHARDS
 
@@ -30,39 +32,82 @@ REPORT = "report.html"  # made of a finished output, no part of it
 MASKS = "masks"
 MAX_MANIFEST = 512 << 20
 LOCK = ".acemerge.lock"
-_WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
+WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
 OLD = ".acemerge.old"
 # After these a run can be continued: nothing is wrong with what it was asked to do.
 RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
 
 
-@dataclass
-class OutputFolder:
-    """The files of one run, until `publish` makes them visible at once.
+class Output(Protocol):
+    """Where a run writes to: a folder, or a store. Files are written at `path` first, under their partial names.
 
     `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
     """
+
+    path: Path
+    written: dict[str, FileSum]
+    begun: bool
+    kept: bool
+
+    @property
+    def work(self) -> Path:
+        """A folder for what the run needs on disk while it lasts; made by whoever needs it."""
+        ...
+
+    def left(self, names: Collection[str]) -> Done | None:
+        """What an interrupted run has done of the files of these names."""
+        ...
+
+    def begin(self, done: Done) -> Journal:
+        """Begin to write, in the place of what an interrupted run left but for what of it is done."""
+        ...
+
+    def complete(self, steps: Sequence[Step], finished: Mapping[str, FileSum]) -> None:
+        """These steps are done, and all of these files are there."""
+        ...
+
+    def write_bytes(self, name: str, data: bytes) -> None: ...
+
+    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write a file beside the weights."""
+        ...
+
+    def publish(self, manifest: bytes) -> None:
+        """Make everything visible, the manifest last."""
+        ...
+
+    def discard(self) -> None:
+        """Remove what was written and not published."""
+        ...
+
+
+@dataclass
+class OutputFolder:
+    """The files of one run in a folder, until `publish` makes them visible at once."""
 
     path: Path
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
     kept: bool = False
 
+    def left(self, names: Collection[str]) -> Done | None:
+        return read_journal(self.path, names)
+
     def begin(self, done: Done) -> Journal:
-        """Begin to write, in the place of what an interrupted run left but for what of it is done."""
         self.begun = True
         return Journal(self.path, done)
 
+    def complete(self, steps: Sequence[Step], finished: Mapping[str, FileSum]) -> None:
+        """The journal has them; the files wait for the others."""
+
     @property
     def work(self) -> Path:
-        """A folder for what the run needs on disk while it lasts; made by whoever needs it."""
-        return self.path / _WORK
+        return self.path / WORK
 
     def write_bytes(self, name: str, data: bytes) -> None:
         self.write_chunks(name, [data])
 
     def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a file beside the weights."""
         self.written[name] = write_partial(self.path / name, chunks)
 
     def publish(self, manifest: bytes) -> None:
@@ -170,7 +215,6 @@ class OutputFolder:
         return set(outputs) if isinstance(outputs, dict) else set()
 
     def discard(self) -> None:
-        """Remove what was written and not published."""
         for name in self._listing():
             begun = name.endswith(PARTIAL) and is_output(name.removesuffix(PARTIAL))
             if begun or name in (JOURNAL, JOURNAL + PARTIAL):
@@ -220,6 +264,10 @@ def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bo
     An unfinished merge is left to `output_folder`: another run may be at it. `in_parts`: what the parts of one run
     have written is no obstacle.
     """
+    if scheme_of(path):
+        with to_write():
+            _check_address(path, overwrite, resume, in_parts)
+        return
     there = files.kind(path)
     if there == "link" or side_folders(path, "link"):
         raise UsageError(path, "is a link", "name the folder itself")
@@ -227,6 +275,25 @@ def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bo
         raise UsageError(path, f"is a {there}", "name a folder")
     if there == "folder" and JOURNAL not in files.list_folder(path):
         check_contents(path, overwrite, resume, in_parts)
+
+
+def _check_address(path: Path, overwrite: bool, resume: bool, in_parts: bool) -> None:
+    if in_parts:
+        cure = "let all parts write to a folder that they share, and upload it"
+        raise UsageError(path, "is an address, and parts (--shard, --finish) are put together in a folder", cure)
+    if files.kind(path) == "file":
+        raise UsageError(path, "is a file", "name a folder")
+    if JOURNAL not in files.list_folder(path):
+        check_contents(path, overwrite, resume, in_parts)
+
+
+@contextlib.contextmanager
+def to_write() -> Iterator[None]:
+    """A store that does not say what it holds takes nothing either."""
+    try:
+        yield
+    except CheckpointError as failure:
+        raise WriteError(failure.where, failure.what, failure.cure) from None
 
 
 @contextlib.contextmanager

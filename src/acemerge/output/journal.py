@@ -20,7 +20,7 @@ from acemerge.output.records import TensorRecord
 from acemerge.output.writer import PARTIAL, Begun, FileSum
 
 JOURNAL = ".acemerge.journal"
-_MAX_JOURNAL = 1 << 30
+MAX_JOURNAL = 1 << 30
 _BLOCK = 1 << 22
 _CHECK = 16
 
@@ -70,16 +70,7 @@ class Journal:
         self._write([{"findings": findings}])
 
     def add(self, steps: Iterable[Step]) -> None:
-        self._write(
-            [
-                {
-                    "tensor": step.tensor,
-                    "record": step.record.to_json(),
-                    "files": {name: [total.nbytes, total.sha256] for name, total in step.files.items()},
-                }
-                for step in steps
-            ]
-        )
+        self._write(map(entry_of, steps))
 
     def have_read(self, sums: Mapping[str, FileSum | None]) -> None:
         """Note how far inputs were read, before the steps that come of it; the longer of two for one file counts."""
@@ -93,10 +84,20 @@ class Journal:
         files.close(self._descriptor)
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(entry, separators=(",", ":")).encode() for entry in entries]
-        text = b"".join(_check(line) + b" " + line + b"\n" for line in lines)
+        text = spelled(entries)
         if text:
             files.write_all(self._descriptor, text, self._path)
+
+
+def spelled(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    """Entries as lines, each behind its own check."""
+    lines = [json.dumps(entry, separators=(",", ":")).encode() for entry in entries]
+    return b"".join(_check(line) + b" " + line + b"\n" for line in lines)
+
+
+def entry_of(step: Step) -> dict[str, Any]:
+    totals = {name: [total.nbytes, total.sha256] for name, total in step.files.items()}
+    return {"tensor": step.tensor, "record": step.record.to_json(), "files": totals}
 
 
 def read_identity(folder: Path) -> Mapping[str, Any] | None:
@@ -115,7 +116,7 @@ def read_findings(folder: Path) -> Mapping[str, Any]:
 
 def _journal(folder: Path) -> list[dict[str, Any]]:
     path = folder / JOURNAL
-    entries = _entries(files.read_small(path, _MAX_JOURNAL)) if files.kind(path) == "file" else []
+    entries = entries_of(files.read_small(path, MAX_JOURNAL)) if files.kind(path) == "file" else []
     return entries if entries and "identity" in entries[0] else []
 
 
@@ -140,7 +141,7 @@ def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done
             if "read" in entry:
                 read = {path: s and FileSum(s[1], s[0]) for path, s in entry["read"].items()}
                 continue
-            step = _step(entry)
+            step = step_of(entry)
             if step is None or not (step.files.keys() <= set(names) and proof.holds(step.files)):
                 break
             steps.append(step)
@@ -149,7 +150,7 @@ def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done
     return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read, proof.failed)
 
 
-def _step(entry: Mapping[str, Any]) -> Step | None:
+def step_of(entry: Mapping[str, Any]) -> Step | None:
     """None where its record is not one that this version writes."""
     sums = {name: FileSum(sha256, nbytes) for name, (nbytes, sha256) in entry["files"].items()}
     try:
@@ -158,7 +159,8 @@ def _step(entry: Mapping[str, Any]) -> Step | None:
         return None
 
 
-def _entries(text: bytes) -> list[dict[str, Any]]:
+def entries_of(text: bytes) -> list[dict[str, Any]]:
+    """The entries of lines, up to the first that is not as it was written."""
     entries = []
     for line in text.split(b"\n")[:-1]:
         check, _, content = line.partition(b" ")
@@ -177,7 +179,7 @@ class _Proof:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._open: dict[str, int] = {}
+        self._open: dict[str, files.Handle] = {}
         self.begun: dict[str, Begun] = {}
         self.failed: str | None = None
 

@@ -19,6 +19,7 @@ from acemerge.output.folder import (
     MANIFEST,
     OLD,
     RESUMABLE,
+    Output,
     OutputFolder,
     check_contents,
     check_output,
@@ -151,7 +152,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_TOLD]) + (f" and {len(names) - _TOLD} more" if len(names) > _TOLD else "")
 
 
-def put_together(output: OutputFolder, name: str, specs: Sequence[TensorSpec], sources: Sequence[str]) -> None:
+def put_together(output: Output, name: str, specs: Sequence[TensorSpec], sources: Sequence[str]) -> None:
     """Write a file with tensors that lie in several unfinished ones."""
     paths = [output.path / (source + PARTIAL) for source in sources]
     places = {info.spec.name: info for path in paths for info in read_header(path)}

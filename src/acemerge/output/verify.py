@@ -26,7 +26,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError that names the first file or tensor that is missing, altered or not finite.
     """
-    folder = Path(folder)
+    folder = files.location(folder)
     root = files.resolve(folder)
     if files.kind(root) != "folder":
         raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")

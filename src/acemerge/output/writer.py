@@ -14,7 +14,8 @@ from pathlib import Path
 import safetensors
 import torch
 
-from acemerge.checkpoints import files, machine
+from acemerge.checkpoints import files, machine, objects
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.folder import SINGLE
 from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
 from acemerge.errors import WriteError
@@ -142,7 +143,12 @@ def write_partial(path: Path, chunks: Iterable[bytes | memoryview]) -> FileSum:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and give it its name when it is whole; its folder is made."""
+    """Write a file beside its place and give it its name when it is whole; its folder is made. An object in a store is
+    whole when it is there.
+    """
+    if scheme_of(path):
+        objects.put(path, data)
+        return
     files.make_folder(path.parent)
     write_partial(path, [data])
     files.rename(path.with_name(path.name + PARTIAL), path)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import parse
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
@@ -246,7 +247,7 @@ def parse_weights(text: str) -> list[float]:
 def parse_expert(text: str) -> Any:
     """`PATH=0.5` to an expert with its weight; a path that exists under that very name is one."""
     path, equals, weight = text.rpartition("=")
-    if not equals or files.kind(Path(text)) != "nothing":
+    if not equals or (parse(text) is None and files.kind(Path(text)) != "nothing"):
         return text
     try:
         return {"model": path, "weight": float(weight)}

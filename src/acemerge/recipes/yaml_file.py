@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import parse
 from acemerge.checkpoints.hub import hub_id
 from acemerge.checkpoints.yaml_text import SeveralDocumentsError, parse_yaml
 from acemerge.errors import CheckpointError, UsageError, nearest
@@ -37,8 +38,10 @@ def read_yaml(path: Path, what: str, first_keys: str) -> dict[str, Any]:
 
 
 def relative_to(folder: Path, path: str) -> str:
-    """A path relative to the folder of the file that names it; a Hub id stays as it is where no such path exists."""
-    if hub_id(path, folder) is not None:
+    """A path relative to the folder of the file that names it; an address stays as it is, and a Hub id where no such
+    path exists.
+    """
+    if parse(path) is not None or hub_id(path, folder) is not None:
         return path
     return str(folder / expanded(path))
 

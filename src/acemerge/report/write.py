@@ -31,7 +31,7 @@ def write_report(
     that is not finished, WriteError.
     """
     check_libraries()
-    out = Path(out)
+    out = files.location(out)
     if files.kind(files.resolve(out)) != "folder":
         raise CheckpointError(out, "no such folder", "name a folder that acemerge wrote")
     manifest = load_manifest(out)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, open_checkpoint
+from acemerge.checkpoints.folder import CONFIG, Checkpoint, is_model_file, open_checkpoint
 from acemerge.checkpoints.hub import in_words, locate
 from acemerge.checkpoints.lora import is_adapter
 from acemerge.errors import CheckpointError
@@ -181,7 +181,7 @@ def load_whole(auto_class: str, model: Model, unused: str | None = None) -> Any:
 def load(auto_class: str, path: Path, **options: Any) -> Any:
     """`transformers.AUTO_CLASS.from_pretrained` of a folder here, silent, never with the folder's own code."""
     need_transformers()
-    root = files.resolve(path)
+    root = files.resolve(files.local_copy(path, is_model_file))  # transformers reads no store
     try:
         with quiet_transformers() as transformers:
             return getattr(transformers, auto_class).from_pretrained(str(root), trust_remote_code=False, **options)
