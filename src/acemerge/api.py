@@ -163,7 +163,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         done = Done(about)
         if options.resume and not options.finish:
             if _is_finished(out, about, options.overwrite):
-                return _was_complete(output, options, on_progress)
+                return _was_complete(out, output, options, on_progress)
             done = output.left(opened.layout.files) or done
             models = list(zip(opened.origins, opened.models, strict=True))
             before = with_same_bytes(done.identity, about, models, done.read)
@@ -173,7 +173,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
             manifest = put_together(opened, output, about)
         else:
             manifest = _write(opened, output, done, options, on_progress) | {"run": digest(about)}
-        return _published(output, manifest, started, options, on_progress)
+        return _published(out, output, manifest, started, options, on_progress)
 
 
 def _in_parts(
@@ -185,11 +185,11 @@ def _in_parts(
         with output_folder(out, options.overwrite, options.resume, options.resume) as output:
             about = machines_of(executor, output, about)
             if options.resume and _is_finished(out, about, options.overwrite):
-                return _was_complete(output, options, on_progress)
+                return _was_complete(out, output, options, on_progress)
             parts = parts_to_do(opened, output, about, options.resume, executor.slots)
         compute_parts(opened, out, parts, executor, options, on_progress)
     with output_folder(out, options.overwrite, in_parts=True) as output:
-        return _published(output, put_together(opened, output, about), started, options, on_progress)
+        return _published(out, output, put_together(opened, output, about), started, options, on_progress)
 
 
 def _executor(
@@ -200,20 +200,24 @@ def _executor(
     return contextlib.nullcontext(Here(opened, out, about, options))
 
 
-def _was_complete(output: Output, options: RunOptions, on_progress: OnProgress) -> MergeReport:
+def _was_complete(out: Path, output: Output, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of a run that was published before it was killed."""
-    out = output.path
     output.discard()
     log.info("%s was complete: verifying it", addressed(out), extra=_fields("complete", out=out))
     return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
 
 
 def _published(
-    output: Output, manifest: dict[str, Any], started: float, options: RunOptions, on_progress: OnProgress
+    out: Path,
+    output: Output,
+    manifest: dict[str, Any],
+    started: float,
+    options: RunOptions,
+    on_progress: OnProgress,
 ) -> MergeReport:
     manifest |= {"seconds": _since(started), **_with_surprises(manifest)}
     output.publish(to_bytes(manifest))
-    return _finished(output.path, manifest if options.push is None else verify(output.path), options, on_progress)
+    return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
 
 def _dry_run(
