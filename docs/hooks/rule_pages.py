@@ -102,6 +102,7 @@ def _needs(rule: Method) -> list[str]:
         (needs.matrix, "Weights of linear layers only; the [policy](../concepts/policies.md) averages other tensors."),
         (not needs.matrix, "Tensors of any shape."),
         (needs.base, "The base's weights, not only the task vectors."),
+        (needs.base_energy, "How large the base's weights are, where a base is given."),
         (needs.calibration is not None, "[Examples](../calibration.md) of what each expert was trained for."),
         (needs.keep is not None, "Thresholds over the whole model: the checkpoints are read twice before the merge."),
         (needs.most_experts is not None, f"At most {needs.most_experts} experts."),
