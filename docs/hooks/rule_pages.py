@@ -18,7 +18,8 @@ INDEX = "rules/index.md"
 _LIST = """# The rules
 
 Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
-`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md), `--method auto`.
+`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md): `auto` stands for
+it, and is the default.
 
 `scale` is a parameter of all of them: a factor on the merged update. The chance in `dare_linear`, `dare_ties` and
 `della` comes from `--seed`, the tensor's name and the expert's place alone: the same bytes, whatever the workers.
