@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
-from acemerge.methods import METHODS
+from acemerge.methods import DEFAULT, METHODS, rule_name
 from acemerge.models.roles import LAYERS
 from acemerge.output.shares import Records, energies_of
 
@@ -72,4 +72,5 @@ def length_cure(length: Length, recipe: Mapping[str, Any]) -> str:
     eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
     given = recipe.get("scale") or recipe.get("method", {}).get("scale") or getattr(METHODS.get(method), "scale", 1.0)
     scale = min(length.orthogonal, _TWICE * length.longest) / length.merged * float(given)
-    return f"{eps}--scale {scale:.2g}, or another rule is nearer to them"
+    rule = "another rule" if method == rule_name(DEFAULT) else f"--method {DEFAULT}"
+    return f"{eps}--scale {scale:.2g}, or {rule} is nearer to them"
