@@ -73,8 +73,9 @@ def test_of_parts_the_order_is_of_no_matter() -> None:
 FULL = LayerStats(
     (Status.FLOAT64, Status.FULL_UPDATES), gamma=0.5, branch="heterogeneous", eps=1e-5, log_energy_variance=2.0,
     shrinkage=(0.5, 0.25), condition=9.0, rank=3, refined=2, float64_spectra=1, steps=4, residual=0.25, last_step=0.5,
-    relative_step=0.5, agreement=1.0, cosine=-0.5, share=0.125, t=0.5, weights=(0.5, 0.5), kept=0.75, thresholds=(1.0,), own_l1=(2.0, 1.0),
-    masked_l1=(3.0, 1.0), shared_input_side=True, side="output", energy_lost=0.0, own={"dropped": [1, "two"]},
+    relative_step=0.5, agreement=1.0, cosine=-0.5, share=0.125, t=0.5, weights=(0.5, 0.5), kept=0.75,
+    thresholds=(1.0,), own_l1=(2.0, 1.0), masked_l1=(3.0, 1.0), shared_input_side=True, side="output", energy_lost=0.0,
+    own={"dropped": [1, "two"]},
 )  # fmt: skip
 RECORD = TensorRecord(
     "linear", "ace", "weight of a linear layer", FULL, (1.0, 2.0), ("e3",), 3.0, 0.5, 7.0, True, 0.125
