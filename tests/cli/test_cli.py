@@ -172,7 +172,7 @@ RECIPES = {
     "unknown parameter": ("method: {name: ace, epsilon: 1}", "did you mean `eps`"),
     "bad parameter": ("method: {name: ace, k_frac: 2}", "k_frac"),
     "bad policy": ("policy: strict", "policy"),
-    "rule without verb": ("rules: [{match: a}]", "either `method` or `action`"),
+    "rule without verb": ("rules: [{match: a}]", "neither `method` nor `action`"),
     "no experts": ("experts: []", "at least one expert"),
     "not a table": ("- a", "not a table"),
     "not yaml": ("a: [", "not valid YAML"),

@@ -145,8 +145,8 @@ def test_what_is_wrong_is_said_in_one_line(shelf: Path, more: dict[str, Any], sa
 def test_keys_that_do_not_go_together_are_refused(shelf: Path) -> None:
     two = {"base": str(shelf / "base"), "experts": [str(shelf / "a")]}
     for more, said in (
-        ({"vocabulary": "assets"}, "goes with vocabulary"),
-        ({"missing_tokens": "base"}, "goes with vocabulary"),
+        ({"vocabulary": "assets"}, "no row may be missing"),
+        ({"missing_tokens": "base"}, "goes with a vocabulary"),
         ({"vocabulary": "union", "missing_tokens": "mean", "nonfinite": "skip-expert"}, "cannot be skipped"),
     ):
         with pytest.raises(UsageError, match=said):
