@@ -68,6 +68,6 @@ def test_an_output_head_by_a_rule_for_layers(tmp_path: Path, tied: bool) -> None
         perturb(make_model("llama", tie_word_embeddings=tied), i).save_pretrained(folder)
     (warning,) = planned(folders[0], folders[1:], method="tsv_m", embeddings="rule")
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
-    assert warning.startswith(f"{head} is an output head, by tsv_m: where that was measured it was worse")
+    assert warning.startswith(f"{head} is an output head, by tsv_m: where measured it was up to 7 points worse")
     for keys in ({"method": "tsv_m"}, {"method": "ties", "embeddings": "rule"}):
         assert planned(folders[0], folders[1:], **keys) == []
