@@ -18,7 +18,8 @@ INDEX = "rules/index.md"
 _LIST = """# The rules
 
 Every rule takes the task vectors of one tensor and gives the merged one. `acemerge methods` prints this list,
-`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md), `--method auto`.
+`acemerge methods NAME` what the page of a rule says. The one recommended is [`{auto}`]({auto}.md): `auto` stands for
+it, and is the default.
 
 `scale` is a parameter of all of them: a factor on the merged update. The chance in `dare_linear`, `dare_ties` and
 `della` comes from `--seed`, the tensor's name and the expert's place alone: the same bytes, whatever the workers.
@@ -102,6 +103,7 @@ def _needs(rule: Method) -> list[str]:
         (needs.matrix, "Weights of linear layers only; the [policy](../concepts/policies.md) averages other tensors."),
         (not needs.matrix, "Tensors of any shape."),
         (needs.base, "The base's weights, not only the task vectors."),
+        (needs.base_energy, "How large the base's weights are, where a base is given."),
         (needs.calibration is not None, "[Examples](../calibration.md) of what each expert was trained for."),
         (needs.keep is not None, "Thresholds over the whole model: the checkpoints are read twice before the merge."),
         (needs.most_experts is not None, f"At most {needs.most_experts} experts."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import re
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from builders import PlainModel
 from commands import failed, run
 
 import acemerge
+from acemerge.cli.options import Options
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.opening import RunOptions
 from acemerge.errors import UsageError
-from acemerge.methods import METHODS
-from acemerge.recipes.recipe import Recipe
+from acemerge.methods import DEFAULT, METHODS, rule_name
+from acemerge.recipes.recipe import Recipe, make_recipe
+from acemerge.recipes.tables import MethodSpec
 
 
 def test_names_and_version() -> None:
@@ -44,9 +47,18 @@ def test_the_signature_of_merge_has_every_option() -> None:
     }
 
 
+def test_the_default_is_the_rule_that_is_recommended() -> None:
+    in_python = [acemerge.merge, acemerge.merge_state_dicts, acemerge.merge_models]
+    in_python += [acemerge.merge_deltas, acemerge.merge_factors]
+    assert {inspect.signature(function).parameters["method"].default for function in in_python} == {DEFAULT}
+    asked = Options(base="b", expert=["e"]).asked_recipe()
+    assert asked.method == make_recipe({"base": "b", "experts": ["e"]}).method == MethodSpec(name="auto")
+    assert rule_name(DEFAULT) == "kron_auto"
+
+
 def test_a_report_is_five_lines(plain: PlainModel) -> None:
     base, experts = plain.save()
-    report = acemerge.merge(base, experts, "kron_auto", plain.root / "out")
+    report = acemerge.merge(base, experts, out=plain.root / "out")
     lines = repr(report).splitlines()
     assert len(lines) == 5
     assert lines[0] == f"MergeReport of {plain.root / 'out'}"

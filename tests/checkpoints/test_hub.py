@@ -111,14 +111,14 @@ def test_a_model_in_a_folder_of_its_repository(
     held = {f"a/b-1/{name}": data for name, data in sharded.items()}
     commit = hub.repositories["org/many"].commit(held | {"a/c/model.safetensors": b"another"} | JUNK | ASSETS)
     hub.repositories["org/base"].commit(contents(plain.root / "base") | ASSETS)
-    words = ["merge", "--base", "org/base", "--expert", "org/many:a/b-1", "--set", "eps=1e-4"]
+    words = ["merge", "--base", "org/base", "--expert", "org/many:a/b-1", "--method", "ace", "--set", "eps=1e-4"]
     code, _, errors = run(capsys, *words, "-o", "out", "--quiet")
     assert (code, errors) == (0, "")
     asked = {line.split("/resolve/")[1].split("/", 1)[1] for line in hub.asked if "/org/many/resolve" in line}
     assert asked == held.keys()
     assert verify("out")["inputs"][1]["path"] == f"org/many@{commit}:a/b-1"
     assert verify("out")["experts"] == ["b-1"]
-    acemerge.merge(plain.root / "base", [plain.root / "e1"], out="local", eps=1e-4)
+    acemerge.merge(plain.root / "base", [plain.root / "e1"], "ace", out="local", eps=1e-4)
     assert Path("out/model.safetensors").read_bytes() == Path("local/model.safetensors").read_bytes()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.asked.clear()

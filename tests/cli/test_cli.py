@@ -42,7 +42,7 @@ def test_merge_then_verify(plain: PlainModel, capsys: pytest.CaptureFixture[str]
     out = plain.root / "out"
     code, printed, errors = run(capsys, "merge", *arguments(plain), "-o", out)
     assert (code, errors) == (0, "")
-    assert "merged 6 tensors (3 by average, 2 by ace, 1 by base)" in printed
+    assert "merged 6 tensors (3 by average, 2 by kron_auto, 1 by base)" in printed
     code, printed, _ = run(capsys, "verify", out)
     assert code == 0
     assert "6 tensors" in printed
@@ -96,7 +96,7 @@ def test_weights_in_either_place(plain: PlainModel, capsys: pytest.CaptureFixtur
     code = run(capsys, "merge", "--base", base, *words, "-o", outs[0], "--quiet")[0]
     words[1] = str(experts[0])
     assert run(capsys, "merge", "--base", base, *words, "--weights", "2,1,1", "-o", outs[1], "--quiet")[0] == code == 0
-    (plain.root / "r.yaml").write_text("method: ace\nbase: base\nexperts: [{model: e1, weight: 5}, e2, 'a=1']\n")
+    (plain.root / "r.yaml").write_text("base: base\nexperts: [{model: e1, weight: 5}, e2, 'a=1']\n")
     assert run(capsys, "merge", plain.root / "r.yaml", "--weights", "2,1,1", "-o", outs[2], "--quiet")[0] == 0
     one, two, three = (verify(out)["outputs"]["model.safetensors"] for out in outs)
     assert one == two == three
@@ -128,7 +128,7 @@ def test_plan_reads_headers_only(plain: PlainModel, capsys: pytest.CaptureFixtur
     code, printed, _ = run(capsys, "plan", *arguments(plain), "-o", plain.root / "out")
     assert code == 0
     assert re.search(
-        r"^ace \(linear\): a linear layer's weight\n +1 layers\.0\.down.*\n +1 layers\.0\.up\.weight +8x6$",
+        r"^kron_auto \(linear\): a linear layer's weight\n +1 layers\.0\.down.*\n +1 layers\.0\.up\.weight +8x6$",
         printed,
         re.M,
     )

@@ -47,7 +47,7 @@ def test_merge_and_verify_answer_as_documented(plain: PlainModel, capsys: pytest
     words, out = arguments(plain), plain.root / "out"
     found = answer(capsys, "merge", *words, "-o", out)
     assert found.keys() == keys_of("merge")
-    assert (found["rules"], found["was_complete"]) == ({"average": 3, "ace": 2, "base": 1}, False)
+    assert (found["rules"], found["was_complete"]) == ({"average": 3, "kron_auto": 2, "base": 1}, False)
     assert Path(found["manifest"]).is_file()
     again = answer(capsys, "merge", *words, "-o", out, "--resume")
     assert again == found | {"was_complete": True}
@@ -104,7 +104,7 @@ def test_an_error_leaves_stdout_empty(capsys: pytest.CaptureFixture[str]) -> Non
 def test_events_are_lines_of_json(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     for model in plain.tuned:
         model["layers.0.extra.weight"] = model["layers.0.up.weight"].clone()
-    words = [*arguments(plain), "-o", plain.root / "out", "--log-format", "json"]
+    words = [*arguments(plain), "--method", "ace", "-o", plain.root / "out", "--log-format", "json"]
     code, _, errors = run(capsys, "merge", *words)
     assert code == 0
     events = [json.loads(line) for line in errors.splitlines()]

@@ -177,7 +177,7 @@ def merged(plain: PlainModel, **options: object) -> MergeReport:
 
 def test_the_summary_names_three_things_to_look_at(plain: PlainModel) -> None:
     console = pipe()
-    report = merged(plain)
+    report = merged(plain, method="ace")
     after(console, report)
     lines = said(console).splitlines()
     assert lines[0].startswith("merged 6 tensors (3 by average, 2 by ace, 1 by base) in ")
@@ -223,7 +223,7 @@ def test_the_summary_says_how_to_load_the_output(
 def test_a_dominating_expert_comes_with_its_cure_and_fallbacks_are_counted(plain: PlainModel) -> None:
     large = {n: W + (20 * (plain.tuned[0][n] - W)).to(W.dtype) for n, W in plain.base.items()}
     plain.tuned = [*plain.tuned[:2], large]
-    report = merged(plain)
+    report = merged(plain, method="ace")
     report.manifest["tensors"]["layers.0.up.weight"]["status"] = "pseudo-inverse"
     console = pipe()
     after(console, report)

@@ -139,7 +139,7 @@ def test_figures_of_a_merge_by_ace(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_what_the_rule_says_is_what_a_merge_says(plain: PlainModel) -> None:
     base, experts = plain.save()
-    acemerge.merge(base, experts, out=plain.root / "out", k_frac=0.5)
+    acemerge.merge(base, experts, "ace", out=plain.root / "out", k_frac=0.5)
     records = load_manifest(plain.root / "out")["tensors"]
     for row in layer_rows(looked(base, experts, **REFINED)):
         record = records[row["name"]]
@@ -294,7 +294,7 @@ def test_the_command_and_its_files(plain: PlainModel, capsys: pytest.CaptureFixt
     base, experts = plain.save()
     out = plain.root / "seen"
     words = ["analyse", "--base", base, *(word for path in experts for word in ("--expert", path)), "-o", out]
-    code, printed, errors = run(capsys, *words, "--set", "k_frac=0.5")
+    code, printed, errors = run(capsys, *words, "--method", "ace", "--set", "k_frac=0.5")
     assert code == 0, errors
     assert "in the 2 layers that it refined, before" in printed
     pictures = {"conditions.png", "directions.png", "gamma.png", "spectra.png"}

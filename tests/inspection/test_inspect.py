@@ -192,7 +192,7 @@ def test_a_stranger_and_shared_factors_are_warned_of(tmp_path: Path) -> None:
 
 def test_the_command_prints_tables_or_json(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     base, experts = plain.save()
-    words = ["inspect", "--base", base, *(word for path in experts for word in ("--expert", path))]
+    words = ["inspect", "--base", base, *(word for path in experts for word in ("--expert", path)), "--method", "ace"]
     code, text, _ = run(capsys, *words)
     assert code == 0
     for phrase in ("stable rank", "cosine between the experts", "layers in conflict", "warning: ", "lose 42%"):

@@ -37,7 +37,7 @@ def stacked(root: Path) -> tuple[Path, list[Path]]:
 
 def test_fused_experts_have_the_root_mean_square_of_their_slices_spectra(tmp_path: Path) -> None:
     base, experts = stacked(tmp_path)
-    acemerge.merge(base, experts, out=tmp_path / "out", k_frac=0.5)
+    acemerge.merge(base, experts, "ace", out=tmp_path / "out", k_frac=0.5)
     manifest = load_manifest(tmp_path / "out")
     assert manifest["tensors"][STACK]["role"] == "experts"
     seen = look_back(tmp_path / "out", manifest)

@@ -28,7 +28,7 @@ def _save_experts(root: Path, family: str, count: int = 3, **changes: Any) -> tu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_merge_loads_and_runs(family: str, tmp_path: Path) -> None:
     base, experts, cls = _save_experts(tmp_path, family)
-    report = acemerge.merge(base, experts, out=tmp_path / "out", max_shard_size="20kB")
+    report = acemerge.merge(base, experts, "ace", out=tmp_path / "out", max_shard_size="20kB")
     model, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -74,8 +74,8 @@ def test_the_module_and_the_folder_path_agree(family: str, tmp_path: Path) -> No
 
 def test_conv1d_as_stored_is_the_papers_own(tmp_path: Path) -> None:
     base, experts, _ = _save_experts(tmp_path, "gpt2")
-    acemerge.merge(base, experts, out=tmp_path / "stored", orientation="stored")
-    report = acemerge.merge(base, experts, out=tmp_path / "paper", policy="paper")
+    acemerge.merge(base, experts, "ace", out=tmp_path / "stored", orientation="stored")
+    report = acemerge.merge(base, experts, "ace", out=tmp_path / "paper", policy="paper")
     name = "transformer.h.0.mlp.c_fc.weight"
     W0 = load_folder(base)[name].double()
     expected = W0 + oracles.ace(torch.stack([load_folder(e)[name].double() - W0 for e in experts]))
@@ -98,7 +98,7 @@ def test_conv1d_as_stored_is_the_papers_own(tmp_path: Path) -> None:
 )
 def test_the_papers_policy(family: str, kept: str, by_rule: str, tmp_path: Path) -> None:
     base, experts, _ = _save_experts(tmp_path, family)
-    report = acemerge.merge(base, experts, out=tmp_path / "out", policy="paper")
+    report = acemerge.merge(base, experts, "ace", out=tmp_path / "out", policy="paper")
     assert report.tensors[kept]["rule"] == "base"
     assert torch.equal(load_folder(tmp_path / "out")[kept], load_folder(base)[kept])
     assert report.tensors[by_rule]["rule"] == "ace"
@@ -107,7 +107,7 @@ def test_the_papers_policy(family: str, kept: str, by_rule: str, tmp_path: Path)
 def test_the_papers_policy_refuses_a_family_it_never_ran(tmp_path: Path) -> None:
     base, experts, _ = _save_experts(tmp_path, "bert", count=1)
     with pytest.raises(acemerge.UsageError, match="no run with model_type 'bert'"):
-        acemerge.merge(base, experts, policy="paper")
+        acemerge.merge(base, experts, "ace", policy="paper")
 
 
 # --- names that differ for the same tensor ---------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_body_saved_without_its_prefix_is_matched(family: str, body: str, pref
     getattr(transformers, body).from_pretrained(base).save_pretrained(tmp_path / "bare")
     (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
     report = acemerge.merge(tmp_path / "bare", experts, out=tmp_path / "out")
-    assert "ace" in {record["rule"] for record in report.tensors.values()}
+    assert "kron_auto" in {record["rule"] for record in report.tensors.values()}
     merged, reference = load_folder(tmp_path / "out"), load_folder(tmp_path / "reference")
     shared = [name for name in merged if prefix + name in reference]
     assert len(shared) > 20

@@ -113,7 +113,7 @@ def test_the_rule_gets_the_projections_one_by_one(tmp_path: Path) -> None:
     for seed in (1, 2, 3):
         perturb(make_model("gpt2"), seed).save_pretrained(tmp_path / f"e{seed}")
         experts.append(tmp_path / f"e{seed}")
-    report = acemerge.merge(tmp_path / "base", experts, out=tmp_path / "out", split_qkv=True)
+    report = acemerge.merge(tmp_path / "base", experts, "ace", out=tmp_path / "out", split_qkv=True)
     name = "transformer.h.0.attn.c_attn.weight"
     W0 = load_folder(tmp_path / "base")[name].double()
     deltas = torch.stack([load_folder(e)[name].double() - W0 for e in experts]).mT

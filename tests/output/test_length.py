@@ -51,10 +51,13 @@ def test_a_merge_that_overshoots_is_told_how_to_come_back(models: tuple[Path, li
     assert warning.startswith(
         "the merged update overshoots, 1.7 times the longest expert's, 1.5 times all at right angles"
     )
-    assert "--scale 1, or another rule" in warning
+    assert "--scale 1, or --method auto is nearer" in warning
     assert acemerge.merge(base, experts, "task_arithmetic", scale=1.0).manifest["warnings"] == []  # the cure cures
     (warning,) = acemerge.merge(base, experts, "ace", scale=2.0).manifest["warnings"]
     assert "a larger eps, as --set eps=1e-2" in warning
+    assert acemerge.merge(base, experts, "auto").manifest["warnings"] == []
+    (warning,) = acemerge.merge(base, experts, "auto", scale=4.0).manifest["warnings"]
+    assert "or another rule is nearer" in warning
 
 
 def test_the_scale_that_is_advised_is_of_the_rules_own(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_the_scale_that_is_advised_is_of_the_rules_own(models: tuple[Path, list[
     base, (first, _) = models
     eight = [shutil.copytree(first, tmp_path / f"e{i}") for i in range(8)]
     warnings = acemerge.merge(base, eight, "task_arithmetic").manifest["warnings"]
-    assert any("--scale 0.25, or another rule" in warning for warning in warnings)
+    assert any("--scale 0.25, or --method auto is nearer" in warning for warning in warnings)
     again = acemerge.merge(base, eight, "task_arithmetic", scale=0.25).manifest["warnings"]
     assert not any("overshoots" in warning for warning in again)
 

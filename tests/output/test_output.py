@@ -25,7 +25,7 @@ def out(plain: PlainModel) -> Path:
     base, experts = plain.save()
     (base / "config.json").write_text('{"architectures": ["Nobody"]}')
     (base / "tokenizer.json").write_text("{}")
-    acemerge.merge(base, experts, out=plain.root / "out", max_shard_size="400B")
+    acemerge.merge(base, experts, "ace", out=plain.root / "out", max_shard_size="400B")
     return plain.root / "out"
 
 

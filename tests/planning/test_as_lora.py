@@ -117,7 +117,7 @@ def test_the_command_says_what_is_lost(plain: PlainModel, capsys: pytest.Capture
     assert load_file(out / "adapter_model.safetensors").keys() == stored_names(manifest)
     assert manifest["recipe"]["as_lora"] == 2
     card = (out / "README.md").read_text()
-    assert "# LoRA adapter of rank 2, merged from 2 experts by ace" in card
+    assert "# LoRA adapter of rank 2, merged from 2 experts by kron_auto" in card
     assert f"It lacks {manifest['share_lost']:.2%} of the merged update's energy." in card
     assert "PeftModel.from_pretrained(AutoModel.from_pretrained(base), folder)" in card
 

@@ -36,7 +36,7 @@ from acemerge.report.write import write_report
 def out(plain: PlainModel) -> Path:
     """A merge by ACE that refined: its layers are large enough, its experts differ in size."""
     base, experts = plain.save()
-    acemerge.merge(base, experts, out=plain.root / "out", k_frac=0.5)
+    acemerge.merge(base, experts, "ace", out=plain.root / "out", k_frac=0.5)
     return plain.root / "out"
 
 

@@ -113,7 +113,7 @@ def test_gpt2_from_the_hub_to_the_table(paper: PaperHub, capsys: pytest.CaptureF
     assert f"tanganke/gpt2_rte at {paper.hub.repositories['tanganke/gpt2_rte'].refs['main']}" in text
 
     experts = [f"tanganke/gpt2_{task}" for task in pack.experts]
-    acemerge.merge("openai-community/gpt2", experts, out="direct", policy="paper", eps=0.04)
+    acemerge.merge("openai-community/gpt2", experts, "ace", out="direct", policy="paper", eps=0.04)
     assert Path("direct/model.safetensors").read_bytes() == Path("out/merged/ace/model.safetensors").read_bytes()
 
 

@@ -75,7 +75,7 @@ def show_all(console: Console) -> None:
             star = "*" if rule.name == rule_name("auto") else " "
             say(console, f"{star} {rule.name:{width}}  {line(rule)}")
         say(console, "")
-    say(console, "* recommended: --method auto")
+    say(console, "* recommended: the default, also by the name auto")
     say(console, "`acemerge methods NAME` has a rule's formula, its parameters and its source.")
 
 

@@ -162,6 +162,7 @@ class Options:
 
     def asked_recipe(self) -> Recipe:
         """The recipe of a file with the options' keys over it, or of the options alone."""
+        from acemerge.methods import DEFAULT
         from acemerge.recipes.recipe import (
             Recipe,
             load_recipe,
@@ -181,7 +182,7 @@ class Options:
         if self.recipe is not None:
             return load_recipe(self.recipe, given, self.method, params, weights, self.allow_pickle)
         given["experts"] = with_weights(given["experts"], weights, "--weights")
-        return make_recipe({**given, "method": {"name": self.method or "auto", **params}}, "command line")
+        return make_recipe({**given, "method": {"name": self.method or DEFAULT, **params}}, "command line")
 
 
 # What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those

@@ -53,9 +53,9 @@ def merge_deltas(
     The work is done in `compute_dtype`: float64 for float64 input, else float32 unless given. `base` is `W_0`
     for the rules that merge weights (slerp, karcher), which without it merge the task vectors, and for those that
     ask how large the weights are (kron_auto, trust), which without it go as far as the updates say. `moments` are
-    what the rules with data need: input second moments (T, in, in) for regmean, squared gradients (T, out, in) for fisher.
-    `seed` is for the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's scale in
-    it, and `.stats`.
+    what the rules with data need: input second moments (T, in, in) for regmean, squared gradients (T, out, in) for
+    fisher. `seed` is for the rules with chance. The input is never modified. Returns `.delta` (out, in), the rule's
+    scale in it, and `.stats`.
     """
     deltas, moments = _stacked("deltas", deltas), None if moments is None else _stacked("moments", moments)
     base = None if base is None else _tensor("base", base)

@@ -29,6 +29,7 @@ from acemerge.methods.mergekit_overlap import MergekitNearswap, MergekitRam
 from acemerge.methods.mergekit_sum import MergekitSum
 from acemerge.methods.mergekit_variants import MergekitLinear, MergekitMultislerp, MergekitSce, MergekitSlerp
 from acemerge.methods.registry import (
+    DEFAULT,
     METHODS,
     AnyMethod,
     as_rule,
@@ -49,6 +50,7 @@ from acemerge.methods.trust import Trust
 from acemerge.methods.wudi import SwudiA, Wudi
 
 __all__ = [
+    "DEFAULT",
     "METHODS",
     "AnyMethod",
     "Calibration",

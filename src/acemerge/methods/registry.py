@@ -16,6 +16,7 @@ METHODS: dict[str, type[Method]] = {}
 AnyMethod = str | Mapping[str, Any] | Method  # a rule by its name, as a table of `name` and parameters, or itself
 M = TypeVar("M", bound=type[Method])
 _RECOMMENDED = "kron_auto"  # docs/beyond.md has how it was chosen
+DEFAULT = "auto"  # the rule of a merge that names none, as signatures spell it
 
 
 def register(cls: M) -> M:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any
 
-from acemerge.methods import METHODS
+from acemerge.methods import DEFAULT, METHODS, rule_name
 from acemerge.output.shares import Records, energies_of
 
 # Longer than this the result is in nobody's direction: twice the longest expert's, or more than what updates at right
@@ -80,5 +80,6 @@ def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
     eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
     given = recipe.get("scale") or recipe.get("method", {}).get("scale") or getattr(METHODS.get(method), "scale", 1.0)
     scale = min(length.orthogonal, _TWICE * length.longest) / length.merged * float(given)
-    cure = f"{eps}--scale {scale:.2g}, or another rule is nearer to them"
+    rule = "another rule" if method == rule_name(DEFAULT) else f"--method {DEFAULT}"
+    cure = f"{eps}--scale {scale:.2g}, or {rule} is nearer to them"
     return f"the merged update overshoots, {length}: it may be in nobody's direction; {cure}"

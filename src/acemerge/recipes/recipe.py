@@ -13,7 +13,7 @@ from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
-from acemerge.methods import Method, as_table, rule_name
+from acemerge.methods import DEFAULT, Method, as_table
 from acemerge.models.depth import LayerStack
 from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
@@ -27,7 +27,7 @@ PolicyName = Literal["default", "paper"]
 class Recipe(Strict):
     """Everything that decides the values of the merged model."""
 
-    method: MethodSpec = MethodSpec(name=rule_name("auto"))
+    method: MethodSpec = MethodSpec(name=DEFAULT)
     base: str
     experts: Annotated[list[ExpertSpec], Field(min_length=1)]
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
@@ -162,7 +162,7 @@ def load_recipe(
         content["experts"] = [_locate_expert(path.parent, expert) for expert in content["experts"]]
     if isinstance(content.get("calibration"), str):  # never on the Hub
         content["calibration"] = str(path.parent / expanded(content["calibration"]))
-    rule = with_params(method or content.get("method", "auto"), params or {})
+    rule = with_params(method or content.get("method", DEFAULT), params or {})
     content = {**content, "method": rule, **overrides}
     if isinstance(content.get("experts"), list):
         content["experts"] = with_weights(content["experts"], weights, "--weights")
