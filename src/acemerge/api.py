@@ -45,7 +45,7 @@ from acemerge.methods import AnyMethod
 from acemerge.output.folder import MANIFEST, Output, output_folder
 from acemerge.output.identity import difference, digest, whole_files, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done
-from acemerge.output.length import length_of, length_warning
+from acemerge.output.length import length_of, length_of_tokens, length_warning, tokens_warning
 from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.parts import holds_parts
@@ -261,6 +261,9 @@ def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
     length = length_of(labels, records)
     if length is not None and length.overshoots and len(labels) > 1:
         found.append(length_warning(length, manifest["recipe"]))
+    tokens = length_of_tokens(labels, records)
+    if tokens is not None and tokens.overshoots and len(labels) > 1:
+        found.append(tokens_warning(tokens))
     for warning in found:
         log.warning(warning, extra=_fields("warning"))
     return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}

@@ -77,6 +77,16 @@ def test_a_share_of_the_whole_model_counts_the_lent_rows(tmp_path: Path) -> None
         torch.testing.assert_close(value, expected[name])
 
 
+def test_a_rule_knows_the_base_of_rows_by_token(tmp_path: Path) -> None:
+    """It bounds how far they move, as it does where all have one vocabulary."""
+    folders = [save(tmp_path / f"m{i}", v, i) for i, v in enumerate([WORDS, *EXPERTS])]
+    asked: dict[str, Any] = {"vocabulary": "union", "missing_tokens": "mean", "embeddings": "rule"}
+    report = acemerge.merge(folders[0], folders[1:], "kron_auto", tmp_path / "out", **asked)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert report.tensors[name]["rule"] == "kron_auto"
+        assert report.tensors[name]["relative_step"] > 0
+
+
 def test_padded_and_trimmed_embeddings(tmp_path: Path) -> None:
     """Rows without a token are matched by number; what one model lacks is the base's own."""
     folders = [save(tmp_path / "b", WORDS, 0, rows=8), save(tmp_path / "e", WORDS, 1, rows=6)]

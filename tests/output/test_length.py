@@ -86,3 +86,20 @@ def test_adapters_are_measured_by_their_factors(tmp_path: Path, whole: bool) -> 
 def test_where_nothing_is_merged_there_is_no_length(models: tuple[Path, list[Path]]) -> None:
     base, _ = models
     assert acemerge.merge(base, [base], "average").manifest["length"] is None
+
+
+def test_embeddings_that_overshoot_are_told_apart_from_layers(tmp_path: Path) -> None:
+    base = {UP: torch.eye(8), "embed_tokens.weight": torch.eye(8)}
+    tuned = [{name: W + seeded(name, t) for name, W in base.items()} for t in range(2)]
+    folder, *experts = (write_checkpoint(tmp_path / f"m{i}", tensors) for i, tensors in enumerate((base, *tuned)))
+    rules = [{"match": "embed*", "method": {"name": "tsv_m", "scale": 3.0}}]
+    report = acemerge.merge(folder, experts, "average", rules=rules)
+    (warning,) = report.manifest["warnings"]
+    assert warning.startswith("embeddings and heads by the rule overshoot, ")
+    assert "most in embed_tokens.weight" in warning
+    assert report.manifest["length"]["worst"] == UP
+    assert acemerge.merge(folder, experts, "average").manifest["warnings"] == []
+
+
+def seeded(name: str, t: int) -> torch.Tensor:
+    return torch.randn(8, 8, generator=torch.Generator().manual_seed(len(name) + t)) / 10

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import PlainModel
+from builders import PlainModel, make_model, perturb
 
 import acemerge
 from acemerge.engine.opening import RunOptions, open_recipe
@@ -59,3 +59,15 @@ def test_an_expert_that_is_the_base_is_known_at_the_end(plain: PlainModel) -> No
     assert warning.startswith("expert e2 is frozen: it is the base itself; leave it out")
     assert acemerge.merge(base, experts, "average").manifest["warnings"] == [warning]
     assert acemerge.merge(base, experts, "average", rules=[{"match": "*", "action": "base"}]).manifest["warnings"] == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_head_by_a_rule_for_layers(tmp_path: Path, tied: bool) -> None:
+    folders = [tmp_path / f"m{i}" for i in range(3)]
+    for i, folder in enumerate(folders):
+        perturb(make_model("llama", tie_word_embeddings=tied), i).save_pretrained(folder)
+    (warning,) = planned(folders[0], folders[1:], method="tsv_m", embeddings="rule")
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert warning.startswith(f"{head} is an output head, by tsv_m: where measured it was up to 7 points worse")
+    for keys in ({"method": "tsv_m"}, {"method": "ties", "embeddings": "rule"}):
+        assert planned(folders[0], folders[1:], **keys) == []

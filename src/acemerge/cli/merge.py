@@ -187,10 +187,9 @@ def after_part(console: Console, report: MergeReport) -> None:
 def _layers(records: Records) -> list[str]:
     """What was unusual, and where ACE's system was hardest to solve and its experts most unlike in size."""
     from acemerge.inspection.advice import of_statuses
-    from acemerge.models.roles import LAYERS
 
     found = [str(advice) for advice in of_statuses(record.stats.statuses for record in records.values())]
-    layers = {name: record.stats for name, record in records.items() if record.role in LAYERS}
+    layers = {name: record.stats for name, record in records.items() if record.is_layer}
     conditions = {name: stats.largest(lambda part: part.condition) for name, stats in layers.items()}
     gammas = {name: stats.largest(lambda part: part.gamma) for name, stats in layers.items()}
     for figures, text in ((conditions, "worst condition"), (gammas, "most uneven experts: gamma")):

@@ -65,6 +65,9 @@ class Options:
     ] = None
     scale: Annotated[float | None, option(RULE, "factor on the merged update [default: the rule's own]")] = None
     policy: Annotated[Literal["default", "paper"] | None, option(RULE, "which tensors get the rule")] = None
+    convolutions: Annotated[
+        Literal["average", "rule"] | None, option(RULE, "average convolutions, or take them for layers of patches")
+    ] = None
     split_qkv: Annotated[
         bool | None, option(RULE, "give the rule q, k and v one by one where they share a weight", "--split-qkv")
     ] = None
@@ -207,8 +210,8 @@ class Options:
 # What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those
 # whose result machines may want.
 LOOKING = (
-    "recipe", "base", "expert", "method", "settings", "policy", "compute_dtype", "vocabulary", "nonfinite",
-    "allow_pickle", "dequantize", "stream", "device", "workers", "max_memory", "calibration",
+    "recipe", "base", "expert", "method", "settings", "policy", "convolutions", "compute_dtype", "vocabulary",
+    "nonfinite", "allow_pickle", "dequantize", "stream", "device", "workers", "max_memory", "calibration",
 )  # fmt: skip
 CHOOSING = ("weights", "scale", "split_qkv", "join_qkv", "seed")
 WRITING = (

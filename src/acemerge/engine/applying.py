@@ -1,4 +1,4 @@
-"""A rule on a tensor as it is stored: turned, slice by slice, projection by projection."""
+"""A rule on a tensor as it is stored: turned, unfolded, slice by slice, projection by projection."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from acemerge.engine.unfolding import as_seen, as_stored
 from acemerge.engine.work import Setting
 from acemerge.methods import Layer, LayerResult, Method
 from acemerge.methods.stats import of_projections, of_slices
@@ -17,15 +18,14 @@ from acemerge.shapes import Float, Tensor
 
 def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
     """The rule's result for this tensor, stored as the tensor is."""
-    layer = rule_layer(job, used, setting, W0.mT if job.transposed else W0)
-    turned = deltas.mT if job.transposed else deltas
+    layer = rule_layer(job, used, setting, as_seen(job, W0))
+    seen = as_seen(job, deltas)
     if isinstance(job, Merge) and job.fused:
-        result = _by_projection(job.method, job.fused, turned, layer)
+        result = _by_projection(job.method, job.fused, seen, layer)
     else:
-        result = apply_rule(job.method, turned, layer)
-    if not job.transposed:
-        return result
-    return LayerResult(result.delta.mT, result.stats, None if result.masks is None else result.masks.mT)
+        result = apply_rule(job.method, seen, layer)
+    masks = None if result.masks is None else as_stored(job, result.masks)
+    return LayerResult(as_stored(job, result.delta), result.stats, masks)
 
 
 def rule_layer(job: ByRule, used: Sequence[int], setting: Setting, W0: Tensor) -> Layer:

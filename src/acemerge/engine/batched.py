@@ -11,6 +11,7 @@ import torch
 
 from acemerge.engine.applying import apply_rule, rule_layer
 from acemerge.engine.compute import Computed, compute
+from acemerge.engine.unfolding import as_seen, as_stored
 from acemerge.engine.work import Loaded, Place, Setting
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, Method, Together, expert_seeds
@@ -72,7 +73,8 @@ def small_job(piece: Piece[Job]) -> Merge | None:
 
 
 def _kind(job: Merge) -> tuple[object, ...]:
-    return job.spec.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, job.transposed
+    seen = job.groups, job.transposed
+    return job.spec.shape, job.spec.dtype, job.compute_dtype, id(job.method), job.weights, seen
 
 
 def stacked(parts: Loaded[Job], place: Place) -> Stack:
@@ -112,8 +114,7 @@ def _merged(
     """The merged weights in their output type, what the rule says of each, and the energy of the merged update."""
     if not jobs:
         return []
-    turn = jobs[0].transposed
-    W0, deltas = (stack.W0.mT, stack.deltas.mT) if turn else (stack.W0, stack.deltas)
+    W0, deltas = as_seen(jobs[0], stack.W0), as_seen(jobs[0], stack.deltas)
     common = rule_layer(jobs[0], range(deltas.shape[1]), setting, W0[0])
     layers = [
         replace(common, seeds=expert_seeds(setting.recipe.seed, job.name, range(deltas.shape[1])), base=base)
@@ -126,5 +127,5 @@ def _merged(
     values = torch.stack([result.delta for result in results])
     lengths = energies(values).tolist()
     values.add_(W0)
-    rounded = all_rounded(values.mT if turn else values, jobs)
+    rounded = all_rounded(as_stored(jobs[0], values), jobs)
     return [(v, result.stats, energy) for v, result, energy in zip(rounded, results, lengths, strict=True)]

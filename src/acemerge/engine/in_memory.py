@@ -88,6 +88,8 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     rules: Sequence[Mapping[str, Any]] = (),
+    embeddings: Literal["average", "rule", "base"] | None = None,
+    convolutions: Literal["average", "rule"] | None = None,
     compute_dtype: torch.dtype | str | None = None,
     report: bool = False,
     **params: Any,
@@ -95,11 +97,13 @@ def merge_state_dicts(
     """Merge state dicts in memory by the default policy, with roles told by names and shapes.
 
     `method` is a rule's name, a table with `name` and its parameters, or an instance of a rule; `params` are its
-    parameters. `rules` say what tensors get whose name matches, as in a recipe. Tensors that only experts have, and
-    heads whose shapes differ, are not merged: the base's stay. With `report` the result is the merged state dict and
-    what was done of every tensor.
+    parameters. `rules` say what tensors get whose name matches, `embeddings` and `convolutions` what these get, as in a
+    recipe; convolutions by the rule are taken to have one group, or as many as channels, where each output has one of
+    them. Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay. With `report`
+    the result is the merged state dict and what was done of every tensor.
     """
-    asked = _asked(experts, method, weights, seed, rules, compute_dtype, params)
+    kinds = {"embeddings": embeddings, "convolutions": convolutions}
+    asked = _asked(experts, method, weights, seed, rules, kinds, compute_dtype, params)
     experts = [_without_wrapper(expert, base, i) for i, expert in enumerate(experts, 1)]
     merged, done = _merge_in_memory(base, experts, asked, roles_by_name(_all_specs([base, *experts]), {}))
     return (merged, done) if report else merged
@@ -126,6 +130,8 @@ def merge_models(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     rules: Sequence[Mapping[str, Any]] = (),
+    embeddings: Literal["average", "rule", "base"] | None = None,
+    convolutions: Literal["average", "rule"] | None = None,
     compute_dtype: torch.dtype | str | None = None,
     report: bool = False,
     **params: Any,
@@ -136,7 +142,8 @@ def merge_models(
     checkpoint may hold their parts apart. Of a compiled or data-parallel model the module within is meant. Arguments as
     of `merge_state_dicts`.
     """
-    asked = _asked(experts, method, weights, seed, rules, compute_dtype, params)
+    kinds = {"embeddings": embeddings, "convolutions": convolutions}
+    asked = _asked(experts, method, weights, seed, rules, kinds, compute_dtype, params)
     base, *experts = (unwrapped_module(m, f"expert {i}" if i else "base") for i, m in enumerate([base, *experts]))
     merged = copy.deepcopy(base)
     state = base.state_dict()
@@ -153,12 +160,17 @@ def _asked(
     weights: Sequence[float] | None,
     seed: int,
     rules: Sequence[Mapping[str, Any]],
+    kinds: Mapping[str, str | None],
     compute_dtype: torch.dtype | str | None,
     params: Mapping[str, Any],
 ) -> Recipe:
-    """The recipe of a merge of models that have no names but their numbers. UsageError for a rule that wants data."""
+    """The recipe of a merge of models that have no names but their numbers. `kinds`: what some tensors get.
+
+    UsageError for a rule that wants data.
+    """
     named = with_weights([str(i) for i in range(1, len(experts) + 1)], weights)
     content: dict[str, Any] = {"base": "base", "experts": named, "method": with_params(method, params), "seed": seed}
+    content |= {key: value for key, value in kinds.items() if value is not None}
     if compute_dtype is not None:
         content["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     content |= {"rules": [dict(rule) for rule in rules], "calibration": "of folders only"}

@@ -20,6 +20,7 @@ class MergeOptions(TypedDict, total=False):
     scale: float | None
     policy: Literal["default", "paper"]
     embeddings: Literal["average", "rule", "base"]
+    convolutions: Literal["average", "rule"]
     vocabulary: Literal["refuse", "base", "union", "assets"]
     missing_tokens: Literal["skip", "base", "mean"]
     orientation: Literal["input", "stored"]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from acemerge.engine.buffers import Buffers
+from acemerge.engine.unfolding import as_seen
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
 from acemerge.planning.jobs import AnyJob, ByRule, Input
 from acemerge.planning.pieces import Piece
@@ -61,7 +62,7 @@ class Setting:
         """As the job's rule sees its layer."""
         wanted = job.method.needs.calibration
         found = None if wanted is None or self.measured is None else self.measured.of(wanted, job.name, used)
-        return found.mT if found is not None and job.transposed and wanted == "gradients" else found
+        return as_seen(job, found) if found is not None and wanted == "gradients" else found
 
 
 class Values(Protocol):

@@ -16,6 +16,7 @@ from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.opening import Opened
 from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Measured, Place, Setting, Values, Work
 from acemerge.inspection.look_back import before_refinement
 from acemerge.linalg.gram import energies, symmetric_product
@@ -211,13 +212,13 @@ def _matrices(job: Merge, deltas: Tensor, made: _Made) -> Iterator[tuple[str, Fl
     """The matrices of a tensor as the rule saw them: names, task vectors and what was made of them."""
 
     def stacked(X: Tensor, before: int) -> Tensor:  # one axis for what is between these axes and (out, in)
-        turned = X.mT if job.transposed else X
+        turned = as_seen(job, X)
         return turned.reshape(*turned.shape[:before], -1, *turned.shape[-2:])
 
     own, merged = stacked(deltas, 1), stacked(made.merged, 0)
     before = [None] * len(merged) if made.before is None else stacked(made.before, 0)
     for i, stats in enumerate(made.stats.slices or [made.stats] * len(merged)):
-        name = job.name if len(job.spec.shape) == 2 else f"{job.name}[{i}]"
+        name = job.name if len(job.unfolded) == 2 else f"{job.name}[{i}]"
         yield name, own[:, i], _Made(merged[i], before[i], stats)
 
 

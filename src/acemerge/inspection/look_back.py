@@ -17,6 +17,7 @@ from acemerge.engine.applying import apply
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Place, Values, Work
 from acemerge.errors import AcemergeError, UsageError
 from acemerge.inspection.statistics import Sums, nothing, spectrum, sums
@@ -87,7 +88,7 @@ def look_back(out: Path, manifest: Mapping[str, Any], on_progress: OnProgress = 
     # The output as one more expert: its update is the merged one.
     experts = [{"model": expert.model} for expert in recipe.experts]
     content = {"base": recipe.base, "experts": [*experts, {"model": str(out)}], "method": FULL.name}
-    content["vocabulary"] = recipe.vocabulary
+    content |= {"vocabulary": recipe.vocabulary, "convolutions": recipe.convolutions}
     beside = open_recipe(make_recipe(content, "report"), None, options)
     refined = _refined(opened, manifest)
     tensors: dict[str, Probe] = {}
@@ -155,11 +156,12 @@ def _probe(
         own = sums(deltas[:T], W0)
         if not job.is_matrix:
             return Probe(own, products)
-        spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), deltas, strict=True)}
+        seen = as_seen(job, deltas)
+        spectra = {label: spectrum(D) for label, D in zip((*labels, "merged"), seen, strict=True)}
         if job.name in refined:
             result = apply(refined[job.name], deltas[:T], W0, range(T), opened.setting)
-            spectra[BEFORE] = spectrum(result.delta)
-        return Probe(own, products, spectra, piece.shape)
+            spectra[BEFORE] = spectrum(as_seen(job, result.delta))
+        return Probe(own, products, spectra, job.unfolded)
 
 
 def try_to_look_back(

@@ -15,6 +15,7 @@ from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, merging, walker
 from acemerge.engine.opening import Opened
 from acemerge.engine.relatedness import relations
+from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
 from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
@@ -31,7 +32,7 @@ FULL = make("breadcrumbs", {})
 
 @dataclass(frozen=True)
 class View:
-    """One tensor's task vectors. `squared_norms` (T,) are there for the weights of linear layers alone."""
+    """One tensor's task vectors. `squared_norms` (T,) are there for the weights of layers alone, see `is_matrix`."""
 
     job: Merge
     sums: Sums
@@ -187,7 +188,7 @@ def _view(piece: Piece[Merge], values: Values, setting: Setting, place: Place) -
         W0 = space[T].copy_(values.take((0, job.name)))
         deltas, _, used = task_vectors(piece, values, setting, W0, space[:T])
         seen = sums(deltas, W0)
-        norms = squared_norms(deltas) if job.is_matrix else None
+        norms = squared_norms(as_seen(job, deltas)) if job.is_matrix else None
     if len(used) == T:
         return View(job, seen, norms)
     products = torch.zeros(T, T, dtype=torch.float64)

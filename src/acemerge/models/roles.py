@@ -21,11 +21,14 @@ LAYERS: tuple[RoleName, ...] = ("linear", "conv1d", "experts")  # weights of lin
 
 @dataclass(frozen=True)
 class Role:
-    """`transposed` weights are stored (in, out); `origin` says who told."""
+    """`transposed` weights are stored (in, out); `origin` says who told. `groups`: of a convolution, whose first
+    dimension they divide; names and shapes do not tell them.
+    """
 
     name: RoleName
     transposed: bool = False
     origin: Literal["architecture", "name"] = "architecture"
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def _role_of_parameter(module: nn.Module, name: str, ndim: int, is_output_head: 
     if _is_norm(module):
         return Role("norm")
     if isinstance(module, nn.modules.conv._ConvNd):
-        return Role("convolution")
+        return Role("convolution", transposed=module.transposed, groups=module.groups)
     if is_output_head:
         return Role("output_head")
     if type(module).__name__ == "Conv1D":

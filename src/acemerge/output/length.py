@@ -8,7 +8,6 @@ from math import sqrt
 from typing import Any
 
 from acemerge.methods import DEFAULT, METHODS, rule_name
-from acemerge.models.roles import LAYERS
 from acemerge.output.shares import Records, energies_of
 
 # Longer than this the result is in nobody's direction: twice the longest expert's, or more than what updates at right
@@ -18,9 +17,9 @@ _TWICE, _BEYOND = 2.0, 1.1
 
 @dataclass(frozen=True)
 class Length:
-    """Norms over all linear layers: of the merged update, of the longest expert's, and `orthogonal`, what the experts'
-    would add up to at right angles, `sqrt(sum_t ||D_t||_F^2)`. `worst` is the layer whose merged update is longest
-    beside its longest expert's, `worst_ratio` how many times so long.
+    """Norms over all layers, and what was merged like them: of the merged update, of the longest expert's, and
+    `orthogonal`, what the experts' would add up to at right angles, `sqrt(sum_t ||D_t||_F^2)`. `worst` is the layer
+    whose merged update is longest beside its longest expert's, `worst_ratio` how many times so long.
     """
 
     merged: float
@@ -43,8 +42,17 @@ class Length:
 
 
 def length_of(labels: Sequence[str], records: Records) -> Length | None:
-    """None where no linear layer was merged from updates of all experts."""
-    layers = dict(_layers(labels, records))
+    """None where no layer was merged from updates of all experts."""
+    return _length(labels, {name: record for name, record in records.items() if record.is_layer})
+
+
+def length_of_tokens(labels: Sequence[str], records: Records) -> Length | None:
+    """That of embeddings and output heads that were merged like layers."""
+    return _length(labels, {name: record for name, record in records.items() if record.has_tokens})
+
+
+def _length(labels: Sequence[str], records: Records) -> Length | None:
+    layers = dict(_energies(labels, records))
     totals = [sum(column) for column in zip(*(energies for _, energies in layers.values()), strict=True)]
     if not any(totals):
         return None
@@ -54,11 +62,16 @@ def length_of(labels: Sequence[str], records: Records) -> Length | None:
     return Length(sqrt(merged), sqrt(max(totals)), sqrt(sum(totals)), worst, ratios[worst])
 
 
-def _layers(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tuple[float, Sequence[float]]]]:
+def _energies(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tuple[float, Sequence[float]]]]:
     for name, record in records.items():
         energies = energies_of(record, labels)
-        if record.role in LAYERS and energies and record.merged_energy is not None:
+        if energies and record.merged_energy is not None:
             yield name, (record.merged_energy, energies)
+
+
+def tokens_warning(length: Length) -> str:
+    """What a merge is told whose embeddings or output heads overshoot."""
+    return f"embeddings and heads by the rule overshoot, {length}; average them, as without `embeddings: rule`"
 
 
 def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from acemerge.errors import CheckpointError
+from acemerge.methods.elementwise import Average
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
-from acemerge.planning.jobs import Job
+from acemerge.models.roles import LAYERS
+from acemerge.planning.jobs import Job, Keep
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,20 @@ class TensorRecord:
     merged_energy: float | None = None
     infinite: bool = False
     seconds: float = 0.0
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it is a linear layer's, or a convolution that was merged like one."""
+        return self.role in LAYERS or (self.role == "convolution" and self._by_a_rule)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether it is an embedding or an output head that was merged like a layer."""
+        return self.role in ("embedding", "output_head") and self._by_a_rule
+
+    @property
+    def _by_a_rule(self) -> bool:
+        return self.rule not in (Average.name, Keep.rule)
 
     def to_json(self) -> dict[str, Any]:
         """As the manifest and the journal say it."""

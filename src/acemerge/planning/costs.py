@@ -80,7 +80,7 @@ def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
     """What a rule works in beside full task vectors."""
     count = piece.count
     slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
-    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 else 0)
+    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 or job.groups else 0)
     work += experts * _measured(job, rows, columns, count)
     if isinstance(job, Merge) and job.fused:
         work += (experts + 1) * count  # the projections' own task vectors, and what is made of them

@@ -89,7 +89,7 @@ class _ByRule(_Tensor):
 
     `weights` are the experts' in the rule, `absent` the numbers of those that have no say. `transposed`: the rule gets
     it the other way round than it is stored. `pool`: the rule of the recipe by its number, over whose tensors a share
-    of the whole model is taken.
+    of the whole model is taken. `groups`: of a convolution that the rule gets as a matrix for each of so many groups.
     """
 
     method: Method
@@ -97,6 +97,7 @@ class _ByRule(_Tensor):
     absent: frozenset[int] = frozenset()
     transposed: bool = False
     pool: int = -1
+    groups: int = 0
 
     @property
     def rule(self) -> str:
@@ -111,10 +112,19 @@ class _ByRule(_Tensor):
         """Of the experts that have a say in it."""
         return tuple(weight for i, weight in enumerate(self.weights) if i not in self.absent)
 
+    @cached_property
+    def unfolded(self) -> tuple[int, ...]:
+        """The shape in which the rule gets it, but for being transposed: a convolution as a layer of patches."""
+        shape = self.spec.shape
+        if not self.groups:
+            return shape
+        matrix = (shape[0] // self.groups, math.prod(shape[1:]))
+        return matrix if self.groups == 1 else (self.groups, *matrix)
+
     @property
     def matrices(self) -> tuple[int, int, int]:
         """(slices, out, in) of the matrices that the rule sees."""
-        shape = self.spec.shape
+        shape = self.unfolded
         if len(shape) < 2:
             return 1, 1, math.prod(shape)
         rows, columns = (shape[-1], shape[-2]) if self.transposed else (shape[-2], shape[-1])
@@ -195,8 +205,9 @@ class Merge(_ByRule):
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it is the weight of a linear layer, or a stack of such."""
-        return self.role.name in LAYERS and len(self.spec.shape) > 1 and self.spec.count > 0
+        """Whether it is the weight of a linear layer, a stack of such, or a convolution that its rule takes for one."""
+        layer = self.role.name in LAYERS or self.groups > 0
+        return layer and len(self.spec.shape) > 1 and self.spec.count > 0
 
     @cached_property
     def factored(self) -> bool:

@@ -20,7 +20,7 @@ from acemerge.planning.adapter_fit import fit
 from acemerge.planning.jobs import OUTPUT_DTYPES, ByRule, Head, Job, Keep, Merge, ModelHeader, Plan, is_whole
 from acemerge.planning.joined import with_joined
 from acemerge.planning.policy import Decision, Policy
-from acemerge.planning.surprises import of_recipe
+from acemerge.planning.surprises import of_heads, of_recipe
 from acemerge.planning.vocabularies import VocabularyOf, VocabularyPlanner, by_token
 from acemerge.recipes.recipe import Recipe
 
@@ -65,6 +65,8 @@ def make_plan(
     if dequantized:
         planner.warnings.append(_ROUNDED)
     planner.warnings += of_recipe(recipe, base.tensors.keys())
+    if recipe.policy == "default":
+        planner.warnings += of_heads([job for job in jobs if not isinstance(job, Keep)], roles)
     plan = Plan(recipe, tuple(labels), jobs, heads, roles.source, tuple(planner.warnings), adapters, dequantized)
     for job in _distinct(plan.ruled):
         check_weights(job.method, job.weights)
@@ -166,6 +168,10 @@ class _Planner:
         identity = self.roles.identity[out.name]
         everywhere = [self.base_names, *self.expert_names]
         copies = [(i, other) for i, names in enumerate(everywhere) for other in names.get(identity, [])[1:]]
+        # Whether an expert is skipped is only known when all of its tensor was seen.
+        entrywise = method.needs.entrywise and self.recipe.nonfinite == "error"
+        groups = 0 if entrywise else decision.groups
+        turned = role.transposed and self.policy.orientation == "input"
         job = Merge(
             out,
             role,
@@ -174,10 +180,10 @@ class _Planner:
             tuple(copies),
             method=method,
             weights=self._weights(decision),
-            transposed=role.transposed and self.policy.orientation == "input",
+            transposed=turned and (role.name != "convolution" or groups > 0),
             pool=decision.pool,
-            # Whether an expert is skipped is only known when all of its tensor was seen.
-            entrywise=method.needs.entrywise and self.recipe.nonfinite == "error",
+            groups=groups,
+            entrywise=entrywise,
         )
         return self._by_projection(job)
 

@@ -20,7 +20,8 @@ Action = Literal["merge", "base", "heads"]
 @dataclass(frozen=True)
 class Decision:
     """What one tensor gets and why. `method` is set when it is merged, `weights` where they are not the experts'.
-    `pool` is the number of the recipe's rule, -1 for the recipe's own method.
+    `pool` is the number of the recipe's rule, -1 for the recipe's own method. `groups`: of a convolution that a rule
+    gets as a matrix, or as one for each of so many groups.
     """
 
     action: Action
@@ -28,6 +29,7 @@ class Decision:
     method: Method | None = None
     weights: tuple[float, ...] | None = None
     pool: int = -1
+    groups: int = 0
 
 
 class Policy:
@@ -56,8 +58,10 @@ class Policy:
         reason = f"recipe rule {rule.match!r}"
         if method is None:
             return Decision(rule.action or "base", reason)
-        self._check_shape(spec, role, method)
-        return Decision("merge", reason, method, rule.weights, number)
+        groups = role.groups if method.needs.matrix and _is_of_patches(spec, role) else 0
+        if not groups:
+            self._check_shape(spec, role, method)
+        return Decision("merge", reason, method, rule.weights, number, groups)
 
     def _rule_for(self, name: str) -> int | None:
         """The first rule that matches. A recipe may name every tensor: plain names are looked up, not compared."""
@@ -80,8 +84,18 @@ class Policy:
             return self._merge("fused experts, slice by slice")
         if role.name in ("embedding", "output_head"):
             return self._vocabulary(spec, role)
+        if role.name == "convolution" and self._recipe.convolutions == "rule":
+            return self._convolution(spec, role)
         what = {"norm": "a norm", "bias": "a bias", "convolution": "a convolution"}.get(role.name)
         return Decision("merge", f"{what or 'not a linear layer'}: averaged", self._average)
+
+    def _convolution(self, spec: TensorSpec, role: Role) -> Decision:
+        if not _is_of_patches(spec, role):
+            return Decision("merge", "a convolution of one channel for each output: averaged", self._average)
+        if self._main.needs.calibration in ("inputs", "merged inputs"):
+            return Decision("merge", "a convolution, whose patches are not measured: averaged", self._average)
+        each = f", for each of its {role.groups} groups" if role.groups > 1 else ""
+        return Decision("merge", f"a convolution: a linear layer of patches{each}", self._main, groups=role.groups)
 
     def _vocabulary(self, spec: TensorSpec, role: Role) -> Decision:
         what = "an embedding" if role.name == "embedding" else "an output head over the vocabulary"
@@ -103,6 +117,18 @@ class Policy:
         if len(spec.shape) == 2:
             return self._merge(f"policy paper, {family.name}: 2-D")
         return Decision("merge", f"policy paper, {family.name}: not 2-D, averaged", self._average)
+
+
+def _is_of_patches(spec: TensorSpec, role: Role) -> bool:
+    """Whether a tensor is a convolution that mixes channels, and so a linear layer of unfolded patches.
+
+    A depthwise one is a filter for each channel, no matrix. Without an architecture it looks like one that reads a
+    single channel, and is taken for depthwise.
+    """
+    if role.name != "convolution" or len(spec.shape) < 3 or spec.count == 0:
+        return False
+    channels = spec.shape[0] // role.groups if role.transposed else spec.shape[1]  # that one output is made of
+    return channels > 1 or (role.groups == 1 and role.origin == "architecture")
 
 
 @dataclass(frozen=True)

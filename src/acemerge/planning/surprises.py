@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from acemerge.checkpoints import files
+from acemerge.models.roles import Roles, role_by_name
+from acemerge.planning.jobs import ByRule
 from acemerge.recipes.recipe import Recipe
 
 _WILD = "*?[]!"
@@ -23,6 +26,22 @@ def of_recipe(recipe: Recipe, names: Collection[str]) -> list[str]:
     if len(recipe.experts) == 1 and recipe.as_lora is None and not recipe.build_method().needs.base:
         found.append("there is one expert only: what is written lies between it and the base; name more to merge them")
     return found
+
+
+def of_heads(ruled: Sequence[ByRule], roles: Roles) -> list[str]:
+    """An output head over the vocabulary that gets a rule for layers."""
+    heads = [job for job in ruled if job.method.needs.matrix and _is_head(job, roles)]
+    if not heads:
+        return []
+    what = f"{heads[0].name} is an output head, by {heads[0].rule}"
+    return [f"{what}: where measured it was up to 7 points worse than the average (docs/concepts/policies.md)"]
+
+
+def _is_head(job: ByRule, roles: Roles) -> bool:
+    """Whether it is one, or an embedding that is tied to one."""
+    tied = roles.tied.get(roles.identity[job.name], ())
+    names = [role_by_name(replace(job.spec, name=name), conv1d=False).name for name in tied]
+    return "output_head" in (job.role.name, *names)
 
 
 def _nearest(pattern: str, names: Collection[str]) -> str:

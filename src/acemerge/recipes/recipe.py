@@ -37,6 +37,7 @@ class Recipe(Strict):
     scale: Annotated[float, Field(allow_inf_nan=False)] | None = None
     policy: PolicyName = "default"
     embeddings: Literal["average", "rule", "base"] = "average"
+    convolutions: Literal["average", "rule"] = "average"
     vocabulary: Literal["refuse", "base", "union", "assets"] = "refuse"
     missing_tokens: Literal["skip", "base", "mean"] = "skip"
     orientation: Literal["input", "stored"] = "input"

@@ -15,7 +15,6 @@ from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
 from acemerge.methods.status import Status, spelled
 from acemerge.models.depth import layer_number, places_in_layers
-from acemerge.models.roles import LAYERS
 from acemerge.output.length import Length, length_cure, length_of
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.output.shares import Records, energies_of, layer_shares, total_energies
@@ -100,6 +99,7 @@ def _row(name: str, part: str, record: TensorRecord, labels: Sequence[str], seen
         "layer": layer_number(name),
         "part": part,
         "role": record.role,
+        "is_layer": record.is_layer,
         "rule": record.rule,
         "reason": record.reason,
         "status": spelled(record.stats.statuses),
@@ -185,7 +185,7 @@ def _answers(
     worked = (
         f"Yes: {len(rows)} tensors in {files} files, all finite, {merged} of them merged from {len(labels)} experts."
     )
-    conflict = [row for row in rows if row["cancelled"] is not None and row["role"] in LAYERS]
+    conflict = [row for row in rows if row["cancelled"] is not None and row["is_layer"]]
     worst = sorted(conflict, key=lambda row: -row["cancelled"])[:3]
     named = [f"{row['name']} ({row['cancelled']:.0%} cancels)" for row in worst]
     unrelated = f"Of equally long updates that have nothing in common, {1 - len(labels) ** -0.5:.0%} cancels."
