@@ -15,6 +15,7 @@ from acemerge.checkpoints.files import close
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
+_MOST_FREED = 100_000_000
 
 
 def keep_freed_memory() -> None:
@@ -26,6 +27,25 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for knob, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 1)):
             mallopt(knob, value)
+
+
+class _Blocks(ctypes.Structure):
+    """What glibc's `mallinfo2` tells; `free` are the bytes of freed blocks that it keeps."""
+
+    _fields_ = [(f"_{i}", ctypes.c_size_t) for i in range(8)] + [("free", ctypes.c_size_t), ("_9", ctypes.c_size_t)]
+
+
+def give_back_freed_memory(beyond: int = _MOST_FREED) -> None:
+    """Return freed blocks to the system where there are more bytes of them than `beyond`.
+
+    torch aligns its memory, and glibc then leaves slivers beside it. A small object in such a sliver keeps a freed
+    block from being joined and used again: without this the heap grows for as long as a run lasts.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        library.mallinfo2.restype = _Blocks
+        if library.mallinfo2().free > beyond:
+            library.malloc_trim(0)
 
 
 def stays_cached(nbytes: int) -> bool:

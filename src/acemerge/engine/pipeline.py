@@ -17,6 +17,7 @@ from typing import Generic
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
+from acemerge.checkpoints.machine import give_back_freed_memory
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
@@ -219,6 +220,7 @@ class Pipeline:
                 batch = next(waiting, None)
             done, future = pending.popleft()
             yield done.pieces, future.result()
+            give_back_freed_memory()
 
     def _has_room(self, pending: Sequence[Batch[AnyJob]], more: Batch[AnyJob]) -> bool:
         needed = 0
