@@ -202,12 +202,12 @@ def test_a_frozen_first_factor_is_warned_of(plain: PlainModel, factors: list[dic
     base, _ = plain.save()
     frozen = {m: (A * (1 + 1e-8), B + 1) for m, (A, B) in factors[0].items()}
     adapters = [write_adapter(plain.root / f"a{i}", own) for i, own in enumerate((factors[0], frozen))]
-    (warning,) = acemerge.merge(base, adapters).manifest["warnings"]
+    (warning,) = acemerge.merge(base, adapters, "ace").manifest["warnings"]
     assert "share A in all 2 layers" in warning
     A, B = frozen[UP]
     A[0, 0] += 1e-3
     write_adapter(plain.root / "a1", frozen | {UP: (A, B)})
-    (warning,) = acemerge.merge(base, adapters).manifest["warnings"]
+    (warning,) = acemerge.merge(base, adapters, "ace").manifest["warnings"]
     assert "share A in 1 of 2 layers" in warning
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     takes=MERGING,
     examples=(
         "acemerge merge --base ./base --expert ./math --expert ./code -o ./merged",
-        "acemerge merge recipe.yaml --method auto -o ./merged --report",
+        "acemerge merge recipe.yaml --method ace -o ./merged --report",
     ),
     page="recipes.md",
 )

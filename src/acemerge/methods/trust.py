@@ -84,12 +84,15 @@ def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
 class Trust:
     """Another rule's update, made shorter the further it moves the weights where the experts do not want the same.
 
-        M = X / (1 + m^2 / step^2)^(1/2),  m^2 = q ||X||_F^2 / w^2,  q and w^2 as `Disturbance` has them
+        M = X / (1 + m^2 / step^2)^(1/2),  m^2 = q ||X||_F^2 / w^2
+        q = 1 - ||sum_t p_t D_t||_F^2 / sum_t p_t n_t,  p_t = w_t n_t / sum_s w_s n_s,  n_t = ||D_t||_F^2
+        w^2 = ||W_0||_F^2 + sum_t w_t n_t / sum_t w_t
 
-    Source: this library. A rule fits a layer to first order in the weights; what that leaves out grows with the move
-    beside the weights themselves. M is at most `step w / q^(1/2)` long, in X's direction. Scaling base and updates
-    together scales M. One expert alone, and experts that are equal, are not shortened. Where the base is not known, as
-    by `merge_deltas` without `base`, M is X. `relative_step` is `||X||_F / w`. Weights are the other rule's, which has
+    Source: this library. X is the other rule's update, q how far apart the experts are, w^2 the energy of the layer's
+    weights. A rule fits a layer to first order in the weights; what that leaves out grows with the move beside the
+    weights themselves. M is at most `step w / q^(1/2)` long, in X's direction. Scaling base and updates together
+    scales M. One expert alone, and experts that are equal, are not shortened. Where the base is not known, as by
+    `merge_deltas` without `base`, M is X. `relative_step` is `||X||_F / w`. Weights are the other rule's, which has
     a scale of 1 and may not be one that merges weights or makes masks.
     """
 
