@@ -105,7 +105,7 @@ def test_the_papers_policy(family: str, kept: str, by_rule: str, tmp_path: Path)
 
 def test_the_papers_policy_averages_the_text_projection(tmp_path: Path) -> None:
     base, experts, _ = _save_experts(tmp_path, "clip")
-    report = acemerge.merge(base, experts, out=tmp_path / "out", policy="paper")
+    report = acemerge.merge(base, experts, "ace", tmp_path / "out", policy="paper")
     name = "text_projection.weight"
     mean = torch.stack([load_folder(expert)[name] for expert in experts]).mean(0)
     assert report.tensors[name]["rule"] == "average"

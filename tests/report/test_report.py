@@ -226,5 +226,5 @@ def test_without_the_extra_the_error_names_it_before_any_work(
 
 def test_what_is_no_merge_has_no_report(plain: PlainModel, out: Path) -> None:
     (out / "acemerge.json").unlink()
-    with pytest.raises(CheckpointError, match="the merge is not finished"):
+    with pytest.raises(CheckpointError, match="continue one that did not finish"):
         write_report(out)

@@ -57,7 +57,7 @@ def parts_to_do(
 def compute_parts(
     opened: Opened, out: Path, parts: list[Part], executor: Executor, options: RunOptions, on_progress: OnProgress
 ) -> None:
-    """Have all parts computed. What cannot be gone on with is removed."""
+    """Have all parts computed. What cannot be continued is removed."""
     about = {"event": "parts", "fields": {"out": out, "parts": len(parts), "slots": executor.slots}}
     log.info("%d parts, %d at once", len(parts), executor.slots, extra=about)
     told = _Together(opened, len(parts), on_progress)
@@ -106,7 +106,7 @@ class _Together:
                 self._tell(now)
             return
         whole = self._all[part.number]
-        done = whole.done - (now.total - now.done)  # of one that was gone on with, what is left is counted
+        done = whole.done - (now.total - now.done)  # of one that was continued, what is left is counted
         nbytes = whole.bytes_done - (now.bytes_total - now.bytes_done)
         self._say(part, Progress("merge", now.name, done, 0, nbytes, 0, now.bytes_out, now.share))
 

@@ -144,7 +144,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an output folder; CheckpointError when it is missing, malformed or altered."""
     path = folder / MANIFEST
     if files.kind(path) == "nothing":
-        cure = "name the output of a merge; one that is not finished is gone on with by --resume"
+        cure = "name the output of a merge; continue one that did not finish with --resume"
         raise CheckpointError(folder, f"has no {MANIFEST}", cure)
     text = files.read_small(path, MAX_MANIFEST)
     manifest = parse_json(text, path)

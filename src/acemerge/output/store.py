@@ -275,7 +275,7 @@ class StoreOutput:
 
 @contextlib.contextmanager
 def store_output(target: Path, overwrite: bool, resume: bool) -> Iterator[StoreOutput]:
-    """Hold an address for one run. A failure removes what was not published, unless the run can be gone on with.
+    """Hold an address for one run. A failure removes what was not published, unless the run can be continued.
 
     Raises UsageError where there is something that is not to be replaced, WriteError where the store takes nothing.
     """
