@@ -210,7 +210,7 @@ def test_bad_checkpoints_exit_with_3(plain: PlainModel, capsys: pytest.CaptureFi
     (plain.root / "e2" / "model.safetensors").write_bytes(b"damaged")
     failed(run(capsys, "merge", *words, "-o", plain.root / "o"), 3, "too few")
     failed(run(capsys, "plan", *words), 3, "too few")
-    failed(run(capsys, "verify", plain.root / "base"), 3, "not finished")
+    failed(run(capsys, "verify", plain.root / "base"), 3, "did not finish")
 
 
 def test_numerical_failures_exit_with_4(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,8 @@ def test_a_convolution_is_a_layer_of_its_patches(models: tuple[nn.Module, list[n
     for name in AS_MATRIX:
         torch.testing.assert_close(merged.state_dict()[name], of_layer(*updates(models, name), method))
         assert report.tensors[name]["rule"] == method
-        assert report.tensors[name]["reason"] == "a convolution: a linear layer of patches"
+        how = "over channels" if base.state_dict()[name].shape[-1] == 1 else "of patches"
+        assert report.tensors[name]["reason"] == f"a convolution: a linear layer {how}"
     averaged = acemerge.merge_models(base, experts, method).state_dict()
     assert torch.equal(merged.state_dict()[DEPTHWISE], averaged[DEPTHWISE])
     assert report.tensors[DEPTHWISE]["reason"] == "a convolution of one channel for each output: averaged"
@@ -133,7 +134,9 @@ def test_what_is_planned_and_looked_at(
         assert code == 0
         plans[asked] = out
     assert "ace (convolution): a convolution: a linear layer of patches" in plans["rule"]
-    assert "ace" not in plans["average"]
+    for plan in plans.values():
+        assert "ace (convolution): a convolution: a linear layer over channels" in plan
+    assert "linear layer of patches" not in plans["average"]
     _, out, _ = run(capsys, "inspect", *models_of, "--convolutions", "rule")
     assert " of 5" in out  # all but the depthwise one
     failed(run(capsys, "plan", *models_of, "--convolutions", "base"), 2, "--convolutions")

@@ -180,8 +180,8 @@ def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:
     assert desk.text("merged").strip() == taken
     desk.write("out", "../outside")
     desk.press("merge")
-    wait(desk.driver, "document.querySelector('#merged').innerText.includes('outside the folders')")
-    assert len(desk.text("merged").strip().splitlines()) == 1
+    # One line when all is answered: on the way there the area may be drawn anew.
+    wait(desk.driver, r"/^[^\n]*outside the folders[^\n]*$/.test(document.querySelector('#merged').innerText.trim())")
     assert list((desk.folder / "outside").iterdir()) == []
     desk.write("out", "models/other")
     wait(desk.driver, "document.querySelector('#merged').innerText.trim() === ''")

@@ -66,7 +66,8 @@ class Options:
     scale: Annotated[float | None, option(RULE, "factor on the merged update [default: the rule's own]")] = None
     policy: Annotated[Literal["default", "paper"] | None, option(RULE, "which tensors get the rule")] = None
     convolutions: Annotated[
-        Literal["average", "rule"] | None, option(RULE, "average convolutions, or take them for layers of patches")
+        Literal["average", "rule"] | None,
+        option(RULE, "average convolutions wider than 1 x 1, or take them for layers of patches"),
     ] = None
     split_qkv: Annotated[
         bool | None, option(RULE, "give the rule q, k and v one by one where they share a weight", "--split-qkv")

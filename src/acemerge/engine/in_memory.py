@@ -98,7 +98,7 @@ def merge_state_dicts(
 
     `method` is a rule's name, a table with `name` and its parameters, or an instance of a rule; `params` are its
     parameters. `rules` say what tensors get whose name matches, `embeddings` and `convolutions` what these get, as in a
-    recipe; convolutions by the rule are taken to have one group, or as many as channels, where each output has one of
+    recipe; convolutions are taken to have one group, or as many as channels, where each output has one of
     them. Tensors that only experts have, and heads whose shapes differ, are not merged: the base's stay. With `report`
     the result is the merged state dict and what was done of every tensor.
     """

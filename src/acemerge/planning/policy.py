@@ -84,7 +84,7 @@ class Policy:
             return self._merge("fused experts, slice by slice")
         if role.name in ("embedding", "output_head"):
             return self._vocabulary(spec, role)
-        if role.name == "convolution" and self._recipe.convolutions == "rule":
+        if role.name == "convolution" and (self._recipe.convolutions == "rule" or _is_pointwise(spec)):
             return self._convolution(spec, role)
         what = {"norm": "a norm", "bias": "a bias", "convolution": "a convolution"}.get(role.name)
         return Decision("merge", f"{what or 'not a linear layer'}: averaged", self._average)
@@ -95,7 +95,8 @@ class Policy:
         if self._main.needs.calibration in ("inputs", "merged inputs"):
             return Decision("merge", "a convolution, whose patches are not measured: averaged", self._average)
         each = f", for each of its {role.groups} groups" if role.groups > 1 else ""
-        return Decision("merge", f"a convolution: a linear layer of patches{each}", self._main, groups=role.groups)
+        what = "over channels" if _is_pointwise(spec) else "of patches"
+        return Decision("merge", f"a convolution: a linear layer {what}{each}", self._main, groups=role.groups)
 
     def _vocabulary(self, spec: TensorSpec, role: Role) -> Decision:
         what = "an embedding" if role.name == "embedding" else "an output head over the vocabulary"
@@ -117,6 +118,11 @@ class Policy:
         if len(spec.shape) == 2:
             return self._merge(f"policy paper, {family.name}: 2-D")
         return Decision("merge", f"policy paper, {family.name}: not 2-D, averaged", self._average)
+
+
+def _is_pointwise(spec: TensorSpec) -> bool:
+    """Whether a convolution has a kernel of side one: a linear layer over channels."""
+    return len(spec.shape) > 2 and all(side == 1 for side in spec.shape[2:])
 
 
 def _is_of_patches(spec: TensorSpec, role: Role) -> bool:
