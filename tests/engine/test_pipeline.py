@@ -302,7 +302,10 @@ def test_what_does_not_fit_is_refused_with_its_name(tmp_path: Path) -> None:
     plain.base["layers.0.wide.weight"] = torch.zeros(64, 300)
     plain.tuned = [expert | {"layers.0.wide.weight": torch.ones(64, 300)} for expert in plain.tuned]
     base, experts = plain.save()
-    message = r"--max-memory: tensor 'layers.0.wide.weight' by kron_auto needs 3\d\d,\d\d\d,\d\d\d bytes, more than 315,000,000"
+    message = (
+        r"--max-memory: tensor 'layers.0.wide.weight' by kron_auto needs 3\d\d,\d\d\d,\d\d\d bytes, "
+        "more than 315,000,000"
+    )
     with pytest.raises(UsageError, match=message):
         acemerge.merge(base, experts, out=tmp_path / "out", max_memory=f"{RESIDENT}B")
     assert not (tmp_path / "out").exists()
