@@ -227,9 +227,9 @@ def test_a_tensor_in_pieces_is_the_same_tensor(tmp_path: Path, method: str, monk
     for name, value in load_folder(tmp_path / "whole").items():
         torch.testing.assert_close(load_folder(tmp_path / "split")[name], value, rtol=1e-6, atol=1e-7)
         one, other = whole.tensors[name], split.tensors[name]
-        summed = ("seconds", "energies", "merged_energy")
+        summed = ("seconds", "energies", "base_energy", "merged_energy")
         assert {k: v for k, v in one.items() if k not in summed} == {k: v for k, v in other.items() if k not in summed}
-        for key in ("energies", "merged_energy"):
+        for key in ("energies", "base_energy", "merged_energy"):
             assert one.get(key, []) == pytest.approx(other.get(key, []), rel=1e-6)
 
 

@@ -78,7 +78,7 @@ FULL = LayerStats(
     own={"dropped": [1, "two"]},
 )  # fmt: skip
 RECORD = TensorRecord(
-    "linear", "ace", "weight of a linear layer", FULL, (1.0, 2.0), ("e3",), 3.0, 0.5, 7.0, True, 0.125
+    "linear", "ace", "weight of a linear layer", FULL, (1.0, 2.0), ("e3",), 3.0, 0.5, 2.0, 7.0, True, 0.125
 )
 
 
@@ -101,9 +101,10 @@ def test_every_number_goes_to_the_manifest_and_back() -> None:
 def test_the_keys_of_the_manifest_are_those_of_before() -> None:
     assert RECORD.to_json().keys() == {
         "role", "rule", "reason", "status", "gamma", "branch", "eps", "heterogeneity", "shrinkage", "condition", "rank",
-        "refined", "float64_spectra", "steps", "residual", "last_step", "agreement", "cosine", "share", "t", "weights",
-        "kept", "thresholds", "own_l1", "masked_l1", "shared_input_side", "side", "energy_lost", "dropped", "energies",
-        "skipped_experts", "energy", "share_lost", "merged_energy", "infinite", "seconds",
+        "refined", "float64_spectra", "steps", "residual", "last_step", "relative_step", "agreement", "cosine", "share",
+        "t", "weights", "kept", "thresholds", "own_l1", "masked_l1", "shared_input_side", "side", "energy_lost",
+        "dropped", "energies", "skipped_experts", "energy", "share_lost", "base_energy", "merged_energy", "infinite",
+        "seconds",
     }  # fmt: skip
     assert RECORD.to_json()["status"] == "float64, full updates formed"
 

@@ -39,6 +39,9 @@ def test_the_sum_of_updates_at_right_angles(models: tuple[Path, list[Path]], tmp
         "orthogonal": pytest.approx(sqrt(9 + 16 + 16)),
         "worst": UP,
         "worst_ratio": pytest.approx(5 / 4),
+        "base": pytest.approx(4),
+        "farthest": UP,
+        "farthest_ratio": pytest.approx(5 / sqrt(8)),
     }
     assert report.manifest["warnings"] == []
     assert verify(tmp_path / "out")["length"] == report.manifest["length"]

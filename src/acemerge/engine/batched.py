@@ -102,8 +102,10 @@ def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place
         chosen, numbers = stack.part(plain), plain.tolist()
         merged = _merged(method, chosen, [jobs[i] for i in numbers], setting)
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
-        for i, n, (value, stats, energy) in zip(numbers, chosen.n.tolist(), merged, strict=True):
-            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), merged_energy=energy, seconds=seconds)
+        before = energies(chosen.W0).tolist()
+        for i, n, W, (value, stats, energy) in zip(numbers, chosen.n.tolist(), before, merged, strict=True):
+            record = replace(about(jobs[i]), stats=stats, energies=tuple(n), base_energy=W, merged_energy=energy)
+            record = replace(record, seconds=seconds)
             made[i] = Computed((value,), record)
     return [made[i] if i in made else compute(*part, setting, place) for i, part in enumerate(parts)]
 

@@ -13,7 +13,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.agreement import differ_though_tied, differs_from_base
 from acemerge.engine.applying import apply
 from acemerge.engine.by_token import Made, averaged_by_token, lent_by_token
-from acemerge.engine.factored import merge_factors_of
+from acemerge.engine.factored import energy_of, merge_factors_of
 from acemerge.engine.updates import add_update, own_factors
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError, shortage_of
@@ -90,8 +90,11 @@ def whole_record(records: Sequence[TensorRecord]) -> TensorRecord:
     energy = None if first.energy is None else sum(r.energy or 0.0 for r in records)
     lost = None if first.energy is None else max(r.share_lost or 0.0 for r in records)  # all of it, or nothing
     merged = None if first.merged_energy is None else sum(r.merged_energy or 0.0 for r in records)
+    before = None if first.base_energy is None else sum(r.base_energy or 0.0 for r in records)
     infinite = any(r.infinite for r in records)
-    whole = replace(first, stats=stats, energies=found, merged_energy=merged, infinite=infinite, seconds=seconds)
+    whole = replace(
+        first, stats=stats, energies=found, base_energy=before, merged_energy=merged, infinite=infinite, seconds=seconds
+    )
     return replace(whole, energy=energy, share_lost=lost)
 
 
@@ -128,7 +131,8 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
         W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
         skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
         check_energies(n, f"tensor {job.name!r}", job.compute_dtype)
-        record = replace(about(job), energies=tuple(n.tolist()), skipped_experts=skipped)
+        before = float(energies(W0[None]))
+        record = replace(about(job), energies=tuple(n.tolist()), base_energy=before, skipped_experts=skipped)
         if not (n > 0).any() and not job.method.needs.moves_equals:
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
             same = base if isinstance(job, Merge) else W0
@@ -149,7 +153,8 @@ def _of_one_weight(job: Merge, base: Tensor, values: Values, setting: Setting, p
         for part in job.joined:
             _fill(part, values, setting, W0[job.rows_of(part.name)], deltas[:, job.rows_of(part.name)])
         n = energies(deltas)
-        record = replace(about(job), energies=tuple(energies(deltas[:, own]).tolist()))
+        before, found = float(energies(W0[own][None])), tuple(energies(deltas[:, own]).tolist())
+        record = replace(about(job), energies=found, base_energy=before)
         if not (n > 0).any() and not job.method.needs.moves_equals:
             return (*_unchanged(job, base, record), ())
         result = apply(job.as_one, deltas, W0, range(T), setting)
@@ -182,6 +187,7 @@ def all_task_vectors(
 def _from_factors(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     check_finite(base, job.name, "base")
     update, record = merge_factors_of(job, values, setting, place.device)
+    record = replace(record, base_energy=energy_of(base, place.device, job.compute_dtype))
     if update is None:
         return (*_unchanged(job, base, record), ())
     record = replace(record, merged_energy=update.energy)

@@ -60,10 +60,12 @@ def merge_factors_of(
 
 
 def _on_base(layer: Layer, W0: Tensor | None, dtype: torch.dtype) -> Layer:
-    if W0 is None:
-        return layer
-    energy = sum(float(energies(rows.to(layer.weights.device, dtype)[None])) for rows in W0.split(_ROWS))
-    return replace(layer, base_energy=energy)
+    return layer if W0 is None else replace(layer, base_energy=energy_of(W0, layer.weights.device, dtype))
+
+
+def energy_of(W0: Tensor, device: torch.device, dtype: torch.dtype) -> float:
+    """`||W_0||_F^2`, some rows after the others: a base is not widened for it."""
+    return sum(float(energies(rows.to(device, dtype)[None])) for rows in W0.split(_ROWS))
 
 
 def _by_projection(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -19,7 +19,9 @@ _TWICE, _BEYOND = 2.0, 1.1
 class Length:
     """Norms over all layers, and what was merged like them: of the merged update, of the longest expert's, and
     `orthogonal`, what the experts' would add up to at right angles, `sqrt(sum_t ||D_t||_F^2)`. `worst` is the layer
-    whose merged update is longest beside its longest expert's, `worst_ratio` how many times so long.
+    whose merged update is longest beside its longest expert's, `worst_ratio` how many times so long. `base` is the
+    norm of the weights themselves before, `farthest` the layer whose weights are moved most beside them, by
+    `farthest_ratio` of their norm; None where a manifest has not kept them.
     """
 
     merged: float
@@ -27,6 +29,9 @@ class Length:
     orthogonal: float
     worst: str
     worst_ratio: float
+    base: float | None = None
+    farthest: str | None = None
+    farthest_ratio: float | None = None
 
     @property
     def overshoots(self) -> bool:
@@ -35,7 +40,10 @@ class Length:
     def __str__(self) -> str:
         beside = f"{self.merged / self.longest:.2g} times the longest expert's"
         added = f"{self.merged / self.orthogonal:.2g} times all at right angles"
-        return f"{beside}, {added}; most in {self.worst}, {self.worst_ratio:.2g} times"
+        ratios = f"{beside}, {added}; most in {self.worst}, {self.worst_ratio:.2g} times"
+        if not self.base:
+            return ratios
+        return f"{ratios}; {self.merged / self.base:.2g} of the weights themselves, at most {self.farthest_ratio:.2g}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -53,13 +61,20 @@ def length_of_tokens(labels: Sequence[str], records: Records) -> Length | None:
 
 def _length(labels: Sequence[str], records: Records) -> Length | None:
     layers = dict(_energies(labels, records))
+    before = {name: records[name].base_energy or 0.0 for name in layers}
     totals = [sum(column) for column in zip(*(energies for _, energies in layers.values()), strict=True)]
     if not any(totals):
         return None
     ratios = {name: sqrt(merged / max(energies)) for name, (merged, energies) in layers.items() if max(energies) > 0}
     worst = max(ratios, key=lambda name: ratios[name])
     merged = sum(merged for merged, _ in layers.values())
-    return Length(sqrt(merged), sqrt(max(totals)), sqrt(sum(totals)), worst, ratios[worst])
+    length = Length(sqrt(merged), sqrt(max(totals)), sqrt(sum(totals)), worst, ratios[worst])
+    steps = {name: sqrt(layers[name][0] / energy) for name, energy in before.items() if energy > 0}
+    if not steps:
+        return length
+    farthest = max(steps, key=lambda name: steps[name])
+    base = sqrt(sum(before.values()))
+    return replace(length, base=base, farthest=farthest, farthest_ratio=steps[farthest])
 
 
 def _energies(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tuple[float, Sequence[float]]]]:

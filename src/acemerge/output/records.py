@@ -20,8 +20,8 @@ class TensorRecord:
 
     `energies` are those of the experts' updates; the experts in `skipped_experts` were left out and have none.
     `energy` and `share_lost` are there where the output is an adapter: the energy of the merged update and the share
-    of it that the adapter lacks. `merged_energy` is that of the merged update, where a rule made one. `infinite`: it
-    holds infinities, the same in all models, as a mask does.
+    of it that the adapter lacks. `merged_energy` is that of the merged update, where a rule made one, `base_energy`
+    that of the weight before. `infinite`: it holds infinities, the same in all models, as a mask does.
     """
 
     role: str
@@ -32,6 +32,7 @@ class TensorRecord:
     skipped_experts: tuple[str, ...] = ()
     energy: float | None = None
     share_lost: float | None = None
+    base_energy: float | None = None
     merged_energy: float | None = None
     infinite: bool = False
     seconds: float = 0.0
@@ -59,6 +60,8 @@ class TensorRecord:
             plain["skipped_experts"] = list(self.skipped_experts)
         if self.energy is not None:
             plain |= {"energy": self.energy, "share_lost": self.share_lost}
+        if self.base_energy is not None:
+            plain["base_energy"] = self.base_energy
         if self.merged_energy is not None:
             plain["merged_energy"] = self.merged_energy
         if self.infinite:
@@ -76,6 +79,7 @@ class TensorRecord:
             "skipped_experts",
             "energy",
             "share_lost",
+            "base_energy",
             "merged_energy",
             "infinite",
             "seconds",
@@ -91,6 +95,7 @@ class TensorRecord:
                 skipped_experts=tuple(map(str, content.get("skipped_experts", ()))),
                 energy=_number(content["energy"]) if "energy" in content else None,
                 share_lost=_number(content["share_lost"]) if "share_lost" in content else None,
+                base_energy=_number(content["base_energy"]) if "base_energy" in content else None,
                 merged_energy=_number(content["merged_energy"]) if "merged_energy" in content else None,
                 infinite=content.get("infinite") is True,
                 seconds=_number(content["seconds"]),
