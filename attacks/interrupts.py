@@ -65,7 +65,8 @@ def _command_line(case: Case, out: Path, errors: Path, ready: Path) -> None:
     words = ["merge", "--base", str(case.base), *(w for e in case.experts for w in ("--expert", str(e)))]
     with open(errors, "w", buffering=1) as sys.stderr:
         ready.touch()
-        run([*words, "-o", str(out), "--max-shard-size", case.options["max_shard_size"], "--quiet"])
+        words += ["--method", case.options["method"], "--max-shard-size", case.options["max_shard_size"]]
+        run([*words, "-o", str(out), "--quiet"])
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def _command_line(
             os.setuid(_NOBODY)
         if limit is not None:
             limit(level, levels)
-        run([*words, "-o", str(out), "--max-shard-size", case.options["max_shard_size"], "--quiet"])
+        words += ["--method", case.options["method"], "--max-shard-size", case.options["max_shard_size"]]
+        run([*words, "-o", str(out), "--quiet"])
 
 
 if __name__ == "__main__":

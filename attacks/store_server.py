@@ -146,6 +146,7 @@ def s3_behind_a_proxy(part_size: int) -> Iterator[tuple[Proxy, Any]]:
     from acemerge.checkpoints import objects, store, store_objects
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto.s3.models.s3_backends.reset()  # what an earlier server of this process kept
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -108,7 +108,7 @@ def test_an_unfinished_merge_is_kept_until_one_says_so(case: Case) -> None:
     interrupt(case, out, 2)
     with pytest.raises(UsageError, match=r"holds an unfinished merge; add --resume to go on, or --overwrite"):
         case.merge(out)
-    with pytest.raises(CheckpointError, match="not finished"):
+    with pytest.raises(CheckpointError, match="did not finish"):
         verify(out)
     case.merge(out, overwrite=True)
     case.check_output(out)
