@@ -15,7 +15,7 @@ from acemerge.methods.around import Over, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
 from acemerge.shapes import Float, Tensor
 
-STEP = 0.25  # found on the suites for choosing, docs/beyond.md
+STEP = 0.25  # docs/which-rule.md has how it was found
 
 Step = Annotated[
     float, Field(gt=0, allow_inf_nan=False, description="how far weights may move, beside the weights themselves")
