@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -20,11 +20,16 @@ def inner_rule(over: str | Mapping[str, Any]) -> Method:
     return make(str(table.pop("name", "")), {**table, "scale": 1.0})
 
 
-def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
-    inner_rule(over)
-    return over
+def accepted_by(inner: Callable[[str | dict[str, Any]], object]) -> AfterValidator:
+    """A check of `over` by what makes the rule of it: whatever that refuses is no value."""
+
+    def check(over: str | dict[str, Any]) -> str | dict[str, Any]:
+        inner(over)
+        return over
+
+    return AfterValidator(check)
 
 
 Over = Annotated[
-    str | dict[str, Any], AfterValidator(_check), Field(description="the rule inside, by name or as a table")
+    str | dict[str, Any], accepted_by(inner_rule), Field(description="the rule inside, by name or as a table")
 ]

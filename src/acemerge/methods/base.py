@@ -120,14 +120,13 @@ class Workspace:
 class Needs:
     """What a rule asks of its input.
 
-    `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants
-    `Layer.base`, `base_energy`: it asks for `Layer.energy_of_base`.
-    `keep`: the share of the largest magnitudes in the whole model whose thresholds it wants in
-    `Layer.thresholds`. `entrywise`: an entry of the result depends on the same entry of the input alone, and all
-    that is said of it is the status, so that a tensor may be merged in pieces. `weights` and `most_experts` bound
-    what it is defined for, `experts` says how many exactly. `moves_equals`: the result is not the base's even where
-    no expert has an update. `masks`: its results hold masks, to be written beside the model. `work` is the memory
-    it takes, a repetition in float64 included.
+    `matrix`: the formula needs (out, in), other rules take any shape. `base`: it merges weights and wants `Layer.base`.
+    `base_energy`: it asks for `Layer.energy_of_base`. `keep`: the share of the largest magnitudes in the whole model
+    whose thresholds it wants in `Layer.thresholds`. `entrywise`: an entry of the result depends on the same entry of
+    the input alone, and all that is said of it is the status, so that a tensor may be merged in pieces. `weights` and
+    `most_experts` bound what it is defined for, `experts` says how many exactly. `moves_equals`: the result is not the
+    base's even where no expert has an update. `masks`: its results hold masks, to be written beside the model. `work`
+    is the memory it takes, a repetition in float64 included.
 
     `factors` is how it merges updates of low rank. "linear": M is a combination of the D_t whose coefficients do not
     depend on them. "frame": from D_t = Q_U C_t Q_V^T, orthonormal on both sides, the cores C_t and `Layer.frame` it

@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
 from acemerge.linalg.select import largest_entry
-from acemerge.methods.around import Over, inner_rule
+from acemerge.methods.around import Over, accepted_by, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work
 from acemerge.methods.least_squares_rule import LeastSquaresRule, with_fit
 from acemerge.methods.status import Status
@@ -29,11 +29,6 @@ def _inner(over: str | Mapping[str, Any]) -> LeastSquaresRule[Any]:
         cure = "take actmat, tact, anchored, ace_auto or ace"
         raise UsageError("over", f"{rule.name} is no single fit by least squares", cure)
     return rule
-
-
-def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
-    _inner(over)
-    return over
 
 
 @dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Cauchy:
     name: ClassVar[str] = "cauchy"
     source: ClassVar[str] = "arXiv 2607.01689"
 
-    over: Annotated[Over, AfterValidator(_check)] = "actmat"
+    over: Annotated[Over, accepted_by(_inner)] = "actmat"
     tol: Annotated[float, Field(gt=0, allow_inf_nan=False, description="width of the Cauchy distributions")] = 0.3
     jitter: Annotated[
         float, Field(ge=0, allow_inf_nan=False, description="ridge, as a share of the system's mean diagonal")

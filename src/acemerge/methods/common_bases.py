@@ -8,13 +8,12 @@ from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import AfterValidator
 
 from acemerge.errors import UsageError
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
-from acemerge.methods.around import Over, inner_rule
+from acemerge.methods.around import Over, accepted_by, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace, no_update
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
@@ -33,17 +32,12 @@ def _inner(over: str | Mapping[str, Any]) -> Method:
     return rule
 
 
-def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
-    _inner(over)
-    return over
-
-
 def _needs(inner: Method, factors: Literal["frame", "left frame"]) -> Needs:
     weights, most, energy = inner.needs.weights, inner.needs.most_experts, inner.needs.base_energy
     return Needs(True, base_energy=energy, weights=weights, most_experts=most, work=_WORK, factors=factors)
 
 
-_OverUpdates = Annotated[Over, AfterValidator(_check)]
+_OverUpdates = Annotated[Over, accepted_by(_inner)]
 
 
 @dataclass(frozen=True)

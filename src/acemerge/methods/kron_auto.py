@@ -13,7 +13,7 @@ from acemerge.linalg.two_sided import conjugate_gradients, dot, solving_dtype
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.both_sides import KeptWork, Upright, operations, reached, system, upright
 from acemerge.methods.stats import LayerStats
-from acemerge.methods.trust import STEP, Disturbance, Step, disturbance, shortening
+from acemerge.methods.trust import STEP, Step, disturbance, shortening
 from acemerge.shapes import Float, Tensor
 
 _USUAL = 4  # steps to the default tol: three or four on text8's layers
@@ -34,19 +34,19 @@ class KronAuto:
         M = N / (1 + q ||N||_F^2 / (step^2 w^2))^(1/2)
 
     Source: this library. The weights are those of `kron`. The pull is that of one more task that wants no update and
-    has the moments of all together: weak where one expert alone has its energy, strong where several meet. b / h is
-    the factor on X that fits best, and `agreement`, b^2 / (h n), the squared cosine between what is merged and what
-    the experts want, under their weights: 1 where nobody is disturbed. By conjugate gradients, until the residual is
-    `tol` of the right-hand side, or for `steps` steps: then `status` is "not converged", and `residual` how far it
-    came; "float64" says that float32 would not do, as for updates of low rank. Experts
-    without an update drop out of T; one alone gives itself, and experts that share no input direction or no output
-    direction are kept up to what the pull takes where they are faint. A weight multiplies an expert's terms and its
-    share of L, R and T, and may not be negative: a weight of 2 is the expert twice.
+    has the moments of all together: weak where one expert alone has its energy, strong where several meet. b / h is the
+    factor on X that fits best, and `agreement`, b^2 / (h n), the squared cosine between what is merged and what the
+    experts want, under their weights: 1 where nobody is disturbed. By conjugate gradients, until the residual is `tol`
+    of the right-hand side, or for `steps` steps: then `status` is "not converged", and `residual` how far it came;
+    "float64" says that float32 would not do, as for updates of low rank. Experts without an update drop out of T; one
+    alone gives itself, and in N experts that share no input direction or no output direction are kept up to what the
+    pull takes where they are faint. A weight multiplies an expert's terms and its share of L, R and T, and may not be
+    negative: a weight of 2 is the expert twice.
 
     The base tells how far the fit holds, which is of first order in the weights; q, how far apart the experts are, and
     w^2, the energy of the layer's weights, as in `trust`. M is shorter than N where that would move the weights by more
     than `step` of themselves, and where an expert has moved them so far, with `r = q ||D_t||_F^2 / w^2`, of its A_t and
-    S_t the share `r^2 / (r^2 + step^4)` is I: what it says of its inputs and outputs holds no more. Scaling base and
+    S_t the share `r^2 / (r^2 + step^4)` is I: what it says of its inputs and outputs no longer holds. Scaling base and
     updates together scales M. Where the base is not known, as by `merge_deltas` without `base`, M is N and no share
     is I. `relative_step` is `||N||_F / w`.
     """
@@ -73,13 +73,15 @@ class KronAuto:
         if len(tall.experts) == 1:
             M, stats = tall.experts[0].clone(), LayerStats(steps=0, residual=0.0, agreement=1.0)
         else:
-            base_energy = layer.energy_of_base()
-            known = None if base_energy is None else _disturbance(tall, base_energy)
-            M, stats = self._solved(tall, solving_dtype(deltas, self.tol), known)
+            M, stats = self._solved(tall, solving_dtype(deltas, self.tol), layer.energy_of_base())
         return LayerResult(tall.turned_back(M).mul_(self.scale).to(deltas.dtype), stats)
 
-    def _solved(self, tall: Upright, asked: torch.dtype, known: Disturbance | None) -> tuple[Tensor, LayerStats]:
-        even = None if known is None else [self._even(known.moved(n)) for n in _energies(tall)]
+    def _solved(self, tall: Upright, asked: torch.dtype, base_energy: float | None) -> tuple[Tensor, LayerStats]:
+        known, even = None, None
+        if base_energy is not None:
+            n = [float(energies(D[None])) for D in tall.experts]
+            known = disturbance(tall.experts, tall.weights, n, base_energy)
+            even = [self._even(known.moved(own)) for own in n]
         given = system(tall, self.keep, self.keep, _DAMPING, asked, even=even)
         found = conjugate_gradients(
             given.applied, given.pooled, given.B, self.steps, self.tol, given.rounding, self.lam
@@ -102,11 +104,3 @@ class KronAuto:
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""
         return operations(experts, rows, columns, self.keep, self.keep, min(self.steps, _USUAL))
-
-
-def _energies(tall: Upright) -> list[float]:
-    return [float(energies(D[None])) for D in tall.experts]
-
-
-def _disturbance(tall: Upright, base_energy: float) -> Disturbance:
-    return disturbance(tall.experts, tall.weights, _energies(tall), base_energy)

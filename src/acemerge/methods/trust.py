@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.gram import energies
-from acemerge.methods.around import Over, inner_rule
+from acemerge.methods.around import Over, accepted_by, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
 from acemerge.shapes import Float, Tensor
 
@@ -75,11 +75,6 @@ def _inner(over: str | Mapping[str, Any]) -> Method:
     return rule
 
 
-def _check(over: str | dict[str, Any]) -> str | dict[str, Any]:
-    _inner(over)
-    return over
-
-
 @dataclass(frozen=True)
 class Trust:
     """Another rule's update, made shorter the further it moves the weights where the experts do not want the same.
@@ -99,7 +94,7 @@ class Trust:
     name: ClassVar[str] = "trust"
     source: ClassVar[str] = "acemerge"
 
-    over: Annotated[Over, AfterValidator(_check)] = "tsv_m"
+    over: Annotated[Over, accepted_by(_inner)] = "tsv_m"
     step: Step = STEP
     scale: Scale = 1.0
 

@@ -297,6 +297,21 @@ def to_write() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def undone_on_failure(output: Output) -> Iterator[None]:
+    """A failure removes what was not published, unless the run can be continued."""
+    try:
+        with shortages():
+            yield
+    except RESUMABLE:
+        raise
+    except BaseException:
+        if output.begun and not output.kept:
+            with contextlib.suppress(AcemergeError):
+                output.discard()
+        raise
+
+
+@contextlib.contextmanager
 def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: bool = False) -> Iterator[OutputFolder]:
     """Hold `path` for one run. A failure removes what was not published, unless the run can be continued.
 
@@ -315,16 +330,8 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: b
             output.check_own()
             if not (resume or in_parts):
                 output.discard()
-            try:
-                with shortages():
-                    yield output
-            except RESUMABLE:
-                raise
-            except BaseException:
-                if output.begun and not output.kept:
-                    with contextlib.suppress(AcemergeError):
-                        output.discard()
-                raise
+            with undone_on_failure(output):
+                yield output
     finally:
         if there == "nothing":
             files.remove_folder(path)

@@ -22,17 +22,17 @@ from typing import NoReturn
 
 from acemerge.checkpoints import files, objects
 from acemerge.checkpoints.store import Stat
-from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError, shortages
+from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError
 from acemerge.output.folder import (
     MANIFEST,
     REPORT,
-    RESUMABLE,
     WORK,
     check_contents,
     check_output,
     is_output,
     side_folders,
     to_write,
+    undone_on_failure,
 )
 from acemerge.output.identity import digest
 from acemerge.output.journal import (
@@ -286,16 +286,8 @@ def store_output(target: Path, overwrite: bool, resume: bool) -> Iterator[StoreO
     try:
         with to_write():
             output.check_own()
-        try:
-            with shortages():
-                yield output
-        except RESUMABLE:
-            raise
-        except BaseException:
-            if output.begun and not output.kept:
-                with contextlib.suppress(AcemergeError):
-                    output.discard()
-            raise
+        with undone_on_failure(output):
+            yield output
     finally:
         output.close()
 
