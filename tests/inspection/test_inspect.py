@@ -68,6 +68,35 @@ def test_figures_are_those_of_the_formulas(
         assert found.cancelled == pytest.approx(cancelled, abs=1e-6)
 
 
+def test_how_far_the_sum_moves_a_layer_beside_its_weights_and_beside_right_angles() -> None:
+    e1, e2, W0 = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0]), torch.tensor([10.0, 0.0])
+    apart, alike, undone = (sums(torch.stack(pair), W0) for pair in ((e1, e2), (e1, e1), (e1, -e1)))
+    assert (apart.added_beside_orthogonal, apart.added_beside_base) == pytest.approx((1, 0.5))
+    assert (alike.added_beside_orthogonal, alike.added_beside_base) == pytest.approx((2**0.5, 0.6))
+    assert (undone.added_beside_orthogonal, undone.added_beside_base) == (0, 0)
+    # p = (9, 16) / 25: ||D||^2 = (27^2 + 64^2) / 25^2, the experts' mean energy by p is 337 / 25, w^2 = 100 + 25 / 2
+    q = 1 - (27**2 + 64**2) / 25**2 / (337 / 25)
+    assert apart.dissenting_step == pytest.approx((q * 25 / 112.5) ** 0.5)
+    assert alike.dissenting_step == undone.dissenting_step == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize(("method", "warned"), [("ace", True), ("ties", True), ("auto", False), ("trust", False)])
+def test_layers_that_an_addition_moves_far_are_named(plain: PlainModel, method: str, warned: bool) -> None:
+    """Not where the rule minds the length by itself, and not where the updates are short."""
+    base, experts = plain.save()
+    for size, far in ((0.1, False), (5.0, True)):
+        changed = {name: value for name, value in plain.base.items() if value.is_floating_point()}
+        for i, folder in enumerate(experts):
+            noise = torch.Generator().manual_seed(i)
+            tuned = {
+                name: W + size / 10 * W.norm() / W.numel() ** 0.5 * torch.randn(W.shape, generator=noise)
+                for name, W in changed.items()
+            }
+            write_checkpoint(folder, plain.base | tuned)
+        text = said(look(base, experts, method=method))
+        assert ("added, the updates move 2 of 2 layers further than 0.25 of their weights" in text) == (far and warned)
+
+
 def test_signs_that_agree_lose_nothing_and_opposite_ones_everything() -> None:
     D, W0 = torch.tensor([[1.0, -2.0, 0.0]]), torch.ones(3)
     assert sums(torch.cat([D, 3 * D]), W0).cancelled == 0
@@ -195,7 +224,14 @@ def test_the_command_prints_tables_or_json(plain: PlainModel, capsys: pytest.Cap
     words = ["inspect", "--base", base, *(word for path in experts for word in ("--expert", path)), "--method", "ace"]
     code, text, _ = run(capsys, *words)
     assert code == 0
-    for phrase in ("stable rank", "cosine between the experts", "layers in conflict", "warning: ", "lose 42%"):
+    for phrase in (
+        "stable rank",
+        "cosine between the experts",
+        "layers in conflict",
+        "move furthest",
+        "warning: ",
+        "lose 42%",
+    ):
         assert phrase in text
     code, text, _ = run(capsys, *words, "--json")
     table = json.loads(text)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from acemerge.inspection.survey import Inspection
 
 _MOST_LAYERS = 10
+_FARTHEST_LAYERS = 5
 
 
 @command(
@@ -68,6 +69,7 @@ def show(console: Console, seen: Inspection) -> None:
         rows_of = ([n, label, *row] for n, label, row in zip(names, seen.experts, cosines, strict=True))
         table(console, ("", "expert", *names), rows_of, numeric=names)
         _conflicts(console, seen)
+        _farthest(console, seen)
     _reading_help(console)
     for name in seen.passed_over:
         say(console, f"passed over: {name}, whose rows are matched by token")
@@ -99,6 +101,27 @@ def _conflicts(console: Console, seen: Inspection) -> None:
     table(console, columns, rows, numeric=("cancelled", "lowest cosine", "gamma"))
 
 
+def _farthest(console: Console, seen: Inspection) -> None:
+    from acemerge.inspection.survey import number
+
+    worst = seen.farthest[:_FARTHEST_LAYERS]
+    if not worst:
+        return
+    say(console, "")
+    say(console, f"layers that the updates move furthest when they are added, the first {len(worst)}")
+    rows = [
+        (
+            view.job.name,
+            _number(number(view.sums.added_beside_base), "{:.2%}"),
+            _number(number(view.sums.added_beside_orthogonal), "{:.2f}"),
+            view.leader(seen.experts) or "-",
+        )
+        for view in worst
+    ]
+    columns = ("layer", "of its weights", "beside right angles", "largest update")
+    table(console, columns, rows, numeric=columns[1:3])
+
+
 def _reading_help(console: Console) -> None:
     say(console, "")
     say(
@@ -107,8 +130,9 @@ def _reading_help(console: Console) -> None:
     )
     say(
         console,
-        "squared largest singular value, the median layer; cancelled: magnitude lost when the updates are added",
+        "squared largest singular value, the median layer; cancelled: magnitude lost when the updates are added;",
     )
+    say(console, "beside right angles: the length of their sum, 1 where they have nothing to do with each other")
 
 
 def _number(value: float | None, form: str) -> str:

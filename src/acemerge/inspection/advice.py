@@ -10,7 +10,9 @@ from math import sqrt
 
 from acemerge.engine.relatedness import Relation
 from acemerge.inspection.statistics import Sums
+from acemerge.methods import DEFAULT
 from acemerge.methods.status import Status, Statuses
+from acemerge.methods.trust import STEP
 
 # An expert dominates whose energy is so many times the mean of the others': its update is twice as long.
 _DOMINATES = 4.0
@@ -96,6 +98,20 @@ def _count(status: Status, count: int, tensors: Sequence[Statuses]) -> str:
     """How many tensors have the status; of some it may be that only slices or projections have it."""
     partly = any(status in found and {Status.OK, Status.NO_UPDATE} & {*found} - {status} for found in tensors)
     return f"{count} tensor{'s' if count > 1 else ''}{', in part' if partly else ''}"
+
+
+def of_steps(layers: Sequence[tuple[str, Sums]]) -> list[Advice]:
+    """Layers that the experts, added, would move further than a fit of first order holds; `layers` as below."""
+    beyond = {name: sums for name, sums in layers if sums.dissenting_step > STEP}
+    if not beyond:
+        return []
+    farthest = max(beyond, key=lambda name: beyond[name].dissenting_step)
+    beside_base, beside_orthogonal = beyond[farthest].added_beside_base, beyond[farthest].added_beside_orthogonal
+    what = (
+        f"added, the updates move {len(beyond)} of {len(layers)} layers further than {STEP:g} of their weights, most "
+        f"{farthest}: {beside_base:.2g} of them, {beside_orthogonal:.2g} times all at right angles"
+    )
+    return [Advice(what, f"{DEFAULT} and trust take shorter steps there; with other rules try a smaller --scale")]
 
 
 def of_directions(labels: Sequence[str], total: Sums, layers: Sequence[tuple[str, Sums]]) -> list[Advice]:

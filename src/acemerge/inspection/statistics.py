@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from acemerge.linalg.gram import symmetric_product
 from acemerge.linalg.krylov import leading_values, spectral_norms
 from acemerge.linalg.principal import WHOLE_SPECTRUM
+from acemerge.methods.trust import Disturbance
 from acemerge.shapes import Float, Tensor
 
 _BLOCK = 1 << 18  # entries of an expert that are widened at once
@@ -59,6 +61,33 @@ class Sums:
         """`<D_s, D_t> / (||D_s|| ||D_t||)`; NaN for an expert without an update."""
         norms = self.energies.sqrt()
         return (self.products / torch.outer(norms, norms)).clamp(-1, 1)
+
+    @property
+    def added(self) -> float:
+        """`||sum_t D_t||_F`: how far the experts would move the weights if they were added."""
+        return math.sqrt(max(0.0, float(self.products.sum())))
+
+    @property
+    def added_beside_orthogonal(self) -> float:
+        """`||sum_t D_t||_F / sqrt(sum_t n_t)`: 1 at right angles, `sqrt(T)` for T equal ones; NaN without updates."""
+        return self.added / float(self.energies.sum()) ** 0.5 if self.energies.any() else math.nan
+
+    @property
+    def added_beside_base(self) -> float:
+        """`||sum_t D_t||_F / ||W_0||_F`; infinite from a base of zeros, NaN where nothing changed it either."""
+        return self.added / self.base**0.5 if self.base else math.inf if self.added else math.nan
+
+    @property
+    def dissenting_step(self) -> float:
+        """`q^(1/2) ||sum_t D_t||_F / w` with q and w of `methods.trust`, the experts alike in weight: how far adding
+        them moves the weights, where they do not want the same.
+        """
+        p, n = self.shares, self.energies
+        among = float(p @ n)
+        if not among:
+            return 0.0
+        known = Disturbance(max(0.0, 1 - float(p @ self.products @ p) / among), self.base + float(n.mean()))
+        return math.sqrt(known.moved(self.added**2))
 
     @property
     def cancelled(self) -> float:

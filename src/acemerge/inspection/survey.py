@@ -17,10 +17,12 @@ from acemerge.engine.opening import Opened
 from acemerge.engine.relatedness import relations
 from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
-from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin
+from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin, of_steps
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
+from acemerge.methods.kron_auto import KronAuto
+from acemerge.methods.trust import Trust
 from acemerge.planning.finite import check_finite
 from acemerge.planning.jobs import Job, Merge
 from acemerge.planning.pieces import Piece, pieces
@@ -74,6 +76,8 @@ class View:
             "stable_ranks": self.stable_ranks,
             "cosines": [numbers(row) for row in self.sums.cosines],
             "cancelled": self.sums.cancelled,
+            "added_beside_base": number(self.sums.added_beside_base),
+            "added_beside_orthogonal": number(self.sums.added_beside_orthogonal),
             "gamma": self.gamma,
             "dominating": self.leader(labels),
         }
@@ -100,6 +104,12 @@ class Inspection:
         rows = [view.stable_ranks for view in self.views if view.squared_norms is not None]
         columns = ([rank for row in rows if row and (rank := row[t]) is not None] for t in range(len(self.experts)))
         return [sorted(column)[len(column) // 2] if column else None for column in columns]
+
+    @property
+    def farthest(self) -> list[View]:
+        """The layers that the experts, added, would move, the farthest beside their weights first."""
+        found = [view for view in self.views if view.squared_norms is not None and view.sums.added > 0]
+        return sorted(found, key=lambda view: -view.sums.added_beside_base)
 
     @property
     def in_conflict(self) -> list[View]:
@@ -207,9 +217,15 @@ def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
     found = [Advice(warning, "") for warning in plan.warnings]
     found += of_origin(relations(plan, opened.base, opened.experts))
     found += of_energies(labels, total.energies.tolist(), gammas, tau if method.name == "ace" else None)
+    if not any(isinstance(job.method, KronAuto | Trust) for job in plan.ruled):
+        found += of_steps(layers)
     return found + of_directions(labels, total, layers)
 
 
 def numbers(values: Float[Tensor, " T"]) -> list[float | None]:
     """Plain numbers, None for what is not finite."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
+    return [number(value) for value in values.tolist()]
+
+
+def number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

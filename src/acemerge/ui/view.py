@@ -12,7 +12,7 @@ from acemerge.cli.merge import next_steps
 from acemerge.cli.text import size
 from acemerge.engine.foreseen import expected_memory
 from acemerge.errors import printable
-from acemerge.inspection.survey import Inspection
+from acemerge.inspection.survey import Inspection, number
 from acemerge.output.shares import total_energies
 from acemerge.planning.costs import operations
 from acemerge.planning.jobs import Plan
@@ -110,6 +110,7 @@ def inspection(seen: Inspection) -> str:
         cosines = ((e["name"], *(_number(c, "{:.2f}") for c in e["cosines"].values())) for e in facts["experts"])
         parts.append(table("Cosine between their updates", ("", *seen.experts), cosines, numeric=seen.experts))
         parts.append(_conflicts(seen))
+        parts.append(_farthest(seen))
     parts.append(f'<p class="note">{_HELP}</p>')
     return "".join(parts)
 
@@ -117,7 +118,8 @@ def inspection(seen: Inspection) -> str:
 _HELP = (
     "Share: of the squared updates of all experts. Distance: the update's norm over the base's. Stable rank: how many "
     "directions the update of the median layer has. Cosine: 1 the same direction, 0 nothing in common, below 0 they "
-    "pull against each other. Cancelled: magnitude lost when the updates are added."
+    "pull against each other. Cancelled: magnitude lost when the updates are added. Beside right angles: the length of "
+    "their sum, 1 where they have nothing in common."
 )
 
 
@@ -135,6 +137,21 @@ def _conflicts(seen: Inspection) -> str:
     columns = ("layer", "cancelled", "lowest cosine", "between", "largest update")
     unrelated = 1 - len(seen.experts) ** -0.5
     caption = f"Layers in conflict, the worst {len(worst)}; updates that have nothing in common lose {unrelated:.0%}"
+    return table(caption, columns, rows, numeric=columns[1:3]) if rows else ""
+
+
+def _farthest(seen: Inspection) -> str:
+    rows = [
+        (
+            view.job.name,
+            _number(number(view.sums.added_beside_base), "{:.2%}"),
+            _number(number(view.sums.added_beside_orthogonal), "{:.2f}"),
+            view.leader(seen.experts) or "-",
+        )
+        for view in seen.farthest[:_MOST_LAYERS]
+    ]
+    columns = ("layer", "of its weights", "beside right angles", "largest update")
+    caption = f"Layers that the updates move furthest when they are added, the first {len(rows)}"
     return table(caption, columns, rows, numeric=columns[1:3]) if rows else ""
 
 
