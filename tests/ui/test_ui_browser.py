@@ -125,7 +125,7 @@ def test_from_the_first_look_to_the_report(desk: Desk) -> None:
     desk.pick("experts", "e1", "e3")
     desk.write("weights", "1, 0.5")
     desk.press("look")
-    wait(driver, "document.querySelectorAll('#inspected table').length === 3")
+    wait(driver, "document.querySelectorAll('#inspected table').length === 4")
     assert "expert e3 dominates" in desk.text("inspected")
     desk.pick("rule", "breadcrumbs")
     wait(driver, f"document.body.innerText.includes({summary(METHODS['breadcrumbs'])!r})")
