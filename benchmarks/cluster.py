@@ -9,10 +9,10 @@ already, of two nodes of one thread each on this machine. Its first row merges n
 that of the system before the row's runs: on a machine with other work only runs side by side say anything.
 
 `sizes` and `scaling` plan merges of real layouts, from headers alone: the files are sparse. `scaling` then goes through
-the plan's parts as a cluster would, in their order, each node with room for one at a time. A part reads its tensors and
-its share of the files to be hashed while it computes; all nodes share the store's throughput. What a tensor takes is
-measured by ace on this machine at an eighth of the widths, random task vectors, one thread; scaled by operations, and
-by threads as if they were all of use, which flatters nodes of many threads.
+the plan's parts as a cluster would, in their order, each node with room for one at a time. A part reads its tensors
+while it computes; all nodes share the store's throughput. What a tensor takes is measured by ace on this machine at an
+eighth of the widths, random task vectors, one thread; scaled by operations, and by threads as if they were all of use,
+which flatters nodes of many threads.
 """
 
 from __future__ import annotations
@@ -192,10 +192,10 @@ class Task:
 
 
 def tasks(opened: Opened, of: int, threads: int, measured: Measured) -> list[Task]:
-    """The parts in their order; each is to read its tensors, and its share of the inputs to be hashed."""
+    """The parts in their order; each is to read its tensors."""
     jobs, layout = {job.name: job for job in opened.plan.jobs}, opened.layout
     numbers = layout.spread_over(of)
-    found = [Task(0.0, opened.plan.bytes_read / of) for _ in range(of)]
+    found = [Task(0.0, 0.0) for _ in range(of)]
     assert sorted(set(spread([1.0] * of, of))) == sorted(set(numbers))
     for (_, specs), number in zip(layout.every, numbers, strict=True):
         own = [jobs[spec.name] for spec in specs]

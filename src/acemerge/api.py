@@ -17,8 +17,9 @@ from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import files
-from acemerge.checkpoints.reader import Reader, check_unchanged
-from acemerge.engine.beside import inputs_of, origins_of, write_beside
+from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes, whole_files
+from acemerge.checkpoints.reader import Reader
+from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.execute import (
     OnProgress,
     Progress,
@@ -43,10 +44,10 @@ from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
 from acemerge.output.folder import MANIFEST, Output, output_folder
-from acemerge.output.identity import difference, digest, whole_files, with_same_bytes
+from acemerge.output.identity import difference, digest, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done
 from acemerge.output.length import length_of, length_of_tokens, length_warning, tokens_warning
-from acemerge.output.manifest import build_manifest, load_manifest, to_bytes
+from acemerge.output.manifest import InputFile, build_manifest, load_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.parts import holds_parts
 from acemerge.output.place import output_at
@@ -54,7 +55,6 @@ from acemerge.output.records import records_of
 from acemerge.output.shares import energies_of, total_energies
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
-from acemerge.output.writer import FileSum
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
@@ -94,7 +94,7 @@ def merge(
         options: those of `MergeOptions`, and parameters of the rule (`eps=1e-4`): fields of the recipe (`scale`,
             `policy`, `dtype`, ...), of `RunOptions` (`device`, `workers`, `overwrite`, `resume`, `max_shard_size`,
             `max_memory`, `allow_pickle`, `dequantize`, `force`, `quiet`, `push`, `report`, `shard`, `finish`,
-            `ray`),
+            `ray`, `stream`, `hash_files`),
             `weights` for the experts, and `on_progress`, a function that is told how far the merge is, by a
             `Progress`.
 
@@ -152,7 +152,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     about |= {"calibration": data_of(plan, opened.calibration)} if opened.calibration else {}
     if out is None:
         records, measured = _dry_run(opened, options, about, on_progress)
-        unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
+        unread: list[tuple[str, dict[str, InputFile]]] = [(origin, {}) for origin in opened.origins]
         manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
         return MergeReport(None, manifest | _with_surprises(manifest))
     if opened.part is not None:
@@ -170,7 +170,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
             _check_same_run(out, before, about)
             done = replace(done, identity=about)
         if options.finish:
-            manifest = put_together(opened, output, about)
+            manifest = put_together(opened, output, about, options.hash_files)
         else:
             manifest = _write(opened, output, done, options, on_progress) | {"run": digest(about)}
         return _published(out, output, manifest, started, options, on_progress)
@@ -189,7 +189,8 @@ def _in_parts(
             parts = parts_to_do(opened, output, about, options.resume, executor.slots)
         compute_parts(opened, out, parts, executor, options, on_progress)
     with output_folder(out, options.overwrite, in_parts=True) as output:
-        return _published(out, output, put_together(opened, output, about), started, options, on_progress)
+        manifest = put_together(opened, output, about, options.hash_files)
+        return _published(out, output, manifest, started, options, on_progress)
 
 
 def _executor(
@@ -306,15 +307,16 @@ def _write(opened: Opened, output: Output, done: Done, options: RunOptions, on_p
             output.kept = True
             write_beside(opened, records, readers, origins, output)
             hashes = pipeline.of_readers(Reader.hashes)
+        sums = whole_sums(opened, options.hash_files, {})
     finally:
         journal.close()
     output.kept = False  # of inputs that changed under way nothing is of use
     for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
         check_unchanged(checkpoint, found)
     output.kept = True
-    sums = {path: FileSum(h.sha256, h.nbytes) for found in hashes for path, h in found.items()}
+    tensors = tensor_hashes([done.read, *(files_read(found) for found in hashes)])
     measured = about_calibration(plan, opened.calibration, setting, done.identity)
-    return build_manifest(plan, records, inputs_of(opened, sums), output.written, 0.0) | measured
+    return build_manifest(plan, records, inputs_of(opened, tensors, sums), output.written, 0.0) | measured
 
 
 def _part(
@@ -323,7 +325,7 @@ def _part(
     """Compute a part, and report of its tensors and files alone. There is no manifest until all are put together."""
     started = time.perf_counter()
     found, was_done = compute_part(opened, out, about, options, on_progress)
-    unread: list[tuple[str, dict[str, FileSum]]] = [(origin, {}) for origin in opened.origins]
+    unread: list[tuple[str, dict[str, InputFile]]] = [(origin, {}) for origin in opened.origins]
     manifest = build_manifest(opened.plan, found.records, unread, found.written, _since(started))
     log.info("part %s of %s is done", opened.part, out, extra=_fields("part", out=out, part=str(opened.part)))
     return MergeReport(out, manifest, was_complete=was_done, part=str(opened.part))

@@ -14,8 +14,8 @@ from builders import raw_safetensors, write_checkpoint, write_sharded
 from safetensors.torch import load_file, save_file
 
 from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.hashes import check_unchanged
 from acemerge.checkpoints.header import MAX_HEADER, MAX_PARTS, TensorSpec, read_header
-from acemerge.checkpoints.reader import check_unchanged
 from acemerge.errors import AcemergeError, CheckpointError
 from acemerge.output.writer import header_bytes, split_shards, tensor_bytes
 

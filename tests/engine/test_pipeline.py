@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint, write_sharded
 from conformance import DATA_FREE
+from hashes import stored_hashes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +20,9 @@ import acemerge
 import acemerge.engine.pipeline
 import acemerge.planning.pieces
 from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.hashes import check_unchanged
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.checkpoints.reader import Reader, Span, check_unchanged
+from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.engine.pipeline import Pipeline
@@ -257,7 +259,7 @@ def test_pieces_cover_a_tensor_once(shape: list[int], size: int) -> None:
         assert all(part.count <= max(size, row) for part in parts)
 
 
-def test_spans_are_read_and_the_whole_file_is_hashed(tmp_path: Path) -> None:
+def test_spans_are_read_and_their_tensors_are_hashed_whole(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.arange(60.0).reshape(12, 5) + i for i in range(4)} | {
         "h": torch.ones(3, dtype=torch.int8)
     }
@@ -269,8 +271,9 @@ def test_spans_are_read_and_the_whole_file_is_hashed(tmp_path: Path) -> None:
         found = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
         for span, stored in zip(spans, found, strict=True):
             assert torch.equal(stored.tensor(), tensors[span.name][slice(*span.rows) if span.rows else slice(None)])
-        for path, file_hash in reader.hashes().items():
-            assert file_hash.sha256 == acemerge.checkpoints.files.sha256(path)
+        for path, read in reader.hashes().items():
+            assert {name: part.sha256 for name, part in read.tensors.items()}.items() <= stored_hashes(path).items()
+        assert {name for read in reader.hashes().values() for name in read.tensors} == set(wanted)
         reader.close()
 
 
@@ -279,7 +282,7 @@ def test_an_input_that_was_only_touched_is_unchanged(tmp_path: Path) -> None:
     path = folder / "model.safetensors"
     for change, refused in ((path.touch, False), (lambda: _flip_last_bit(path), True)):
         reader = Reader(open_checkpoint(folder), hashing=True)
-        places = reader.places([Span("a")])
+        places = reader.places([Span("a"), Span("b")])
         reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
         hashes = reader.hashes()
         change()

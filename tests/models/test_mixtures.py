@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from builders import load_folder, make_model, perturb, write_checkpoint
+from hashes import stored_hashes
 from oracles import relative_error
 
 import acemerge
-from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.models.mixtures import as_stored
@@ -62,8 +62,13 @@ def test_a_view_has_the_values_and_the_hashes_of_its_files(models: dict[tuple[st
     rows, whole = reader.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
     assert torch.equal(rows.tensor(), expected[1:3])
     assert torch.equal(whole.tensor(), expected)
-    assert {path: found.sha256 for path, found in reader.hashes().items()} == {
-        path: files.sha256(path) for path in seen.weight_files
+    assert all(
+        hashed.sha256 == stored_hashes(path)[tensor]
+        for path, read in reader.hashes().items()
+        for tensor, hashed in read.tensors.items()
+    )
+    assert {tensor for read in reader.hashes().values() for tensor in read.tensors} == {
+        f"model.layers.1.mlp.experts.{i}.{side}_proj.weight" for i in range(4) for side in ("gate", "up")
     }
     reader.close()
 

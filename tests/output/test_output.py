@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders import PlainModel, load_folder, write_checkpoint
+from hashes import stored_hashes, tensors_read
 
 import acemerge
 from acemerge.checkpoints import files
@@ -44,8 +45,7 @@ def test_the_output_is_complete_and_verifies(out: Path) -> None:
     assert all({"role", "rule", "reason", "status", "seconds"} <= set(r) for r in manifest["tensors"].values())
     by_ace = manifest["tensors"]["layers.0.up.weight"]
     assert {"gamma", "branch", "energies", "eps", "condition", "rank"} <= set(by_ace)
-    base_file = manifest["inputs"][0]["files"]["model.safetensors"]
-    assert base_file["sha256"] == files.sha256(out.parent / "base" / "model.safetensors")
+    assert tensors_read(manifest)[0] == stored_hashes(out.parent / "base" / "model.safetensors")
 
 
 def test_the_model_card_names_base_experts_and_recipe(out: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 import yaml
 from builders import load_folder, write_adapter, write_checkpoint
+from hashes import stored_hashes, tensors_read
 from mergekit_shelf import layers_of, make_shelf, merged, read, stack
 from torch import Tensor
 
@@ -56,12 +57,12 @@ def test_the_manifest_names_each_model_with_its_own_file(shelf: Path) -> None:
     merged(shelf, TWO_MODELS, "verified")
     manifest = verify(shelf / "verified")
     assert [part["base"] for part in manifest["recipe"]["slices"]] == [[0, 3], [1, 4], [2, 3]]
-    sums = {str(shelf / "f32" / key): files.sha256(shelf / "f32" / key / "model.safetensors") for key in "ab"}
+    assert {given["path"] for given in manifest["inputs"]} == {str(shelf / "f32" / key) for key in "ab"}
     for given in manifest["inputs"]:
-        assert {name: sum["sha256"] for name, sum in given["files"].items()} == {
-            "model.safetensors": sums[given["path"]]
-        }
-    assert {given["path"] for given in manifest["inputs"]} == sums.keys()
+        ((name, about),) = given["files"].items()
+        assert about["tensors"].items() <= stored_hashes(Path(given["path"], name)).items()
+    layers = ({int(name.split(".")[2]) for name in read if ".layers." in name} for read in tensors_read(manifest))
+    assert list(layers) == [{0, 1, 2}, {0, 1, 2}, {1, 2, 3}]
 
 
 def test_an_interrupted_stack_is_gone_on_with(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

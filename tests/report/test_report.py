@@ -112,8 +112,9 @@ def test_shares_and_answers_follow_the_energies() -> None:
 def test_the_page_holds_everything_and_asks_for_nothing(out: Path) -> None:
     page = Page(write_report(out).read_text())
     manifest = load_manifest(out)
-    for entry in [*manifest["inputs"], {"files": manifest["outputs"]}]:
-        assert all(sums["sha256"] in page.text for sums in entry["files"].values())
+    read = [about for entry in manifest["inputs"] for about in entry["files"].values()]
+    assert all(sums["sha256"] in page.text for sums in manifest["outputs"].values())
+    assert all(f"of each of {len(about['tensors'])} tensors" in page.text for about in read)
     assert all(name in page.text for name in manifest["tensors"])
     outside = [a for _, a in page.tags if "src" in a or str(a.get("href", "#"))[:1] != "#"]
     assert outside == []

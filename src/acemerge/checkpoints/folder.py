@@ -224,7 +224,7 @@ def _places(
 def _module_places(file: str, infos: Sequence[TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors of a module behind the transformer, its folder before their names."""
     named = [(f"{file.split('/')[0]}/{info.spec.name}", info) for info in infos]
-    return {name: replace(info, spec=replace(info.spec, name=name)) for name, info in named}
+    return {name: replace(info, spec=replace(info.spec, name=name), within=info) for name, info in named}
 
 
 def _open_pickle(path: Path, allow_pickle: bool) -> Checkpoint:

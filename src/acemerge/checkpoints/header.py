@@ -67,13 +67,20 @@ class TensorSpec:
 class TensorInfo:
     """Where one tensor lies: the bytes of `spec` from `offset` in `file`.
 
-    With `parts` it is their values one behind the other, as many for each of its rows.
+    With `parts` it is their values one behind the other, as many for each of its rows. Where its name or its extent is
+    not the file's own, `within` is the tensor of the file.
     """
 
     spec: TensorSpec
     file: Path
     offset: int
     parts: tuple[TensorInfo, ...] = ()
+    within: TensorInfo | None = None
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The tensor that the file has there."""
+        return self if self.within is None else self.within
 
 
 def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:

@@ -154,7 +154,7 @@ def _parts(infos: list[TensorInfo], settings: AdapterSettings, path: Path) -> _P
         own = _SAVED.sub(".", name).replace(".base_layer.", ".")
         if own != name:
             parts.beginnings.add(own)
-        _add(parts.whole, own, TensorInfo(replace(info.spec, name=own), info.file, info.offset), path)
+        _add(parts.whole, own, replace(info, spec=replace(info.spec, name=own), within=info), path)
     if not parts.layers and not parts.whole:
         raise CheckpointError(path, "holds no tensors", "fetch the adapter again")
     return parts

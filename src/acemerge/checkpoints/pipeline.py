@@ -41,7 +41,7 @@ def open_pipeline(path: Path) -> Checkpoint:
             prints |= found
             for info in infos:
                 name = f"{folder}/{info.spec.name}"
-                places[name] = replace(info, spec=replace(info.spec, name=name))
+                places[name] = replace(info, spec=replace(info.spec, name=name), within=info)
         elif any(name.endswith((".safetensors", ".bin")) for name in names):
             what = f"has weights in {folder}, which is no component that is known here"
             raise CheckpointError(path, what, f"merge what is in {folder} by itself, and name a pipeline without it")

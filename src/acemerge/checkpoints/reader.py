@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -15,13 +14,12 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.hashes import FileRead, Hashed, TensorHash
 from acemerge.checkpoints.header import FLOAT8, TensorInfo
-from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 
 # Tensors begin at a multiple of this in a buffer, whatever their place in the file.
 _ALIGNMENT = 64
-_GAP_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,7 @@ class _FoundSpan:
     at: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stored: TensorInfo
     scaling: _Scaling | None = None
     parts: tuple[_FoundSpan, ...] = ()
 
@@ -85,17 +84,18 @@ class FoundSpans:
 
 @dataclass
 class Reader:
-    """One checkpoint, read in one thread. With `hashing`, every file's SHA-256 is taken from what was read.
+    """One checkpoint, read in one thread. With `hashing`, every tensor's SHA-256 is taken from what was read.
 
-    Bytes are hashed in the order of the file. What was passed over is read for the hash alone, and what comes
-    out of order was hashed before, so that a file's hash is complete whatever was asked for. Without `cached`, the
-    system need not keep what was read.
+    Without `cached`, the system need not keep what was read.
     """
 
     checkpoint: Checkpoint
     hashing: bool = False
     cached: bool = True
-    _hashes: dict[Path, FileHash] = field(default_factory=dict)
+    _hashes: dict[Path, dict[str, TensorHash]] = field(default_factory=dict)
+    _news: dict[Path, dict[str, TensorHash]] = field(default_factory=dict)
+    _again: set[Path] = field(default_factory=set)  # some of these was read more than once
+    _lock: Lock = field(default_factory=Lock, repr=False)
     _open: tuple[Path, files.Handle] | None = None
 
     def places(self, spans: Sequence[Span]) -> FoundSpans:
@@ -112,8 +112,9 @@ class Reader:
                 offset, shape, nbytes = offset + first * row, (end - first, *shape[1:]), (end - first) * row
             end_of = at + _aligned(nbytes)
             scaling = self._scaling(span, end_of)
+            whole = info.stored
             pieces = tuple(_pieces(parts, at))
-            found.append(_FoundSpan(info.file, offset, nbytes, at, info.spec.dtype, shape, scaling, pieces))
+            found.append(_FoundSpan(info.file, offset, nbytes, at, info.spec.dtype, shape, whole, scaling, pieces))
             at = end_of if scaling is None else end_of + _aligned(scaling.place.nbytes)
         return FoundSpans(found, at)
 
@@ -123,20 +124,21 @@ class Reader:
         if scale is None:
             return None
         file, offset, spec = scale.info.file, scale.info.offset, scale.info.spec
-        place = _FoundSpan(file, offset, spec.nbytes, at, spec.dtype, scale.shape)
+        place = _FoundSpan(file, offset, spec.nbytes, at, spec.dtype, scale.shape, scale.info.stored)
         return _Scaling(place, scale.repeats, span.rows[0] if span.rows else 0)
 
     def read(self, places: FoundSpans, buffer: Tensor) -> list[Stored]:
         """The tensors at `places`, within `buffer` (uint8)."""
         space: memoryview = buffer.numpy().data
         for file, together in groupby(_runs(places.found), key=lambda run: run[0].file):
-            runs = [(run[0].offset, [space[p.at : p.at + p.nbytes] for p in run]) for run in together]
+            spans = list(together)
+            runs = [(run[0].offset, [space[p.at : p.at + p.nbytes] for p in run]) for run in spans]
             files.read_runs(self._descriptor(file), runs, file)
-            for offset, views in runs:
+            for span, (offset, views) in zip(spans, runs, strict=True):
                 if not self.cached:
                     files.forget(self._descriptor(file), offset, sum(map(len, views)))
                 if self.hashing:
-                    self._hash(file).feed(offset, views)
+                    self._hash(span, views)
 
         def within(place: _FoundSpan) -> Tensor:
             return buffer[place.at : place.at + place.nbytes].view(place.dtype).view(place.shape)
@@ -148,15 +150,32 @@ class Reader:
             for p in places.found
         ]
 
-    def hashes(self) -> dict[Path, FileHash]:
-        """The hashes of all files, complete."""
-        for file in self.checkpoint.weight_files:
-            self._hash(file).finish()
-        return self._hashes
+    def hashes(self) -> dict[Path, FileRead]:
+        """All that was read, with each tensor's hash complete."""
+        for found in self._hashes.values():
+            for tensor in found.values():
+                tensor.finish()
+        return {
+            path: FileRead({name: tensor.so_far() for name, tensor in found.items()}, path not in self._again)
+            for path, found in self._hashes.items()
+        }
 
-    def so_far(self) -> dict[Path, FileHash]:
-        """The hashes of what was read until now, while more is read."""
-        return dict(self._hashes)
+    def news(self) -> dict[Path, dict[str, Hashed] | None]:
+        """What was read since it was asked for last, while more is read. None for a file of which something was read
+        again after somebody wrote to it: it is not known what was used.
+        """
+        with self._lock:
+            news, self._news = self._news, {}
+        return {
+            path: {name: tensor.so_far() for name, tensor in found.items()} if self._is_known(path) else None
+            for path, found in news.items()
+        }
+
+    def _is_known(self, path: Path) -> bool:
+        """An object is asked for as the one that it was."""
+        if path not in self._again or scheme_of(path):
+            return True
+        return files.fingerprint(path) == self.checkpoint.fingerprints[path]
 
     def close(self) -> None:
         if self._open is not None:
@@ -169,17 +188,24 @@ class Reader:
             self._open = file, files.open_for_reading(file)
         return self._open[1]
 
-    def _hash(self, file: Path) -> FileHash:
-        if file not in self._hashes:
-            size, *_ = self.checkpoint.fingerprints[file]
-            self._hashes[file] = FileHash(file, size, self._descriptor)
-        return self._hashes[file]
+    def _hash(self, run: Sequence[_FoundSpan], views: Sequence[memoryview]) -> None:
+        for span, view in zip(run, views, strict=True):
+            file, name = span.file, span.stored.spec.name
+            found = self._hashes.setdefault(file, {})
+            if name not in found:
+                found[name] = TensorHash(span.stored, self._descriptor)
+            found[name].feed(span.offset, view)
+            if not found[name].in_order:
+                self._again.add(file)
+            with self._lock:
+                self._news.setdefault(file, {})[name] = found[name]
 
 
 def _pieces(parts: Sequence[TensorInfo], at: int) -> Iterator[_FoundSpan]:
     """The parts of one tensor, one behind the other in the buffer from `at`."""
     for part in parts:
-        yield _FoundSpan(part.file, part.offset, part.spec.nbytes, at, part.spec.dtype, part.spec.shape)
+        spec = part.spec
+        yield _FoundSpan(part.file, part.offset, spec.nbytes, at, spec.dtype, spec.shape, part.stored)
         at += part.spec.nbytes
 
 
@@ -200,71 +226,3 @@ def _runs(found: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
         run.append(place)
     if run:
         yield run
-
-
-@dataclass
-class FileHash:
-    """The SHA-256 of a file, from bytes that are read for another purpose.
-
-    `in_order` says that all bytes came in the order of the file or were passed over for good: then the hash is
-    of the very bytes that were used.
-    """
-
-    file: Path
-    nbytes: int
-    _descriptor: Callable[[Path], files.Handle] = field(repr=False)
-    position: int = 0
-    in_order: bool = True
-    _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
-    _lock: Lock = field(default_factory=Lock, repr=False)
-
-    def first_bytes(self) -> tuple[str, int]:
-        """Hash and number of the bytes until now. Of those that were read again, the first time counts."""
-        with self._lock:
-            return self._digest.copy().hexdigest(), self.position
-
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
-
-    def feed(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Bytes that were read from `offset` on."""
-        if offset < self.position:
-            self.in_order = False
-            return
-        self._read_up_to(offset)
-        for view in views:
-            self._add(view)
-
-    def _add(self, view: memoryview) -> None:
-        with self._lock:
-            self._digest.update(view)
-            self.position += len(view)
-
-    def finish(self) -> None:
-        self._read_up_to(self.nbytes)
-
-    def _read_up_to(self, end: int) -> None:
-        block = bytearray(min(_GAP_BLOCK, end - self.position))
-        while self.position < end:
-            part = memoryview(block)[: end - self.position]
-            files.read_into(self._descriptor(self.file), [part], self.position, self.file)
-            self._add(part)
-
-
-def check_unchanged(checkpoint: Checkpoint, hashes: dict[Path, FileHash]) -> None:
-    """CheckpointError when a weight file was written since it was opened.
-
-    Size and times tell. Where only a time differs, the file may have been touched, copied or linked: it is hashed
-    again and compared with what was read, if that was hashed. Of an object its ETag says as much.
-    """
-    for path, before in checkpoint.fingerprints.items():
-        now = files.fingerprint(path)
-        if now == before:
-            continue
-        read = hashes.get(path)
-        same = (
-            read and not scheme_of(path) and now[0] == before[0] and read.in_order and files.sha256(path) == read.sha256
-        )
-        if not same:
-            raise CheckpointError(path, "changed during the run", "let nobody write to the inputs and run again")

@@ -103,6 +103,9 @@ class Options:
     stream: Annotated[
         bool, option(READING, "read models of the Hub by byte ranges, and keep no copy of them", "--stream")
     ] = False
+    hash_files: Annotated[
+        bool, option(READING, "note the hash of every input file as a whole, too, by reading it once more")
+    ] = False
     out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH", parser=folder_path)] = (
         None
     )
@@ -217,6 +220,7 @@ LOOKING = (
 CHOOSING = ("weights", "scale", "split_qkv", "join_qkv", "seed")
 WRITING = (
     "force",
+    "hash_files",
     "out",
     "overwrite",
     "resume",

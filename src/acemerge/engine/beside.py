@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import with_asset_folders
 from acemerge.checkpoints.folder import INDEX, Checkpoint
+from acemerge.checkpoints.hashes import known_sha256
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.execute import Records, write_heads
@@ -15,11 +17,14 @@ from acemerge.engine.opening import Opened
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
 from acemerge.output.folder import CARD, PICTURE, Output
+from acemerge.output.manifest import InputFile
 from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.shares import layer_shares
-from acemerge.output.writer import FileSum, index_bytes
+from acemerge.output.writer import index_bytes
 from acemerge.planning.as_lora import adapter_config
+
+_AT_ONCE = 4  # files that are hashed
 
 
 def origins_of(opened: Opened) -> list[Origin]:
@@ -53,12 +58,34 @@ def _write_card(opened: Opened, records: Records, origins: Sequence[Origin], out
     output.write_bytes(CARD, card.encode(errors="replace"))
 
 
-def inputs_of(opened: Opened, sums: Mapping[Path, FileSum]) -> list[tuple[str, dict[str, FileSum]]]:
-    """Every model's origin, and the sums of its weight files under the names that its folder calls them by."""
+def inputs_of(
+    opened: Opened, tensors: Mapping[Path, Mapping[str, str]], sums: Mapping[Path, str]
+) -> list[tuple[str, dict[str, InputFile]]]:
+    """Every model's origin, and of its weight files, under the names that its folder calls them by, the hashes of
+    `tensors` and of whole files, as far as these are there.
+    """
+
+    def about(model: Checkpoint, path: Path) -> InputFile:
+        return InputFile(model.fingerprints[path][0], sums.get(path), tensors.get(path, {}))
+
     return [
-        (origin, {names.get(path, path.name): sums[path] for path in model.weight_files})
+        (origin, {names.get(path, path.name): about(model, path) for path in model.weight_files})
         for origin, names, model in zip(opened.origins, map(_names, opened.models), opened.models, strict=True)
     ]
+
+
+def whole_sums(opened: Opened, hash_files: bool, known: Mapping[Path, str]) -> dict[Path, str]:
+    """The hashes of whole weight files: those `known`, those that the Hub tells, and with `hash_files` all others."""
+    paths = [path for model in opened.models for path in model.weight_files]
+    found = {path: known.get(path) or known_sha256(path) for path in dict.fromkeys(paths)}
+    missing = [path for path, sha256 in found.items() if sha256 is None and hash_files]
+    return {path: sha256 for path, sha256 in found.items() if sha256} | sums_of(missing)
+
+
+def sums_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """The hashes of whole files, a few read at once."""
+    with ThreadPoolExecutor(_AT_ONCE, "acemerge-hash") as threads:
+        return dict(zip(paths, threads.map(files.sha256, paths), strict=True))
 
 
 def _names(checkpoint: Checkpoint) -> dict[Path, str]:

@@ -12,6 +12,7 @@ import torch
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS, in_module
 from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.hashes import Hashed, Read, longer
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.lora import ADAPTER_MODEL
 from acemerge.checkpoints.reader import Reader, Span
@@ -24,7 +25,7 @@ from acemerge.output.folder import MASKS, Output
 from acemerge.output.journal import Done, Journal, Step
 from acemerge.output.packed_masks import mask_spec
 from acemerge.output.records import TensorRecord
-from acemerge.output.writer import FileSum, TensorFiles, split_shards
+from acemerge.output.writer import TensorFiles, split_shards
 from acemerge.planning.costs import bytes_written
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.finite import check_finite
@@ -222,19 +223,12 @@ def write_weights(
     return {job.name: records.done[job.name] for job in layout.plan.jobs if job.name in written}
 
 
-def _read_by(readers: Sequence[Reader]) -> dict[str, FileSum | None]:
-    """How far every file was read, and the hash of that; of one with several readers by the one that is behind.
-
-    Bytes that were read again were not hashed again: they are those of the first time while nobody has written to the
-    file since it was opened, which its time of change tells. Else it is not known what was used.
-    """
-    found: dict[str, FileSum | None] = {}
+def _read_by(readers: Sequence[Reader]) -> Read:
+    """What was read of every file since this was asked last; a file may have several readers."""
+    found: dict[str, dict[str, Hashed] | None] = {}
     for reader in readers:
-        for path, hashed in reader.so_far().items():
-            same = hashed.in_order or files.fingerprint(path) == reader.checkpoint.fingerprints[path]
-            new = FileSum(*hashed.first_bytes()) if same else None
-            old = found.get(str(path), new)
-            found[str(path)] = None if old is None or new is None else min(old, new, key=lambda s: s.nbytes)
+        for path, new in reader.news().items():
+            found[str(path)] = longer(found.get(str(path), {}), new)
     return found
 
 

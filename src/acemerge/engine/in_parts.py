@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.reader import check_unchanged
-from acemerge.engine.beside import inputs_of, origins_of, write_beside
+from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes
+from acemerge.checkpoints.reader import Reader
+from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.execute import Layout, OnProgress, Progress
 from acemerge.engine.executor import Executor
 from acemerge.engine.opening import Opened, RunOptions
@@ -73,14 +74,17 @@ def compute_parts(
         raise
 
 
-def put_together(opened: Opened, output: Output, about: Mapping[str, Any]) -> dict[str, Any]:
+def put_together(opened: Opened, output: Output, about: Mapping[str, Any], hash_files: bool) -> dict[str, Any]:
     """Write what is beside the weights that all parts have computed, and return the manifest."""
     origins, found = origins_of(opened), gather(opened, output, about)
-    with opened.pipeline(1, hashing=False) as (_, readers):
+    with opened.pipeline(1, hashing=True) as (pipeline, readers):
         write_beside(opened, found.records, readers, origins, output)
+        beside = [files_read(read) for read in pipeline.of_readers(Reader.hashes)]
+    sums = whole_sums(opened, hash_files, found.sums)
     for checkpoint in opened.models:
         check_unchanged(checkpoint, {})
-    manifest = build_manifest(opened.plan, found.records, inputs_of(opened, found.inputs), output.written, 0.0)
+    inputs = inputs_of(opened, tensor_hashes([*found.read, *beside]), sums)
+    manifest = build_manifest(opened.plan, found.records, inputs, output.written, 0.0)
     return manifest | {"run": digest(found.identity)}
 
 

@@ -54,4 +54,5 @@ class MergeOptions(TypedDict, total=False):
     finish: bool
     ray: str | None
     stream: bool
+    hash_files: bool
     on_progress: Callable[[Progress], None]

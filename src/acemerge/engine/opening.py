@@ -89,6 +89,7 @@ class RunOptions:
     finish: bool = False
     ray: Annotated[str | None, AfterValidator(_cluster)] = None
     stream: bool = False
+    hash_files: bool = False
 
     @property
     def asked_for_parts(self) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.reader import check_unchanged
+from acemerge.checkpoints.hashes import Hashed, Read, check_unchanged, files_read, known_sha256, longer
+from acemerge.checkpoints.reader import Reader
+from acemerge.engine.beside import sums_of
 from acemerge.engine.execute import (
     Layout,
     OnProgress,
@@ -20,6 +22,7 @@ from acemerge.engine.execute import (
     write_weights,
 )
 from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
+from acemerge.engine.pipeline import Pipeline
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
@@ -32,11 +35,14 @@ from acemerge.recipes.recipe import Recipe
 
 @dataclass(frozen=True)
 class Found:
-    """What parts have done: tensors' records, the hashes of the files that they wrote, those of the inputs."""
+    """What parts have done: tensors' records, the hashes of the files that they wrote, what they read of the inputs,
+    and the hashes of those of them that were hashed whole.
+    """
 
     records: Records
     written: Mapping[str, FileSum]
-    inputs: Mapping[Path, FileSum]
+    read: Sequence[Read]
+    sums: Mapping[Path, str]
     identity: Mapping[str, Any]
 
 
@@ -58,7 +64,7 @@ def compute_part(
         if options.resume or not options.overwrite:
             check_begun(out, part, about)
             done = _with_thresholds_of_others(out, part, done)
-        was_done = len(done.steps) == len(layout.jobs) and "inputs" in done.findings
+        was_done = len(done.steps) == len(layout.jobs) and "complete" in done.findings
         output.begun = True
         journal = Journal(out / part.folder, done)
         try:
@@ -67,16 +73,25 @@ def compute_part(
                 setting = opened.setting
                 if not was_done:
                     setting = find_thresholds(opened.plan, setting, walks("thresholds"), done, journal, readers)
+                for reader in readers:  # from here on they read what is the part's own
+                    reader.hashing = True
                 walk = walks("merge", writes=True)
                 records = write_weights(layout, setting, walk, output, done, journal, readers)
-            inputs = _hashes(opened, part, done)
+                journal.have_read({path: longer(journal.read.get(path, {}), found) for path, found in _whole(pipeline)})
+            sums = _sums(done) or _own_sums(opened, part, options.hash_files)
             for checkpoint in opened.models:
                 check_unchanged(checkpoint, {})
-            journal.found({"inputs": {str(path): [total.nbytes, total.sha256] for path, total in inputs.items()}})
+            journal.found({"complete": True, "sums": {str(path): sha256 for path, sha256 in sums.items()}})
         finally:
             journal.close()
         written = {name: output.written[name] for name, _ in layout.own}
-        return Found(records, written, inputs, about), was_done
+        return Found(records, written, [journal.read], sums, about), was_done
+
+
+def _whole(pipeline: Pipeline) -> Iterator[tuple[str, Mapping[str, Hashed]]]:
+    """What was read of the files, each tensor's hash complete."""
+    for found in pipeline.of_readers(Reader.hashes):
+        yield from files_read(found).items()
 
 
 def _with_thresholds_of_others(out: Path, part: Part, done: Done) -> Done:
@@ -92,18 +107,18 @@ def compute_alone(recipe: Recipe, out: Path, options: RunOptions, on_progress: O
         compute_part(opened, out, identity_of(opened, options.device), options, on_progress)
 
 
-def _hashes(opened: Opened, part: Part, done: Done) -> dict[Path, FileSum]:
-    """Of the inputs' files, those that are this part's to hash: each is hashed by one part."""
-    if "inputs" in done.findings:
-        return _sums(done)
+def _own_sums(opened: Opened, part: Part, hash_files: bool) -> dict[Path, str]:
+    """Of the inputs' files, those that are this part's to hash whole: each is hashed by one part."""
+    if not hash_files:
+        return {}
     sizes = {path: prints[0] for model in opened.models for path, prints in model.fingerprints.items()}
     numbers = spread(list(sizes.values()), part.of)
     own = [path for path, number in zip(sizes, numbers, strict=True) if number == part.number]
-    return {path: FileSum(files.sha256(path), sizes[path]) for path in own}
+    return sums_of([path for path in own if known_sha256(path) is None])
 
 
-def _sums(done: Done) -> dict[Path, FileSum]:
-    return {Path(path): FileSum(sha256, nbytes) for path, (nbytes, sha256) in done.findings["inputs"].items()}
+def _sums(done: Done) -> dict[Path, str]:
+    return {Path(path): sha256 for path, sha256 in done.findings.get("sums", {}).items()}
 
 
 def gather(opened: Opened, output: Output, about: Mapping[str, Any]) -> Found:
@@ -126,9 +141,9 @@ def gather(opened: Opened, output: Output, about: Mapping[str, Any]) -> Found:
     for name, specs in replace(opened.layout, part=None).masks.items():
         put_together(output, name, specs, [own for own in masks if Path(own).name == Path(name).name])
     records = {step.tensor: step.record for done in found.values() for step in done.steps}
-    inputs = {path: total for done in found.values() for path, total in _sums(done).items()}
+    sums = {path: sha256 for done in found.values() for path, sha256 in _sums(done).items()}
     in_order = {job.name: records[job.name] for job in opened.plan.jobs}
-    return Found(in_order, dict(output.written), inputs, run)
+    return Found(in_order, dict(output.written), [done.read for done in found.values()], sums, run)
 
 
 def _of_part(out: Path, layout: Layout) -> Done:
@@ -139,7 +154,7 @@ def _of_part(out: Path, layout: Layout) -> Done:
     done = read_journal(out, layout.files, part.folder)
     if done is not None and done.damaged is not None:
         raise CheckpointError(out / (done.damaged + PARTIAL), f"is not as part {part} left it", again)
-    if done is None or len(done.steps) < len(layout.jobs) or "inputs" not in done.findings:
+    if done is None or len(done.steps) < len(layout.jobs) or "complete" not in done.findings:
         raise UsageError(out, f"part {part} is not finished", again)
     for name, begun in done.begun.items():
         if files.fingerprint(out / (name + PARTIAL))[0] != begun.nbytes:

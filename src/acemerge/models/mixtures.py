@@ -53,7 +53,8 @@ def _within(stored: TensorInfo, part: ExpertPart, wanted: TensorSpec, transposed
     if not fits or dtype in FLOAT8.values() or stored.parts:
         return None
     before = (part.number * part.parts + part.part) * rows * columns
-    return TensorInfo(replace(wanted, dtype=dtype), stored.file, stored.offset + before * dtype.itemsize)
+    offset = stored.offset + before * dtype.itemsize
+    return TensorInfo(replace(wanted, dtype=dtype), stored.file, offset, within=stored.stored)
 
 
 def _together(

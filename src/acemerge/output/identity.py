@@ -14,8 +14,8 @@ import torch
 
 from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.hashes import Read
 from acemerge.output.manifest import versions
-from acemerge.output.writer import FileSum
 from acemerge.recipes.recipe import Recipe
 
 # What has a library take other paths through its code than the processor alone would.
@@ -81,7 +81,7 @@ def with_same_bytes(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     models: Sequence[tuple[str, Checkpoint]],
-    read: Mapping[str, FileSum | None],
+    read: Read,
 ) -> Mapping[str, Any]:
     """The identity `before`, with a weight file as it is `now` where its times alone differ and what was `read` of it
     is what it still begins with: it was copied, touched, or changed and put back.
@@ -92,18 +92,9 @@ def with_same_bytes(
         for path in checkpoint.fingerprints:
             was, is_ = known.get(path.name), there[path.name]
             used = read.get(str(path))
-            if was and was != is_ and was[0] == is_[0] and used and files.sha256(path, used.nbytes) == used.sha256:
+            if was and was != is_ and was[0] == is_[0] and used and all(part.holds(path) for part in used.values()):
                 known[path.name] = is_
     return same
-
-
-def whole_files(models: Sequence[Checkpoint]) -> dict[str, FileSum | None]:
-    """The hash of every weight file; None of one that was written to since it was opened."""
-    found: dict[str, FileSum | None] = {}
-    for path, before in (each for model in models for each in model.fingerprints.items()):
-        total = FileSum(files.sha256(path), before[0])
-        found[str(path)] = total if files.fingerprint(path) == before else None
-    return found
 
 
 def digest(about: Mapping[str, Any]) -> str:

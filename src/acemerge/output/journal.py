@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.hashes import Hashed, Read, longer
 from acemerge.errors import CheckpointError
 from acemerge.output.records import TensorRecord
 from acemerge.output.writer import PARTIAL, Begun, FileSum
@@ -38,15 +39,14 @@ class Step:
 class Done:
     """What an unfinished run left: what it was, what it found out beforehand, and its proven steps.
 
-    `read` says how much of every input those may depend on, and its hash; None where that is not known. `damaged` is
-    the file that is not as a further step says.
+    `read` says what those may depend on of every input. `damaged` is the file that is not as a further step says.
     """
 
     identity: Mapping[str, Any]
     findings: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     begun: Mapping[str, Begun] = field(default_factory=dict)
-    read: Mapping[str, FileSum | None] = field(default_factory=dict)
+    read: Read = field(default_factory=dict)
     damaged: str | None = None
 
 
@@ -61,7 +61,7 @@ class Journal:
         self._descriptor = files.create(fresh)
         self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
         self.add(done.steps)
-        self._read: dict[str, FileSum | None] = {}
+        self.read: dict[str, Mapping[str, Hashed] | None] = {}
         self.have_read(done.read)
         files.rename(fresh, self._path)
 
@@ -72,13 +72,11 @@ class Journal:
     def add(self, steps: Iterable[Step]) -> None:
         self._write(map(entry_of, steps))
 
-    def have_read(self, sums: Mapping[str, FileSum | None]) -> None:
-        """Note how far inputs were read, before the steps that come of it; the longer of two for one file counts."""
-        for path, new in sums.items():
-            old = self._read.get(path, new)
-            self._read[path] = None if old is None or new is None else max(old, new, key=lambda s: s.nbytes)
-        known = {path: s and [s.nbytes, s.sha256] for path, s in self._read.items()}
-        self._write([{"read": known}] if known else [])
+    def have_read(self, news: Read) -> None:
+        """Note how far inputs were read, before the steps that come of it."""
+        for path, new in news.items():
+            self.read[path] = longer(self.read.get(path, {}), new)
+        self._write([read_entry(news)] if news else [])
 
     def close(self) -> None:
         files.close(self._descriptor)
@@ -98,6 +96,28 @@ def spelled(entries: Iterable[Mapping[str, Any]]) -> bytes:
 def entry_of(step: Step) -> dict[str, Any]:
     totals = {name: [total.nbytes, total.sha256] for name, total in step.files.items()}
     return {"tensor": step.tensor, "record": step.record.to_json(), "files": totals}
+
+
+def read_entry(read: Read) -> dict[str, Any]:
+    def plain(part: Hashed) -> list[Any]:
+        return [part.offset, part.of, part.nbytes, part.sha256]
+
+    return {
+        "read": {
+            path: None if parts is None else {name: plain(part) for name, part in parts.items()}
+            for path, parts in read.items()
+        }
+    }
+
+
+def read_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Hashed] | None]:
+    """What all entries together say of what was read."""
+    read: dict[str, Mapping[str, Hashed] | None] = {}
+    for entry in entries:
+        for path, parts in entry.get("read", {}).items():
+            new = None if parts is None else {name: Hashed(*part) for name, part in parts.items()}
+            read[path] = longer(read.get(path, {}), new)
+    return read
 
 
 def read_identity(folder: Path) -> Mapping[str, Any] | None:
@@ -131,15 +151,11 @@ def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done
         return None
     findings: dict[str, Any] = {}
     steps: list[Step] = []
-    read: dict[str, FileSum | None] = {}
     proof = _Proof(folder)
     try:
         for entry in entries[1:]:
-            if "findings" in entry:
-                findings |= entry["findings"]
-                continue
-            if "read" in entry:
-                read = {path: s and FileSum(s[1], s[0]) for path, s in entry["read"].items()}
+            findings |= entry.get("findings", {})
+            if "tensor" not in entry:
                 continue
             step = step_of(entry)
             if step is None or not (step.files.keys() <= set(names) and proof.holds(step.files)):
@@ -147,7 +163,7 @@ def read_journal(folder: Path, names: Collection[str], within: str = "") -> Done
             steps.append(step)
     finally:
         proof.close()
-    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read, proof.failed)
+    return Done(entries[0]["identity"], findings, tuple(steps), proof.begun, read_of(entries), proof.failed)
 
 
 def step_of(entry: Mapping[str, Any]) -> Step | None:

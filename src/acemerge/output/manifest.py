@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,9 +33,17 @@ class _File(TypedDict):
     bytes: int
 
 
+class _InputFile(TypedDict):
+    """A file's own hash is there where it was known or asked for."""
+
+    bytes: int
+    sha256: NotRequired[str]
+    tensors: NotRequired[dict[str, str]]
+
+
 class _Input(TypedDict):
     path: str
-    files: dict[str, _File]
+    files: dict[str, _InputFile]
 
 
 class _Needed(TypedDict):
@@ -55,10 +64,24 @@ class _Needed(TypedDict):
 _SHAPE = TypeAdapter(_Needed)
 
 
+@dataclass(frozen=True)
+class InputFile:
+    """What the manifest says of a file that was read: the SHA-256 of its tensors, and its own where that is known."""
+
+    nbytes: int
+    sha256: str | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        own = {} if self.sha256 is None else {"sha256": self.sha256}
+        tensors = {"tensors": dict(sorted(self.tensors.items()))} if self.tensors else {}
+        return {**own, "bytes": self.nbytes, **tensors}
+
+
 def build_manifest(
     plan: Plan,
     records: Mapping[str, TensorRecord],
-    inputs: Sequence[tuple[str, Mapping[str, FileSum]]],
+    inputs: Sequence[tuple[str, Mapping[str, InputFile]]],
     outputs: Mapping[str, FileSum],
     seconds: float,
 ) -> dict[str, Any]:
@@ -68,7 +91,10 @@ def build_manifest(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "recipe": plan.recipe.model_dump(mode="json"),
-        "inputs": [{"path": path, "files": _sums(sums)} for path, sums in inputs],
+        "inputs": [
+            {"path": path, "files": {name: read.to_json() for name, read in sorted(found.items())}}
+            for path, found in inputs
+        ],
         "outputs": _sums(outputs),
         "experts": list(plan.experts),
         "adapters": {label: str(adapter) for label, adapter in plan.adapters.items()},
@@ -124,16 +150,37 @@ def to_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 
 def _spell(content: Mapping[str, Any]) -> bytes:
-    """One key a line, and one line a tensor: for people, and for tools that compare lines."""
+    """One key a line, and one line a tensor, of the inputs, too: for people, and for tools that compare lines."""
     # Python's JSON writes NaN and infinities as words that are no JSON: they become null.
     clean = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return f"{{{_lines(clean, _by_line)}\n}}\n".encode()
 
 
 def _by_line(key: str, value: Any) -> str:
+    if key == "inputs" and isinstance(value, list):
+        return f"[{', '.join(map(_input_by_line, value))}]"
     if key not in ("tensors", "outputs", "inputs") or not isinstance(value, dict):
         return json.dumps(value)
     return f"{{{_lines(value, lambda _, entry: json.dumps(entry))}\n}}"
+
+
+def _input_by_line(model: Any) -> str:
+    """A model with its tensors' hashes, each in a line of its own; one without any in a single line."""
+
+    def spell(key: str, value: Any) -> str:
+        if isinstance(value, dict) and value and key in ("files", "tensors"):
+            return f"{{{_lines(value, lambda _, entry: _table(entry, spell))}\n}}"
+        return json.dumps(value)
+
+    found = model.get("files") if isinstance(model, dict) else None
+    hashed = isinstance(found, dict) and any(isinstance(f, dict) and f.get("tensors") for f in found.values())
+    return _table(model, spell) if hashed else json.dumps(model)
+
+
+def _table(value: Any, spell: Callable[[str, Any], str]) -> str:
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return f"{{{', '.join(f'{json.dumps(key)}: {spell(key, entry)}' for key, entry in value.items())}}}"
 
 
 def _lines(table: Mapping[str, Any], spell: Callable[[str, Any], str]) -> str:

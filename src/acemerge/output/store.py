@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from acemerge.checkpoints import files, objects
+from acemerge.checkpoints.hashes import Hashed, Read
 from acemerge.checkpoints.store import Stat
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError
 from acemerge.output.folder import (
@@ -43,6 +44,8 @@ from acemerge.output.journal import (
     Step,
     entries_of,
     entry_of,
+    read_entry,
+    read_of,
     spelled,
     step_of,
 )
@@ -67,7 +70,9 @@ class StoreOutput:
     _claim: bytes = b""
     _run: str = ""
     _replaces: bool = False  # an output that is finished
+    _journal: Journal | None = None  # beside the files, on this machine
     _steps: dict[str, list[Step]] = field(default_factory=dict)
+    _told: dict[str, dict[str, Hashed]] = field(default_factory=dict)  # of what was read, in notes
     _there: dict[str, Stat] = field(default_factory=dict)  # uploaded
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "acemerge-upload"))
     _uploading: Future[None] | None = None
@@ -92,16 +97,17 @@ class StoreOutput:
         entries = entries_of(self._claim)
         if not entries or "identity" not in entries[0]:
             return None
-        about, steps = entries[0]["identity"], []
+        about, steps, notes = entries[0]["identity"], [], []
         for key in objects.stats_below(self._notes):
             note = entries_of(objects.read_small(self._notes / key, MAX_JOURNAL))
             if note and note[0].get("run") == digest(about) and note[0].get("file") in names:
                 steps += self._taken(note)
+                notes += note
         done = [step for step in steps if step is not None and step.files.keys() <= self._there.keys()]
         self.written |= {name: total for step in done for name, total in step.files.items()}
         self._there = {name: stat for name, stat in self._there.items() if name in self.written}
         findings = {key: value for entry in entries[1:] for key, value in entry.get("findings", {}).items()}
-        return Done(about, findings, tuple(done))
+        return Done(about, findings, tuple(done), read=read_of(notes))
 
     def _taken(self, note: Sequence[Mapping[str, object]]) -> list[Step | None]:
         """The steps of a file, if it is there as the note says."""
@@ -110,7 +116,7 @@ class StoreOutput:
         if now is None or [now.size, now.etag, now.version] != note[0]["stat"]:
             return []
         self._there[name] = now
-        return [step_of(entry) for entry in note[1:]]
+        return [step_of(entry) for entry in note if "tensor" in entry]
 
     def _claimed(self) -> bytes | None:
         try:
@@ -130,7 +136,8 @@ class StoreOutput:
                 objects.delete(self.target / JOURNAL)
                 raise WriteError(self.target, "another run has finished here", _ELSEWHERE)
         self.begun = True
-        return Journal(self.path, done)
+        self._journal = Journal(self.path, done)
+        return self._journal
 
     def _take(self, done: Done) -> None:
         if self.overwrite or self._claim:
@@ -161,18 +168,29 @@ class StoreOutput:
             if name in self._steps and name not in self._there:
                 self._wait()
                 self._there[name] = Stat(0)
-                self._uploading = self._uploads.submit(self._ship_noted, name, self._steps.pop(name))
+                self._uploading = self._uploads.submit(self._ship_noted, name, self._steps.pop(name), self._news())
+
+    def _news(self) -> Read:
+        """What was read of the inputs and stands in no note yet."""
+        news: dict[str, dict[str, Hashed] | None] = {}
+        for path, parts in (self._journal.read if self._journal else {}).items():
+            known = self._told.setdefault(path, {})
+            new = None if parts is None else {name: part for name, part in parts.items() if known.get(name) != part}
+            if new is None or new:
+                news[path] = new
+                known |= new or {}
+        return news
 
     def _wait(self) -> None:
         if self._uploading is not None:
             self._uploading.result()
 
-    def _ship_noted(self, name: str, steps: Sequence[Step]) -> None:
+    def _ship_noted(self, name: str, steps: Sequence[Step], read: Read) -> None:
         with to_write():
             self._ship(name)
             there = self._there[name]
             head = {"run": self._run, "file": name, "stat": [there.size, there.etag, there.version]}
-            objects.put(self._notes / name, spelled([head, *map(entry_of, steps)]))
+            objects.put(self._notes / name, spelled([head, read_entry(read), *map(entry_of, steps)]))
 
     def _ship(self, name: str) -> None:
         """Upload a file, and look whether it is there."""
