@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 import acemerge
 from acemerge.errors import AcemergeError
+from acemerge.methods import make
 from attacks.harness import check
 
 # Masks and heads beside the model; thresholds beforehand; the covariance family.
@@ -37,7 +39,7 @@ def make_models(folder: Path, layers: int = 3, side: int = 8, seed: int = 0) -> 
     return paths[0], paths[1:]
 
 
-def _save_sharded(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _save_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
     names = sorted(tensors)
     halves = names[: len(names) // 2], names[len(names) // 2 :]
     weight_map = {}
@@ -121,3 +123,15 @@ def _exiting(target: Any, *arguments: Any) -> None:
         target(*arguments)
     except AcemergeError as error:
         raise SystemExit(error.exit_code) from None
+
+
+def moments_for(rule: str, D: Tensor) -> Tensor | None:
+    """What a rule with data may have measured on experts (T, out, in); None for one without data."""
+    wanted = make(rule, {}).needs.calibration
+    if wanted is None:
+        return None
+    if wanted == "gradients":
+        return D.square()
+    if wanted == "both sides":
+        return torch.cat([(D.mT @ D).flatten(1), (D @ D.mT).flatten(1)], 1)
+    return D.mT @ D

@@ -19,6 +19,7 @@ from torch import Tensor
 import acemerge
 from acemerge.methods import METHODS, make
 from attacks.harness import Must, Tally, check, clean, main
+from attacks.merging import moments_for
 
 ROW = 36
 _OUT, _IN, _RANK = 12, 9, 2
@@ -75,9 +76,7 @@ def _deltas(rule: str, sizes: tuple[float, float], dtype: torch.dtype, _: Path) 
     D = _scaled(rule, sizes, _OUT, _IN).to(dtype)
     if not bool(D.isfinite().all()):
         D = D.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)  # as a checkpoint might hold it
-    wanted, unit = make(rule, {}).needs.calibration, _unit(len(D), _OUT, _IN).to(dtype)
-    moments = None if wanted is None else unit.square() if wanted == "gradients" else unit.mT @ unit
-    found = acemerge.merge_deltas(D, rule, moments=moments)
+    found = acemerge.merge_deltas(D, rule, moments=moments_for(rule, _unit(len(D), _OUT, _IN).to(dtype)))
     check(bool(found.delta.isfinite().all()) and found.delta.dtype == dtype, "is not finite")
 
 

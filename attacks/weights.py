@@ -25,7 +25,7 @@ from acemerge.errors import AcemergeError, UsageError, shown
 from acemerge.methods import METHODS, make
 from acemerge.methods.about import parameters
 from attacks.harness import Must, Tally, check, clean, main
-from attacks.merging import make_models
+from attacks.merging import make_models, moments_for
 
 ROW = 35
 _SIDE = 8
@@ -104,9 +104,8 @@ def _refusal(call: Callable[[], object]) -> AcemergeError | None:
 
 def _in_memory(rule: str, asked: dict[str, Any], experts: int) -> None:
     D = torch.randn(experts, _SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
-    wanted = make(rule, {}).needs.calibration
-    moments = None if wanted is None else D.square() if wanted == "gradients" else D.mT @ D
-    check(bool(acemerge.merge_deltas(D, rule, moments=moments, **asked).delta.isfinite().all()), "is not finite")
+    found = acemerge.merge_deltas(D, rule, moments=moments_for(rule, D), **asked)
+    check(bool(found.delta.isfinite().all()), "is not finite")
 
 
 def _by_folders(rule: str, asked: dict[str, Any], base: Path, experts: list[Path], out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 _LONGEST_VALUE = 80
 # What pathlib makes of `s3://bucket/key`, wherever it stands in a message.
-_SQUEEZED = re.compile(r"(?<![\w/.+-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
+_SQUEEZED = re.compile(r"(?<![\w/.+:-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
 
 
 def printable(text: str) -> str:

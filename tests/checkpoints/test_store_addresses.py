@@ -72,4 +72,5 @@ def test_hostile_addresses_are_refused_by_every_reader(
 
 def test_messages_show_addresses_as_they_are_written() -> None:
     assert str(CheckpointError(Path("s3://b/k"), "not there", "see gs:/b/x")) == "s3://b/k: not there; see gs://b/x"
-    assert addressed("C:/x and a:b, at 12:/3") == "C:/x and a:b, at 12:/3"
+    for text in ("C:/x and a:b, at 12:/3", "models/:warning:/out"):
+        assert addressed(text) == text

@@ -23,7 +23,7 @@ def base_of(shape: tuple[int, int], energy: float) -> Tensor:
 
 
 def result(deltas: Tensor, rule: str, base: Tensor | None = None, **options: Any) -> acemerge.LayerResult:
-    return acemerge.merge_deltas(deltas, rule, base=base, **{**FREE[rule], **options})
+    return acemerge.merge_deltas(deltas, rule, base=base, **{**FREE.get(rule, {}), **options})
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]], ids=str)
@@ -91,3 +91,11 @@ def test_rules_that_see_more_than_updates_are_refused() -> None:
     for over, what in (("slerp", "merges weights"), ("emr", "makes masks")):
         with pytest.raises(UsageError, match=what):
             acemerge.merge_deltas(task_vectors(2, (6, 5)), "trust", over=over)
+
+
+@pytest.mark.parametrize(("rule", "parameter"), [("trust", "step"), ("kron_auto", "step"), ("cauchy", "tol")])
+@pytest.mark.parametrize("value", [5e-324, 1e-200, 1e200, 1e308])
+def test_a_constant_at_the_ends_of_float64_is_a_limit(rule: str, parameter: str, value: float) -> None:
+    deltas, W0 = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0)), torch.eye(6, 5)
+    found, near = (result(deltas, rule, W0, **{parameter: v}).delta for v in (value, 1e-30 if value < 1 else 1e30))
+    torch.testing.assert_close(found, near, rtol=1e-5, atol=1e-6)

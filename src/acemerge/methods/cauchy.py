@@ -135,8 +135,9 @@ def _reweighted(problem: Problem, rule: Cauchy, dtype: torch.dtype, device: torc
     sizes = _sizes(problem, dtype)
     nothing = torch.zeros((), dtype=dtype, device=device)
     unit = sum(_disturbance(problem, t, nothing) / n for t, n in sizes.items()) / max(1, len(sizes))  # e
+    of_tol = max(1.0, rule.tol)  # by which all a_t are smaller than they say: they count beside one another only
     while len(sizes) > 1 and steps < rule.steps:
-        a = {t: 1 / (_disturbance(problem, t, fit.M) + rule.tol * n * unit) for t, n in sizes.items()}
+        a = {t: 1 / (_disturbance(problem, t, fit.M) / of_tol + rule.tol / of_tol * n * unit) for t, n in sizes.items()}
         after = least_squares_trusted(_weighed(problem, a, sizes), dtype, device)
         M = after.M.double()
         change = float((M - fit.M).norm()) / (float(M.norm()) or 1.0)

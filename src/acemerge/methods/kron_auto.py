@@ -99,7 +99,8 @@ class KronAuto:
 
     def _even(self, moved: float) -> float:
         """The share of an expert's moments that is I."""
-        return moved**2 / (moved**2 + self.step**4)
+        far = moved / self.step / self.step  # which a power would take beyond float64
+        return 1 - 1 / (1 + far * far)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         """With the steps that it usually takes."""

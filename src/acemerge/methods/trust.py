@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import hypot, sqrt
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -64,7 +65,7 @@ def disturbance(
 
 def shortening(moved: float, step: float) -> float:
     """`1 / (1 + m^2 / step^2)^(1/2)`: near 1 for short steps, and `step` itself in the end for long ones."""
-    return float((1 + moved / step**2) ** -0.5)
+    return 1 / hypot(1, sqrt(moved) / step)
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
