@@ -43,7 +43,7 @@ from acemerge.errors import CheckpointError, UsageError, addressed, shortages
 from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.folder import MANIFEST, Output, output_folder
+from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference, digest, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done
 from acemerge.output.length import length_of, length_of_tokens, length_warning, tokens_warning
@@ -182,13 +182,13 @@ def _in_parts(
     """Have an executor compute all parts that are not done, and put them together."""
     started = time.perf_counter()
     with _executor(opened, out, about, options) as executor:
-        with output_folder(out, options.overwrite, options.resume, options.resume) as output:
+        with output_at(out, options.overwrite, options.resume, options.resume) as output:
             about = machines_of(executor, output, about)
             if options.resume and _is_finished(out, about, options.overwrite):
                 return _was_complete(out, output, options, on_progress)
             parts = parts_to_do(opened, output, about, options.resume, executor.slots)
         compute_parts(opened, out, parts, executor, options, on_progress)
-    with output_folder(out, options.overwrite, in_parts=True) as output:
+    with output_at(out, options.overwrite, in_parts=True) as output:
         manifest = put_together(opened, output, about, options.hash_files)
         return _published(out, output, manifest, started, options, on_progress)
 

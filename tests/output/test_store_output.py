@@ -126,8 +126,6 @@ def test_what_is_in_the_way_is_said_before_any_work(
             acemerge.merge("s3://bucket/in/base", models[1], out=out)
     with pytest.raises(UsageError, match="which no merge has written"):
         acemerge.merge(*models, out="s3://bucket/foreign", overwrite=True)
-    with pytest.raises(UsageError, match=r"parts .* are put together in a folder"):
-        acemerge.merge(*models, out=OUT, shard="1/2")
     with pytest.raises(UsageError, match="the output is in a store"):
         acemerge.merge(*models, out=OUT, push="org/name")
     assert held(memory, "") == before
