@@ -40,10 +40,10 @@ def _begun(nodes: int, tries: int = 4) -> Any:
 
 
 def tasks_at_work() -> list[psutil.Process]:
-    """The processes that compute a part now."""
+    """The processes of this one's cluster that compute a part now; there may be others on this machine."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if words[0].startswith("ray::compute"):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith("ray::compute"):
+                found.append(process)
     return found

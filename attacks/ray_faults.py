@@ -90,8 +90,8 @@ def _driver_killed(case: Case, cluster: Any, delay: float) -> None:
         process.join(90)
     while tasks_at_work():  # Ray ends them when it learns of it
         time.sleep(0.05)
-    if not (out / "acemerge.json").exists():
-        case.merge(out, resume=True, **({"ray": cluster.address} if delay < _LONGEST / 2 else {}))
+    # Where it was killed after it had published, this verifies that and tidies up.
+    case.merge(out, resume=True, **({"ray": cluster.address} if delay < _LONGEST / 2 else {}))
     case.check_output(out)
 
 

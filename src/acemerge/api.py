@@ -39,11 +39,11 @@ from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
-from acemerge.errors import CheckpointError, UsageError, addressed, shortages
+from acemerge.errors import CheckpointError, LockedError, UsageError, addressed, shortages
 from acemerge.inspection.advice import of_frozen
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.folder import MANIFEST, Output, output_folder
+from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference, digest, with_same_bytes
 from acemerge.output.journal import JOURNAL, Done
 from acemerge.output.length import length_of, length_of_tokens, length_warning, tokens_warning
@@ -60,6 +60,7 @@ from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
 
 log = logging.getLogger(__name__)
+_PATIENCE = 10.0  # seconds
 
 
 @overload
@@ -182,15 +183,30 @@ def _in_parts(
     """Have an executor compute all parts that are not done, and put them together."""
     started = time.perf_counter()
     with _executor(opened, out, about, options) as executor:
-        with output_folder(out, options.overwrite, options.resume, options.resume) as output:
+        with contextlib.ExitStack() as stack:
+            output = _held_when_free(stack, out, options)
             about = machines_of(executor, output, about)
             if options.resume and _is_finished(out, about, options.overwrite):
                 return _was_complete(out, output, options, on_progress)
             parts = parts_to_do(opened, output, about, options.resume, executor.slots)
         compute_parts(opened, out, parts, executor, options, on_progress)
-    with output_folder(out, options.overwrite, in_parts=True) as output:
+    with output_at(out, options.overwrite, in_parts=True) as output:
         manifest = put_together(opened, output, about, options.hash_files)
         return _published(out, output, manifest, started, options, on_progress)
+
+
+def _held_when_free(stack: contextlib.ExitStack, out: Path, options: RunOptions) -> Output:
+    """The output, held. One that is gone on with may still be held by parts of a driver that was killed: Ray ends them
+    when it learns of that.
+    """
+    until = time.monotonic() + (_PATIENCE if options.resume else 0.0)
+    while True:
+        try:
+            return stack.enter_context(output_at(out, options.overwrite, options.resume, options.resume))
+        except LockedError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.2)
 
 
 def _executor(

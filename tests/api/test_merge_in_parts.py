@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import acemerge.api
 import acemerge.engine.execute
 import acemerge.output.identity
 from acemerge.checkpoints import files
@@ -364,6 +367,21 @@ def test_a_part_that_fails_leaves_nothing_but_the_others(case: Case, monkeypatch
 
 
 # --- who does what ----------------------------------------------------------------------------------------
+
+
+def test_parts_of_a_driver_that_was_killed_may_take_a_moment_to_end(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = in_parts(case, case.folder / "out", 1)
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.lock(out / ".acemerge.lock", shared=True))
+        threading.Timer(0.4, held.close).start()
+        case.merge(out, resume=True)
+    case.check_output(out)
+    in_parts(case, case.folder / "other", 1)
+    monkeypatch.setattr(acemerge.api, "_PATIENCE", 0.1)
+    with files.lock(case.folder / "other" / ".acemerge.lock", shared=True):
+        refused(case, case.folder / "other", "another run is writing here", of=WriteError, resume=True)
 
 
 def test_files_are_spread_by_their_work_and_no_part_is_empty() -> None:

@@ -249,6 +249,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("case"), "average")
 
 
+def test_a_node_that_is_lost_when_the_merge_begins_is_left_out(cluster: Any, case: Case, out: Path) -> None:
+    """Ray lists it until it misses its heartbeats."""
+    node = cluster.add_node(**NODE)
+    cluster.remove_node(node, allow_graceful=False)
+    case.merge(out, ray=cluster.address)
+    case.check_output(out)
+
+
 def test_a_merge_that_is_not_done_in_parts_is_left_to_one_process(cluster: Any, case: Case, out: Path) -> None:
     out.mkdir()
     (out / ".acemerge.journal").write_text("")

@@ -126,11 +126,17 @@ def test_what_is_in_the_way_is_said_before_any_work(
             acemerge.merge("s3://bucket/in/base", models[1], out=out)
     with pytest.raises(UsageError, match="which no merge has written"):
         acemerge.merge(*models, out="s3://bucket/foreign", overwrite=True)
-    with pytest.raises(UsageError, match=r"parts .* are put together in a folder"):
-        acemerge.merge(*models, out=OUT, shard="1/2")
     with pytest.raises(UsageError, match="the output is in a store"):
         acemerge.merge(*models, out=OUT, push="org/name")
     assert held(memory, "") == before
+
+
+def test_an_endpoint_without_tls_is_only_taken_where_it_is_allowed(
+    s3: S3, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ALLOW_HTTP")
+    with pytest.raises(UsageError, match=r"AWS_ENDPOINT_URL has no TLS.*; set AWS_ALLOW_HTTP=true"):
+        acemerge.merge(*models, out=f"s3://{s3.bucket()}/out")
 
 
 def test_a_bucket_that_takes_nothing(s3: S3, models: Models, memory: FaultyClient) -> None:

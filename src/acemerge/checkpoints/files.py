@@ -360,13 +360,18 @@ def rename(source: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file; that it is gone already is fine."""
+    """Remove a file or an object; that it is gone already is fine."""
+    if scheme_of(path):
+        objects.delete(path)
+        return
     with writing(path), contextlib.suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder if it is empty."""
+    """Remove a folder if it is empty. Stores have none."""
+    if scheme_of(path):
+        return
     with contextlib.suppress(OSError):
         os.rmdir(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from datetime import timedelta
@@ -31,6 +32,7 @@ def open_objects(scheme: str, bucket: str) -> ObjectStore:
     except ImportError:
         cure = "pip install 'acemerge[cloud]', or copy the model into a folder"
         raise UsageError(f"{scheme}://{bucket}", "obstore is not installed, which reads and writes it", cure) from None
+    _check_plain_http(scheme, bucket)
     kinds: dict[str, Any] = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}
     client = {"timeout": _ANSWER, "connect_timeout": _CONNECT, **_plain_http(scheme)}
     try:
@@ -42,10 +44,16 @@ def open_objects(scheme: str, bucket: str) -> ObjectStore:
 
 def _plain_http(scheme: str) -> dict[str, bool]:
     """Given with other options, these are no longer taken from the environment."""
-    import os
-
     wanted = os.environ.get("AWS_ALLOW_HTTP", "") if scheme == "s3" else os.environ.get("AZURE_ALLOW_HTTP", "")
     return {"allow_http": True} if wanted.lower() in ("1", "true", "yes", "on") else {}
+
+
+def _check_plain_http(scheme: str, bucket: str) -> None:
+    """obstore would ask again and again, and say at last that nobody answers."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+    if scheme == "s3" and endpoint.startswith("http://") and not _plain_http(scheme):
+        what = "AWS_ENDPOINT_URL has no TLS, which is only taken where it is allowed"
+        raise UsageError(f"{scheme}://{bucket}", what, "set AWS_ALLOW_HTTP=true, or name an https:// endpoint")
 
 
 class ObjectStore:

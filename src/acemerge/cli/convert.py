@@ -28,7 +28,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="IN", help="checkpoint folder, Hub id, or with --allow-pickle a .bin")
     ],
-    target: Annotated[Path, typer.Argument(metavar="OUT", parser=output_path, help="output folder")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", parser=output_path, help="output folder or address")],
 ) -> None:
     """Write a checkpoint anew as safetensors, its values unchanged."""
     from acemerge import api

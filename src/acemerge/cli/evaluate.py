@@ -42,7 +42,7 @@ TaskFile = Annotated[Path, option(MODELS, "the tasks, see docs/evaluate.md", "--
 )
 def evaluate(
     asked: Options,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id or address")],
     tasks: TaskFile,
 ) -> None:
     """Score a model on every task, beside the tasks' own experts."""

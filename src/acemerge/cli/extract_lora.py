@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     ),
     to_stores=True,
     page="lora.md",
-    helps={"base": "folder or Hub id (org/name@revision) that it comes from"},
+    helps={"base": "folder, Hub id (org/name@revision) or address that it comes from"},
 )
 def extract_lora(
     asked: Options,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or Hub id of a full fine-tune")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder, Hub id or address of a full fine-tune")],
     rank: Annotated[int, option(OUTPUT, "rank of the adapter")],
 ) -> None:
     """Make a LoRA adapter of a full fine-tune, and say what of it is lost."""

@@ -42,13 +42,14 @@ class Options:
 
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="recipe file")] = None
     base: Annotated[
-        str | None, option(MODELS, "folder or Hub id (org/name@revision) that all experts come from", metavar="MODEL")
+        str | None,
+        option(MODELS, "folder, Hub id (org/name@revision) or address that all experts come from", metavar="MODEL"),
     ] = None
     expert: Annotated[
         list[str] | None,
         option(
             MODELS,
-            "an expert's folder or Hub id; PATH=0.5 gives it a weight; repeat for each",
+            "an expert's folder, Hub id or address; PATH=0.5 gives it a weight; repeat for each",
             "--expert",
             metavar="MODEL",
         ),
@@ -106,9 +107,9 @@ class Options:
     hash_files: Annotated[
         bool, option(READING, "note the hash of every input file as a whole, too, by reading it once more")
     ] = False
-    out: Annotated[Path | None, option(OUTPUT, "output folder", "-o", "--out", metavar="PATH", parser=folder_path)] = (
-        None
-    )
+    out: Annotated[
+        Path | None, option(OUTPUT, "output folder or address", "-o", "--out", metavar="PATH", parser=folder_path)
+    ] = None
     overwrite: Annotated[bool, option(OUTPUT, "replace what the output folder holds", "--overwrite")] = False
     resume: Annotated[bool, option(OUTPUT, "continue where a killed or interrupted run stopped", "--resume")] = False
     dtype: Annotated[

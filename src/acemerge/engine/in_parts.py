@@ -19,11 +19,12 @@ from acemerge.engine.executor import Executor
 from acemerge.engine.opening import Opened, RunOptions
 from acemerge.engine.parts import gather
 from acemerge.errors import AcemergeError
-from acemerge.output.folder import MANIFEST, RESUMABLE, Output, OutputFolder, output_folder, remove_files
+from acemerge.output.folder import MANIFEST, RESUMABLE, WORK, Output, remove_files
 from acemerge.output.identity import digest
 from acemerge.output.manifest import build_manifest
 from acemerge.output.parts import begun_parts
-from acemerge.output.writer import PARTIAL
+from acemerge.output.place import output_at
+from acemerge.output.writer import PARTIAL, write_file
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.parts import Part
 from acemerge.planning.pieces import Piece
@@ -34,23 +35,20 @@ _FOR_EACH = 8
 log = logging.getLogger(__name__)
 
 
-def machines_of(executor: Executor, output: OutputFolder, about: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the run is on the executor's machines. The folder is held for this run."""
-    marker = output.work / secrets.token_hex(8)
-    files.make_folder(output.work)
+def machines_of(executor: Executor, output: Output, about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the run is on the executor's machines. The output is held for this run."""
+    marker = output.home / WORK / secrets.token_hex(8)
     try:
-        files.close(files.create(marker))
+        write_file(marker, b"")
         return executor.machines(marker, about)
     finally:
-        remove_files(output.work)
+        remove_files(marker.parent)
 
 
-def parts_to_do(
-    opened: Opened, output: OutputFolder, about: Mapping[str, Any], resumed: bool, slots: int
-) -> list[Part]:
+def parts_to_do(opened: Opened, output: Output, about: Mapping[str, Any], resumed: bool, slots: int) -> list[Part]:
     """All parts of the run: as many as have begun, else one for every file, or some for each of the slots."""
     files.remove(output.path / (MANIFEST + PARTIAL))  # of parts that were being put together
-    begun = begun_parts(output.path, about) if resumed else None
+    begun = begun_parts(output.home, about) if resumed else None
     of = begun or min(len(opened.layout.every), _FOR_EACH * slots)
     return [Part(of, number) for number in range(1, of + 1)]
 
@@ -68,7 +66,7 @@ def compute_parts(
                 told.done(part)
     except AcemergeError as failure:
         if not isinstance(failure, RESUMABLE):
-            with output_folder(out, options.overwrite, resume=True, in_parts=True) as output:
+            with output_at(out, options.overwrite, resume=True, in_parts=True) as output:
                 output.discard()
             files.remove_folder(out)
         raise

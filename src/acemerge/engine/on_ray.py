@@ -1,7 +1,7 @@
 """Parts as tasks of a Ray cluster.
 
 Ray places processes and says which it lost. Weights pass neither through the driver nor through Ray's object store:
-a task reads and writes the file system that all machines share.
+a task reads and writes the file system that all machines share, or the store.
 """
 
 from __future__ import annotations
@@ -110,12 +110,16 @@ class OnRay:
             try:
                 answer = self.ray.get(ref, timeout=_LOOKED)
             except self.ray.exceptions.RayError as failure:
-                told.append(f"node {name} gives no answer: {last_line(failure)}")
+                if self._is_alive(node):  # else it was lost just now: the others do its work
+                    told.append(f"node {name} gives no answer: {last_line(failure)}")
                 continue
             if isinstance(answer, remote.Failure):
                 told.append(f"node {name}: {answer.where}: {answer.what}")
             else:
                 found[name] = answer
+        if not (found or told):
+            what = f"no node with room for a task is left: {self.need}"
+            raise ResourceError(f"--ray {self.address}", what, "add nodes, then run again")
         first = next(iter(found.values()), {})
         run = {key: value for key, value in about.items() if key not in _OF_MACHINES}
         run |= {key: first[key] for key in _OF_MACHINES if key in first}
@@ -126,6 +130,9 @@ class OnRay:
             cure = "give the cluster machines of one type, with the same versions, that see the same files"
             raise UsageError(f"--ray {self.address}", f"its nodes do not go together: {listed(told)}", cure)
         return run
+
+    def _is_alive(self, node: Mapping[str, Any]) -> bool:
+        return any(other["NodeID"] == node["NodeID"] and other["Alive"] for other in self.ray.nodes())
 
     def _name(self, node: Mapping[str, Any]) -> str:
         """Its address; where several nodes have that, with the beginning of its number."""

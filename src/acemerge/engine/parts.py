@@ -26,8 +26,8 @@ from acemerge.engine.pipeline import Pipeline
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
-from acemerge.output.journal import Done, Journal, read_journal
-from acemerge.output.parts import all_parts, check_begun, found_by_others, part_output, put_together
+from acemerge.output.journal import Done
+from acemerge.output.parts import all_parts, check_begun, found_by_others, part_at, put_together
 from acemerge.output.writer import PARTIAL, FileSum
 from acemerge.planning.parts import Part, spread
 from acemerge.recipes.recipe import Recipe
@@ -53,10 +53,10 @@ def compute_part(
     layout, part = opened.layout, opened.part
     assert part is not None
     check_heads(opened.plan, opened.experts)
-    with part_output(out, part, layout.files, options.overwrite) as output:
+    with part_at(out, part, layout.files, options.overwrite) as output:
         done = Done(about)
         if options.resume or not options.overwrite:
-            done = read_journal(out, layout.files, part.folder) or done
+            done = output.left(layout.files) or done
             changed = difference(done.identity, about)
             if changed:
                 cure = "undo the change, or start it again with --overwrite"
@@ -65,8 +65,7 @@ def compute_part(
             check_begun(out, part, about)
             done = _with_thresholds_of_others(out, part, done)
         was_done = len(done.steps) == len(layout.jobs) and "complete" in done.findings
-        output.begun = True
-        journal = Journal(out / part.folder, done)
+        journal = output.begin(done)
         try:
             with opened.pipeline(options.workers, hashing=False) as (pipeline, readers):
                 walks = partial(walker, pipeline, on_progress=on_progress)
@@ -81,6 +80,7 @@ def compute_part(
             sums = _sums(done) or _own_sums(opened, part, options.hash_files)
             for checkpoint in opened.models:
                 check_unchanged(checkpoint, {})
+            output.keep()
             journal.found({"complete": True, "sums": {str(path): sha256 for path, sha256 in sums.items()}})
         finally:
             journal.close()
@@ -127,16 +127,16 @@ def gather(opened: Opened, output: Output, about: Mapping[str, Any]) -> Found:
     UsageError where a part is missing, unfinished or of another run; CheckpointError where a file was damaged.
     """
     files.remove(output.path / (MANIFEST + PARTIAL))  # of a finish that was interrupted
-    parts, run = all_parts(output.path, about)
+    parts, run = all_parts(output.home, about)
     layouts = {part: Layout(opened.plan, opened.max_shard, part) for part in parts}
-    found = {part: _of_part(output.path, layout) for part, layout in layouts.items()}
+    found = {part: _of_part(output, layout) for part, layout in layouts.items()}
     thresholds = {part: done.findings.get("thresholds") for part, done in found.items()}
     odd = [part for part in parts if thresholds[part] != thresholds[parts[0]]]
     if odd:
         what = f"part {odd[0]} found other thresholds than part {parts[0]}"
-        raise CheckpointError(output.path, what, f"run them again with --overwrite, --shard {odd[0]} first")
+        raise CheckpointError(output.home, what, f"run them again with --overwrite, --shard {odd[0]} first")
     for layout in layouts.values():
-        output.written |= {name: found[layout.part].begun[name].sum for name, _ in layout.own if layout.part}
+        output.written |= {name: found[layout.part].sums[name] for name, _ in layout.own if layout.part}
     masks = [name for layout in layouts.values() for name in layout.masks]
     for name, specs in replace(opened.layout, part=None).masks.items():
         put_together(output, name, specs, [own for own in masks if Path(own).name == Path(name).name])
@@ -146,17 +146,17 @@ def gather(opened: Opened, output: Output, about: Mapping[str, Any]) -> Found:
     return Found(in_order, dict(output.written), [done.read for done in found.values()], sums, run)
 
 
-def _of_part(out: Path, layout: Layout) -> Done:
+def _of_part(output: Output, layout: Layout) -> Done:
     """What a part has done, which is all that it has to do, and as it left it."""
     part = layout.part
     assert part is not None
     again = f"run it again with --shard {part}"
-    done = read_journal(out, layout.files, part.folder)
+    done = output.left_by(part, layout.files)
     if done is not None and done.damaged is not None:
-        raise CheckpointError(out / (done.damaged + PARTIAL), f"is not as part {part} left it", again)
+        raise CheckpointError(output.unfinished(done.damaged), f"is not as part {part} left it", again)
     if done is None or len(done.steps) < len(layout.jobs) or "complete" not in done.findings:
-        raise UsageError(out, f"part {part} is not finished", again)
-    for name, begun in done.begun.items():
-        if files.fingerprint(out / (name + PARTIAL))[0] != begun.nbytes:
-            raise CheckpointError(out / (name + PARTIAL), f"is longer than part {part} left it", again)
+        raise UsageError(output.home, f"part {part} is not finished", again)
+    for name, total in done.sums.items():
+        if files.fingerprint(output.unfinished(name))[0] != total.nbytes:
+            raise CheckpointError(output.unfinished(name), f"is longer than part {part} left it", again)
     return done

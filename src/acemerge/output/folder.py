@@ -23,7 +23,7 @@ from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
 from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
-from acemerge.planning.parts import SHARDS
+from acemerge.planning.parts import SHARDS, Part
 
 MANIFEST = "acemerge.json"
 CARD = "README.md"
@@ -50,6 +50,11 @@ class Output(Protocol):
     kept: bool
 
     @property
+    def home(self) -> Path:
+        """The folder, or the address, that the output has when it is published."""
+        ...
+
+    @property
     def work(self) -> Path:
         """A folder for what the run needs on disk while it lasts; made by whoever needs it."""
         ...
@@ -58,12 +63,24 @@ class Output(Protocol):
         """What an interrupted run has done of the files of these names."""
         ...
 
+    def left_by(self, part: Part, names: Collection[str]) -> Done | None:
+        """The same of a part of the run, whose files are to be published."""
+        ...
+
+    def unfinished(self, name: str) -> Path:
+        """Where a file lies that a part has written."""
+        ...
+
     def begin(self, done: Done) -> Journal:
         """Begin to write, in the place of what an interrupted run left but for what of it is done."""
         ...
 
     def complete(self, steps: Sequence[Step], finished: Mapping[str, FileSum]) -> None:
         """These steps are done, and all of these files are there."""
+        ...
+
+    def keep(self) -> None:
+        """All files of a part are there: see that they stay."""
         ...
 
     def write_bytes(self, name: str, data: bytes) -> None: ...
@@ -83,22 +100,36 @@ class Output(Protocol):
 
 @dataclass
 class OutputFolder:
-    """The files of one run in a folder, until `publish` makes them visible at once."""
+    """The files of one run in a folder, until `publish` makes them visible at once; of a `part`, never."""
 
     path: Path
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
     kept: bool = False
+    part: Part | None = None
+
+    @property
+    def home(self) -> Path:
+        return self.path
 
     def left(self, names: Collection[str]) -> Done | None:
-        return read_journal(self.path, names)
+        return read_journal(self.path, names, "" if self.part is None else self.part.folder)
+
+    def left_by(self, part: Part, names: Collection[str]) -> Done | None:
+        return read_journal(self.path, names, part.folder)
+
+    def unfinished(self, name: str) -> Path:
+        return self.path / (name + PARTIAL)
 
     def begin(self, done: Done) -> Journal:
         self.begun = True
-        return Journal(self.path, done)
+        return Journal(self.path if self.part is None else self.path / self.part.folder, done)
 
     def complete(self, steps: Sequence[Step], finished: Mapping[str, FileSum]) -> None:
         """The journal has them; the files wait for the others."""
+
+    def keep(self) -> None:
+        """They are synced."""
 
     @property
     def work(self) -> Path:
@@ -278,9 +309,6 @@ def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bo
 
 
 def _check_address(path: Path, overwrite: bool, resume: bool, in_parts: bool) -> None:
-    if in_parts:
-        cure = "let all parts write to a folder that they share, and upload it"
-        raise UsageError(path, "is an address, and parts (--shard, --finish) are put together in a folder", cure)
     if files.kind(path) == "file":
         raise UsageError(path, "is a file", "name a folder")
     if JOURNAL not in files.list_folder(path):

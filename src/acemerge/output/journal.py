@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class Done:
     `read` says what those may depend on of every input. `damaged` is the file that is not as a further step says.
     """
 
+    @property
+    def sums(self) -> dict[str, FileSum]:
+        """Of every file that steps went to, how far it is."""
+        return {name: total for step in self.steps for name, total in step.files.items()}
+
     identity: Mapping[str, Any]
     findings: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -53,21 +58,28 @@ class Done:
 class Journal:
     """The journal of one run, open for writing."""
 
-    def __init__(self, folder: Path, done: Done) -> None:
-        """Begin a journal with what is known to be done: a new one in the place of any other."""
+    def __init__(self, folder: Path, done: Done, also: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        """Begin a journal with what is known to be done: a new one in the place of any other.
+
+        `also` is told of all findings whenever there are more.
+        """
         self._path = folder / JOURNAL
         fresh = folder / (JOURNAL + PARTIAL)
         files.remove(fresh)
         self._descriptor = files.create(fresh)
         self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
+        self._findings, self._also = dict(done.findings), also
         self.add(done.steps)
         self.read: dict[str, Mapping[str, Hashed] | None] = {}
         self.have_read(done.read)
         files.rename(fresh, self._path)
 
     def found(self, findings: Mapping[str, Any]) -> None:
-        """Note what was found out before the first tensor."""
+        """Note what was found out beside the tensors."""
         self._write([{"findings": findings}])
+        self._findings |= findings
+        if self._also is not None:
+            self._also(self._findings)
 
     def add(self, steps: Iterable[Step]) -> None:
         self._write(map(entry_of, steps))

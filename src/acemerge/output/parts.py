@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import TensorSpec, read_header
 from acemerge.errors import AcemergeError, UsageError, shortages
 from acemerge.output.folder import (
@@ -27,12 +28,20 @@ from acemerge.output.folder import (
 )
 from acemerge.output.identity import difference
 from acemerge.output.journal import read_findings, read_identity
+from acemerge.output.store import findings_of_part, store_output
 from acemerge.output.writer import PARTIAL, header_bytes
 from acemerge.planning.parts import SHARDS, Part, part_of_folder
 
 # What of a run's identity is of the machines that compute it, not of the one that puts its parts together.
 _OF_MACHINES = ("device", "accelerator", "threads", "processor")
 _TOLD = 8  # parts that an error names
+
+
+def part_at(path: Path, part: Part, names: Iterable[str], overwrite: bool) -> contextlib.AbstractContextManager[Output]:
+    """Hold a folder, or an address, for one part; see there."""
+    if scheme_of(path):
+        return store_output(path, overwrite, resume=True, in_parts=True, part=part)
+    return part_output(path, part, names, overwrite)
 
 
 @contextlib.contextmanager
@@ -47,7 +56,7 @@ def part_output(path: Path, part: Part, names: Iterable[str], overwrite: bool) -
         check_contents(path, overwrite, False, True)
         if any(name == MANIFEST + PARTIAL or name.endswith(OLD) for name in files.list_folder(path)):
             raise UsageError(path, "--finish was interrupted here", "run --finish again, it puts this in order")
-        output, notes = OutputFolder(path), path / part.folder
+        output, notes = OutputFolder(path, part=part), path / part.folder
         output.check_own()
         files.make_folder(notes)
         with files.lock(notes / LOCK):
@@ -105,7 +114,7 @@ def found_by_others(path: Path, part: Part, about: Mapping[str, Any], key: str) 
     """What another part of the same run has noted under `key` before its first tensor; None where none has."""
     for other, known in _begun(path).items():
         if other != part and known == about:
-            found = read_findings(path / other.folder)
+            found = findings_of_part(path, other) if scheme_of(path) else read_findings(path / other.folder)
             if key in found:
                 return found[key]
     return None
@@ -154,7 +163,7 @@ def listed(names: Sequence[str]) -> str:
 
 def put_together(output: Output, name: str, specs: Sequence[TensorSpec], sources: Sequence[str]) -> None:
     """Write a file with tensors that lie in several unfinished ones."""
-    paths = [output.path / (source + PARTIAL) for source in sources]
+    paths = [output.unfinished(source) for source in sources]
     places = {info.spec.name: info for path in paths for info in read_header(path)}
 
     def chunks() -> Iterator[bytes | memoryview]:

@@ -15,5 +15,5 @@ def output_at(
 ) -> AbstractContextManager[Output]:
     """Hold a folder, or an address, for one run; see there."""
     if scheme_of(path):
-        return store_output(path, overwrite, resume)
+        return store_output(path, overwrite, resume, in_parts)
     return output_folder(path, overwrite, resume, in_parts)

@@ -5,25 +5,27 @@ written to this machine one after the other, and each is uploaded when it is who
 says what it holds, so that `--resume` goes on, from any machine. The manifest is the last object, and must be new:
 whoever comes second is refused. What has no manifest is not finished.
 
+A part of a run claims a place of its own within that, and notes its files there; whoever puts the parts together
+claims nothing, as the manifest can be new only once.
+
 An output that is replaced loses its manifest before the first of its objects: a store can not exchange them at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from acemerge.checkpoints import files, objects
-from acemerge.checkpoints.hashes import Hashed, Read
+from acemerge.checkpoints.hashes import Hashed, Read, longer
 from acemerge.checkpoints.store import Stat
-from acemerge.errors import AcemergeError, CheckpointError, UsageError, WriteError
+from acemerge.errors import AcemergeError, UsageError, WriteError
 from acemerge.output.folder import (
     MANIFEST,
     REPORT,
@@ -36,20 +38,10 @@ from acemerge.output.folder import (
     undone_on_failure,
 )
 from acemerge.output.identity import digest
-from acemerge.output.journal import (
-    JOURNAL,
-    MAX_JOURNAL,
-    Done,
-    Journal,
-    Step,
-    entries_of,
-    entry_of,
-    read_entry,
-    read_of,
-    spelled,
-    step_of,
-)
+from acemerge.output.journal import JOURNAL, Done, Journal, Step, entries_of
+from acemerge.output.notes import Notes
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
+from acemerge.planning.parts import SHARDS, Part, part_of_folder
 
 _OTHER_BEGAN = "another run has begun to write here"
 _ELSEWHERE = "choose another address"
@@ -64,6 +56,7 @@ class StoreOutput:
     path: Path
     overwrite: bool
     resume: bool
+    part: Part | None = None
     written: dict[str, FileSum] = field(default_factory=dict)
     begun: bool = False
     kept: bool = False
@@ -73,82 +66,80 @@ class StoreOutput:
     _journal: Journal | None = None  # beside the files, on this machine
     _steps: dict[str, list[Step]] = field(default_factory=dict)
     _told: dict[str, dict[str, Hashed]] = field(default_factory=dict)  # of what was read, in notes
+    _found_with: dict[str, Mapping[str, Hashed] | None] = field(default_factory=dict)  # in the note of findings
     _there: dict[str, Stat] = field(default_factory=dict)  # uploaded
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "acemerge-upload"))
     _uploading: Future[None] | None = None
+
+    @property
+    def home(self) -> Path:
+        return self.target
 
     @property
     def work(self) -> Path:
         return self.path / WORK
 
     @property
-    def _notes(self) -> Path:
-        return self.target / WORK
+    def _notes(self) -> Notes:
+        return Notes(self.target if self.part is None else self.target / self.part.folder)
 
     # --- going on -------------------------------------------------------------------------------------------
 
     def left(self, names: Collection[str]) -> Done | None:
         """By the notes of the files that are still as they were uploaded."""
         with to_write():
-            return self._left(names)
+            self._claim = self._notes.claimed() or b""
+            done = self._left(self._notes, self._claim, names)
+        self.written |= {} if done is None else done.sums
+        return done
 
-    def _left(self, names: Collection[str]) -> Done | None:
-        self._claim = self._claimed() or b""
-        entries = entries_of(self._claim)
-        if not entries or "identity" not in entries[0]:
+    def left_by(self, part: Part, names: Collection[str]) -> Done | None:
+        notes = Notes(self.target / part.folder)
+        with to_write():
+            return self._left(notes, notes.claimed() or b"", names)
+
+    def _left(self, notes: Notes, claim: bytes, names: Collection[str]) -> Done | None:
+        found = notes.left(claim, self.target, names)
+        if found is None:
             return None
-        about, steps, notes = entries[0]["identity"], [], []
-        for key in objects.stats_below(self._notes):
-            note = entries_of(objects.read_small(self._notes / key, MAX_JOURNAL))
-            if note and note[0].get("run") == digest(about) and note[0].get("file") in names:
-                steps += self._taken(note)
-                notes += note
-        done = [step for step in steps if step is not None and step.files.keys() <= self._there.keys()]
-        self.written |= {name: total for step in done for name, total in step.files.items()}
-        self._there = {name: stat for name, stat in self._there.items() if name in self.written}
-        findings = {key: value for entry in entries[1:] for key, value in entry.get("findings", {}).items()}
-        return Done(about, findings, tuple(done), read=read_of(notes))
+        done, there = found
+        self._there |= there
+        return done
 
-    def _taken(self, note: Sequence[Mapping[str, object]]) -> list[Step | None]:
-        """The steps of a file, if it is there as the note says."""
-        name = str(note[0]["file"])
-        now = objects.find(self.target / name)
-        if now is None or [now.size, now.etag, now.version] != note[0]["stat"]:
-            return []
-        self._there[name] = now
-        return [step_of(entry) for entry in note if "tensor" in entry]
-
-    def _claimed(self) -> bytes | None:
-        try:
-            return objects.read_small(self.target / JOURNAL, MAX_JOURNAL)
-        except CheckpointError:
-            return None if objects.find(self.target / JOURNAL) is None else b""
+    def unfinished(self, name: str) -> Path:
+        return self.target / name
 
     def begin(self, done: Done) -> Journal:
-        """Claim the place, unless this very run has it already."""
+        """Claim the place, unless this very run has it already. A part takes it over from a process that was lost."""
         self._run = digest(done.identity)
         claimed = entries_of(self._claim) if self.resume else []
+        own = bool(claimed) and claimed[0].get("identity") == done.identity
         with to_write():
-            if not claimed or claimed[0].get("identity") != done.identity:
+            if not own:
                 self._take(done)
+            elif self.part is not None:
+                self._claim = self._notes.claim(done.identity, new=False)
             self._replaces = objects.find(self.target / MANIFEST) is not None
-            if self._replaces and not (self.overwrite or claimed):  # it came since this run looked
-                objects.delete(self.target / JOURNAL)
+            if self._replaces and not (self.overwrite or (own and self.part is None)):  # it came since this run looked
+                self._notes.forget()
                 raise WriteError(self.target, "another run has finished here", _ELSEWHERE)
         self.begun = True
-        self._journal = Journal(self.path, done)
+        self._journal = Journal(self.path, done, self._note_findings)
         return self._journal
 
     def _take(self, done: Done) -> None:
         if self.overwrite or self._claim:
-            self._remove_notes()
-            objects.delete(self.target / JOURNAL)
-        # Told apart from that of a like run by a word of its own.
-        self._claim = spelled([{"identity": done.identity}, {"by": secrets.token_hex(16)}])
+            self._forget()
         try:
-            objects.put(self.target / JOURNAL, self._claim, new=True)
+            self._claim = self._notes.claim(done.identity, new=True)
         except FileExistsError:
             raise WriteError(self.target, "another run is writing here", _BUSY) from None
+
+    def _note_findings(self, findings: Mapping[str, Any]) -> None:
+        for path, new in self._news().items():
+            self._found_with[path] = longer(self._found_with.get(path, {}), new)
+        with to_write():
+            self._notes.note_findings(self._run, findings, self._found_with)
 
     # --- writing --------------------------------------------------------------------------------------------
 
@@ -188,9 +179,14 @@ class StoreOutput:
     def _ship_noted(self, name: str, steps: Sequence[Step], read: Read) -> None:
         with to_write():
             self._ship(name)
-            there = self._there[name]
-            head = {"run": self._run, "file": name, "stat": [there.size, there.etag, there.version]}
-            objects.put(self._notes / name, spelled([head, read_entry(read), *map(entry_of, steps)]))
+            self._notes.note_file(self._run, name, self._there[name], steps, read)
+
+    def keep(self) -> None:
+        """Upload what no step was the last of: masks."""
+        self._wait()
+        for name in self.written:
+            if name not in self._there:
+                self._ship_noted(name, (), {})
 
     def _ship(self, name: str) -> None:
         """Upload a file, and look whether it is there."""
@@ -229,17 +225,16 @@ class StoreOutput:
             raise WriteError(self.target, "another run has finished here", _ELSEWHERE) from None
         self._check_still_own()
         with contextlib.suppress(AcemergeError):  # the output is there: what is left does no harm
-            self._remove_notes()
-            objects.delete(self.target / JOURNAL)
+            self._forget()
 
     def _check_claim(self) -> None:
-        if self._claimed() != self._claim:
+        if (self._notes.claimed() or b"") != self._claim:
             raise WriteError(self.target, _OTHER_BEGAN, _ELSEWHERE)
 
     def _check_still_own(self) -> None:
         """The place may have been taken since it was looked at last; then the other has begun to replace objects."""
         try:
-            claimed = self._claimed()
+            claimed = self._notes.claimed() or b""
         except AcemergeError:  # the manifest is there: that the store is silent now changes nothing
             return
         if claimed != self._claim:
@@ -263,25 +258,35 @@ class StoreOutput:
         """Remove what this run, or the one whose place it takes, has uploaded and noted; nothing of a finished one."""
         with contextlib.suppress(AcemergeError):
             self._wait()
-        if self._claim and self._claimed() != self._claim:
+        if self._claim and self._notes.claimed() != self._claim:
             return
         if objects.find(self.target / MANIFEST) is None:
             for name in self._noted() | self._there.keys():
                 objects.delete(self.target / name)
-        self._remove_notes()
-        objects.delete(self.target / JOURNAL)
+        self._forget()
 
     def _noted(self) -> set[str]:
-        return {key for key in objects.stats_below(self._notes) if is_output(key)}
+        """The files of this run, or of the part, or of all parts, that have notes."""
+        every = [self._notes] if self.part is not None else [self._notes, *map(Notes, part_homes(self.target))]
+        return {name for notes in every for name in notes.names() if is_output(name) or name.startswith(f"{SHARDS}/")}
 
-    def _remove_notes(self) -> None:
-        for key in objects.stats_below(self._notes):
-            objects.delete(self._notes / key)
+    def _forget(self) -> None:
+        """Remove all that is noted, those of parts with their masks."""
+        if self.part is None:
+            self.forget_parts()
+        self._notes.forget()
+
+    def forget_parts(self) -> None:
+        for home in part_homes(self.target):
+            for name in objects.stats_below(home):
+                if name != JOURNAL:
+                    objects.delete(home / name)
+            objects.delete(home / JOURNAL)
 
     def check_own(self) -> None:
         """UsageError where objects that are no output of ours would be replaced."""
         names = files.list_folder(self.target)
-        foreign = [] if {MANIFEST, JOURNAL} & set(names) else sorted(set(self._outputs()) - {REPORT})
+        foreign = [] if {MANIFEST, JOURNAL, SHARDS} & set(names) else sorted(set(self._outputs()) - {REPORT})
         if foreign:
             what = f"holds {foreign[0]}, which no merge has written, as there is no {MANIFEST}"
             raise UsageError(self.target, what, "choose another address, or move the file away")
@@ -291,19 +296,36 @@ class StoreOutput:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def part_homes(target: Path) -> list[Path]:
+    """Where the parts that have begun at an address have their notes."""
+    names = files.list_folder(target / SHARDS)
+    return [target / SHARDS / name for name in names if part_of_folder(name) is not None]
+
+
+def findings_of_part(target: Path, part: Part) -> Mapping[str, Any]:
+    """What a part has found out beside its tensors."""
+    return Notes(target / part.folder).findings()
+
+
 @contextlib.contextmanager
-def store_output(target: Path, overwrite: bool, resume: bool) -> Iterator[StoreOutput]:
-    """Hold an address for one run. A failure removes what was not published, unless the run can be continued.
+def store_output(
+    target: Path, overwrite: bool, resume: bool, in_parts: bool = False, part: Part | None = None
+) -> Iterator[StoreOutput]:
+    """Hold an address for one run, or for a `part` of one; `in_parts`, what parts have written is kept. A failure
+    removes what was not published, unless the run can be continued.
 
     Raises UsageError where there is something that is not to be replaced, WriteError where the store takes nothing.
     """
-    check_output(target, overwrite, resume)
+    goes_on = resume and part is None  # a part is a run of its own, whatever of it is done
+    check_output(target, overwrite, goes_on, in_parts)
     with to_write():
-        check_contents(target, overwrite, resume, in_parts=False)
-    output = StoreOutput(target, _spool(), overwrite, resume)
+        check_contents(target, overwrite, goes_on, in_parts)
+    output = StoreOutput(target, _spool(), overwrite, resume, part)
     try:
         with to_write():
             output.check_own()
+            if overwrite and not (resume or in_parts):
+                output.forget_parts()
         with undone_on_failure(output):
             yield output
     finally:
