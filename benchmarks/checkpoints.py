@@ -45,10 +45,12 @@ class Layout:
     shapes: dict[str, Shape]
 
 
-def llama(divisor: int) -> Layout:
-    """meta-llama/Llama-3.2-3B, its widths divided: 254 tensors, the output head tied to the embedding."""
+def llama(divisor: int, blocks: int = 28) -> Layout:
+    """meta-llama/Llama-3.2-3B, its widths divided: 254 tensors, the output head tied to the embedding; or fewer
+    blocks of it.
+    """
     head, heads, narrow = 128, 24 // divisor, 8 // divisor
-    width, wide, words, blocks = 3072 // divisor, 8192 // divisor, 128256 // divisor, 28
+    width, wide, words = 3072 // divisor, 8192 // divisor, 128256 // divisor
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": (words, width)}
     for i in range(blocks):
         block: dict[str, Shape] = {**attention(width, heads * head, narrow * head), **mlp("mlp", width, wide)}
@@ -106,6 +108,7 @@ def mlp(prefix: str, width: int, wide: int) -> dict[str, Shape]:
 
 LAYOUTS = {
     "llama-3.2-3b": lambda: llama(1),
+    "llama-3.2-3b@1": lambda: llama(1, 1),
     "llama-3.2-3b/4": lambda: llama(4),
     "llama-3.2-3b/8": lambda: llama(8),
     "moe-3600": lambda: afmoe(12),

@@ -4,7 +4,7 @@ Requests come as lines on stdin and are answered with one line of JSON each:
 
     first        a run that tells its time and the peak of added memory; the warm-up
     again        a run that tells its time and, if it is long, the share of the processors that others took
-    rate         GFLOP/s of a float32 product on the same threads
+    rate         GFLOP/s of a float32 product on the same threads, and of what else the job's floor is made of
     save PATH    write the last result there as .npy
 
 The first line that a child writes says that its inputs are built. Only torch and numpy are needed here, for the
@@ -39,13 +39,15 @@ class Job:
     """What is timed: `parts` one after the other, each on its own clock.
 
     `result` takes what the last part gave and makes the merged update of it; None where the parts are not the
-    whole job. `status` reads what the rule says of itself. `about` is passed on to the parent.
+    whole job. `status` reads what the rule says of itself. `about` is passed on to the parent; `rates` measures what
+    the floor needs beside the rate of products.
     """
 
     parts: list[Callable[[], Any]]
     result: Callable[[Any], Tensor] | None = lambda merged: merged
     status: Callable[[Any], str] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    rates: Callable[[], dict[str, float]] = dict
 
 
 def serve(prepare: Callable[[Case], Job], case: Case) -> None:
@@ -67,7 +69,7 @@ def serve(prepare: Callable[[Case], Job], case: Case) -> None:
                 merged, reply = _run(job, with_memory=request == "first")
                 _answer(answers, reply)
             elif request == "rate":
-                _answer(answers, {"gflops": product_rate()})
+                _answer(answers, {"gflops": product_rate(), **job.rates()})
             elif request == "save" and job.result is not None:
                 np.save(path, job.result(merged).numpy())
                 _answer(answers, {})

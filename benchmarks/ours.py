@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from floors import floor_of
 from measure import Job, serve
 from shapes import Case, base_weight, task_vectors
 from torch import Tensor
@@ -17,9 +18,15 @@ from acemerge.methods import LayerResult, make
 def prepare(case: Case) -> Job:
     """One call of `acemerge.merge_deltas`, or the whole way from weights to the merged weight."""
     deltas = task_vectors(case.experts, case.rows, case.columns, case.hetero)
-    about = {"flop": operations(case)}
+    floor = floor_of(case)
+    about = {"flop": floor.general + floor.symmetric, "symmetric": floor.symmetric, "eighs": floor.decompositions}
     if not case.weights:
-        return Job([lambda: acemerge.merge_deltas(deltas, case.rule, **case.params)], delta_of, status_of, about)
+        known = {"base": base_weight(case.rows, case.columns)} if make(case.rule, {}).needs.base_energy else {}
+
+        def merge() -> LayerResult:
+            return acemerge.merge_deltas(deltas, case.rule, **known, **case.params)
+
+        return Job([merge], delta_of, status_of, about, floor.rates)
     base = base_weight(case.rows, case.columns)
     experts = [base + D for D in deltas]
     del deltas
@@ -31,13 +38,7 @@ def prepare(case: Case) -> Job:
         result = acemerge.merge_deltas(differences, case.rule, **case.params)
         return LayerResult(result.delta.add_(base), result.stats)
 
-    return Job([merge_weights], lambda result: delta_of(result) - base, status_of, about)
-
-
-def operations(case: Case) -> int:
-    """What the rule says it must compute; the homogeneous branch of ace refines nothing."""
-    params = {**case.params, "ablation": "E3"} if case.rule == "ace" and not case.hetero else case.params
-    return int(make(case.rule, params).operations(case.experts, case.rows, case.columns))
+    return Job([merge_weights], lambda result: delta_of(result) - base, status_of, about, floor.rates)
 
 
 def delta_of(result: Any) -> Tensor:

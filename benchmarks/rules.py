@@ -11,8 +11,9 @@
 
 Each side of a comparison is a process of its own, both on the same number of threads, and the two take turns, so
 noise of the machine hits both. Times are the best of the repeats after a warm-up; memory is the peak that the
-warm-up added to what the inputs take. `floor` is the time that the rule's operations take at the rate of a float32
-product measured in the same process. `difference` is the distance of the two merged updates from each other,
+warm-up added to what the inputs take. `floor` is the time that the rule's operations take at the rates of a general and
+of a symmetric float32 product measured in the same process, before and after, and LAPACK for its eigen-decompositions
+(benchmarks/floors.py). `difference` is the distance of the two merged updates from each other,
 relative to the other side's; beside ace, another rule, it is no error. `~` marks a time extrapolated from a few of
 many equal steps. Where another process took more than a twentieth of the processors during a run, `status` says so:
 such a row is to be measured again.

@@ -112,10 +112,14 @@ def _shown(against: str) -> list[str]:
 
 
 def means(rows: list[Row]) -> str:
-    """Geometric mean and smallest of the ratios, by rule."""
+    """Geometric mean and smallest of the ratios, by rule, and how far above the floor."""
     lines = []
     for rule in dict.fromkeys(row.case.rule for row in rows):
         own = [row for row in rows if row.case.rule == rule]
+        if above := [row.over_floor for row in own if row.over_floor > 0]:
+            lines.append(
+                f"{rule}: {geometric_mean(above):.2f} times the floor in geometric mean, {max(above):.2f} at most"
+            )
         for what, ratios in (
             ("time", [row.ratio for row in own if row.ratio > 0]),
             ("memory", [row.memory_ratio for row in own if 0 < row.memory_ratio < math.inf]),

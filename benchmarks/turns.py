@@ -44,6 +44,8 @@ class Measured:
     others: list[float] = field(default_factory=list)
     added_mb: float = math.nan
     gflops: float = 0.0
+    symmetric_gflops: float = 0.0
+    eigh: float = math.inf
     status: str = ""
     error: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -67,8 +69,14 @@ class Measured:
 
     @property
     def floor(self) -> float:
-        """Seconds that the operations take at the measured product rate."""
-        return float(self.about["flop"]) / self.gflops / 1e9 if self.gflops and "flop" in self.about else math.nan
+        """Seconds that the operations take at the measured rates of general and of symmetric products, and that its
+        eigen-decompositions take LAPACK.
+        """
+        if not self.gflops or "flop" not in self.about:
+            return math.nan
+        symmetric, eighs = float(self.about["symmetric"]), int(self.about["eighs"])
+        products = (float(self.about["flop"]) - symmetric) / self.gflops + symmetric / self.symmetric_gflops
+        return products / 1e9 + (eighs * self.eigh if eighs else 0.0)
 
     @property
     def _whole(self) -> list[float]:
@@ -204,7 +212,10 @@ class Side:
         self.measured.others.append(reply.get("others", 0.0))
 
     def rate(self) -> None:
-        self.measured.gflops = max(self.measured.gflops, self.turn("rate").get("gflops", 0.0))
+        found, own = self.turn("rate"), self.measured
+        own.gflops = max(own.gflops, found.get("gflops", 0.0))
+        own.symmetric_gflops = max(own.symmetric_gflops, found.get("symmetric_gflops", 0.0))
+        own.eigh = min(own.eigh, found.get("eigh", math.inf))
 
 
 def compare(cases: dict[str, Case], threads: int, limits: Limits) -> tuple[dict[str, Measured], float]:

@@ -27,8 +27,8 @@ from acemerge.shapes import Tensor
 def test_the_phrases_are_those_of_every_manifest() -> None:
     """They are a contract: tools look for them."""
     assert [status.value for status in Status] == [
-        "ok", "kept", "no update", "float64", "pseudo-inverse", "not converged", "full updates formed", "one expert",
-        "interpolated straight", "experts cancel", "averaged, a side above 20,000",
+        "ok", "kept", "no update", "float64", "refined", "pseudo-inverse", "not converged", "full updates formed",
+        "one expert", "interpolated straight", "experts cancel", "averaged, a side above 20,000",
         "averaged, not seen in calibration", "by tsv_m, not seen in calibration",
     ]  # fmt: skip
 

@@ -9,81 +9,26 @@ the sources are the G_t themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 
 from acemerge.linalg.gram import NormalEquations, symmetric_product
-from acemerge.linalg.solve import Diagnosis, invert, with_rank_one
+from acemerge.linalg.problem import Experts, Problem
+from acemerge.linalg.refine import InInputs, InRows, Residual, probed_error, refined
+from acemerge.linalg.solve import SMALL, Diagnosis, Inverse, error_tolerance, invert, with_rank_one
 from acemerge.shapes import Float, Tensor
 
-
-@runtime_checkable
-class Experts(Protocol):
-    """The matrix (out, in) of the t-th expert in a type, made when asked for: no more than a few exist at once.
-
-    One that is not there already may be made in `room`: new memory takes longer than the arithmetic.
-    """
-
-    def __call__(self, t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor: ...
-
-
-def as_given(deltas: Float[Tensor, "T out in"]) -> Experts:
-    """The task vectors themselves."""
-    return lambda t, dtype, room=None: in_type(deltas[t], dtype, room)
-
-
-def in_type(D: Float[Tensor, "out in"], dtype: torch.dtype, room: Tensor | None) -> Float[Tensor, "out in"]:
-    """D itself where it is in this type, else a copy, in the room where there is one."""
-    return D.to(dtype) if room is None or D.dtype == dtype else room.copy_(D)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a rule asks for. `targets` and `sources` may be one and the same function, and must be for pulls.
-
-    `measured`: the sources are the second moments G_t (in, in); not with pulls.
-
-    The ridge e is `ridge + relative_ridge * mean(diag(sum_t a_t G_t))`. `prior` is the factor f of the row
-    `c = f (1 / in) 1^T sum_t a_t G_t`, None without it. `ones` is 1 (in,) in other coordinates than the layer's own.
-    `residual_of` makes the X (out, in) whose residual is wanted: with the fit, so that what it is made from need not be
-    kept beside what comes of it.
-    """
-
-    targets: Experts
-    sources: Experts
-    weights: list[float]
-    shape: tuple[int, int]
-    pulls: list[float] | None = None
-    ridge: float = 0.0
-    relative_ridge: float = 0.0
-    prior: float | None = None
-    ones: Tensor | None = None
-    measured: bool = False
-    residual_of: Callable[[], Tensor] | None = None
-
-    def mean_of_columns(self, X: Float[Tensor, "m in"]) -> Float[Tensor, " m"]:
-        """`X 1 / in`."""
-        return X.mean(1) if self.ones is None else X @ self.ones.to(X.dtype) / X.shape[1]
-
-    @property
-    def heaviest(self) -> int:
-        """The expert of the largest weight, of which M cannot be far."""
-        return max(range(len(self.weights)), key=self.weights.__getitem__)
-
-    @property
-    def prefers_dual(self) -> bool:
-        """Fewer rows in all experts together than columns: their own space is smaller, and of full rank."""
-        return not self.measured and prefers_dual(len(self.weights), *self.shape)
+_WIDE = 2  # times as many columns as rows from which refinement takes less than a repetition
+_HOPELESS = 0.25  # estimated error from which on neither a look nor a correction is tried
 
 
 @dataclass(frozen=True)
 class Fit:
     """The solution M, what is known of its system matrix and whether M is accurate enough.
 
-    `repeated`: it is, in float64, for the type that was asked for was not enough.
+    `by`: in the type that was asked for; corrected by residuals in float64; or all of it in float64.
     `residual` is, where the problem names X, `sum_t a_t X_t G_t - (1 / T) X (sum_t a_t G_t + e I)`.
     """
 
@@ -91,12 +36,7 @@ class Fit:
     diagnosis: Diagnosis
     trusted: bool
     residual: Float[Tensor, "out in"] | None = None
-    repeated: bool = False
-
-
-def prefers_dual(experts: int, rows: int, columns: int) -> bool:
-    """Whether N = T out rows are fewer than the columns."""
-    return experts * rows < columns
+    by: Literal["itself", "refinement", "float64"] = "itself"
 
 
 def least_squares(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
@@ -105,12 +45,49 @@ def least_squares(problem: Problem, dtype: torch.dtype, device: torch.device) ->
 
 
 def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
-    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough."""
+    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough, refinement included."""
     fit = least_squares(problem, dtype, device)
     if fit.trusted:
         return fit
     del fit
-    return replace(least_squares(problem, torch.float64, device), repeated=True)
+    return replace(least_squares(problem, torch.float64, device), by="float64")
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Whether a solution is accurate enough, and whether it was refined for that."""
+
+    trusted: bool
+    refined: bool = False
+
+    @property
+    def by(self) -> Literal["itself", "refinement"]:
+        return "refinement" if self.refined else "itself"
+
+
+def _judged(
+    Y: Float[Tensor, "m n"],
+    error: float,
+    residual: Residual,
+    inverse: Inverse,
+    rows: tuple[Float[Tensor, "1 n"], Float[Tensor, "1 in"]] | None,
+) -> _Judged:
+    """Y with an estimated error, and the prior's row with its target, both refined in place where they need it.
+
+    The estimate is made for the worst; what Y itself lacks may be less. Small layers, and those that are not wide, are
+    sooner repeated than refined.
+    """
+    problem, tolerance, solved = residual.problem, error_tolerance(Y.shape[1]), inverse.diagnosis.regular
+    if error <= tolerance:
+        return _Judged(True)
+    if not solved or Y.shape[1] <= SMALL or problem.measured or error > _HOPELESS:
+        return _Judged(False)
+    if rows is not None and not refined(rows[0], residual, inverse, tolerance, error, rows[1]):
+        return _Judged(False)
+    if probed_error(Y, residual, inverse) <= tolerance:
+        return _Judged(True)
+    wide = problem.shape[1] >= _WIDE * problem.shape[0]
+    return _Judged(wide and refined(Y, residual, inverse, tolerance, error), True)
 
 
 def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
@@ -148,13 +125,15 @@ def _primal(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         B.addmm_(origin, A)
         origin = None
     M = inverse(B) if origin is None else inverse(B).add_(origin)
-    trusted = inverse.diagnosis.trusts(A, B, M)
-    row, diagnosis = None if prior is None else inverse(prior[None])[0], inverse.diagnosis
+    row, diagnosis = None if prior is None else inverse(prior[None]), inverse.diagnosis
+    rows = None if row is None else (row, problem.mean_row(dtype, device))
+    judged = _judged(M, diagnosis.error(A, B, M), InInputs(problem, ridge), inverse, rows)
     del inverse
     if row is not None:
-        M = with_rank_one(M, row, problem.ones)
-    wanted = trusted and problem.residual_of is not None
-    return Fit(M, diagnosis, trusted, primal_residual(problem, A, B, origin) if wanted else None)
+        M = with_rank_one(M, row[0], problem.ones)
+    wanted = judged.trusted and problem.residual_of is not None
+    residual = primal_residual(problem, A, B, origin) if wanted else None
+    return Fit(M, diagnosis, judged.trusted, residual, judged.by)
 
 
 def primal_residual(
@@ -192,20 +171,21 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
         pulls = per_expert.nan_to_num_(posinf=0.0).repeat_interleave(out).to(dtype)
         H = own + torch.eye(out, dtype=dtype, device=device).repeat(1, T) * pulls
     inverse = invert(K)
-    Q = inverse(H)
-    trusted = inverse.diagnosis.trusts(K, H, Q)
-    M = _times(Q * per_row, problem.sources, T, columns, dtype)
+    Q, row = inverse(H), None
     if problem.prior is not None:
         means = torch.cat([problem.mean_of_columns(problem.sources(t, dtype)) for t in range(T)]) * per_row  # F 1 / in
         row = inverse((means * problem.prior)[None])  # c^T A^(-1) = f (F 1 / in)^T (F F^T + e I)^(-1) F
+    rows = None if row is None else (row, problem.mean_row(dtype, device))
+    judged = _judged(Q, inverse.diagnosis.error(K, H, Q), InRows(problem, ridge), inverse, rows)
+    M = _times(Q * per_row, problem.sources, T, columns, dtype)
+    if row is not None:
         M = with_rank_one(M, _times(row * per_row, problem.sources, T, columns, dtype)[0], problem.ones)
-
-    if problem.residual_of is None or not trusted:
-        return Fit(M, inverse.diagnosis, trusted)
+    if problem.residual_of is None or not judged.trusted:
+        return Fit(M, inverse.diagnosis, judged.trusted, None, judged.by)
     wide = problem.residual_of().to(dtype)
     products = torch.cat([wide @ problem.sources(t, dtype).T for t in range(T)], 1) * per_row  # X F^T
     mixed = _times((own - products / T) * per_row, problem.sources, T, columns, dtype)
-    return Fit(M, inverse.diagnosis, trusted, mixed.sub_(wide, alpha=ridge / T))
+    return Fit(M, inverse.diagnosis, True, mixed.sub_(wide, alpha=ridge / T), judged.by)
 
 
 def _row_products(sources: Experts, T: int, out: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -17,7 +17,7 @@ from acemerge.shapes import Float, Int, Tensor
 # layers, where that costs nothing.
 ERROR_TOLERANCE = 1e-4
 SMALL_ERROR_TOLERANCE = 1e-5
-_SMALL = 512
+SMALL = 512
 _PROBES = 4
 # Sums round more than once. Measured over 64 x 64 to 768 x 3072, 2 to 8 experts and condition 1 to 1e5, the
 # true error was 1.4 to 7 times the first-order estimate: this keeps the estimate an upper bound.
@@ -41,12 +41,18 @@ class Diagnosis:
     rank: int
     norm: float
 
-    def trusts(self, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], Y: Float[Tensor, "out in"]) -> bool:
-        """Whether `Y = B A^(-1)` is accurate enough; always true in float64, where nothing wider is left."""
+    def error(self, A: Float[Tensor, "in in"], B: Float[Tensor, "out in"], Y: Float[Tensor, "out in"]) -> float:
+        """An estimate from above of what rounding made of `Y = B A^(-1)`, relative to it; 0 in float64, where nothing
+        wider is left.
+        """
         if A.dtype != torch.float32:
-            return True
-        tolerance = SMALL_ERROR_TOLERANCE if len(A) <= _SMALL else ERROR_TOLERANCE
-        return self.regular and rounding_error(A, B, Y, self.norm) <= tolerance
+            return 0.0
+        return rounding_error(A, B, Y, self.norm) if self.regular else float("inf")
+
+
+def error_tolerance(n: int) -> float:
+    """The largest estimated error of a solution with n columns that is let be."""
+    return SMALL_ERROR_TOLERANCE if n <= SMALL else ERROR_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def invert(A: Float[Tensor, "in in"]) -> Inverse:
     L = cholesky(A)
     if L is not None:
         condition, norm = (estimate.item() for estimate in spectrum_estimates(A, L))
-        # In float32 `trusts` decides, from the right-hand side too.
+        # In float32 `error` decides, from the right-hand side too.
         if A.dtype == torch.float32 or condition < largest_condition(A):
             return Inverse(lambda B: solve(L, B), Diagnosis(True, condition, len(A), norm))
     if A.dtype == torch.float32:

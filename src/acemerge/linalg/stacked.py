@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from acemerge.linalg.least_squares import Experts, Fit, Problem, least_squares, primal_residual
+from acemerge.linalg.least_squares import Fit, least_squares, primal_residual
+from acemerge.linalg.problem import Experts, Problem
 from acemerge.linalg.solve import Diagnosis, largest_condition, solve, spectrum_estimates, with_rank_one
 from acemerge.shapes import Float, Tensor
 

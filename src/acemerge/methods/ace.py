@@ -10,8 +10,9 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Fit, Problem, in_type
+from acemerge.linalg.least_squares import Fit
 from acemerge.linalg.lowrank import Frame
+from acemerge.linalg.problem import ALL, Problem, in_type
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
@@ -97,8 +98,9 @@ class Ace(LeastSquaresRule[_Active]):
         M, in_float64 = fit.M, 0
         if fit.residual is not None:
             direction = add_mean_rows(fit.residual, kept.deltas, kept.scales, kept.layer.frame).add_(M)
+            direction = direction.to(kept.deltas.dtype)  # whose spectrum float32 may do, if it could not solve
             leading = leading_polar(direction, kept.refined)
-            M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
+            M.add_(leading.polar.to(M.dtype), alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
         branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if kept.heterogeneous else "homogeneous"
         stats = LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=kept.refined)
@@ -108,8 +110,8 @@ class Ace(LeastSquaresRule[_Active]):
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
         frame, columns = layer.frame, deltas.shape[2]
 
-        def centred(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return centre(in_type(deltas[t], dtype, room), frame, room)
+        def centred(t: int, dtype: torch.dtype, room: Tensor | None = None, columns: slice = ALL) -> Tensor:
+            return centre(in_type(deltas[t][:, columns], dtype, room), frame, room)
 
         return Problem(
             targets=centred,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from acemerge.linalg.gram import energies, symmetric_product
-from acemerge.linalg.least_squares import Fit, Problem, as_given
+from acemerge.linalg.least_squares import Fit
+from acemerge.linalg.problem import Problem, as_given
 from acemerge.methods.actmat import least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule

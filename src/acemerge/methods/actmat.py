@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Experts, Fit, Problem, as_given, prefers_dual
+from acemerge.linalg.least_squares import Fit
+from acemerge.linalg.problem import ALL, Experts, Problem, as_given, prefers_dual
 from acemerge.linalg.select import at_least, magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
@@ -82,8 +83,9 @@ class Tact(LeastSquaresRule[None]):
     def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, None] | LayerResult:
         thresholds = [threshold(D, self.keep) for D in deltas]
 
-        def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
-            return (deltas[t] * at_least(magnitudes(deltas[t]), thresholds[t])).to(dtype)
+        def trimmed(t: int, dtype: torch.dtype, room: Tensor | None = None, columns: slice = ALL) -> Tensor:
+            D = deltas[t][:, columns]
+            return (D * at_least(magnitudes(D), thresholds[t])).to(dtype)
 
         return _problem(deltas, layer, as_given(deltas), trimmed, self.lam, self.p, self.scale)
 

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Fit, Problem, as_given
+from acemerge.linalg.least_squares import Fit
+from acemerge.linalg.problem import Problem, as_given
 from acemerge.methods.actmat import Power, least_squares_operations, normalised_weights
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule

@@ -8,7 +8,8 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.linalg.least_squares import Problem, as_given, least_squares_trusted
+from acemerge.linalg.least_squares import least_squares_trusted
+from acemerge.linalg.problem import ALL, Problem, as_given
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
 from acemerge.methods.elementwise import Average
 from acemerge.methods.least_squares_rule import with_fit
@@ -116,11 +117,11 @@ def _regression(deltas: Float[Tensor, "T out in"], layer: Layer, a: float, scale
     if moments is None or not moments.any():
         return _averaged(deltas, layer, scale)
 
-    def shrunk(t: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+    def shrunk(t: int, dtype: torch.dtype, room: Tensor | None = None, columns: slice = ALL) -> Tensor:
         G = moments[t].to(dtype)
         shrunk: Tensor = a * G
         shrunk.diagonal().copy_(G.diagonal())
-        return shrunk
+        return shrunk[:, columns]
 
     shape = (deltas.shape[1], deltas.shape[2])
     problem = Problem(as_given(deltas), shrunk, layer.weights.tolist(), shape, measured=True)

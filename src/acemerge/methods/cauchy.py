@@ -12,7 +12,8 @@ from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.gram import energies
-from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
+from acemerge.linalg.least_squares import Fit, least_squares_trusted
+from acemerge.linalg.problem import Problem
 from acemerge.linalg.select import largest_entry
 from acemerge.methods.around import Over, accepted_by, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work

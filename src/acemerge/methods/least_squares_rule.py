@@ -9,13 +9,15 @@ from typing import Generic, TypeVar, final
 
 import torch
 
-from acemerge.linalg.least_squares import Fit, Problem, least_squares_trusted
+from acemerge.linalg.least_squares import Fit, least_squares_trusted
+from acemerge.linalg.problem import Problem
 from acemerge.linalg.stacked import least_squares_together
 from acemerge.methods.base import Layer, LayerResult, Method
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
+_BY = {"itself": Status.OK, "refinement": Status.REFINED, "float64": Status.FLOAT64}
 Kept = TypeVar("Kept")  # what a rule needs again of a layer once the fit is there
 
 
@@ -63,8 +65,7 @@ class LeastSquaresRule(ABC, Generic[Kept]):
 def with_fit(stats: LayerStats, fit: Fit) -> LayerStats:
     """A rule's numbers with what its fit says of itself: status, condition and rank."""
     known = fit.diagnosis
-    solved = Status.FLOAT64 if fit.repeated else Status.OK
-    status = solved if known.regular else Status.PSEUDO_INVERSE
+    status = _BY[fit.by] if known.regular else Status.PSEUDO_INVERSE
     return replace(stats, statuses=(status,), condition=known.condition, rank=known.rank)
 
 

@@ -17,6 +17,7 @@ class Status(Enum):
     KEPT = "kept", "not merged: the base's values are kept"
     NO_UPDATE = "no update", "no expert changed them, the base's values are kept"
     FLOAT64 = "float64", "ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"
+    REFINED = "refined", "ill-conditioned, corrected by residuals in float64", "nothing to do; a larger eps avoids it"
     PSEUDO_INVERSE = "pseudo-inverse", "singular, solved by the pseudo-inverse", "a larger eps makes them regular"
     NOT_CONVERGED = "not converged", "stopped before the residual was small", "more steps, or a larger tol"
     FULL_UPDATES = "full updates formed", "merged from full updates, not from their factors"
