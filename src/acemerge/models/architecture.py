@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, shown
 from acemerge.models.bounded import TooManyParts, TooManySeconds, bounded
 from acemerge.models.quiet import quiet_transformers
 
@@ -22,6 +22,7 @@ _REACHING_OUT = re.compile(
 # A model has a few parts for each tensor of its checkpoint: modules, parameters, buffers.
 _PARTS, _PARTS_EACH = 20_000, 4
 _SECONDS = 60.0
+_LEGIBLE = 10**18  # digits in threes up to here
 # What Python itself may loop over before it makes a part: more than any model's, less than takes seconds.
 _ITEMS, _NUMBER, _COUNT = 10_000, 1 << 24, 1 << 18
 _COUNTS = re.compile(r"^num_|layers|depth")
@@ -94,7 +95,9 @@ def _too_many(config: Any, key: str = "") -> str:
         return _too_many(total, key) or next((found for item in config if (found := _too_many(item, key))), "")
     most = _COUNT if _COUNTS.search(key) else _NUMBER
     large = isinstance(config, int) and config > most and not _NO_COUNT.search(key)
-    return f"{key} = {config:,}" if large else ""
+    if not large:
+        return ""
+    return f"{key} = {config:,}" if config < _LEGIBLE else f"{key} = {shown(config)}"
 
 
 def submodels_of(model: nn.Module) -> dict[str, str]:
