@@ -1,4 +1,7 @@
-"""Row 46: a store on a bad day. Faults at random requests of a merge from S3 to S3, some passing, some for good."""
+"""Row 46: a store on a bad day. Faults at random requests of a merge from S3 to S3, some passing, some for good.
+
+Of every two merges one is done in parts.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from attacks.store_server import FAULTS, Proxy, s3_behind_a_proxy
 
 ROW, FULL = 46, 200
 _BUCKET = "attacked"
+_PARTS, _SHARD = 2, 600
 _PART = 256  # bytes, so that small files go up in parts
 
 
@@ -23,11 +27,12 @@ def attack(folder: Path, count: int, seed: int) -> Tally:
     with s3_behind_a_proxy(_PART) as (proxy, client):
         client.create_bucket(Bucket=_BUCKET)
         models = [_put(client, model) for model in (case.base, *case.experts)]
-        calls = _untouched(proxy, models)
+        calls = [_untouched(proxy, models, in_parts) for in_parts in (False, True)]
         for trial in range(count):
-            fault, at, passing = chance.choice(FAULTS), chance.randrange(calls), chance.random() < 0.5
-            label = f"{fault} at request {at}{', once' if passing else ''}"
-            clean(tally, label, partial(_merged, proxy, client, models, trial, fault, at, passing, case))
+            in_parts = trial % 2 == 1
+            fault, at, passing = chance.choice(FAULTS), chance.randrange(calls[in_parts]), chance.random() < 0.5
+            label = f"{fault} at request {at}{', once' if passing else ''}{', in parts' if in_parts else ''}"
+            clean(tally, label, partial(_merged, proxy, client, models, trial, fault, at, passing, in_parts))
     return tally
 
 
@@ -37,19 +42,24 @@ def _put(client: Any, model: Path) -> str:
     return f"s3://{_BUCKET}/{model.name}"
 
 
-def _merge(models: list[str], out: str, resume: bool = False) -> None:
-    acemerge.merge(models[0], models[1:], "average", out, resume=resume, max_shard_size=1000, force=True)
+def _merge(models: list[str], out: str, in_parts: bool = False, resume: bool = False) -> None:
+    rounds: list[dict[str, Any]] = [{"resume": resume}]
+    if in_parts and not resume:
+        rounds = [{"shard": f"{number}/{_PARTS}"} for number in range(1, _PARTS + 1)] + [{"finish": True}]
+    for options in rounds:
+        acemerge.merge(models[0], models[1:], "average", out, max_shard_size=_SHARD, force=True, **options)
 
 
-def _untouched(proxy: Proxy, models: list[str]) -> int:
+def _untouched(proxy: Proxy, models: list[str], in_parts: bool) -> int:
     """How many requests a merge makes."""
     proxy.choose = lambda number, method, path: None
-    _merge(models, f"s3://{_BUCKET}/plain")
+    proxy.asked.clear()
+    _merge(models, f"s3://{_BUCKET}/{'parts' if in_parts else 'plain'}", in_parts)
     return len(proxy.asked)
 
 
 def _merged(
-    proxy: Proxy, client: Any, models: list[str], trial: int, fault: str, at: int, passing: bool, case: Case
+    proxy: Proxy, client: Any, models: list[str], trial: int, fault: str, at: int, passing: bool, in_parts: bool
 ) -> None:
     """Done, or refused with nothing published and no secret told; then gone on with, to the same bytes."""
     name = f"out-{trial}"
@@ -61,7 +71,7 @@ def _merged(
 
     proxy.choose = choose
     try:
-        _merge(models, out)
+        _merge(models, out, in_parts)
     except AcemergeError as refusal:
         check("AKIAEXAMPLE" not in str(refusal), "a key is in the message")
         check("acemerge.json" not in _held(client, name) or fault in ("lost answer", "truncated"), "it is published")
@@ -70,7 +80,11 @@ def _merged(
         proxy.choose = lambda number, method, path: None
         _merge(models, out, resume=True)
         check(_weights(client, name) == _weights(client, "plain"), "other bytes")
-        check(not client.list_multipart_uploads(Bucket=_BUCKET).get("Uploads"), "parts of an upload are left")
+        left = client.list_multipart_uploads(Bucket=_BUCKET).get("Uploads", [])
+        for upload in left:  # not to be taken for the next case's
+            client.abort_multipart_upload(Bucket=_BUCKET, Key=upload["Key"], UploadId=upload["UploadId"])
+        # A store that refuses everything from then on takes no abort either.
+        check(not (left and passing), "parts of an upload are left")
 
 
 def _held(client: Any, name: str) -> dict[str, bytes]:
