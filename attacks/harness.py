@@ -107,7 +107,7 @@ def in_child(call: Callable[..., Tally], *arguments: Any, timeout: float) -> Tal
         answer = receiver.recv()
         return answer if isinstance(answer, Tally) else Tally(1, broken=[f"{label}: {answer}"])
     except EOFError:
-        process.join(10)
+        process.join(60)
         return Tally(1, broken=[f"{label}: the process died, {_cause(process.exitcode)}"])
     finally:
         process.kill()
