@@ -45,7 +45,7 @@ def _interrupt(case: Case, number: signal.Signals, delay: float) -> None:
     assert process.pid is not None
     with contextlib.suppress(ProcessLookupError):  # it was too late
         os.kill(process.pid, number)
-    process.join(20)
+    process.join(100)
     said = errors.read_text()
     if process.exitcode != 0:
         code, what = _STOPPED[number]

@@ -156,7 +156,7 @@ def test_a_signal_leaves_what_goes_on(cluster: Any, long: Case, out: Path, numbe
     while process.poll() is None and not list(out.rglob(".acemerge.journal")):
         time.sleep(0.01)
     process.send_signal(number)
-    said, errors = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=300)
     what, code = {signal.SIGINT: ("interrupted", 130), signal.SIGTERM: ("terminated", 143)}[number]
     assert process.returncode == code, errors
     assert errors.startswith(f"acemerge: error: {what}: nothing unfinished was published")

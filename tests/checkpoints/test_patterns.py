@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from acemerge.checkpoints.lora import open_adapter
 from acemerge.checkpoints.patterns import Budget, Pattern, PatternError, PatternTable
 from acemerge.errors import CheckpointError
+from attacks.harness import Meter
 
 
 def _larger(part: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
@@ -56,20 +56,22 @@ def test_hostile_patterns_are_answered_in_a_second(pattern: str, tmp_path: Path)
     modules = [f"layers.{i}.{'a' * 50}" for i in range(200)]
     factors = {module: (torch.ones(1, 6), torch.ones(8, 1)) for module in modules}
     adapter = write_adapter(tmp_path / "lora", factors, rank_pattern={pattern: 1})
-    started = time.perf_counter()
+    meter = Meter(1.0, 1 << 30)
+    meter.start()
     with contextlib.suppress(CheckpointError):
         open_adapter(adapter)
-    assert time.perf_counter() - started < 3  # a second's work, on a machine that does other things, too
+    assert meter.excess() == ""
 
 
 def test_many_patterns_for_many_names_are_bounded_together() -> None:
     texts = [f"model.layers.{i}.q_proj" for i in range(500)]
     table = PatternTable(tuple((Pattern.read(text, Budget()), 1.0) for text in texts))
     assert table.find("model.layers.499.q_proj", 0.0) == 1.0
-    started, names = time.perf_counter(), ["lm_head"] * 100_000
+    names, meter = ["lm_head"] * 100_000, Meter(1.0, 1 << 30)
+    meter.start()
     with pytest.raises(PatternError, match=r"takes too long to match, at the pattern 'model\.layers\.\d+\.q_proj'"):
         max(table.find(name, 0.0) for name in names)
-    assert time.perf_counter() - started < 3
+    assert meter.excess() == ""
 
 
 @pytest.mark.parametrize(

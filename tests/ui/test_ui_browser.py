@@ -191,8 +191,8 @@ def test_a_merge_is_stopped_and_found_again_after_the_page_was_loaded_anew(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def slowly(opened: Any, out: Path, options: Any, on_progress: OnProgress) -> None:
-        for i in range(2000):
-            on_progress(Progress("merge", HOSTILE, i, 2000, i, 2000))
+        for i in range(30_000):  # until it is stopped: ten minutes at most
+            on_progress(Progress("merge", HOSTILE, i, 30_000, i, 30_000))
             time.sleep(0.02)
 
     monkeypatch.setattr(steps, "run_opened", slowly)

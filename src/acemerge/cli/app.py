@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import signal
 import sys
 import traceback
 from itertools import pairwise
@@ -21,6 +20,7 @@ from acemerge.cli.demo import demo
 from acemerge.cli.evaluate import evaluate
 from acemerge.cli.extract_lora import extract_lora
 from acemerge.cli.inspect import inspect
+from acemerge.cli.interrupts import TERMINATED, interrupts_kept, is_interrupt
 from acemerge.cli.merge import merge
 from acemerge.cli.methods import methods
 from acemerge.cli.plan import plan
@@ -68,7 +68,7 @@ def _options(
 
 def terminated(*_: object) -> NoReturn:
     """The handler of SIGTERM. An exception of its own: typer makes another exit code of a KeyboardInterrupt."""
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(TERMINATED)
 
 
 _OPTION, _COMMAND = re.compile(r"(?<![\w-])--[a-z][a-z-]*"), re.compile(r"\bacemerge ([a-z-]+)")
@@ -81,11 +81,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line; every failure is one line on stderr and an exit code."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(arguments, standalone_mode=False, prog_name="acemerge")
+        with interrupts_kept():
+            code = app(arguments, standalone_mode=False, prog_name="acemerge")
         if code == 130:  # typer's own answer to an interrupt says nothing
             raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt, SystemExit) as failure:
-        if isinstance(failure, SystemExit) and failure.code != 128 + signal.SIGTERM:
+        if isinstance(failure, SystemExit) and not is_interrupt(failure):
             raise
         told = shortage_of(failure) or failure
         if "--debug" in arguments:
