@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acemerge.errors import UsageError
+from acemerge.linalg import devices as of_devices
 from acemerge.linalg.devices import find_devices, kind_of, title_of
 
 
@@ -13,6 +14,7 @@ def machine_with(patch: pytest.MonkeyPatch, kind: str | None, count: int = 1) ->
     found = None if kind is None else torch.device(kind)
     patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: found)
     patch.setattr(torch.accelerator, "device_count", lambda: count)
+    patch.setattr(of_devices, "has_float64", lambda device: device.type != "mps")
 
 
 @pytest.mark.parametrize(
@@ -26,8 +28,7 @@ def machine_with(patch: pytest.MonkeyPatch, kind: str | None, count: int = 1) ->
         ("cuda", 2, "cpu", ["cpu"]),
         ("xpu", 2, "xpu", ["xpu:0", "xpu:1"]),
         ("xpu", 1, "auto", ["xpu:0"]),
-        ("mps", 1, "mps", ["mps:0"]),
-        ("mps", 1, "auto", ["mps:0"]),
+        ("mps", 1, "auto", ["cpu"]),
     ],
 )
 def test_a_name_stands_for_devices(
@@ -46,6 +47,7 @@ def test_a_name_stands_for_devices(
         ("cuda", "cuda:7", "there are 1 of them, numbered from 0"),
         ("cuda", "meta", "no META device is available; use cuda or cpu"),
         ("cuda", "gpu", "unknown device"),
+        ("mps", "mps", "--device mps: has no float64, which the rules fall back to; use --device cpu"),
         (None, "cuda:x", "unknown device"),
     ],
 )

@@ -86,7 +86,7 @@ def test_without_preadv_a_file_reads_the_same(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "f").write_bytes(bytes(range(200)))
     found = []
     for there in (True, False):
-        monkeypatch.setattr(system, "_READS_AT_OFFSET", there)
+        monkeypatch.setattr(system, "READS_AT_OFFSET", there)
         buffers = [memoryview(bytearray(n)) for n in (3, 70, 100)]
         descriptor = files.open_for_reading(tmp_path / "f")
         files.read_into(descriptor, buffers, 20, tmp_path / "f")

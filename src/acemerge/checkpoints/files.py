@@ -173,7 +173,7 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
     waiting = deque(buffer for buffer in buffers if len(buffer))
     with reading(path):
         while waiting:
-            count = system.read_at(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
+            count = _read_at(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
             if count == 0:
                 missing = sum(map(len, waiting))
                 what = f"ends at byte {offset:,}, {missing:,} bytes too early"
@@ -183,6 +183,20 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
                 count -= len(waiting.popleft())
             if count:
                 waiting[0] = waiting[0][count:]
+
+
+def _read_at(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Read into the buffers, or into the first of them, from the offset; how many bytes there were.
+
+    Where the system cannot, the file's own position is moved: no two threads may read from one descriptor then, and
+    none do.
+    """
+    if system.READS_AT_OFFSET:
+        return os.preadv(descriptor, buffers, offset)
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    found = os.read(descriptor, min(len(buffers[0]), 1 << 30))
+    buffers[0][: len(found)] = found
+    return len(found)
 
 
 def forget(descriptor: Handle, offset: int, nbytes: int) -> None:
@@ -203,7 +217,11 @@ def free_bytes(path: Path) -> int | None:
     if scheme_of(path):
         return None
     with reading(path):
-        return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not system.HAS_STATVFS:
+            return shutil.disk_usage(there).free
+        state = os.statvfs(there)
+    return state.f_bavail * state.f_frsize
 
 
 def fingerprint(path: Path) -> Fingerprint:

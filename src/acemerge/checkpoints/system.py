@@ -1,9 +1,8 @@
-"""What not every system has: flags of open, locks that several hold, reading at an offset, limits of a process."""
+"""What not every system has: flags of open, locks that several hold, limits of a process."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import filelock
@@ -35,21 +34,8 @@ LOCK = flags("O_RDWR", "O_CREAT", "O_NOFOLLOW", "O_CLOEXEC")
 # A folder can be opened, and so synced.
 OPENS_FOLDERS: bool = "O_DIRECTORY" in vars(os)
 HAS_FLOCK: bool = fcntl is not None
-_READS_AT_OFFSET: bool = "preadv" in vars(os)
-
-
-def read_at(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Read into the buffers, or into the first of them, from the offset; how many bytes there were.
-
-    Where the system cannot, the file's own position is moved: no two threads may read from one descriptor then, and
-    none do.
-    """
-    if _READS_AT_OFFSET:
-        return os.preadv(descriptor, buffers, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    found = os.read(descriptor, min(len(buffers[0]), 1 << 30))
-    buffers[0][: len(found)] = found
-    return len(found)
+READS_AT_OFFSET: bool = "preadv" in vars(os)
+HAS_STATVFS: bool = "statvfs" in vars(os)
 
 
 def take_flock(descriptor: int, shared: bool) -> None:
