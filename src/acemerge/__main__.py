@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
@@ -37,12 +38,14 @@ def main() -> None:
 
 def _explain(failure: Exception) -> None:
     """End with one line where the libraries could not be loaded for lack of memory, by whatever they say of it."""
-    import resource
+    limit = -1  # which is none
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
 
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     from acemerge.errors import shortage_of
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    limited = limit != resource.RLIM_INFINITY and not isinstance(failure, ModuleNotFoundError)
+    limited = limit >= 0 and not isinstance(failure, ModuleNotFoundError)
     if limited or shortage_of(failure):
         within = f" within {limit:,} bytes of address space (ulimit -v)" if limited else ""
         os.write(2, f"acemerge: error: memory: there is not enough to start{within}; allow more\n".encode())
