@@ -166,6 +166,16 @@ def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int]
         assert counted <= 1.25 * taken
 
 
+@pytest.mark.parametrize("eps", [1e-5, 0.0], ids=["float64", "pseudo-inverse"])
+@pytest.mark.parametrize("sides", [(640, 640), (1920, 480), (520, 1040), (200, 2000)], ids=str)
+def test_ace_refines_in_float64_in_what_the_plan_counts(sides: tuple[int, int], eps: float) -> None:
+    """The most that it ever takes: a heterogeneous layer that float32 neither solves nor decomposes."""
+    deltas = torch.stack([_update(sides, seed, graded=True) for seed in range(2, 4)])
+    deltas[..., -50:] *= bool(eps)  # inputs that nobody has seen
+    taken = allocated_by("ace", deltas, tau=-1.0, eps=eps)
+    assert taken <= make("ace", {"eps": eps}).needs.work.entries(2, *sides) * 4 <= 1.25 * taken
+
+
 # --- what the plan says --------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {

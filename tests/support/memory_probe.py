@@ -38,12 +38,12 @@ def _measure(name: str, experts: int, sides: tuple[int, int], answer: Connection
     answer.send((_kilobytes("VmHWM") - before) * 1024)
 
 
-def allocated_by(name: str, deltas: torch.Tensor) -> int:
+def allocated_by(name: str, deltas: torch.Tensor, **params: float) -> int:
     """Bytes that torch's allocator had given out at once, beside the task vectors: what a rule's own tensors take, to
     the byte, and workspaces of LAPACK's.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        acemerge.merge_deltas(deltas, name)
+        acemerge.merge_deltas(deltas, name, **params)
     assert found.profiler is not None
     events = found.profiler.kineto_results.events()
     steps = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

@@ -45,12 +45,17 @@ def least_squares(problem: Problem, dtype: torch.dtype, device: torch.device) ->
 
 
 def least_squares_trusted(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
-    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough, refinement included."""
+    """Solve the problem in `dtype`, and again in float64 where that is not accurate enough, refinement included.
+
+    The fit is in `dtype`, which holds what only came to be in float64.
+    """
     fit = least_squares(problem, dtype, device)
     if fit.trusted:
         return fit
     del fit
-    return replace(least_squares(problem, torch.float64, device), by="float64")
+    fit = least_squares(problem, torch.float64, device)
+    residual = None if fit.residual is None else fit.residual.to(dtype)
+    return replace(fit, M=fit.M.to(dtype), residual=residual, by="float64")
 
 
 @dataclass(frozen=True)

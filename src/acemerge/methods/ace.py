@@ -12,17 +12,40 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit
 from acemerge.linalg.lowrank import Frame
-from acemerge.linalg.problem import ALL, Problem, in_type
+from acemerge.linalg.problem import ALL, Problem, in_type, prefers_dual
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.least_squares_rule import LeastSquaresRule
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
+_NO_RIDGE = 1e-8  # eps from which a system counts as regular for energies up to 1e4: see `solve.largest_condition`
+_VECTORS = 200  # rows and columns of the layer, sums of them that are looked at included, in all
 _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
+
+
+@dataclass(frozen=True)
+class _AceWork:
+    """What ACE holds at its peak, a repetition in float64 with its refinement included: in the fit, in the residual
+    that is refined, in the spectrum of that, and where the ridge may be lost in rounding in a pseudo-inverse.
+    """
+
+    may_be_singular: bool
+
+    def entries(self, experts: int, rows: int, columns: int) -> int:
+        layer, shorter, stacked = rows * columns, min(rows, columns) ** 2, experts * rows
+        spectrum = 6 * layer + 10 * shorter
+        if prefers_dual(experts, rows, columns):
+            system, beside = stacked**2, 9 * rows * stacked
+            fit = 11 * layer + beside + 9 * system // 2
+        else:
+            system, beside = columns**2, 4 * layer
+            fit = max(13 * layer + 2 * system, 6 * layer + 9 * system // 2)
+        singular = 4 * layer + beside + 8 * system if self.may_be_singular else 0
+        return max(fit, spectrum, singular) + _VECTORS * (rows + columns)
 
 
 @dataclass(frozen=True)
@@ -66,10 +89,6 @@ class Ace(LeastSquaresRule[_Active]):
 
     name: ClassVar[str] = "ace"
     source: ClassVar[str] = "arXiv 2603.02945"
-    needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(10, 8), factors="frame", input_side=True
-    )
-
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False, description="ridge on every second moment")] = 1e-5
     tau: Annotated[float, Field(allow_inf_nan=False, description="heterogeneous branch when gamma is above it")] = 0.3
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the spectrum that is refined")] = 0.3
@@ -78,6 +97,11 @@ class Ace(LeastSquaresRule[_Active]):
         Field(description="E1 closed form, E2 + normalisation, E3 + prior, E4 + refinement (all)"),
     ] = "E4"
     scale: Scale = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        work = _AceWork(may_be_singular=self.eps < _NO_RIDGE)
+        return Needs(matrix=True, weights="not negative", work=work, factors="frame", input_side=True)
 
     def to_fit(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[Problem, _Active] | LayerResult:
         weights, n = layer.weights, energies(deltas)
@@ -98,9 +122,8 @@ class Ace(LeastSquaresRule[_Active]):
         M, in_float64 = fit.M, 0
         if fit.residual is not None:
             direction = add_mean_rows(fit.residual, kept.deltas, kept.scales, kept.layer.frame).add_(M)
-            direction = direction.to(kept.deltas.dtype)  # whose spectrum float32 may do, if it could not solve
             leading = leading_polar(direction, kept.refined)
-            M.add_(leading.polar.to(M.dtype), alpha=float(leading.singular_values.mean()))
+            M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
         branch: Literal["heterogeneous", "homogeneous"] = "heterogeneous" if kept.heterogeneous else "homogeneous"
         stats = LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=kept.refined)
