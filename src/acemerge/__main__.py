@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import io
 import os
@@ -38,14 +37,12 @@ def main() -> None:
 
 def _explain(failure: Exception) -> None:
     """End with one line where the libraries could not be loaded for lack of memory, by whatever they say of it."""
-    limit = -1  # which is none
-    with contextlib.suppress(ImportError):  # Windows has no such limits
-        import resource
+    import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     from acemerge.errors import shortage_of
 
-    limited = limit >= 0 and not isinstance(failure, ModuleNotFoundError)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    limited = limit != resource.RLIM_INFINITY and not isinstance(failure, ModuleNotFoundError)
     if limited or shortage_of(failure):
         within = f" within {limit:,} bytes of address space (ulimit -v)" if limited else ""
         os.write(2, f"acemerge: error: memory: there is not enough to start{within}; allow more\n".encode())

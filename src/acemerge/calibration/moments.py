@@ -74,7 +74,7 @@ class InputSums:
             return None
         keys = [(place.parameter, i) for i in slices]
         totals = torch.stack([self.totals.get(key, torch.zeros_like(any_seen)) for key in keys])
-        rows = torch.tensor([self.rows.get(key, 0) for key in keys], dtype=torch.float64).to(totals.device)
+        rows = torch.tensor([self.rows.get(key, 0) for key in keys], dtype=torch.float64, device=totals.device)
         return Moment(totals, rows) if stack is not None else Moment(totals[0], rows[0])
 
 

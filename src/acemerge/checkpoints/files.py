@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
-import shutil
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
-import filelock
-
-from acemerge.checkpoints import objects, system
+from acemerge.checkpoints import objects
 from acemerge.checkpoints.address import is_address, parse, scheme_of, without_user
 from acemerge.checkpoints.objects import Opened
 from acemerge.checkpoints.ranges import Run
@@ -136,7 +134,7 @@ def open_for_reading(path: Path) -> Handle:
 
 def _open_file(path: Path) -> int:
     with reading(path):
-        descriptor = os.open(path, system.READ)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return descriptor
@@ -173,7 +171,7 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
     waiting = deque(buffer for buffer in buffers if len(buffer))
     with reading(path):
         while waiting:
-            count = _read_at(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
+            count = os.preadv(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
             if count == 0:
                 missing = sum(map(len, waiting))
                 what = f"ends at byte {offset:,}, {missing:,} bytes too early"
@@ -183,20 +181,6 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
                 count -= len(waiting.popleft())
             if count:
                 waiting[0] = waiting[0][count:]
-
-
-def _read_at(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Read into the buffers, or into the first of them, from the offset; how many bytes there were.
-
-    Where the system cannot, the file's own position is moved: no two threads may read from one descriptor then, and
-    none do.
-    """
-    if system.READS_AT_OFFSET:
-        return os.preadv(descriptor, buffers, offset)
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    found = os.read(descriptor, min(len(buffers[0]), 1 << 30))
-    buffers[0][: len(found)] = found
-    return len(found)
 
 
 def forget(descriptor: Handle, offset: int, nbytes: int) -> None:
@@ -217,10 +201,7 @@ def free_bytes(path: Path) -> int | None:
     if scheme_of(path):
         return None
     with reading(path):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not system.HAS_STATVFS:
-            return shutil.disk_usage(there).free
-        state = os.statvfs(there)
+        state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
     return state.f_bavail * state.f_frsize
 
 
@@ -331,13 +312,13 @@ def make_folder(path: Path) -> None:
 def create(path: Path) -> int:
     """A new file, open for writing. Links and existing files are refused."""
     with writing(path):
-        return os.open(path, system.CREATE, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def reopen(path: Path, nbytes: int) -> int:
     """A file that was begun, cut to its first `nbytes`, open for writing behind them. Links are refused."""
     with writing(path):
-        descriptor = os.open(path, system.WRITE)
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(errno.EMLINK, "another file is linked to it")
@@ -365,11 +346,8 @@ def sync_and_close(descriptor: int, path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have the names in a folder written out; Windows, which opens no folder, does so by itself."""
-    if not system.OPENS_FOLDERS:
-        return
     with writing(path):
-        descriptor = os.open(path, system.flags("O_RDONLY", "O_DIRECTORY", "O_CLOEXEC"))
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:
@@ -403,44 +381,19 @@ def lock(path: Path, shared: bool = False) -> Iterator[None]:
     """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies.
 
     Several may hold it `shared`, and nobody else then. They leave the file, which one of them may still hold.
-    Where the system has no such locks, as on Windows, one alone holds it, shared or not.
     """
-    with _held_by_flock(path, shared) if system.HAS_FLOCK else _held_alone(path):
-        yield
-
-
-def _locked(path: Path) -> LockedError:
-    return LockedError(path.parent, "another run is writing here", "wait for it or choose another folder")
-
-
-@contextlib.contextmanager
-def _held_alone(path: Path) -> Iterator[None]:
-    held = system.portable_lock(path)
-    with writing(path):
-        try:
-            held.acquire()
-        except filelock.Timeout:
-            raise _locked(path) from None
-    try:
-        yield
-    finally:
-        held.release()
-        with contextlib.suppress(AcemergeError):  # another may have it open by now, and then keeps it
-            remove(path)
-
-
-@contextlib.contextmanager
-def _held_by_flock(path: Path, shared: bool) -> Iterator[None]:
     while True:
         with writing(path):
-            descriptor = os.open(path, system.LOCK, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            system.take_flock(descriptor, shared)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             if _is_same_file(descriptor, path):
                 break
         except BlockingIOError:
             close(descriptor)
-            raise _locked(path) from None
+            raise LockedError(
+                path.parent, "another run is writing here", "wait for it or choose another folder"
+            ) from None
         except OSError as failure:
             close(descriptor)
             raise WriteError(path, _reason(failure), "choose a folder on another disk") from failure

@@ -243,7 +243,7 @@ def _layer(rule: Method, weights: Sequence[float] | None, experts: int, seed: in
     factors = _checked_weights(weights, experts)
     check_weights(rule, factors)
     check_experts(rule, factors)
-    return Layer(torch.tensor(factors, dtype=torch.float64).to(device), expert_seeds(seed, "", range(experts)))
+    return Layer(torch.tensor(factors, dtype=torch.float64, device=device), expert_seeds(seed, "", range(experts)))
 
 
 def _checked_weights(weights: Sequence[float] | None, experts: int) -> list[float]:

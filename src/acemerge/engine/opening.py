@@ -29,7 +29,6 @@ from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError, shown
-from acemerge.linalg.devices import find_devices
 from acemerge.models.mixtures import as_stored
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.submodels import as_part
@@ -341,3 +340,19 @@ def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
         if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
+
+
+def find_devices(name: str) -> tuple[torch.device, ...]:
+    """`cpu`, one accelerator by its number, or all of them: `cuda`, and `auto` where there are any."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name != "cpu" and not name.startswith("cuda"):
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto")
+    if name != "cpu" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}", "no CUDA device is available", "use --device cpu")
+    if name == "cuda":
+        return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    try:
+        return (torch.device(name),)
+    except RuntimeError:
+        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto") from None

@@ -21,7 +21,6 @@ from acemerge.checkpoints.machine import give_back_freed_memory
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
-from acemerge.linalg.devices import work_on
 from acemerge.linalg.threads import check_room, pool_of
 from acemerge.planning.costs import SHARED, Cost, cost, in_flight, together
 from acemerge.planning.jobs import AnyJob, Input, Merge
@@ -284,8 +283,9 @@ def _threads(count: int, name: str, device: torch.device | None = None, of_torch
     """Threads that are there already, on the CPU or each with a stream of its own on a device."""
 
     def begin() -> None:
-        if device is not None and device.type != "cpu":
-            work_on(device)
+        if device is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))
         elif of_torch > 1:  # the threads behind this one, while there is room: what is split over all starts them
             torch.zeros(of_torch * _SPLIT).add_(1)
 

@@ -15,7 +15,6 @@ import torch
 from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hashes import Read
-from acemerge.linalg.devices import kind_of, title_of
 from acemerge.output.manifest import versions
 from acemerge.recipes.recipe import Recipe
 
@@ -58,8 +57,11 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
 
 def _device(name: str) -> dict[str, str]:
     """Which one was asked for, and of an accelerator what it is: each kind rounds in its own way."""
-    name = kind_of(name)
-    return {"device": name} if name == "cpu" else {"device": name, "accelerator": title_of(name)}
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return {"device": name}
+    return {"device": name, "accelerator": torch.cuda.get_device_name(torch.device(name))}
 
 
 def _processor() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from statistics import median
 
 import torch
 
-from acemerge.linalg.devices import synchronise
 from acemerge.planning.costs import piece_operations, text_operations
 from acemerge.planning.jobs import Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
@@ -49,7 +48,8 @@ def measure_rates(device: torch.device) -> Rates:
     def on_device(work: Callable[[], object]) -> Callable[[], object]:
         def done() -> None:
             work()
-            synchronise(device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
         return done
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.opening import RunOptions, find_devices
 from acemerge.evaluation.compare import merge_all, merged_folders, rows
 from acemerge.evaluation.evaluate import OnTaskProgress, Run, evaluate
 from acemerge.evaluation.results import write_results
 from acemerge.evaluation.tables import Evaluation
-from acemerge.linalg.devices import find_devices
 from acemerge.output.manifest import versions
 from acemerge.output.writer import write_file
 from acemerge.reproduction.comparison import Line, compare, markdown
