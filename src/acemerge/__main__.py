@@ -37,12 +37,11 @@ def main() -> None:
 
 def _explain(failure: Exception) -> None:
     """End with one line where the libraries could not be loaded for lack of memory, by whatever they say of it."""
-    import resource
-
+    from acemerge.checkpoints.machine import limit as limit_of
     from acemerge.errors import shortage_of
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    limited = limit != resource.RLIM_INFINITY and not isinstance(failure, ModuleNotFoundError)
+    limit = limit_of("RLIMIT_AS")
+    limited = limit is not None and not isinstance(failure, ModuleNotFoundError)
     if limited or shortage_of(failure):
         within = f" within {limit:,} bytes of address space (ulimit -v)" if limited else ""
         os.write(2, f"acemerge: error: memory: there is not enough to start{within}; allow more\n".encode())

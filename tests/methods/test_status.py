@@ -29,7 +29,7 @@ def test_the_phrases_are_those_of_every_manifest() -> None:
     assert [status.value for status in Status] == [
         "ok", "kept", "no update", "float64", "refined", "pseudo-inverse", "not converged", "full updates formed",
         "one expert", "interpolated straight", "experts cancel", "averaged, a side above 20,000",
-        "averaged, not seen in calibration", "by tsv_m, not seen in calibration",
+        "averaged, not seen in calibration", "by tsv_m, not seen in calibration", "partly on the host",
     ]  # fmt: skip
 
 

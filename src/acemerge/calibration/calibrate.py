@@ -19,6 +19,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.execute import OnProgress, Progress, merging
 from acemerge.engine.work import Setting, Walk
+from acemerge.linalg.device import with_host
 from acemerge.methods import Calibration
 from acemerge.models.quiet import quiet_transformers
 from acemerge.output.identity import digest
@@ -73,7 +74,7 @@ def calibrated(setting: Setting, calibrating: Calibrating) -> Setting:
     """The setting with everything measured that the plan's rules want."""
     if not calibrating.experts:
         return setting
-    with quiet_transformers():
+    with quiet_transformers(), with_host(calibrating.device):
         return _calibrated(setting, calibrating)
 
 

@@ -16,6 +16,7 @@ from acemerge.calibration.hooks import ParameterSlice, TappedLayer, input_entrie
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.hub import in_words
 from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.linalg.device import each_with_host
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model, open_model
@@ -74,7 +75,7 @@ class InputSums:
             return None
         keys = [(place.parameter, i) for i in slices]
         totals = torch.stack([self.totals.get(key, torch.zeros_like(any_seen)) for key in keys])
-        rows = torch.tensor([self.rows.get(key, 0) for key in keys], dtype=torch.float64, device=totals.device)
+        rows = torch.tensor([self.rows.get(key, 0) for key in keys], dtype=torch.float64).to(totals.device)
         return Moment(totals, rows) if stack is not None else Moment(totals[0], rows[0])
 
 
@@ -177,5 +178,5 @@ def input_second_moments(
         if len(spec.shape) in (2, 3) and (wanted is None or name in wanted)
     }
     tasks: list[Task | OwnText] = [task] if isinstance(task, Task) else list(task)
-    for name, moment in second_moments(opened, tasks, specs):
+    for name, moment in each_with_host(second_moments(opened, tasks, specs), opened.device):
         yield name, moment.mean

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
+import shutil
 import stat
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Literal, cast
 
 from acemerge.checkpoints import objects
@@ -26,6 +29,12 @@ from acemerge.errors import AcemergeError, CheckpointError, LockedError, UsageEr
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
 _FORGOTTEN_AGAIN = 32 << 20
+# Not every system has all: Windows neither knows links as others do nor passes files on to what is started, and would
+# change the ends of lines.
+_OWN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_READ = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_MOMENT, _POLLED = 5.0, 0.02  # seconds that a lock may be in passing hands, and between two looks at it
+_seeking = Lock()
 # What tells that a file was written to: its size and times, or an object's size, ETag and version.
 Fingerprint = tuple[int, int | str, int | str]
 Handle = int | Opened  # of what is open for reading: a file's descriptor, or an object
@@ -134,7 +143,7 @@ def open_for_reading(path: Path) -> Handle:
 
 def _open_file(path: Path) -> int:
     with reading(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, os.O_RDONLY | _READ)
         try:
             if stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return descriptor
@@ -171,7 +180,7 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
     waiting = deque(buffer for buffer in buffers if len(buffer))
     with reading(path):
         while waiting:
-            count = os.preadv(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
+            count = _read_at(descriptor, [waiting[i] for i in range(min(len(waiting), _MOST_BUFFERS))], offset)
             if count == 0:
                 missing = sum(map(len, waiting))
                 what = f"ends at byte {offset:,}, {missing:,} bytes too early"
@@ -181,6 +190,18 @@ def read_into(descriptor: Handle, buffers: Sequence[memoryview], offset: int, pa
                 count -= len(waiting.popleft())
             if count:
                 waiting[0] = waiting[0][count:]
+
+
+def _read_at(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+    """As many bytes as one call reads. macOS and Windows have no preadv."""
+    with contextlib.suppress(AttributeError):
+        return os.preadv(descriptor, buffers, offset)
+    wanted = min(len(buffers[0]), _CHUNK)
+    with _seeking:  # the position is the descriptor's, of which threads may share one
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        found = os.read(descriptor, wanted)
+    buffers[0][: len(found)] = found
+    return len(found)
 
 
 def forget(descriptor: Handle, offset: int, nbytes: int) -> None:
@@ -201,8 +222,7 @@ def free_bytes(path: Path) -> int | None:
     if scheme_of(path):
         return None
     with reading(path):
-        state = os.statvfs(next(folder for folder in (path, *path.parents) if folder.exists()))
-    return state.f_bavail * state.f_frsize
+        return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def fingerprint(path: Path) -> Fingerprint:
@@ -312,13 +332,13 @@ def make_folder(path: Path) -> None:
 def create(path: Path) -> int:
     """A new file, open for writing. Links and existing files are refused."""
     with writing(path):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o644)
 
 
 def reopen(path: Path, nbytes: int) -> int:
     """A file that was begun, cut to its first `nbytes`, open for writing behind them. Links are refused."""
     with writing(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_WRONLY | _OWN)
         try:
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(errno.EMLINK, "another file is linked to it")
@@ -346,8 +366,12 @@ def sync_and_close(descriptor: int, path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
+    """Have the names in a folder survive a loss of power. Windows opens no folder; NTFS has a journal of names."""
+    as_folder = getattr(os, "O_DIRECTORY", None)
+    if as_folder is None:
+        return
     with writing(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | as_folder | _READ)
         try:
             os.fsync(descriptor)
         finally:
@@ -378,33 +402,72 @@ def remove_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold `path` as the lock of its folder. The kernel lets go of it when the process dies.
+    """Hold `path` as the lock of its folder. The system lets go of it when the process dies.
 
-    Several may hold it `shared`, and nobody else then. They leave the file, which one of them may still hold.
+    Several may hold it `shared`, and nobody else then: each has a file of its own beside it, `NAME-...`, for a lock
+    that is shared is not on every system, and takes `path` itself for a moment only.
     """
+    if not shared:
+        with _held(path, 0.0):
+            _end_shares(path)
+            yield
+        return
+    with _held(path, _MOMENT):
+        own = path.with_name(f"{path.name}-{uuid.uuid4().hex[:12]}")
+        share = _held(own, 0.0)
+        share.__enter__()
+    with contextlib.ExitStack() as stack:
+        stack.push(share)
+        yield
+
+
+@contextlib.contextmanager
+def _held(path: Path, patience: float) -> Iterator[None]:
+    """Hold a file by itself, and remove it after; where another has it, LockedError after so many seconds."""
+    from filelock import lock_descriptor
+
+    until = time.monotonic() + patience
     while True:
         with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OWN, 0o644)
         try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if _is_same_file(descriptor, path):
+            taken = lock_descriptor(descriptor, blocking=False)
+            if taken and _is_same_file(descriptor, path):
                 break
-        except BlockingIOError:
-            close(descriptor)
-            raise LockedError(
-                path.parent, "another run is writing here", "wait for it or choose another folder"
-            ) from None
         except OSError as failure:
             close(descriptor)
             raise WriteError(path, _reason(failure), "choose a folder on another disk") from failure
-        close(descriptor)  # the last holder removed the file between our open and our lock
+        close(descriptor)  # else the last holder removed the file between our open and our lock
+        if not taken and time.monotonic() >= until:
+            raise LockedError(path.parent, "another run is writing here", "wait for it or choose another folder")
+        if not taken:
+            time.sleep(_POLLED)
     try:
         yield
     finally:
-        if not shared:
-            with contextlib.suppress(AcemergeError):
-                remove(path)
-        close(descriptor)
+        _let_go(descriptor, path)
+
+
+def _let_go(descriptor: int, path: Path) -> None:
+    """Remove a lock's file while it is held, so that nobody holds it then; after that where no open file is removed."""
+    with contextlib.suppress(AcemergeError):
+        try:
+            os.unlink(path)
+        except PermissionError:
+            close(descriptor)
+            remove(path)
+            return
+        except OSError:
+            pass
+    close(descriptor)
+
+
+def _end_shares(path: Path) -> None:
+    """LockedError where somebody has a share of the lock; what those left who died is removed."""
+    for name in list_folder(path.parent):
+        if name.startswith(f"{path.name}-"):
+            with _held(path.with_name(name), 0.0):
+                pass
 
 
 def _is_same_file(descriptor: int, path: Path) -> bool:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
-import resource
 
 from acemerge.checkpoints.files import close
 
@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
     that is done in them. All threads share one arena: in one of its own each would keep what it freed from the others,
     and on a busy machine, where threads take turns, that came to several times the bound on memory.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another system's C library has no such knobs
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another system's C library has no such knobs
         mallopt = ctypes.CDLL(None).mallopt
         for knob, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20), (_M_ARENA_MAX, 1)):
             mallopt(knob, value)
@@ -41,7 +41,7 @@ def give_back_freed_memory() -> None:
     torch aligns its memory, and glibc then leaves slivers beside it. A small object in such a sliver keeps a freed
     block from being joined and used again: without this the heap grows for as long as a run lasts.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _Blocks
         if library.mallinfo2().free > _MOST_FREED:
@@ -58,19 +58,28 @@ def stays_cached(nbytes: int) -> bool:
 
 def address_space_left() -> int | None:
     """The bytes that a limit on the process's address space (ulimit -v) leaves; None where there is no such limit."""
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if most == resource.RLIM_INFINITY:
+    most = limit("RLIMIT_AS")
+    if most is None:
         return None
     with contextlib.suppress(OSError):
         pages = int(_first_bytes("/proc/self/statm").split()[0])
-        return max(0, most - pages * resource.getpagesize())
+        return max(0, most - pages * mmap.PAGESIZE)
     return most
+
+
+def limit(name: str) -> int | None:
+    """A limit on this process by its name in `resource`; None where there is none, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    value = resource.getrlimit(getattr(resource, name))[0]
+    return None if value == resource.RLIM_INFINITY else value
 
 
 def stack_size() -> int:
     """The bytes of address space that a thread takes."""
-    size = resource.getrlimit(resource.RLIMIT_STACK)[0]
-    return 8 << 20 if size == resource.RLIM_INFINITY else size
+    return limit("RLIMIT_STACK") or 8 << 20
 
 
 def processor() -> str:
@@ -84,7 +93,7 @@ def processor() -> str:
 
 def _first_bytes(path: str) -> bytes:
     """Of what the kernel says of this machine, as much as fits in one read."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         return os.read(descriptor, 1 << 13)
     finally:

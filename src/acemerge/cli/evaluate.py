@@ -60,7 +60,7 @@ def evaluate(
 
 def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | None) -> None:
     """Score the models, write what was asked for, and show the table."""
-    from acemerge.engine.opening import find_devices
+    from acemerge.engine.devices import find_devices
     from acemerge.evaluation.evaluate import Run
     from acemerge.evaluation.evaluate import evaluate as scores_of
     from acemerge.evaluation.results import write_results

@@ -140,7 +140,9 @@ class Options:
             RUNNING, "compute all parts on a Ray cluster: HOST:PORT, auto (where one runs), local", metavar="ADDRESS"
         ),
     ] = None
-    device: Annotated[str, option(RUNNING, "cpu, cuda, cuda:N or auto", metavar="NAME")] = "cpu"
+    device: Annotated[
+        str, option(RUNNING, "cpu, auto, or cuda, xpu, mps, with :N for one of several", metavar="NAME")
+    ] = "cpu"
     workers: Annotated[int, option(RUNNING, "tensors computed at once")] = 1
     max_memory: Annotated[
         str | None, option(RUNNING, "memory to stay within, as 8GB [default: (T + 4) x largest tensor]", metavar="SIZE")

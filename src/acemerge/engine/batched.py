@@ -13,8 +13,10 @@ from acemerge.engine.applying import apply_rule, rule_layer
 from acemerge.engine.compute import Computed, compute
 from acemerge.engine.unfolding import as_seen, as_stored
 from acemerge.engine.work import Loaded, Place, Setting
+from acemerge.linalg.device import with_host
 from acemerge.linalg.gram import energies
 from acemerge.methods import LayerStats, Method, Together, expert_seeds
+from acemerge.methods.stats import on_host
 from acemerge.output.records import about
 from acemerge.planning.finite import all_rounded
 from acemerge.planning.jobs import Job, Merge
@@ -95,7 +97,8 @@ def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place
     started = time.perf_counter()
     method = jobs[0].method
     made: dict[int, Computed] = {}
-    with contextlib.suppress(RuntimeError, MemoryError):  # torch's words for no convergence and for no memory
+    # RuntimeError and MemoryError: torch's words for no convergence and for no memory
+    with contextlib.suppress(RuntimeError, MemoryError), with_host(place.device) as host:
         stack = stacked(parts, place)
         moved = (stack.n > 0).any(1) | method.needs.moves_equals
         plain = (moved & stack.n.isfinite().all(1)).nonzero().flatten()
@@ -104,6 +107,7 @@ def _together(jobs: Sequence[Merge], parts: Loaded[Job], setting: Setting, place
         seconds = (time.perf_counter() - started) / max(1, len(numbers))
         before = energies(chosen.W0).tolist()
         for i, n, W, (value, stats, energy) in zip(numbers, chosen.n.tolist(), before, merged, strict=True):
+            stats = on_host(stats, host.helped)
             record = replace(about(jobs[i]), stats=stats, energies=tuple(n), base_energy=W, merged_energy=energy)
             record = replace(record, seconds=seconds)
             made[i] = Computed((value,), record)

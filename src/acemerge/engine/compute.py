@@ -17,8 +17,10 @@ from acemerge.engine.factored import energy_of, merge_factors_of
 from acemerge.engine.updates import add_update, own_factors
 from acemerge.engine.work import Place, Setting, Values
 from acemerge.errors import CheckpointError, NumericalError, shortage_of
+from acemerge.linalg.device import with_host
 from acemerge.linalg.gram import energies
 from acemerge.methods import LowRankResult, Status
+from acemerge.methods.stats import on_host
 from acemerge.methods.status import of_all
 from acemerge.output.packed_masks import pack
 from acemerge.output.records import TensorRecord, about
@@ -63,7 +65,9 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
         base = values.take((0, job.name))
         _check_copies(job, values, setting)
         try:
-            stored, record, masks = _made(piece, base, values, setting, place)
+            with with_host(place.device) as host:
+                stored, record, masks = _made(piece, base, values, setting, place)
+            record = replace(record, stats=on_host(record.stats, host.helped))
         except _SameInfinitiesError:
             none = None if isinstance(job, Keep) else (0.0,) * len(setting.labels)
             record, masks = replace(about(job, Status.KEPT), energies=none, infinite=True), ()

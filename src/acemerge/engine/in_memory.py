@@ -20,6 +20,7 @@ from acemerge.engine.compute import whole_record
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
 from acemerge.errors import CheckpointError, UsageError
+from acemerge.linalg.device import with_host
 from acemerge.methods import AnyMethod
 from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.output.manifest import build_manifest
@@ -217,10 +218,21 @@ def _all_specs(states: Sequence[Mapping[str, Tensor]]) -> dict[str, TensorSpec]:
 def _merge_in_memory(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], recipe: Recipe, roles: Roles
 ) -> tuple[dict[str, Tensor], MergeReport]:
+    device = next((value.device for value in base.values()), torch.device("cpu"))
+    with with_host(device):
+        return _merged_on(device, base, experts, recipe, roles)
+
+
+def _merged_on(
+    device: torch.device,
+    base: Mapping[str, Tensor],
+    experts: Sequence[Mapping[str, Tensor]],
+    recipe: Recipe,
+    roles: Roles,
+) -> tuple[dict[str, Tensor], MergeReport]:
     started = time.perf_counter()
     labels = recipe.models[1:]
     plan = make_plan(recipe, _Memory(base), [_Memory(expert) for expert in experts], labels, roles)
-    device = next((value.device for value in base.values()), torch.device("cpu"))
     models, place = [base, *experts], Place(device)
 
     def walk(parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.linalg.device import with_host
 from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
 from acemerge.methods import (
@@ -27,6 +28,7 @@ from acemerge.methods import (
     expert_seeds,
     merge_low_rank,
 )
+from acemerge.methods.stats import on_host
 from acemerge.planning.finite import check_energies, is_finite
 from acemerge.shapes import Float, Tensor
 
@@ -68,10 +70,23 @@ def merge_deltas(
         raise UsageError("deltas", what, "give shape (T, out, in) or use an elementwise method")
     _check_base(base, deltas.shape[1:])
     _check_moments(rule, deltas, moments)
+    with with_host(deltas.device) as host:
+        result = _merged(rule, deltas, base, moments, weights, seed, _compute_dtype(compute_dtype, [deltas]))
+    return replace(result, stats=on_host(result.stats, host.helped))
+
+
+def _merged(
+    rule: Method,
+    deltas: Tensor,
+    base: Tensor | None,
+    moments: Tensor | None,
+    weights: Sequence[float] | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> LayerResult:
     for where, values in (("deltas", deltas), ("base", base), ("moments", moments)):
         if values is not None:
             _check_finite(where, values)
-    dtype = _compute_dtype(compute_dtype, [deltas])
     layer = _layer(rule, weights, len(deltas), seed, deltas.device)
     if base is not None:
         layer = replace(layer, base=base.detach().to(device=deltas.device, dtype=dtype))
@@ -111,6 +126,19 @@ def merge_factors(
     the products were formed, `.left` is (out, in) and `.right` is None. Other arguments as in `merge_deltas`.
     """
     rule = as_rule(method, params)
+    with with_host(factors[0][0].device if factors else torch.device("cpu")) as host:
+        result = _merged_factors(rule, factors, weights, base, seed, compute_dtype)
+    return replace(result, stats=on_host(result.stats, host.helped))
+
+
+def _merged_factors(
+    rule: Method,
+    factors: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float] | None,
+    base: Array | None,
+    seed: int,
+    compute_dtype: torch.dtype | None,
+) -> LowRankResult:
     _check_factors(factors)
     base = None if base is None else _tensor("base", base)
     _check_base(base, (len(factors[0][0]), factors[0][1].shape[1]))
@@ -243,7 +271,7 @@ def _layer(rule: Method, weights: Sequence[float] | None, experts: int, seed: in
     factors = _checked_weights(weights, experts)
     check_weights(rule, factors)
     check_experts(rule, factors)
-    return Layer(torch.tensor(factors, dtype=torch.float64, device=device), expert_seeds(seed, "", range(experts)))
+    return Layer(torch.tensor(factors, dtype=torch.float64).to(device), expert_seeds(seed, "", range(experts)))
 
 
 def _checked_weights(weights: Sequence[float] | None, experts: int) -> list[float]:

@@ -23,6 +23,7 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
 from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
+from acemerge.engine.devices import find_devices
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
 from acemerge.engine.pipeline import Pipeline, threads_of
@@ -340,19 +341,3 @@ def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
         if target == source or target.is_relative_to(source) or source.is_relative_to(target) or same:
             what = f"is the same folder as, inside or around the input {path}"
             raise UsageError(out, what, "choose a folder of its own for the output")
-
-
-def find_devices(name: str) -> tuple[torch.device, ...]:
-    """`cpu`, one accelerator by its number, or all of them: `cuda`, and `auto` where there are any."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name != "cpu" and not name.startswith("cuda"):
-        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto")
-    if name != "cpu" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}", "no CUDA device is available", "use --device cpu")
-    if name == "cuda":
-        return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()))
-    try:
-        return (torch.device(name),)
-    except RuntimeError:
-        raise UsageError(f"--device {name}", "unknown device", "use cpu, cuda, cuda:N or auto") from None

@@ -21,6 +21,7 @@ from acemerge.checkpoints.machine import give_back_freed_memory
 from acemerge.checkpoints.reader import Reader, Span, Stored
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
+from acemerge.linalg.device import begin_thread, with_host
 from acemerge.linalg.threads import check_room, pool_of
 from acemerge.planning.costs import SHARED, Cost, cost, in_flight, together
 from acemerge.planning.jobs import AnyJob, Input, Merge
@@ -274,7 +275,8 @@ def _shared(batch: Batch[AnyJob]) -> dict[int, list[TensorSpec]]:
 def _compute(batch: Batch[AnyJob], inputs: _Inputs, place: Place, work: Work[AnyJob, Result]) -> Result:
     alone = len(batch.pieces) == 1
     try:
-        return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)
+        with with_host(place.device):
+            return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)
     finally:
         inputs.release_all()
 
@@ -283,9 +285,8 @@ def _threads(count: int, name: str, device: torch.device | None = None, of_torch
     """Threads that are there already, on the CPU or each with a stream of its own on a device."""
 
     def begin() -> None:
-        if device is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(torch.cuda.Stream(device))
+        if device is not None and device.type != "cpu":
+            begin_thread(device)
         elif of_torch > 1:  # the threads behind this one, while there is room: what is split over all starts them
             torch.zeros(of_torch * _SPLIT).add_(1)
 

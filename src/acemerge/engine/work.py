@@ -53,7 +53,7 @@ class Setting:
         weights, keep = [job.weights[i] for i in used], job.method.needs.keep
         check_experts(job.method, weights)
         thresholds = None if keep is None else tuple(self.thresholds[job.pool][i] for i in used)
-        factors = torch.tensor(weights, dtype=torch.float64, device=device)
+        factors = torch.tensor(weights, dtype=torch.float64).to(device)
         moments = self._moments(job, used)
         moments = None if moments is None else moments.to(device)
         return Layer(factors, expert_seeds(self.recipe.seed, job.name, used), thresholds, moments=moments)

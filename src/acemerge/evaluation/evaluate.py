@@ -20,6 +20,7 @@ from acemerge.evaluation.adapters import as_model
 from acemerge.evaluation.harness import score_by_harness
 from acemerge.evaluation.metrics import METRICS, bootstrap
 from acemerge.evaluation.tables import EXPERTS, Evaluation, Row, Score
+from acemerge.linalg.device import with_host
 from acemerge.models.quiet import quiet_transformers
 from acemerge.tasks.examples import open_examples, open_text
 from acemerge.tasks.heads import find_heads
@@ -92,13 +93,14 @@ def score_task(model: Model, task: AnyTask, run: Run, row: str) -> Score:
     def on_batch(done: int, total: int) -> None:
         run.on_progress(f"{row}: {task.name}", done, total)
 
-    if isinstance(task, Perplexity):
-        found = _perplexity(model, task, run, on_batch)
-    elif isinstance(task, LmEval):
-        found = score_by_harness(model, task, run.tasks.resamples, run.seed(task))
-        on_batch(found.about["examples"], found.about["examples"])
-    else:
-        found = _labelled(model, task, run, on_batch)
+    with with_host(model.device):
+        if isinstance(task, Perplexity):
+            found = _perplexity(model, task, run, on_batch)
+        elif isinstance(task, LmEval):
+            found = score_by_harness(model, task, run.tasks.resamples, run.seed(task))
+            on_batch(found.about["examples"], found.about["examples"])
+        else:
+            found = _labelled(model, task, run, on_batch)
     found.about["seconds"] = round(time.perf_counter() - started, 3)
     return found
 

@@ -163,7 +163,7 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     `H F (F^T F + e I)^(-1) = H (F F^T + e I)^(-1) F`. F itself is never formed.
     """
     T, (out, columns) = len(problem.weights), problem.shape
-    roots = torch.tensor(problem.weights, dtype=torch.float64, device=device).sqrt()  # (T,)
+    roots = torch.tensor(problem.weights, dtype=torch.float64).to(device).sqrt()  # (T,)
     per_row = roots.repeat_interleave(out).to(dtype)  # (N,)
     products = _row_products(problem.sources, T, out, dtype, device)  # Z Z^T, (N, N)
     own = _own_blocks(problem, products, dtype) * per_row  # sqrt(a_t) X_t Z_t^T side by side, (out, N)
@@ -172,7 +172,7 @@ def _dual(problem: Problem, dtype: torch.dtype, device: torch.device) -> Fit:
     K.diagonal().add_(ridge)
     H = own
     if problem.pulls is not None:  # l_t Z_t = (l_t / sqrt(a_t)) F_t
-        per_expert = torch.tensor(problem.pulls, dtype=torch.float64, device=device) / roots
+        per_expert = torch.tensor(problem.pulls, dtype=torch.float64).to(device) / roots
         pulls = per_expert.nan_to_num_(posinf=0.0).repeat_interleave(out).to(dtype)
         H = own + torch.eye(out, dtype=dtype, device=device).repeat(1, T) * pulls
     inverse = invert(K)

@@ -102,8 +102,8 @@ def _bracket(sample: Float[Tensor, " m"], share: float) -> tuple[Tensor, Tensor]
     m = len(sample)
     spread = int(_DEVIATIONS * math.sqrt(m * share * (1 - share))) + 2
     ordered, position = sample.sort(descending=True).values, int(share * m)
-    high = ordered[position - spread] if position >= spread else ordered.new_tensor(math.inf)
-    low = ordered[position + spread] if position + spread < m else ordered.new_tensor(0.0)
+    high = ordered[position - spread] if position >= spread else ordered.new_full((), math.inf)
+    low = ordered[position + spread] if position + spread < m else ordered.new_zeros(())
     return low, high
 
 

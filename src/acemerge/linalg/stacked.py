@@ -38,7 +38,7 @@ def _stack(problems: Sequence[Problem], device: torch.device) -> list[Fit | None
     same = all(p.targets is p.sources for p in problems)
     X = Z if same else _of_all([p.targets for p in problems], T)
     a, pulls = (
-        torch.tensor(rows, dtype=Z.dtype, device=device)[..., None, None]
+        torch.tensor(rows, dtype=Z.dtype).to(device)[..., None, None]
         for rows in ([p.weights for p in problems], [p.pulls or [0.0] * T for p in problems])
     )
     weighted = a * Z
@@ -47,7 +47,7 @@ def _stack(problems: Sequence[Problem], device: torch.device) -> list[Fit | None
     means = A.mean(-2)  # (P, in)
     diagonal = A.diagonal(dim1=-2, dim2=-1)
     fixed, relative, prior = (
-        torch.tensor(column, dtype=Z.dtype, device=device)
+        torch.tensor(column, dtype=Z.dtype).to(device)
         for column in zip(*((p.ridge, p.relative_ridge, p.prior or 0.0) for p in problems), strict=True)
     )
     diagonal.add_((fixed + relative * diagonal.mean(-1))[:, None])

@@ -43,7 +43,8 @@ def upright(deltas: Float[Tensor, "T out in"], layer: Layer) -> Upright | None:
     rows, columns = layer.sides(deltas)
     turned = deltas.shape[1] < deltas.shape[2]
     experts = [deltas[t].T if turned else deltas[t] for t in kept]
-    return Upright(experts, layer.weights[kept].tolist(), (columns, rows) if turned else (rows, columns), turned)
+    weights = layer.weights.tolist()
+    return Upright(experts, [weights[t] for t in kept], (columns, rows) if turned else (rows, columns), turned)
 
 
 @dataclass(frozen=True)

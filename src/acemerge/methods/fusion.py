@@ -41,7 +41,7 @@ class ArceeFusion:
             return no_update(deltas)
         S = importance(D, torch.zeros_like(D) if layer.base is None else layer.base)
         places = [S.numel() - i * (S.numel() - 1) // 4 for i in (1, 2, 3)]
-        q1, q2, q3 = S.new_tensor([kth_largest_magnitude(S.flatten(), k) for k in places])
+        q1, q2, q3 = torch.tensor([kth_largest_magnitude(S.flatten(), k) for k in places], dtype=S.dtype).to(S.device)
         kept = S.ge(q2 + 1.5 * (q3 - q1))  # in the type of S, whose rounding decides where entries are equal
         share = kept.sum().item() / kept.numel()
         return LayerResult(D.mul_(kept).mul_(self.scale), LayerStats(kept=share))

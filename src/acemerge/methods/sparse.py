@@ -61,7 +61,7 @@ class Ties:
     def merge_together(self, stack: Float[Tensor, "P T *shape"], layers: Sequence[Layer]) -> list[LayerResult]:
         thresholds = [self._thresholds(D, layer) for D, layer in zip(stack, layers, strict=True)]
         shape = (-1, stack.shape[1], *[1] * (stack.ndim - 2))
-        kept = at_least(magnitudes(stack), stack.new_tensor(thresholds, dtype=torch.float32).view(shape))
+        kept = at_least(magnitudes(stack), torch.tensor(thresholds, dtype=torch.float32).to(stack.device).view(shape))
         weights = torch.stack([layer.weights for layer in layers]).to(stack.dtype).view(shape)
         merged = elected_means(stack * kept * weights, self.scale)
         about = (LayerStats(thresholds=tuple(found)) for found in thresholds)

@@ -170,7 +170,8 @@ class IsoCts:
 def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[Tensor], Sequence[float]]:
     """The task vectors that are not zero and have a weight, and these weights."""
     kept: list[int] = ((energies(deltas) > 0) & (layer.weights != 0)).nonzero().flatten().tolist()
-    return [deltas[t] for t in kept], layer.weights[kept].tolist()
+    weights = layer.weights.tolist()
+    return [deltas[t] for t in kept], [weights[t] for t in kept]
 
 
 def precise_sum(deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"]) -> Float[Tensor, "out in"]:

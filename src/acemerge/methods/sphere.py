@@ -184,7 +184,7 @@ class Weights:
         """`scale (sum_i shares_i W_i - W_0)`."""
         M = torch.empty_like(self.deltas[0])
         for rows in row_blocks(self.deltas):
-            merged = torch.tensordot(torch.tensor(shares, dtype=M.dtype, device=M.device), self._block(rows), dims=1)
+            merged = torch.tensordot(torch.tensor(shares, dtype=M.dtype).to(M.device), self._block(rows), dims=1)
             M[rows] = (merged if self.base is None else merged - self.base[rows]) * scale
         return M
 

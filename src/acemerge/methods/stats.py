@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from acemerge.errors import UsageError
@@ -164,6 +164,14 @@ _SAID = {
     if found.metadata
 }
 KEYS = _SAID.keys() | {"status", "slices", "projections"}
+
+
+def on_host(stats: LayerStats, helped: bool) -> LayerStats:
+    """What is said of a layer, and that the host did what its device could not where it has `helped`."""
+    if not helped or Status.ON_HOST in stats.statuses:
+        return stats
+    before = () if stats.statuses == (Status.OK,) else stats.statuses
+    return replace(stats, statuses=(*before, Status.ON_HOST))
 
 
 def of_slices(parts: Sequence[LayerStats]) -> LayerStats:

@@ -35,6 +35,7 @@ class Status(Enum):
         "merged by tsv_m, for the calibration data never reached them",
         "calibrate with data that does",
     )
+    ON_HOST = "partly on the host", "products or factorings that the device lacks were left to the host"
 
     sentence: str
     cure: str

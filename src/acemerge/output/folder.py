@@ -367,7 +367,7 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: b
 
 def check_contents(path: Path, overwrite: bool, resume: bool, in_parts: bool) -> None:
     """UsageError where a folder holds something that is not to be replaced, or an unfinished run of the other kind."""
-    names = set(files.list_folder(path)) - {LOCK}
+    names = {name for name in files.list_folder(path) if not name.startswith(LOCK)}
     if in_parts and JOURNAL in names:
         cure = "continue it with --resume alone, or choose another folder"
         raise UsageError(path, "holds an unfinished merge that is not done in parts", cure)

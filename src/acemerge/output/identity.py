@@ -15,6 +15,7 @@ import torch
 from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hashes import Read
+from acemerge.linalg.device import accelerator, device_name
 from acemerge.output.manifest import versions
 from acemerge.recipes.recipe import Recipe
 
@@ -58,10 +59,8 @@ def _pinned(recipe: Recipe, origins: Sequence[str]) -> dict[str, Any]:
 def _device(name: str) -> dict[str, str]:
     """Which one was asked for, and of an accelerator what it is: each kind rounds in its own way."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return {"device": name}
-    return {"device": name, "accelerator": torch.cuda.get_device_name(torch.device(name))}
+        name = accelerator() or "cpu"
+    return {"device": name} if name == "cpu" else {"device": name, "accelerator": device_name(torch.device(name))}
 
 
 def _processor() -> dict[str, Any]:

@@ -66,13 +66,15 @@ class Journal:
         self._path = folder / JOURNAL
         fresh = folder / (JOURNAL + PARTIAL)
         files.remove(fresh)
-        self._descriptor = files.create(fresh)
+        self._descriptor, self._length = files.create(fresh), 0
         self._write([{"identity": done.identity}, *([{"findings": done.findings}] if done.findings else [])])
         self._findings, self._also = dict(done.findings), also
         self.add(done.steps)
         self.read: dict[str, Mapping[str, Hashed] | None] = {}
         self.have_read(done.read)
+        files.close(self._descriptor)  # Windows renames no open file
         files.rename(fresh, self._path)
+        self._descriptor = files.reopen(self._path, self._length)
 
     def found(self, findings: Mapping[str, Any]) -> None:
         """Note what was found out beside the tensors."""
@@ -97,6 +99,7 @@ class Journal:
         text = spelled(entries)
         if text:
             files.write_all(self._descriptor, text, self._path)
+            self._length += len(text)
 
 
 def spelled(entries: Iterable[Mapping[str, Any]]) -> bytes:

@@ -48,8 +48,8 @@ def measure_rates(device: torch.device) -> Rates:
     def on_device(work: Callable[[], object]) -> Callable[[], object]:
         def done() -> None:
             work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
 
         return done
 
