@@ -27,11 +27,14 @@ from task_builders import (
 )
 
 import acemerge
+from acemerge.engine import opening
+from acemerge.engine.opening import RunOptions
 from acemerge.errors import CheckpointError, UsageError
-from acemerge.evaluation.compare import with_experts
+from acemerge.evaluation.compare import by_methods, merge_all, with_experts
 from acemerge.evaluation.evaluate import Run, evaluate
 from acemerge.evaluation.tables import Score
-from acemerge.recipes.recipe import make_recipe
+from acemerge.planning.planner import make_plan
+from acemerge.recipes.recipe import Recipe, make_recipe
 from acemerge.tasks.heads import find_heads
 from acemerge.tasks.networks import open_model, pooled
 from acemerge.tasks.predict import encode, score, text_batches
@@ -236,6 +239,26 @@ def test_evaluate_and_compare_by_command(family: Path, capsys: pytest.CaptureFix
     failed(run(capsys, *words, "-o", family / "out"), 2, "holds an evaluation")
     code, _, errors = run(capsys, *words, "-o", family / "out", "--overwrite", "--quiet")
     assert (code, errors) == (0, "")
+
+
+def test_rules_side_by_side_plan_once_and_give_the_bytes_of_each_alone(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[str] = []
+
+    def counted(recipe: Recipe, *models: Any) -> Any:
+        planned.append(recipe.method.name)
+        return make_plan(recipe, *models)
+
+    monkeypatch.setattr(opening, "make_plan", counted)
+    base, experts = str(family / "base"), [str(family / "topic"), str(family / "tone")]
+    recipes = by_methods(make_recipe({"base": base, "experts": experts}, "test"), ["ties", "ace"])
+    merge_all(recipes, family / "out", RunOptions(), lambda _: None)
+    assert planned == ["ties", "ace"]
+    for name in recipes:
+        acemerge.merge(base, experts, name, family / name)
+        alone, beside = (folder / "model.safetensors" for folder in (family / name, family / "out/merged" / name))
+        assert alone.read_bytes() == beside.read_bytes()
 
 
 def test_experts_of_the_recipe_lend_their_heads(family: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from acemerge.api import run_recipe
+from acemerge.api import run_opened
 from acemerge.engine.opening import RunOptions, open_recipe
 from acemerge.errors import UsageError
 from acemerge.recipes.labels import expert_labels
@@ -30,14 +30,15 @@ def merged_folders(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
 
 
 def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
-    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
+    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned, once, before the first is
+    run.
+    """
     folders = {name: Path(folder) for name, folder in merged_folders(recipes, out).items()}
     options = replace(options, resume=True)
-    for name, recipe in recipes.items():
-        open_recipe(recipe, folders[name], options)
-    for name, recipe in recipes.items():
+    opened = {name: open_recipe(recipe, folders[name], options) for name, recipe in recipes.items()}
+    for name, run in opened.items():
         tell(f"merging by {name}")
-        run_recipe(recipe, folders[name], options)
+        run_opened(run, folders[name], options)
 
 
 def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:
