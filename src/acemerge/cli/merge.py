@@ -204,7 +204,7 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
     from acemerge.checkpoints.address import scheme_of
-    from acemerge.checkpoints.folder import CONFIG, read_config
+    from acemerge.checkpoints.config import CONFIG, read_config
     from acemerge.output.folder import CARD, REPORT
     from acemerge.output.loading import load_call
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import with_asset_folders
-from acemerge.checkpoints.folder import INDEX, Checkpoint
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hashes import known_sha256
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.weight_files import INDEX
 from acemerge.engine.execute import Records, write_heads
 from acemerge.engine.opening import Opened
 from acemerge.output.assets import write_assets

@@ -16,7 +16,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
-from acemerge.checkpoints.folder import CONFIG, Checkpoint
+from acemerge.checkpoints.config import CONFIG
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import locate_cached
+from acemerge.checkpoints.links import contained
 from acemerge.engine.applying import apply
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
+from acemerge.checkpoints.folder import open_checkpoint, open_file
+from acemerge.checkpoints.links import contained
 from acemerge.errors import UsageError, nearest
 from acemerge.output.folder import MASKS
 from acemerge.output.manifest import load_manifest

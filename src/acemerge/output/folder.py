@@ -17,9 +17,9 @@ from typing import Protocol
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.assets import HEADS, MODEL_INDEX, is_asset_folder, is_component, is_of_pipeline
-from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
+from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
