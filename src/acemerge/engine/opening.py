@@ -21,20 +21,15 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
-from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
-from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
+from acemerge.engine.matching import matched, tokens_of, unwrapped
 from acemerge.engine.pipeline import Pipeline, threads_of
 from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError, shown
-from acemerge.models.mixtures import as_stored
-from acemerge.models.roles import Roles, find_roles
-from acemerge.models.submodels import as_part
-from acemerge.models.tied_heads import heads_apart
-from acemerge.models.vocabulary import Tokens
+from acemerge.models.roles import Roles
 from acemerge.output.folder import check_output
 from acemerge.output.identity import identity
 from acemerge.output.upload import check_push
@@ -214,13 +209,13 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     applied = dict(zip(recipe.adapters, located[len(recipe.models) :], strict=True))
     labels = expert_labels([applied.get(i, located[i]).name for i in range(1, len(recipe.models))])
     owner = _assets_owner(recipe, labels, opened)
-    experts, unwrapping = _unwrapped(base, models, labels)
+    experts, unwrapping = unwrapped(base, models, labels)
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
     if recipe.slices:
         base, experts = as_sliced(recipe.slices, base, experts, labels)
-    (base, *experts), roles, matching = _matched(base, experts, labels)
-    tokens = _tokens(recipe, opened[: len(recipe.models)])
+    (base, *experts), roles, matching = matched(base, experts, labels)
+    tokens = tokens_of(recipe, opened[: len(recipe.models)])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if recipe.as_lora is not None:
         plan = as_adapter(plan, roles, recipe.as_lora)
@@ -262,49 +257,6 @@ def _check_together(options: RunOptions) -> None:
     for name in (name for name, given in beside.items() if given and options.shard is not None):
         cure = "give it by itself" if name == "finish" else "give it with --finish"
         raise UsageError(f"--shard {options.shard}", f"a part has no use for --{name}", cure)
-
-
-def _unwrapped(
-    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
-) -> tuple[Sequence[Checkpoint], list[str]]:
-    """The experts without a wrapper's part in their names, and of which it was taken off."""
-    found = [without_wrapper(expert, base.tensors) for expert in experts]
-    notes = [f"expert {label}: {about}" for label, (_, about) in zip(labels, found, strict=True) if about]
-    return [expert for expert, _ in found], notes
-
-
-def _matched(
-    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
-) -> tuple[Sequence[Checkpoint], Roles, list[str]]:
-    """All models under names that the base knows, their roles, and what was done about those that differ."""
-    # The experts' own names too: a tied tensor may have its other spelling there only.
-    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    roles, models, notes = find_roles(base.config, specs), [base], []
-    for label, expert in zip(labels, experts, strict=True):
-        model, part = as_part(expert, label, base, roles)
-        model, layout = as_stored(model, label, base, roles)
-        models.append(model)
-        notes += [note for note in (part, layout) if note]
-    who = ["base", *(f"expert {label}" for label in labels)]
-    apart, roles, tied = heads_apart(models, who, roles)
-    return apart, roles, [*notes, *tied]
-
-
-def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
-    """The tokens of every model; nothing where all have the same and nothing is to be matched."""
-    if recipe.vocabulary != "refuse":
-        return [read_tokens(model) for model in models]
-    if same_tokenizer([model for model in models if model.adapter is None]):
-        return ()
-    return [_tokens_if_readable(model) for model in models]
-
-
-def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
-    """To warn by: the merge itself does not need them."""
-    try:
-        return read_tokens(model)
-    except CheckpointError:
-        return None
 
 
 def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:
