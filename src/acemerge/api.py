@@ -34,9 +34,10 @@ from acemerge.engine.executor import Executor, Here
 from acemerge.engine.in_parts import compute_parts, machines_of, parts_to_do, put_together
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.on_ray import on_ray
-from acemerge.engine.opening import Opened, RunOptions, identity_of, make_options, open_recipe
+from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
+from acemerge.engine.run_options import RunOptions, make_options
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
 from acemerge.errors import CheckpointError, LockedError, UsageError, addressed, shortages

@@ -16,8 +16,9 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.execute import Layout, OnProgress, Progress
 from acemerge.engine.executor import Executor
-from acemerge.engine.opening import Opened, RunOptions
+from acemerge.engine.opening import Opened
 from acemerge.engine.parts import gather
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError
 from acemerge.output.folder import MANIFEST, RESUMABLE, WORK, Output, remove_files
 from acemerge.output.identity import digest

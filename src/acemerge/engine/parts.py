@@ -21,8 +21,9 @@ from acemerge.engine.execute import (
     walker,
     write_weights,
 )
-from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
+from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
