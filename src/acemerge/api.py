@@ -45,13 +45,14 @@ from acemerge.errors import LockedError, UsageError, addressed, shortages
 from acemerge.inspection.afterwards import how_far
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import digest, with_same_bytes
 from acemerge.output.journal import Done
 from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
+from acemerge.output.names import MANIFEST
 from acemerge.output.parts import holds_parts
 from acemerge.output.place import output_at
+from acemerge.output.protocol import Output
 from acemerge.output.same_run import check_same_run, is_finished
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify

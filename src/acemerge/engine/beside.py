@@ -17,10 +17,11 @@ from acemerge.engine.execute import Records, write_heads
 from acemerge.engine.opening import Opened
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
-from acemerge.output.folder import CARD, PICTURE, Output
 from acemerge.output.manifest import InputFile
+from acemerge.output.names import CARD, PICTURE
 from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
+from acemerge.output.protocol import Output
 from acemerge.output.shares import layer_shares
 from acemerge.output.writer import index_bytes
 from acemerge.planning.as_lora import adapter_config
