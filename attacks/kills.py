@@ -8,7 +8,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
-from acemerge.output.folder import OLD
+from acemerge.output.names import OLD
 from acemerge.output.verify import verify
 from attacks.faulty import faulty, killing, unfaulty
 from attacks.harness import Tally, check, clean, main

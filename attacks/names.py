@@ -18,7 +18,8 @@ from rich.console import Console
 import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.cli import plan
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.recipes.recipe import make_recipe
 from attacks import models
 from attacks.harness import Must, Tally, check, clean, main

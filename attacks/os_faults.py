@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from acemerge.errors import AcemergeError
-from acemerge.output.folder import OLD
+from acemerge.output.names import OLD
 from acemerge.output.verify import verify
 from attacks.faulty import CODES, Fault, failing, faulty, short, unfaulty
 from attacks.harness import Tally, check, clean, main

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from acemerge.checkpoints.folder import MAX_CONFIG, open_checkpoint, open_file
+from acemerge.checkpoints.config import MAX_CONFIG
+from acemerge.checkpoints.folder import open_checkpoint, open_file
 from acemerge.checkpoints.header import MAX_HEADER, MAX_TENSORS
 from attacks import models
 from attacks.harness import Meter, Must, Tally, clean, in_child, main

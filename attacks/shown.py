@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 
 from acemerge.cli import text as cli_text
 from acemerge.cli.app import main as command_line
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import printable
 from acemerge.inspection.analysis import analyse
 from acemerge.inspection.analysis_tables import as_csv, markdown

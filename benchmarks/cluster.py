@@ -35,7 +35,8 @@ import torch
 from checkpoints import LAYOUTS, Layout, Shape, _header, _nbytes, _shards, attention, mlp, write_all
 
 import acemerge
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.opening import Opened, open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.methods import make
 from acemerge.planning.costs import RESIDENT, operations
 from acemerge.planning.estimate import Rates, measure_rates, piece_seconds

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from acemerge.api import run_opened
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.recipes.recipe import make_recipe
 

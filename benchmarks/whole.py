@@ -37,7 +37,8 @@ from torch import Tensor
 
 import acemerge
 from acemerge.engine.foreseen import expected_memory
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import ByRule, Plan
 from acemerge.recipes.recipe import make_recipe

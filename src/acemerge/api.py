@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes, whole_files
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
+from acemerge.engine.events import event_fields, logged
 from acemerge.engine.execute import (
     OnProgress,
     Progress,
@@ -34,25 +35,25 @@ from acemerge.engine.executor import Executor, Here
 from acemerge.engine.in_parts import compute_parts, machines_of, parts_to_do, put_together
 from acemerge.engine.merge_options import MergeOptions
 from acemerge.engine.on_ray import on_ray
-from acemerge.engine.opening import Opened, RunOptions, identity_of, make_options, open_recipe
+from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
+from acemerge.engine.run_options import RunOptions, make_options
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Walk
-from acemerge.errors import CheckpointError, LockedError, UsageError, addressed, shortages
-from acemerge.inspection.advice import of_frozen
+from acemerge.errors import LockedError, UsageError, addressed, shortages
+from acemerge.inspection.afterwards import how_far
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.folder import MANIFEST, Output
-from acemerge.output.identity import difference, digest, with_same_bytes
-from acemerge.output.journal import JOURNAL, Done
-from acemerge.output.length import length_of, length_of_tokens, length_warning, tokens_warning
-from acemerge.output.manifest import InputFile, build_manifest, load_manifest, to_bytes
+from acemerge.output.identity import digest, with_same_bytes
+from acemerge.output.journal import Done
+from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
+from acemerge.output.names import MANIFEST
 from acemerge.output.parts import holds_parts
 from acemerge.output.place import output_at
-from acemerge.output.records import records_of
-from acemerge.output.shares import energies_of, total_energies
+from acemerge.output.protocol import Output
+from acemerge.output.same_run import check_same_run, is_finished
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
@@ -141,10 +142,10 @@ def run_opened(opened: Opened, out: Path | None, options: RunOptions, on_progres
 def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     plan, started = opened.plan, time.perf_counter()
     check_room(torch.get_num_threads())
-    on_progress = _logged(on_progress)
-    log.info("%d tensors of %d experts", len(plan.jobs), len(plan.experts), extra=_fields("started", out=out))
+    on_progress = logged(log, on_progress)
+    log.info("%d tensors of %d experts", len(plan.jobs), len(plan.experts), extra=event_fields("started", out=out))
     for warning in plan.warnings:
-        log.warning(warning, extra=_fields("warning"))
+        log.warning(warning, extra=event_fields("warning"))
     if options.report:
         check_libraries()
     if not options.force:
@@ -163,12 +164,12 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     with output_at(out, options.overwrite, options.resume, options.finish) as output:
         done = Done(about)
         if options.resume and not options.finish:
-            if _is_finished(out, about, options.overwrite):
+            if is_finished(out, about, options.overwrite):
                 return _was_complete(out, output, options, on_progress)
             done = output.left(opened.layout.files) or done
             models = list(zip(opened.origins, opened.models, strict=True))
             before = with_same_bytes(done.identity, about, models, done.read)
-            _check_same_run(out, before, about)
+            check_same_run(out, before, about)
             done = replace(done, identity=about)
         if options.finish:
             manifest = put_together(opened, output, about, options.hash_files)
@@ -186,7 +187,7 @@ def _in_parts(
         with contextlib.ExitStack() as stack:
             output = _held_when_free(stack, out, options)
             about = machines_of(executor, output, about)
-            if options.resume and _is_finished(out, about, options.overwrite):
+            if options.resume and is_finished(out, about, options.overwrite):
                 return _was_complete(out, output, options, on_progress)
             parts = parts_to_do(opened, output, about, options.resume, executor.slots)
         compute_parts(opened, out, parts, executor, options, on_progress)
@@ -220,7 +221,7 @@ def _executor(
 def _was_complete(out: Path, output: Output, options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of a run that was published before it was killed."""
     output.discard()
-    log.info("%s was complete: verifying it", addressed(out), extra=_fields("complete", out=out))
+    log.info("%s was complete: verifying it", addressed(out), extra=event_fields("complete", out=out))
     return replace(_finished(out, verify(out), options, on_progress), was_complete=True)
 
 
@@ -248,6 +249,14 @@ def _dry_run(
         return dry_run(opened.plan, setting, walks("merge")), measured
 
 
+def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What is only known when all was read: how far the merge goes, and more warnings behind those of the plan."""
+    length, found = how_far(manifest)
+    for warning in found:
+        log.warning(warning, extra=event_fields("warning"))
+    return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}
+
+
 def _calibrating(
     opened: Opened, folder: Path, about: Mapping[str, Any], walk: Walk, on_progress: OnProgress
 ) -> Calibrating:
@@ -257,52 +266,15 @@ def _calibrating(
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
     """The report of an output that is there and, where it is to be uploaded, was verified."""
     report = MergeReport(out, manifest)
-    written = _fields("finished", out=out, bytes=report.bytes_written, seconds=manifest["seconds"])
+    written = event_fields("finished", out=out, bytes=report.bytes_written, seconds=manifest["seconds"])
     log.info("%s is complete: %d tensors", addressed(out), len(report.tensors), extra=written)
     if options.report:
         write_report(out, on_progress=on_progress)
     if options.push is None:
         return report
     address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
-    log.info("uploaded to %s", address, extra=_fields("pushed", address=address))
+    log.info("uploaded to %s", address, extra=event_fields("pushed", address=address))
     return replace(report, pushed=address)
-
-
-def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What is only known when all was read: how far the merge goes, and with the other warnings one where that is too
-    far, and experts that are the base itself.
-    """
-    labels, records = manifest["experts"], records_of(manifest)
-    compared = any(energies_of(record, labels) for record in records.values())
-    found = [str(advice) for advice in of_frozen(labels, total_energies(labels, records))] if compared else []
-    length = length_of(labels, records)
-    if length is not None and length.overshoots and len(labels) > 1:
-        found.append(length_warning(length, manifest["recipe"]))
-    tokens = length_of_tokens(labels, records)
-    if tokens is not None and tokens.overshoots and len(labels) > 1:
-        found.append(tokens_warning(tokens))
-    for warning in found:
-        log.warning(warning, extra=_fields("warning"))
-    return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}
-
-
-def _fields(event: str, **fields: Any) -> dict[str, Any]:
-    """What a logged event is, and its figures, for handlers that want more than words."""
-    known = {key: addressed(value) if isinstance(value, Path) else value for key, value in fields.items()}
-    return {"event": event, "fields": known}
-
-
-def _logged(on_progress: OnProgress) -> OnProgress:
-    """The same, and every step is logged, too."""
-    if not log.isEnabledFor(logging.DEBUG):
-        return on_progress
-
-    def told(now: Progress) -> None:
-        message = "%s: %d of %d %s, %s", now.stage, now.done, now.total, now.unit, now.name
-        log.debug(*message, extra=_fields("progress", **asdict(now)))
-        on_progress(now)
-
-    return told
 
 
 def _write(opened: Opened, output: Output, done: Done, options: RunOptions, on_progress: OnProgress) -> dict[str, Any]:
@@ -343,29 +315,8 @@ def _part(
     found, was_done = compute_part(opened, out, about, options, on_progress)
     unread: list[tuple[str, dict[str, InputFile]]] = [(origin, {}) for origin in opened.origins]
     manifest = build_manifest(opened.plan, found.records, unread, found.written, _since(started))
-    log.info("part %s of %s is done", opened.part, out, extra=_fields("part", out=out, part=str(opened.part)))
+    log.info("part %s of %s is done", opened.part, out, extra=event_fields("part", out=out, part=str(opened.part)))
     return MergeReport(out, manifest, was_complete=was_done, part=str(opened.part))
-
-
-def _is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether this very run was finished before it was killed."""
-    if files.kind(out / MANIFEST) == "nothing":
-        return False
-    try:
-        if load_manifest(out).get("run") == digest(about):
-            return True
-    except CheckpointError:  # what it holds is damaged
-        if not overwrite:
-            raise
-    if not overwrite and files.kind(out / JOURNAL) == "nothing":
-        raise UsageError(out, "holds a finished merge of another run", "choose another folder or add --overwrite")
-    return False
-
-
-def _check_same_run(out: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = difference(before, now)
-    if changed:
-        raise UsageError(out, f"cannot go on: {changed}", "undo the change, or start again with --overwrite")
 
 
 def _since(started: float) -> float:

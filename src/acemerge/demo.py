@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import SINGLE
+from acemerge.checkpoints.weight_files import SINGLE
 from acemerge.errors import AcemergeError, UsageError, printable
 from acemerge.models.quiet import quiet_transformers
 from acemerge.shapes import Float, Tensor

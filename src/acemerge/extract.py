@@ -6,7 +6,8 @@ from pathlib import Path
 
 from acemerge.api import run_opened
 from acemerge.checkpoints.files import output_path
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.merge_report import MergeReport
 from acemerge.recipes.recipe import make_recipe

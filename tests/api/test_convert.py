@@ -14,7 +14,7 @@ from torch import Tensor
 
 from acemerge import api
 from acemerge.engine.convert import open_conversion
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.output.verify import verify
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)

@@ -19,7 +19,7 @@ from commands import failed, run
 import acemerge
 from acemerge.cli.options import Options
 from acemerge.engine.merge_options import MergeOptions
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import UsageError
 from acemerge.methods import DEFAULT, METHODS, rule_name
 from acemerge.recipes.recipe import Recipe, make_recipe

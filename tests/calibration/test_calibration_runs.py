@@ -17,7 +17,8 @@ from task_builders import sentences, write_tasks, write_tsv
 import acemerge
 from acemerge.calibration import calibrate
 from acemerge.engine import execute
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.manifest import load_manifest
 from acemerge.recipes.recipe import load_recipe

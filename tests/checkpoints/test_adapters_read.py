@@ -16,7 +16,8 @@ from torch import Tensor
 import acemerge
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine import pipeline
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.recipes.recipe import make_recipe
 

@@ -18,7 +18,7 @@ from acemerge.api import run_opened
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.engine.convert import open_conversion
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.output.verify import verify
 from acemerge.planning import pieces

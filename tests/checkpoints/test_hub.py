@@ -18,7 +18,7 @@ from huggingface_hub import constants
 import acemerge
 from acemerge import api
 from acemerge.checkpoints.hub import locate
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError
 from acemerge.extract import extract_lora
 from acemerge.output.verify import verify

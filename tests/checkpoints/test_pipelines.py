@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import acemerge
-from acemerge.checkpoints.folder import needed_files
+from acemerge.checkpoints.weight_files import needed_files
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.verify import verify
 from attacks.merging import snapshot

@@ -8,7 +8,7 @@ import pytest
 from stores import FaultyClient
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import is_model_file
+from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import CheckpointError
 
 

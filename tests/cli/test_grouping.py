@@ -15,7 +15,8 @@ from rich.console import Console
 
 from acemerge.cli.grouping import grouped, natural, shortened
 from acemerge.cli.plan import show
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.recipes.recipe import make_recipe
 
 NAMES = [f"model.layers.{i}.{part}.weight" for i in (10, 2, 0, 1) for part in ("up", "down")] + ["lm_head.weight"]

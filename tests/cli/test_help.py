@@ -16,7 +16,7 @@ from examples import PROGRAMS, ROOT
 from acemerge.cli.app import COMMANDS, app
 from acemerge.cli.command import Command, grouped
 from acemerge.cli.options import GROUPS, Options
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.recipes.recipe import Recipe
 from acemerge.reproduction.pack import PACKS
 

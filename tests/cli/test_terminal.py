@@ -21,7 +21,8 @@ from acemerge.cli.merge import after, before, next_steps, pairs
 from acemerge.cli.progress import Pace, progress, view
 from acemerge.cli.text import duration, say, table
 from acemerge.engine.execute import Progress
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.opening import Opened, open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import printable
 from acemerge.methods import make
 from acemerge.planning import estimate

@@ -17,7 +17,8 @@ import acemerge
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.lora import open_expert
 from acemerge.engine.compute import compute
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.engine.work import Place, Setting
 from acemerge.planning.costs import cost, operations
 from acemerge.planning.jobs import Plan

@@ -18,7 +18,8 @@ from memory_probe import added_by, allocated_by
 from acemerge.checkpoints.folder import open_checkpoint
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.engine.foreseen import expected_memory
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.methods import METHODS, make
 from acemerge.output.writer import header_bytes, tensor_bytes
 from acemerge.planning.costs import peak_memory

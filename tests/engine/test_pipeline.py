@@ -24,8 +24,9 @@ from acemerge.checkpoints.hashes import check_unchanged
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.buffers import Buffers
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
 from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.run_options import RunOptions
 from acemerge.engine.work import Loaded, Place
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.methods import make

@@ -28,7 +28,7 @@ from task_builders import (
 
 import acemerge
 from acemerge.engine import opening
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.evaluation.compare import by_methods, merge_all, with_experts
 from acemerge.evaluation.evaluate import Run, evaluate

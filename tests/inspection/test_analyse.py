@@ -20,7 +20,8 @@ from task_builders import save_encoder, sentences, write_tasks, write_tsv
 from torch import Tensor
 
 import acemerge
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.inspection.analysis import Analysis, LayerAnalysis, analyse, with_data
 from acemerge.inspection.analysis_files import write_analysis
 from acemerge.inspection.analysis_tables import as_csv, as_json, layer_rows, markdown, summary

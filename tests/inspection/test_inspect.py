@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity as cosine
 
 import acemerge
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.inspection.statistics import squared_norms, stable_ranks, sums
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.linalg.krylov import spectral_norms

@@ -15,7 +15,7 @@ from torch import Tensor
 import acemerge
 from acemerge.api import run_opened
 from acemerge.engine.convert import open_conversion
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError
 
 NAMES = {

@@ -16,7 +16,7 @@ import acemerge
 from acemerge.api import run_opened
 from acemerge.checkpoints import files
 from acemerge.engine.convert import open_conversion
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.output.origin import Origin, common_license, origin_of
 from acemerge.output.picture import shares_picture
 from acemerge.output.shares import layer_shares

@@ -18,7 +18,7 @@ import acemerge
 from acemerge import api
 from acemerge.checkpoints import files
 from acemerge.cli.app import main
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.models.depth import stacked_config
 from acemerge.output.verify import verify

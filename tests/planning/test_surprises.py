@@ -9,7 +9,8 @@ import pytest
 from builders import PlainModel, make_model, perturb
 
 import acemerge
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.recipes.recipe import make_recipe
 
 

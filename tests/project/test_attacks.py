@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import attacks
-from acemerge.checkpoints import files, folder, header
+from acemerge.checkpoints import config, files, folder, header, weight_files
 from acemerge.checkpoints.patterns import Pattern
 from acemerge.cli import text as cli_text
 from acemerge.engine import one_layer
@@ -200,18 +200,19 @@ def _all_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _links_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "contained", lambda root, name: (root / name).resolve())
+    for module in (config, folder, weight_files):
+        monkeypatch.setattr(module, "contained", lambda root, name: (root / name).resolve())
 
 
 def _any_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight map may name any file, and it is read."""
-    monkeypatch.setattr(folder, "_check_index", lambda *_: None)
-    monkeypatch.setattr(folder, "_weight_files", lambda root, names, kind: [root / "../bait.safetensors"])
+    monkeypatch.setattr(weight_files, "_check_index", lambda *_: None)
+    monkeypatch.setattr(folder, "weight_files", lambda root, names, kind: [root / "../bait.safetensors"])
 
 
 def _index_after_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are read before the index is held against them."""
-    checked = folder._check_index
+    checked = weight_files._check_index
 
     def late(root: Path, places: Any, kind: Any) -> None:
         for info in places.values():
@@ -221,12 +222,13 @@ def _index_after_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
             files.close(descriptor)
         checked(root, places, kind)
 
-    monkeypatch.setattr(folder, "_check_index", late)
+    monkeypatch.setattr(weight_files, "_check_index", late)
 
 
 def _unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(header, "MAX_PARTS", 1 << 60)
-    monkeypatch.setattr(folder, "MAX_PARTS", 1 << 60)
+    monkeypatch.setattr(config, "MAX_PARTS", 1 << 60)
+    monkeypatch.setattr(weight_files, "MAX_PARTS", 1 << 60)
 
 
 def _not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +283,12 @@ def _oversized(path: Path) -> Tally:
 
 BREACHES: dict[str, tuple[Breach, Callable[[Path], Tally]]] = {
     "headers, layout": (_anything_goes(header, "_check_layout"), lambda path: headers.batch(path, 0, 400, 0)),
-    "headers, index": (_anything_goes(folder, "_check_index"), lambda path: headers.batch(path, 0, 400, 0)),
+    "headers, index": (_anything_goes(weight_files, "_check_index"), lambda path: headers.batch(path, 0, 400, 0)),
     "headers, another error": (_not_repeated, lambda path: headers.batch(path, 0, 400, 0)),
     "oversize": (_unlimited, lambda path: _oversized(path)),
     "layout": (_anything_goes(header, "_check_layout"), lambda path: layout.attack(path, 40, 0)),
     "truncation": (_anything_goes(header, "_check_layout"), lambda path: truncation.attack(path, 40, 0)),
-    "shards": (_anything_goes(folder, "_check_index"), lambda path: shards.attack(path, 40, 0)),
+    "shards": (_anything_goes(weight_files, "_check_index"), lambda path: shards.attack(path, 40, 0)),
     "shards, late": (_index_after_tensors, lambda path: shards.attack(path, 40, 0)),
     "names": (_all_names, lambda path: names.attack(path, 1, 0)),
     "names, a file outside": (_any_file, lambda path: names.attack(path, 1, 0)),
@@ -318,7 +320,7 @@ def test_a_pickle_that_runs_is_found(name: str, tmp_path: Path) -> None:
 
 
 def test_a_bomb_that_goes_off_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MAX_CONFIG", 1 << 28)
+    monkeypatch.setattr(config, "MAX_CONFIG", 1 << 28)
     place = models.write_single(tmp_path / "model")
     os.truncate(place / "config.json", 1 << 27)
     tally = Tally()

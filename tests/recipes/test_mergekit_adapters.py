@@ -13,7 +13,8 @@ from mergekit_shelf import beside_mergekit, by_mergekit, layers_of, make_shelf, 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.verify import verify
 from acemerge.recipes.recipe import load_recipe, make_recipe

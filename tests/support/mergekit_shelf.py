@@ -16,7 +16,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge import api
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.recipes.recipe import load_recipe
 
 Tensors = dict[str, Tensor]

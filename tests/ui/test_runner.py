@@ -12,7 +12,7 @@ from builders import load_folder
 from ui_choices import picked
 
 from acemerge.engine.execute import OnProgress, Progress
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, shortage_of
 from acemerge.ui import steps, view
 from acemerge.ui.folders import Folders

@@ -16,7 +16,8 @@ from hostile import TERMINAL
 from ui_choices import picked
 
 from acemerge.engine.execute import Progress
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.survey import survey
 from acemerge.methods import METHODS

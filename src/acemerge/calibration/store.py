@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import Checkpoint, contained, open_file
+from acemerge.checkpoints.folder import Checkpoint, open_file
 from acemerge.checkpoints.header import TensorSpec, parse_json
+from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError
 from acemerge.methods import Calibration
 from acemerge.output.writer import PARTIAL, header_bytes, tensor_bytes, write_partial

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import HUB, parse, place_of, scheme_of
 from acemerge.checkpoints.assets import with_asset_folders
-from acemerge.checkpoints.folder import CONFIG, listed_files, needed_files
+from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.nearby import almost
 from acemerge.checkpoints.objects import hub_store
+from acemerge.checkpoints.weight_files import listed_files, needed_files
 from acemerge.errors import CheckpointError, UsageError, addressed
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"

@@ -10,19 +10,13 @@ from pathlib import Path
 from acemerge.checkpoints import files
 from acemerge.checkpoints.adapter import Adapter, StackedFactors, Update
 from acemerge.checkpoints.adapter_config import MERGE_FIRST, AdapterSettings, read_adapter_settings
-from acemerge.checkpoints.folder import (
-    ADAPTER,
-    CONVERT,
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    contained,
-    open_checkpoint,
-    read_config,
-)
+from acemerge.checkpoints.config import read_config
+from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.header import TensorInfo, TensorSpec, read_header
+from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
+from acemerge.checkpoints.weight_files import ADAPTER, CONVERT, INDEX, SINGLE
 from acemerge.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_MODEL = ADAPTER

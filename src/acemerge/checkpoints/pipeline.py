@@ -10,8 +10,11 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import MODEL_INDEX, component_weights, is_component, is_of_pipeline
-from acemerge.checkpoints.folder import Checkpoint, contained, has_weights, read_config, safetensors_in
+from acemerge.checkpoints.config import read_config
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import TensorInfo
+from acemerge.checkpoints.links import contained
+from acemerge.checkpoints.weight_files import has_weights, safetensors_in
 from acemerge.errors import CheckpointError
 
 

@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import MAX_CONFIG, Checkpoint, contained
+from acemerge.checkpoints.config import MAX_CONFIG
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import MAX_PARTS, parse_json
+from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.tokenizer import spelled
 from acemerge.errors import CheckpointError
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import Checkpoint, contained
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import parse_json
+from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"

@@ -204,9 +204,9 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     """How to load the output, to score it and to look at it."""
     from acemerge.checkpoints import files
     from acemerge.checkpoints.address import scheme_of
-    from acemerge.checkpoints.folder import CONFIG, read_config
-    from acemerge.output.folder import CARD, REPORT
+    from acemerge.checkpoints.config import CONFIG, read_config
     from acemerge.output.loading import load_call
+    from acemerge.output.names import CARD, REPORT
 
     assert report.out is not None
     outputs, out = report.manifest["outputs"], shlex.quote(addressed(report.out))

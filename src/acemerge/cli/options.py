@@ -16,7 +16,7 @@ from acemerge.checkpoints.files import folder_path
 from acemerge.errors import UsageError
 
 if TYPE_CHECKING:
-    from acemerge.engine.opening import RunOptions
+    from acemerge.engine.run_options import RunOptions
     from acemerge.recipes.recipe import Recipe
 
 # The groups of a command's help, in their order.
@@ -167,7 +167,7 @@ class Options:
 
     def run_options(self) -> RunOptions:
         """How to run it; what was not given is left to the defaults there."""
-        from acemerge.engine.opening import RunOptions, make_options
+        from acemerge.engine.run_options import RunOptions, make_options
 
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(RunOptions)}
         return make_options({name: value for name, value in given.items() if value is not None})

@@ -94,7 +94,7 @@ def print_json(value: Any) -> None:
 def outcome(report: MergeReport) -> dict[str, Any]:
     """Of an output that was written, as JSON."""
     from acemerge.checkpoints import files
-    from acemerge.output.folder import MANIFEST, REPORT
+    from acemerge.output.names import MANIFEST, REPORT
 
     assert report.out is not None
     manifest, page = report.manifest, report.out / REPORT

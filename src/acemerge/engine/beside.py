@@ -8,18 +8,20 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import with_asset_folders
-from acemerge.checkpoints.folder import INDEX, Checkpoint
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hashes import known_sha256
 from acemerge.checkpoints.lora import ADAPTER_CONFIG
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.weight_files import INDEX
 from acemerge.engine.execute import Records, write_heads
 from acemerge.engine.opening import Opened
 from acemerge.output.assets import write_assets
 from acemerge.output.card import model_card
-from acemerge.output.folder import CARD, PICTURE, Output
 from acemerge.output.manifest import InputFile
+from acemerge.output.names import CARD, PICTURE
 from acemerge.output.origin import Origin, origin_of
 from acemerge.output.picture import shares_picture
+from acemerge.output.protocol import Output
 from acemerge.output.shares import layer_shares
 from acemerge.output.writer import index_bytes
 from acemerge.planning.as_lora import adapter_config

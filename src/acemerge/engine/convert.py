@@ -9,7 +9,8 @@ import torch
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import locate
-from acemerge.engine.opening import Opened, RunOptions, check_output_apart
+from acemerge.engine.opening import Opened, check_output_apart
+from acemerge.engine.run_options import RunOptions
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
 from acemerge.output.folder import check_output

@@ -21,9 +21,10 @@ from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
-from acemerge.output.folder import MASKS, Output
 from acemerge.output.journal import Done, Journal, Step
+from acemerge.output.names import MASKS
 from acemerge.output.packed_masks import mask_spec
+from acemerge.output.protocol import Output
 from acemerge.output.records import TensorRecord
 from acemerge.output.writer import TensorFiles, split_shards
 from acemerge.planning.costs import bytes_written

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from acemerge.engine.execute import Progress
-from acemerge.engine.opening import Opened, RunOptions
+from acemerge.engine.opening import Opened
 from acemerge.engine.parts import compute_part
+from acemerge.engine.run_options import RunOptions
 from acemerge.planning.parts import Part
 
 OnPart = Callable[[Part, Progress], None]

@@ -16,14 +16,17 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.execute import Layout, OnProgress, Progress
 from acemerge.engine.executor import Executor
-from acemerge.engine.opening import Opened, RunOptions
+from acemerge.engine.opening import Opened
 from acemerge.engine.parts import gather
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError
-from acemerge.output.folder import MANIFEST, RESUMABLE, WORK, Output, remove_files
+from acemerge.output.folder import RESUMABLE, remove_files
 from acemerge.output.identity import digest
 from acemerge.output.manifest import build_manifest
+from acemerge.output.names import MANIFEST, WORK
 from acemerge.output.parts import begun_parts
 from acemerge.output.place import output_at
+from acemerge.output.protocol import Output
 from acemerge.output.writer import PARTIAL, write_file
 from acemerge.planning.estimate import COMMON, piece_seconds
 from acemerge.planning.parts import Part

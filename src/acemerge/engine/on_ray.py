@@ -20,8 +20,9 @@ import torch
 from acemerge.engine import remote
 from acemerge.engine.execute import Progress
 from acemerge.engine.executor import OnPart
-from acemerge.engine.opening import Opened, RunOptions
+from acemerge.engine.opening import Opened
 from acemerge.engine.ray_connection import connected, last_line
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.identity import difference
 from acemerge.output.parts import listed

@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from acemerge.checkpoints import files, machine
 from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
-from acemerge.checkpoints.folder import CONFIG, Checkpoint
+from acemerge.checkpoints.config import CONFIG
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hub import locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
-from acemerge.checkpoints.tokenizer import read_tokens, same_tokenizer
-from acemerge.checkpoints.wrappers import without_wrapper
 from acemerge.engine.agreement import check_agreement
 from acemerge.engine.devices import find_devices
 from acemerge.engine.execute import Layout
 from acemerge.engine.foreseen import allowed
+from acemerge.engine.matching import matched, tokens_of, unwrapped
 from acemerge.engine.pipeline import Pipeline, threads_of
+from acemerge.engine.run_options import RunOptions, check_together
 from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, ResourceError, UsageError, shown
-from acemerge.models.mixtures import as_stored
-from acemerge.models.roles import Roles, find_roles
-from acemerge.models.submodels import as_part
-from acemerge.models.tied_heads import heads_apart
-from acemerge.models.vocabulary import Tokens
+from acemerge.errors import CheckpointError, ResourceError, UsageError
+from acemerge.models.roles import Roles
 from acemerge.output.folder import check_output
 from acemerge.output.identity import identity
 from acemerge.output.upload import check_push
@@ -43,7 +37,7 @@ from acemerge.planning.calibration import Assigned, assign
 from acemerge.planning.costs import largest
 from acemerge.planning.jobs import Plan
 from acemerge.planning.lost_assets import lost_assets
-from acemerge.planning.parts import Part, check_parts, parse_part
+from acemerge.planning.parts import Part, check_parts
 from acemerge.planning.planner import make_plan
 from acemerge.planning.slices import as_sliced
 from acemerge.planning.surprises import same_models
@@ -52,73 +46,6 @@ from acemerge.recipes.recipe import Recipe
 
 # What libraries take beside the threads and tensors when they are used first.
 _LIBRARIES = 64 << 20
-# HOST:PORT
-_ADDRESS = re.compile(r"[A-Za-z0-9.-]+:[0-9]{1,5}|\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}", re.ASCII)
-
-
-def _device_name(value: Any) -> Any:
-    return str(value) if isinstance(value, torch.device) else value
-
-
-def _cluster(value: str | None) -> str | None:
-    """What Ray's driver may be told: its client, `ray://`, would run here without the cluster's file system."""
-    if value is not None and value not in ("auto", "local") and not _ADDRESS.fullmatch(value):
-        raise ValueError("is no cluster")
-    return value
-
-
-Bytes = Annotated[ByteSize, Field(ge=1, lt=1 << 62)]
-
-
-@pydantic_dataclass(frozen=True, config=ConfigDict(validate_default=True))
-class RunOptions:
-    """What decides how a recipe is run, but not the values that come out. Sizes are numbers of bytes, or as `5GB`."""
-
-    device: Annotated[str, BeforeValidator(_device_name)] = "cpu"
-    max_shard_size: Bytes = ByteSize(5 * 10**9)
-    workers: Annotated[int, Field(ge=1)] = 1
-    overwrite: bool = False
-    resume: bool = False
-    max_memory: Bytes | None = None
-    allow_pickle: bool = False
-    dequantize: bool = False
-    force: bool = False
-    quiet: bool = False
-    push: str | None = None
-    report: bool = False
-    shard: Annotated[Part | None, BeforeValidator(parse_part)] = None
-    finish: bool = False
-    ray: Annotated[str | None, AfterValidator(_cluster)] = None
-    stream: bool = False
-    hash_files: bool = False
-
-    @property
-    def asked_for_parts(self) -> str | None:
-        """The option that has the merge done in parts, and its value; None where none has."""
-        if self.shard is not None:
-            return f"--shard {self.shard}"
-        return "--finish" if self.finish else f"--ray {self.ray}" if self.ray is not None else None
-
-
-_WRONG = {
-    "workers": ("is not a number of workers", "use 1 or more"),
-    "max_shard_size": ("is not a size in bytes", "write for example 5GB or 512MiB"),
-    "shard": ("is no part of a merge", "write K/N with K from 1 to N, as 2/3"),
-    "ray": ("is no Ray cluster", "write HOST:PORT of its head, on a machine of the cluster; or auto, or local"),
-    "max_memory": ("is not a size in bytes", "write for example 8GB or 512MiB"),
-}
-
-
-def make_options(given: Mapping[str, Any]) -> RunOptions:
-    """Checked options of a run; UsageError names the first wrong one and the cure."""
-    try:
-        return RunOptions(**given)
-    except ValidationError as failure:
-        first = failure.errors()[0]
-        name = str(first["loc"][0])
-        message = first["msg"][0].lower() + first["msg"][1:]
-        what, cure = _WRONG.get(name, (f"is wrong: {message}", "see `acemerge merge --help`"))
-        raise UsageError(f"--{name.replace('_', '-')}", f"{shown(first['input'])} {what}", cure) from None
 
 
 @dataclass(frozen=True)
@@ -192,7 +119,7 @@ def identity_of(opened: Opened, device: str) -> dict[str, Any]:
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge; see the module."""
-    _check_together(options)
+    check_together(options)
     if out is not None:
         check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
         check_output(out, options.overwrite, options.resume, options.shard is not None or options.finish)
@@ -214,13 +141,13 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     applied = dict(zip(recipe.adapters, located[len(recipe.models) :], strict=True))
     labels = expert_labels([applied.get(i, located[i]).name for i in range(1, len(recipe.models))])
     owner = _assets_owner(recipe, labels, opened)
-    experts, unwrapping = _unwrapped(base, models, labels)
+    experts, unwrapping = unwrapped(base, models, labels)
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
     if recipe.slices:
         base, experts = as_sliced(recipe.slices, base, experts, labels)
-    (base, *experts), roles, matching = _matched(base, experts, labels)
-    tokens = _tokens(recipe, opened[: len(recipe.models)])
+    (base, *experts), roles, matching = matched(base, experts, labels)
+    tokens = tokens_of(recipe, opened[: len(recipe.models)])
     plan = make_plan(recipe, base, experts, labels, roles, tokens)
     if recipe.as_lora is not None:
         plan = as_adapter(plan, roles, recipe.as_lora)
@@ -248,63 +175,6 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     shard = options.max_shard_size
     part = options.shard
     return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration, part)
-
-
-def _check_together(options: RunOptions) -> None:
-    """UsageError where a part is asked for something that only all parts together have."""
-    if options.ray is not None and (options.shard is not None or options.finish):
-        what = f"does not go with --{'finish' if options.finish else 'shard'}"
-        raise UsageError(f"--ray {options.ray}", what, "give it alone: it computes all parts and puts them together")
-    if options.ray is not None and options.device not in ("cpu", "cuda", "auto"):
-        what = "cannot be chosen where Ray gives each task a device of its own"
-        raise UsageError(f"--device {options.device}", what, "use cpu, cuda or auto")
-    beside = {"finish": options.finish, "push": options.push is not None, "report": options.report}
-    for name in (name for name, given in beside.items() if given and options.shard is not None):
-        cure = "give it by itself" if name == "finish" else "give it with --finish"
-        raise UsageError(f"--shard {options.shard}", f"a part has no use for --{name}", cure)
-
-
-def _unwrapped(
-    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
-) -> tuple[Sequence[Checkpoint], list[str]]:
-    """The experts without a wrapper's part in their names, and of which it was taken off."""
-    found = [without_wrapper(expert, base.tensors) for expert in experts]
-    notes = [f"expert {label}: {about}" for label, (_, about) in zip(labels, found, strict=True) if about]
-    return [expert for expert, _ in found], notes
-
-
-def _matched(
-    base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
-) -> tuple[Sequence[Checkpoint], Roles, list[str]]:
-    """All models under names that the base knows, their roles, and what was done about those that differ."""
-    # The experts' own names too: a tied tensor may have its other spelling there only.
-    specs = {name: spec for source in (*reversed(experts), base) for name, spec in source.tensors.items()}
-    roles, models, notes = find_roles(base.config, specs), [base], []
-    for label, expert in zip(labels, experts, strict=True):
-        model, part = as_part(expert, label, base, roles)
-        model, layout = as_stored(model, label, base, roles)
-        models.append(model)
-        notes += [note for note in (part, layout) if note]
-    who = ["base", *(f"expert {label}" for label in labels)]
-    apart, roles, tied = heads_apart(models, who, roles)
-    return apart, roles, [*notes, *tied]
-
-
-def _tokens(recipe: Recipe, models: Sequence[Checkpoint]) -> Sequence[Tokens | None]:
-    """The tokens of every model; nothing where all have the same and nothing is to be matched."""
-    if recipe.vocabulary != "refuse":
-        return [read_tokens(model) for model in models]
-    if same_tokenizer([model for model in models if model.adapter is None]):
-        return ()
-    return [_tokens_if_readable(model) for model in models]
-
-
-def _tokens_if_readable(model: Checkpoint) -> Tokens | None:
-    """To warn by: the merge itself does not need them."""
-    try:
-        return read_tokens(model)
-    except CheckpointError:
-        return None
 
 
 def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:

@@ -21,13 +21,15 @@ from acemerge.engine.execute import (
     walker,
     write_weights,
 )
-from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
+from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError, shortages
-from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
 from acemerge.output.journal import Done
+from acemerge.output.names import MANIFEST
 from acemerge.output.parts import all_parts, check_begun, found_by_others, part_at, put_together
+from acemerge.output.protocol import Output
 from acemerge.output.writer import PARTIAL, FileSum
 from acemerge.planning.parts import Part, spread
 from acemerge.recipes.recipe import Recipe

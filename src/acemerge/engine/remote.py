@@ -22,7 +22,7 @@ from acemerge.errors import AcemergeError, LockedError, UsageError
 
 if TYPE_CHECKING:
     from acemerge.engine.execute import Progress
-    from acemerge.engine.opening import RunOptions
+    from acemerge.engine.run_options import RunOptions
     from acemerge.recipes.recipe import Recipe
 
 _OFTEN = 0.25  # seconds between two words of a part's progress

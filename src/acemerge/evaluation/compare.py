@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from acemerge.api import run_opened
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.engine.opening import open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import UsageError
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, make_recipe

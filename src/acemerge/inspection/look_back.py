@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import locate_cached
+from acemerge.checkpoints.links import contained
 from acemerge.engine.applying import apply
 from acemerge.engine.compute import task_vectors
 from acemerge.engine.execute import OnProgress, walker
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.opening import Opened, open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Place, Values, Work
 from acemerge.errors import AcemergeError, UsageError

@@ -69,14 +69,9 @@ class Knots:
         return _needs(self.inner, "left frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        frame = layer.frame or Frame.itself(layer.sides(deltas), deltas)
+        frame = _frame(deltas, layer)
         U = common_left(deltas, layer.weights, frame.columns, frame.row_probe)  # (out, k)
-        if U.shape[1] == 0:
-            return no_update(deltas)
-        blocks = torch.stack([(U.T @ D.double()).to(D.dtype) for D in deltas])  # s_i v_i^T of every expert, (T, k, in)
-        result = self.inner.merge(blocks, own_entries(layer))
-        M = U.to(deltas.dtype) @ (self.scale * result.delta)
-        return LayerResult(M, replace(result.stats, rank=U.shape[1]))
+        return _merged_between(self.inner, self.scale, deltas, layer, U)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         inner = self.inner.operations(experts, rows, columns)
@@ -111,20 +106,38 @@ class CoreSpace:
         return _needs(self.inner, "frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
-        frame = layer.frame or Frame.itself(layer.sides(deltas), deltas)
+        frame = _frame(deltas, layer)
         U = common_left(deltas, layer.weights, frame.columns, frame.row_probe)  # (out, p)
         V = common_left(deltas.mT, layer.weights, frame.rows, frame.column_probe)  # (in, q)
-        if U.shape[1] == 0:
-            return no_update(deltas)
-        cores = torch.stack([(U.T @ D.double() @ V).to(D.dtype) for D in deltas])  # (T, p, q)
-        result = self.inner.merge(cores, own_entries(layer))
-        M = U.to(deltas.dtype) @ (self.scale * result.delta) @ V.to(deltas.dtype).T
-        return LayerResult(M, replace(result.stats, rank=min(result.delta.shape)))
+        return _merged_between(self.inner, self.scale, deltas, layer, U, V)
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
         bases = basis_operations(experts, columns, rows) + basis_operations(experts, rows, columns)
         turns = 2 * (experts + 1) * rows * columns * (rows + columns)
         return self.inner.operations(experts, rows, columns) + bases + turns
+
+
+def _frame(deltas: Float[Tensor, "T out in"], layer: Layer) -> Frame:
+    return layer.frame or Frame.itself(layer.sides(deltas), deltas)
+
+
+def _merged_between(
+    inner: Method,
+    scale: float,
+    deltas: Float[Tensor, "T out in"],
+    layer: Layer,
+    U: Float[Tensor, "out p"],
+    V: Float[Tensor, "in q"] | None = None,
+) -> LayerResult:
+    """The updates in the coordinates of U, and of V where there is one, merged by the inner rule and turned back."""
+    if U.shape[1] == 0:
+        return no_update(deltas)
+    turned = (U.T @ D.double() if V is None else U.T @ D.double() @ V for D in deltas)
+    result = inner.merge(torch.stack([block.to(deltas.dtype) for block in turned]), own_entries(layer))
+    M = U.to(deltas.dtype) @ (scale * result.delta)
+    if V is None:
+        return LayerResult(M, replace(result.stats, rank=U.shape[1]))
+    return LayerResult(M @ V.to(deltas.dtype).T, replace(result.stats, rank=min(result.delta.shape)))
 
 
 def common_left(

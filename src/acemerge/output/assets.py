@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, contained, read_config
+from acemerge.checkpoints.config import CONFIG, read_config
+from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.template import TEMPLATE_FILES, commonest_template, template_file
 from acemerge.checkpoints.tokenizer import TOKENIZER, with_added
-from acemerge.output.folder import Output
+from acemerge.output.protocol import Output
 from acemerge.planning.jobs import Plan
 
 

@@ -11,9 +11,9 @@ import yaml
 
 from acemerge.checkpoints.hub import parse_id
 from acemerge.methods import METHODS
-from acemerge.output.folder import PICTURE
 from acemerge.output.loading import load_adapter_code, load_code
 from acemerge.output.markdown import code, fenced
+from acemerge.output.names import PICTURE
 from acemerge.output.origin import Origin, common_license
 from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.shares import total_energies

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained, open_checkpoint, open_file
+from acemerge.checkpoints.folder import open_checkpoint, open_file
+from acemerge.checkpoints.links import contained
 from acemerge.errors import UsageError, nearest
-from acemerge.output.folder import MASKS
 from acemerge.output.manifest import load_manifest
+from acemerge.output.names import MASKS
 from acemerge.output.packed_masks import unpack
 from acemerge.output.records import TensorRecord, records_of
 from acemerge.shapes import Tensor

@@ -12,90 +12,19 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
-from acemerge.checkpoints.assets import HEADS, MODEL_INDEX, is_asset_folder, is_component, is_of_pipeline
-from acemerge.checkpoints.folder import is_model_file
 from acemerge.checkpoints.header import parse_json
-from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
 from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
 from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
+from acemerge.output.names import LOCK, MANIFEST, MAX_MANIFEST, OLD, REPORT, WORK, is_output, side_folders
+from acemerge.output.protocol import Output
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
 from acemerge.planning.parts import SHARDS, Part
 
-MANIFEST = "acemerge.json"
-CARD = "README.md"
-PICTURE = "merge.svg"  # of the card
-REPORT = "report.html"  # made of a finished output, no part of it
-MASKS = "masks"
-MAX_MANIFEST = 512 << 20
-LOCK = ".acemerge.lock"
-WORK = ".acemerge.work"  # what a run keeps for itself until it is finished
-OLD = ".acemerge.old"
 # After these a run can be continued: nothing is wrong with what it was asked to do.
 RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
-
-
-class Output(Protocol):
-    """Where a run writes to: a folder, or a store. Files are written at `path` first, under their partial names.
-
-    `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
-    """
-
-    path: Path
-    written: dict[str, FileSum]
-    begun: bool
-    kept: bool
-
-    @property
-    def home(self) -> Path:
-        """The folder, or the address, that the output has when it is published."""
-        ...
-
-    @property
-    def work(self) -> Path:
-        """A folder for what the run needs on disk while it lasts; made by whoever needs it."""
-        ...
-
-    def left(self, names: Collection[str]) -> Done | None:
-        """What an interrupted run has done of the files of these names."""
-        ...
-
-    def left_by(self, part: Part, names: Collection[str]) -> Done | None:
-        """The same of a part of the run, whose files are to be published."""
-        ...
-
-    def unfinished(self, name: str) -> Path:
-        """Where a file lies that a part has written."""
-        ...
-
-    def begin(self, done: Done) -> Journal:
-        """Begin to write, in the place of what an interrupted run left but for what of it is done."""
-        ...
-
-    def complete(self, steps: Sequence[Step], finished: Mapping[str, FileSum]) -> None:
-        """These steps are done, and all of these files are there."""
-        ...
-
-    def keep(self) -> None:
-        """All files of a part are there: see that they stay."""
-        ...
-
-    def write_bytes(self, name: str, data: bytes) -> None: ...
-
-    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """Write a file beside the weights."""
-        ...
-
-    def publish(self, manifest: bytes) -> None:
-        """Make everything visible, the manifest last."""
-        ...
-
-    def discard(self) -> None:
-        """Remove what was written and not published."""
-        ...
 
 
 @dataclass
@@ -260,33 +189,6 @@ def remove_files(folder: Path) -> None:
         for name in files.list_folder(folder):
             files.remove(folder / name)
         files.remove_folder(folder)
-
-
-def side_folders(path: Path, kind: files.Kind = "folder") -> list[str]:
-    """What is in an output folder under the name of a folder that acemerge writes to, and is of this kind."""
-    names = files.list_folder(path) if files.kind(path) == "folder" else []
-    ours = [name for name in names if name in (HEADS, MASKS) or is_asset_folder(name)]
-    ours += [name for name in names if is_component(name) and (kind == "link" or _is_ours(path, name, names))]
-    return [name for name in ours if files.kind(path / name) == kind]
-
-
-def _is_ours(path: Path, component: str, names: Sequence[str]) -> bool:
-    """Whether the folder of a component belongs to a pipeline, or holds what was begun of one."""
-    if files.kind(path / component) != "folder":
-        return False
-    whole = any(name in names for name in (MODEL_INDEX, MODEL_INDEX + PARTIAL, MODEL_INDEX + OLD))
-    return whole or any(name.endswith(PARTIAL) for name in files.list_folder(path / component))
-
-
-def is_output(name: str) -> bool:
-    """Whether acemerge writes files of this name."""
-    if name.startswith((f"{HEADS}/", f"{MASKS}/")):
-        return name.endswith(".safetensors")
-    return (
-        name in (MANIFEST, CARD, PICTURE, REPORT, ADAPTER_CONFIG, ADAPTER_MODEL)
-        or is_model_file(name)
-        or is_of_pipeline(name)
-    )
 
 
 def check_output(path: Path, overwrite: bool, resume: bool = False, in_parts: bool = False) -> None:

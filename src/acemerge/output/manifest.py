@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
 from acemerge.errors import CheckpointError
-from acemerge.output.folder import MANIFEST, MAX_MANIFEST
+from acemerge.output.names import MANIFEST, MAX_MANIFEST
 from acemerge.output.records import TensorRecord, share_lost
 from acemerge.output.writer import FileSum
 from acemerge.planning.jobs import Plan

@@ -17,7 +17,6 @@ from acemerge.checkpoints import objects
 from acemerge.checkpoints.hashes import Read
 from acemerge.checkpoints.store import Stat
 from acemerge.errors import CheckpointError
-from acemerge.output.folder import WORK
 from acemerge.output.identity import digest
 from acemerge.output.journal import (
     JOURNAL,
@@ -31,6 +30,7 @@ from acemerge.output.journal import (
     spelled,
     step_of,
 )
+from acemerge.output.names import WORK
 
 _FINDINGS = ".findings"
 

@@ -11,7 +11,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import hub_id
 from acemerge.checkpoints.yaml_text import parse_yaml
 from acemerge.errors import AcemergeError
-from acemerge.output.folder import CARD
+from acemerge.output.names import CARD
 
 _NAME = re.compile(r"[\w.+-]{1,100}", re.ASCII)  # of a licence, as the Hub has them
 _MOST = 1 << 20  # bytes of a card that is looked at

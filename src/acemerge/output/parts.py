@@ -15,19 +15,11 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import TensorSpec, read_header
 from acemerge.errors import AcemergeError, UsageError, shortages
-from acemerge.output.folder import (
-    LOCK,
-    MANIFEST,
-    OLD,
-    RESUMABLE,
-    Output,
-    OutputFolder,
-    check_contents,
-    check_output,
-    remove_files,
-)
+from acemerge.output.folder import RESUMABLE, OutputFolder, check_contents, check_output, remove_files
 from acemerge.output.identity import difference
 from acemerge.output.journal import read_findings, read_identity
+from acemerge.output.names import LOCK, MANIFEST, OLD
+from acemerge.output.protocol import Output
 from acemerge.output.store import findings_of_part, store_output
 from acemerge.output.writer import PARTIAL, header_bytes
 from acemerge.planning.parts import SHARDS, Part, part_of_folder

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from acemerge.checkpoints.address import scheme_of
-from acemerge.output.folder import Output, output_folder
+from acemerge.output.folder import output_folder
+from acemerge.output.protocol import Output
 from acemerge.output.store import store_output
 
 

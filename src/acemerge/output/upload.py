@@ -8,7 +8,7 @@ from typing import Any
 
 from acemerge.checkpoints.hub import in_words, library, manners, parse_id
 from acemerge.errors import UsageError, WriteError
-from acemerge.output.folder import is_output
+from acemerge.output.names import is_output
 
 
 def check_push(repo: str) -> None:

@@ -9,12 +9,13 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS, in_module, is_component, is_of_pipeline
-from acemerge.checkpoints.folder import contained, is_model_file
 from acemerge.checkpoints.header import read_header
+from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.lora import open_expert
+from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import CheckpointError
-from acemerge.output.folder import OLD, side_folders
 from acemerge.output.manifest import load_manifest, stored_names
+from acemerge.output.names import OLD, side_folders
 from acemerge.output.writer import PARTIAL
 from acemerge.planning.finite import check_finite
 

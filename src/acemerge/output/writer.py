@@ -16,8 +16,8 @@ import torch
 
 from acemerge.checkpoints import files, machine, objects
 from acemerge.checkpoints.address import scheme_of
-from acemerge.checkpoints.folder import SINGLE
 from acemerge.checkpoints.header import DTYPE_NAMES, TensorSpec
+from acemerge.checkpoints.weight_files import SINGLE
 from acemerge.errors import WriteError
 from acemerge.shapes import Tensor
 

@@ -8,8 +8,8 @@ from acemerge.checkpoints import files
 from acemerge.engine.execute import OnProgress
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import try_to_look_back
-from acemerge.output.folder import REPORT
 from acemerge.output.manifest import load_manifest
+from acemerge.output.names import REPORT
 from acemerge.output.writer import write_file
 from acemerge.report.facts import page_facts
 from acemerge.report.html import check_libraries, html_page

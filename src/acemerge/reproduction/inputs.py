@@ -11,11 +11,11 @@ from typing import Any
 
 from acemerge.api import run_opened
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import needed_files
 from acemerge.checkpoints.hub import HubId, What, parse_id
 from acemerge.checkpoints.hub_files import fetch_files, is_cached, list_files
+from acemerge.checkpoints.weight_files import needed_files
 from acemerge.engine.convert import open_conversion
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.writer import write_file
 from acemerge.reproduction.pack import Pack

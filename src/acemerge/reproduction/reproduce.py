@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from acemerge.engine.devices import find_devices
-from acemerge.engine.opening import RunOptions
+from acemerge.engine.run_options import RunOptions
 from acemerge.evaluation.compare import merge_all, merged_folders, rows
 from acemerge.evaluation.evaluate import OnTaskProgress, Run, evaluate
 from acemerge.evaluation.results import write_results

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
+from acemerge.checkpoints.links import contained
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, nearest
 from acemerge.tasks import hub_data
 from acemerge.tasks.task_file import FILE_SUFFIXES, Column

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import Checkpoint, contained
+from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import read_header
+from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError
 from acemerge.shapes import Tensor
 

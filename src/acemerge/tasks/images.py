@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import contained
 from acemerge.checkpoints.hub import hub_id, in_words
+from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.tasks.data import DataSource, as_classes, read_columns
 from acemerge.tasks.networks import Inputs, Model, load

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import CONFIG, Checkpoint, is_model_file, open_checkpoint
+from acemerge.checkpoints.config import CONFIG
+from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import in_words, locate
 from acemerge.checkpoints.lora import is_adapter
+from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import CheckpointError
 from acemerge.models.quiet import need_transformers, quiet_transformers
 from acemerge.shapes import Float, Tensor

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.folder import ADAPTER, CONFIG, INDEX, SINGLE, read_config
+from acemerge.checkpoints.config import CONFIG, read_config
+from acemerge.checkpoints.weight_files import ADAPTER, INDEX, SINGLE
 from acemerge.errors import AcemergeError, CheckpointError, UsageError, printable
 
 _DEEPEST = 8

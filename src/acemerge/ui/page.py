@@ -25,62 +25,94 @@ _WEIGHTS = "one for each expert, in their order; where it is empty all have 1"
 
 def build(folders: Folders, runner: Runner) -> gr.Blocks:
     """The page over these folders, showing the work of this runner."""
-    first = rule_name("auto")
     with gr.Blocks(title="acemerge", analytics_enabled=False) as page:
         gr.HTML(f"<h1>Merge models</h1>{view.roots(folders.roots)}")
-        with gr.Column(elem_classes="step"):
-            gr.HTML("<h2>1. Models</h2>")
-            with gr.Row():
-                base = gr.Dropdown([], value=None, label="Base", info=_BASE, elem_id="base")
-                experts = gr.Dropdown([], value=[], label="Experts", info=_EXPERTS, multiselect=True, elem_id="experts")
-            weights = gr.Textbox(label="Weights", info=_WEIGHTS, placeholder="1, 0.5, 1", elem_id="weights")
-            with gr.Row(elem_classes="buttons"):
-                look = gr.Button("Inspect", interactive=False, elem_id="look")
-                stop_look = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-look")
-                again = gr.Button("Look for models again")
-            found, inspected = gr.HTML(elem_id="found"), gr.HTML(elem_id="inspected")
-        with gr.Column(elem_classes="step"):
-            gr.HTML("<h2>2. Rule</h2>")
-            offered = [(shown, name) for name, shown in rules().items()]
-            rule = gr.Dropdown(offered, value=first, label="Rule", elem_id="rule")
-            about = gr.HTML(_about(first))
-            slots = _Slots(first)
-            with gr.Row(elem_classes="buttons"):
-                planning = gr.Button("Plan", interactive=False, elem_id="plan")
-            planned = gr.HTML(elem_id="planned")
-        with gr.Column(elem_classes="step"):
-            gr.HTML("<h2>3. Merge</h2>")
-            out = gr.Textbox(f"{folders.name(folders.roots[0])}/merged", label="Output folder", elem_id="out")
-            overwrite = gr.Checkbox(label=view.REPLACE, elem_id="overwrite")
-            force = gr.Checkbox(label=view.FORCE)
-            with gr.Row(elem_classes="buttons"):
-                merge = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
-                stop_merge = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-merge")
-            merged = gr.HTML(elem_id="merged")
-        with gr.Column(elem_classes="step"):
-            gr.HTML("<h2>4. Recipe</h2><p>The same on the command line: <code>acemerge merge recipe.yaml -o OUT</code>")
+        models, rule, output = _Models(), _Rule(), _Output(f"{folders.name(folders.roots[0])}/merged")
+        with _step("4. Recipe", "<p>The same on the command line: <code>acemerge merge recipe.yaml -o OUT</code>"):
             recipe = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="recipe")
         timer = gr.Timer(_TICK, active=False)
-
-        work = _Work(folders, runner, slots)
-        entered = [out, overwrite, force, base, experts, weights, rule, *slots.inputs]
-        areas, buttons = [inspected, planned, merged], [look, planning, merge]
-        live = [*areas, *buttons, stop_look, stop_merge, timer]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        # What decides about the buttons goes through one queue, so that of two answers the later one knows the later
-        # picks: otherwise the look at page load may end behind the first pick, and leave the buttons disabled.
-        in_order: dict[str, Any] = quiet | {"concurrency_id": "buttons", "concurrency_limit": 1}
-        gr.on([page.load, again.click], work.models, None, [base, experts, found], **quiet)
-        rule.change(lambda name: [_about(name), *slots.of(name)], rule, [about, *slots.inputs], **quiet)
-        gr.on([page.load, timer.tick], work.live, entered, live, **in_order)
-        gr.on([stop_look.click, stop_merge.click], work.stop, entered, live, **in_order)
-        look.click(work.inspect, entered, live, **in_order)
-        planning.click(work.plan, entered, live, **in_order)
-        merge.click(work.merge, entered, live, **in_order)
-        page.load(work.recipe, entered, recipe, **quiet)
-        changes = [component.change for component in entered]
-        gr.on(changes, work.follow, entered, [recipe, *areas, *buttons], trigger_mode="always_last", **in_order)
+        _connect(page, models, rule, output, recipe, timer, _Work(folders, runner, rule.slots))
     return page
+
+
+def _step(heading: str, below: str = "") -> gr.Column:
+    """A part of the page; to be entered, and filled."""
+    column = gr.Column(elem_classes="step")
+    with column:
+        gr.HTML(f"<h2>{heading}</h2>{below}")
+    return column
+
+
+class _Models:
+    """What is merged, and how it is looked at."""
+
+    def __init__(self) -> None:
+        with _step("1. Models"):
+            with gr.Row():
+                self.base = gr.Dropdown([], value=None, label="Base", info=_BASE, elem_id="base")
+                self.experts = gr.Dropdown(
+                    [], value=[], label="Experts", info=_EXPERTS, multiselect=True, elem_id="experts"
+                )
+            self.weights = gr.Textbox(label="Weights", info=_WEIGHTS, placeholder="1, 0.5, 1", elem_id="weights")
+            with gr.Row(elem_classes="buttons"):
+                self.look = gr.Button("Inspect", interactive=False, elem_id="look")
+                self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-look")
+                self.again = gr.Button("Look for models again")
+            self.found, self.inspected = gr.HTML(elem_id="found"), gr.HTML(elem_id="inspected")
+
+
+class _Rule:
+    """By which rule, with which parameters, and what that would take."""
+
+    def __init__(self) -> None:
+        first = rule_name("auto")
+        with _step("2. Rule"):
+            offered = [(shown, name) for name, shown in rules().items()]
+            self.rule = gr.Dropdown(offered, value=first, label="Rule", elem_id="rule")
+            self.about = gr.HTML(_about(first))
+            self.slots = _Slots(first)
+            with gr.Row(elem_classes="buttons"):
+                self.plan = gr.Button("Plan", interactive=False, elem_id="plan")
+            self.planned = gr.HTML(elem_id="planned")
+
+
+class _Output:
+    """Where to, and what came out."""
+
+    def __init__(self, out: str) -> None:
+        with _step("3. Merge"):
+            self.out = gr.Textbox(out, label="Output folder", elem_id="out")
+            self.overwrite = gr.Checkbox(label=view.REPLACE, elem_id="overwrite")
+            self.force = gr.Checkbox(label=view.FORCE)
+            with gr.Row(elem_classes="buttons"):
+                self.merge = gr.Button("Merge", variant="primary", interactive=False, elem_id="merge")
+                self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="stop-merge")
+            self.merged = gr.HTML(elem_id="merged")
+
+
+def _connect(
+    page: gr.Blocks, models: _Models, rule: _Rule, output: _Output, recipe: gr.Code, timer: gr.Timer, work: _Work
+) -> None:
+    """Which button, field or tick does what."""
+    slots = rule.slots.inputs
+    entered = [output.out, output.overwrite, output.force, models.base, models.experts, models.weights]
+    entered += [rule.rule, *slots]
+    areas, buttons = [models.inspected, rule.planned, output.merged], [models.look, rule.plan, output.merge]
+    live = [*areas, *buttons, models.stop, output.stop, timer]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    # What decides about the buttons goes through one queue, so that of two answers the later one knows the later
+    # picks: otherwise the look at page load may end behind the first pick, and leave the buttons disabled.
+    in_order: dict[str, Any] = quiet | {"concurrency_id": "buttons", "concurrency_limit": 1}
+    gr.on([page.load, models.again.click], work.models, None, [models.base, models.experts, models.found], **quiet)
+    rule.rule.change(lambda name: [_about(name), *rule.slots.of(name)], rule.rule, [rule.about, *slots], **quiet)
+    gr.on([page.load, timer.tick], work.live, entered, live, **in_order)
+    gr.on([models.stop.click, output.stop.click], work.stop, entered, live, **in_order)
+    models.look.click(work.inspect, entered, live, **in_order)
+    rule.plan.click(work.plan, entered, live, **in_order)
+    output.merge.click(work.merge, entered, live, **in_order)
+    page.load(work.recipe, entered, recipe, **quiet)
+    changes = [component.change for component in entered]
+    gr.on(changes, work.follow, entered, [recipe, *areas, *buttons], trigger_mode="always_last", **in_order)
 
 
 _AREAS = ("inspect", "plan", "merge")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from acemerge.api import run_opened
 from acemerge.engine.execute import OnProgress
-from acemerge.engine.opening import Opened, RunOptions, open_recipe
+from acemerge.engine.opening import Opened, open_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import UsageError
 from acemerge.inspection.survey import Inspection, survey
 from acemerge.output.merge_report import MergeReport
