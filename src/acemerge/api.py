@@ -16,7 +16,7 @@ import torch
 from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
-from acemerge.checkpoints import files
+from acemerge.checkpoints import named
 from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes, whole_files
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
@@ -115,7 +115,7 @@ def merge(
         own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)
     recipe = make_recipe({"base": str(base), "experts": weighted, "method": spec, **own}, "merge")
-    target = None if out is None else files.output_path(out)
+    target = None if out is None else named.output_path(out)
     return run_recipe(recipe, target, make_options(run_fields), on_progress)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from acemerge.api import run_opened
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.named import output_path
 from acemerge.engine.opening import open_recipe
 from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError

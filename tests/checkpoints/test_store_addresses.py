@@ -8,7 +8,7 @@ import pytest
 from commands import failed, run
 
 from acemerge.checkpoints.address import parse, place_of, scheme_of
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.named import output_path
 from acemerge.errors import CheckpointError, UsageError, addressed
 
 GOOD = {

@@ -12,7 +12,7 @@ import pytest
 from commands import failed, run
 
 import acemerge
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.named import output_path
 from acemerge.errors import UsageError, WriteError
 from attacks.faulty import faulty
 from attacks.merging import Case, snapshot

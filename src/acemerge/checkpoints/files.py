@@ -21,10 +21,10 @@ from threading import Lock
 from typing import Literal, cast
 
 from acemerge.checkpoints import objects
-from acemerge.checkpoints.address import is_address, parse, scheme_of, without_user
+from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.objects import Opened
 from acemerge.checkpoints.ranges import Run
-from acemerge.errors import AcemergeError, CheckpointError, LockedError, UsageError, WriteError, shortage_of
+from acemerge.errors import AcemergeError, CheckpointError, LockedError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
@@ -292,33 +292,6 @@ def list_folder(path: Path) -> list[str]:
 
 
 # --- writing -----------------------------------------------------------------------------------------------
-
-
-def location(text: str | Path) -> Path:
-    """Where something is: a path on this machine, or an address, which is checked."""
-    return parse(text) or Path(text)
-
-
-def folder_path(text: str | Path) -> Path:
-    """Where an output is to go. UsageError for nothing, which would be the current folder, and for an address."""
-    if not str(text).strip():
-        raise UsageError("output", "no folder is named", "name one, or . for this one")
-    if is_address(text):
-        raise UsageError(
-            without_user(text), "is an address, and only folders are written to", "name a folder, upload it from there"
-        )
-    try:
-        os.path.abspath(text).encode()
-    except UnicodeEncodeError:  # safetensors opens no such file, to see whether it is as it was written
-        raise UsageError(text, "lies in a folder whose name is no text in UTF-8", "name another folder") from None
-    with writing(Path(text)), contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-        os.lstat(text)  # too long a name, or one that no system has
-    return Path(text)
-
-
-def output_path(text: str | Path) -> Path:
-    """The same for a model, which may also go to a store, by its address."""
-    return parse(text, writing=True) or folder_path(text)
 
 
 def make_folder(path: Path) -> None:

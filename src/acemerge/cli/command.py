@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.named import output_path
 from acemerge.cli.log import events_on_stderr
 from acemerge.cli.options import GROUPS, Options
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from acemerge.checkpoints.files import output_path
+from acemerge.checkpoints.named import output_path
 from acemerge.cli.command import command
 from acemerge.cli.options import TELLING, Options
 from acemerge.cli.text import outcome, print_json, say, size, stderr, stdout

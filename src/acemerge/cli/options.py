@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from acemerge.checkpoints.files import folder_path
+from acemerge.checkpoints.named import folder_path
 from acemerge.errors import UsageError
 
 if TYPE_CHECKING:

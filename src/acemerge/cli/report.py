@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from acemerge.checkpoints.files import location
+from acemerge.checkpoints.named import location
 from acemerge.cli.command import command
 from acemerge.cli.options import READING, Options, option
 from acemerge.cli.text import say, size, stderr, stdout

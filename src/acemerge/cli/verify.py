@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from acemerge.checkpoints.files import location
+from acemerge.checkpoints.named import location
 from acemerge.cli.command import command
 from acemerge.cli.options import Options
 from acemerge.cli.text import print_json, say, size, stdout

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from acemerge.checkpoints import files, machine
+from acemerge.checkpoints import files, machine, named
 from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.config import CONFIG
@@ -198,7 +198,7 @@ def _assets_owner(recipe: Recipe, labels: Sequence[str], models: Sequence[Checkp
 
 def check_output_apart(out: Path, inputs: Sequence[str]) -> None:
     """UsageError when the output folder is, holds or lies in an input, under whatever name, or is no folder's name."""
-    target = files.resolve(files.output_path(out))
+    target = files.resolve(named.output_path(out))
     there, inside = files.places(target), files.folders_within(target)
     for path in inputs:
         source = files.resolve(parse(path) or Path(path))

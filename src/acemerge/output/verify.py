@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, named
 from acemerge.checkpoints.assets import HEADS, in_module, is_component, is_of_pipeline
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.links import contained
@@ -27,7 +27,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
     Raises CheckpointError that names the first file or tensor that is missing, altered or not finite.
     """
-    folder = files.location(folder)
+    folder = named.location(folder)
     root = files.resolve(folder)
     if files.kind(root) != "folder":
         raise CheckpointError(folder, "no such folder", "name a folder that acemerge wrote")

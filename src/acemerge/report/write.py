@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, named
 from acemerge.engine.execute import OnProgress
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.inspection.look_back import try_to_look_back
@@ -31,7 +31,7 @@ def write_report(
     that is not finished, WriteError.
     """
     check_libraries()
-    out = files.location(out)
+    out = named.location(out)
     if files.kind(files.resolve(out)) != "folder":
         raise CheckpointError(out, "no such folder", "name a folder that acemerge wrote")
     manifest = load_manifest(out)
