@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _MOMENT = 0.001  # seconds until what was dropped is raised again: the finalizer is over by then
 TERMINATED = 128 + signal.SIGTERM  # the code of a SystemExit that a signal asks for
@@ -31,17 +31,38 @@ class _Dropped:
             return
         self._noting = True
         self.failure = found.exc_value
-        signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+        _wake_in(_MOMENT)
         self._noting = False
 
     def raise_again(self, *_: object) -> None:
         """The handler of the timer. What it raises in `note` would be dropped for good."""
         if self._noting:
-            signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+            _wake_in(_MOMENT)
             return
         failure, self.failure = self.failure, None
         if failure is not None:
             raise failure
+
+
+def _wake_in(seconds: float) -> None:
+    with contextlib.suppress(AttributeError):  # a system without such timers
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@contextlib.contextmanager
+def _on_waking(handle: Callable[..., None]) -> Iterator[None]:
+    """The handler of the timer within, where there is one."""
+    try:
+        alarm = signal.SIGALRM
+    except AttributeError:
+        yield
+        return
+    handler = signal.signal(alarm, handle)
+    try:
+        yield
+    finally:
+        _wake_in(0)
+        signal.signal(alarm, handler)
 
 
 @contextlib.contextmanager
@@ -52,12 +73,10 @@ def interrupts_kept() -> Iterator[None]:
         return
     dropped = _Dropped()
     hook, sys.unraisablehook = sys.unraisablehook, dropped.note
-    handler = signal.signal(signal.SIGALRM, dropped.raise_again)
     try:
-        yield
+        with _on_waking(dropped.raise_again):
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
         sys.unraisablehook = hook
     if dropped.failure is not None:
         raise dropped.failure
