@@ -133,7 +133,7 @@ def measured(rule: str, models: dict[str, Path], rate: float, arguments: argpars
             return f"| {rule} | {done.error} |"
         records = json.loads((work / "out" / "acemerge.json").read_text())["tensors"]
         shutil.rmtree(work / "out")
-    kinds = list(own_times(plan, models, arguments.repeat))
+    kinds = list(own_times(plan, models, arguments.repeats))
     own, by_bytes = sum(kind.count * kind.seconds for kind in kinds), reading + writing
     flop = matrix_operations(records, plan.recipe.method.name, shapes, len(experts))
     statuses = Counter(record["status"] for record in records.values())
