@@ -19,7 +19,7 @@ import torch
 import acemerge.api
 import acemerge.engine.execute
 import acemerge.output.identity
-from acemerge.checkpoints import files
+from acemerge.checkpoints import locks
 from acemerge.engine.execute import Progress
 from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, WriteError
 from acemerge.output.verify import verify
@@ -335,7 +335,7 @@ def test_a_finished_run_is_not_finished_twice(case: Case, out: Path) -> None:
 
 
 def test_two_of_one_part_and_a_finish_before_its_time_are_locked_out(case: Case, out: Path) -> None:
-    with files.lock(out / ".acemerge.lock", shared=True), files.lock(out / ".acemerge.shards/1-of-3/.acemerge.lock"):
+    with locks.lock(out / ".acemerge.lock", shared=True), locks.lock(out / ".acemerge.shards/1-of-3/.acemerge.lock"):
         refused(case, out, "1-of-3: another run is writing here", of=WriteError, shard="1/3")
         refused(case, out, "another run is writing here", of=WriteError, finish=True)
         refused(case, out, "another run is writing here", of=WriteError, overwrite=True)
@@ -374,13 +374,13 @@ def test_parts_of_a_driver_that_was_killed_may_take_a_moment_to_end(
 ) -> None:
     out = in_parts(case, case.folder / "out", 1)
     with contextlib.ExitStack() as held:
-        held.enter_context(files.lock(out / ".acemerge.lock", shared=True))
+        held.enter_context(locks.lock(out / ".acemerge.lock", shared=True))
         threading.Timer(0.4, held.close).start()
         case.merge(out, resume=True)
     case.check_output(out)
     in_parts(case, case.folder / "other", 1)
     monkeypatch.setattr(acemerge.api, "_PATIENCE", 0.1)
-    with files.lock(case.folder / "other" / ".acemerge.lock", shared=True):
+    with locks.lock(case.folder / "other" / ".acemerge.lock", shared=True):
         refused(case, case.folder / "other", "another run is writing here", of=WriteError, resume=True)
 
 

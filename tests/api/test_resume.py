@@ -19,7 +19,7 @@ from builders import PlainModel
 import acemerge
 import acemerge.engine.execute
 import acemerge.engine.thresholds
-from acemerge.checkpoints import files, machine
+from acemerge.checkpoints import files, locks, machine
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
 from acemerge.engine.work import Loaded
@@ -415,7 +415,7 @@ def test_the_record_of_every_tensor_survives(case: Case) -> None:
 def test_a_second_writer_is_told_to_wait(case: Case) -> None:
     out = case.folder / "out"
     out.mkdir()
-    with files.lock(out / ".acemerge.lock"), pytest.raises(WriteError, match="another run is writing here"):
+    with locks.lock(out / ".acemerge.lock"), pytest.raises(WriteError, match="another run is writing here"):
         case.merge(out, overwrite=True)
 
 

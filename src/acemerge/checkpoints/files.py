@@ -1,4 +1,4 @@
-"""The only operating-system calls of the library that touch files: what a test replaces to fail the k-th of them.
+"""The operating-system calls that touch files, but for locks (`locks`): what a test replaces to fail the k-th of them.
 
 Readers use pread, never a memory map: a mapped file that shrinks kills the process. What reads here also reads objects
 of stores, whose paths are addresses (`address`): the rest of the library does not know which of both it has.
@@ -12,8 +12,6 @@ import hashlib
 import os
 import shutil
 import stat
-import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,16 +22,15 @@ from acemerge.checkpoints import objects
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.objects import Opened
 from acemerge.checkpoints.ranges import Run
-from acemerge.errors import AcemergeError, CheckpointError, LockedError, WriteError, shortage_of
+from acemerge.errors import CheckpointError, WriteError, shortage_of
 
 _CHUNK = 1 << 22
 _MOST_BUFFERS = 1024  # of one preadv, on every system
 _FORGOTTEN_AGAIN = 32 << 20
 # Not every system has all: Windows neither knows links as others do nor passes files on to what is started, and would
 # change the ends of lines.
-_OWN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+OWN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_MOMENT, _POLLED = 5.0, 0.02  # seconds that a lock may be in passing hands, and between two looks at it
 _seeking = Lock()
 # What tells that a file was written to: its size and times, or an object's size, ETag and version.
 Fingerprint = tuple[int, int | str, int | str]
@@ -47,7 +44,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
         cure = "check the path, its permissions and the disk"
-        raise shortage_of(failure, path) or CheckpointError(path, _reason(failure), cure) from failure
+        raise shortage_of(failure, path) or CheckpointError(path, reason_of(failure), cure) from failure
 
 
 @contextlib.contextmanager
@@ -57,10 +54,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
         cure = "free space or choose another output folder, then run again"
-        raise shortage_of(failure, path) or WriteError(path, _reason(failure), cure) from failure
+        raise shortage_of(failure, path) or WriteError(path, reason_of(failure), cure) from failure
 
 
-def _reason(failure: Exception) -> str:
+def reason_of(failure: Exception) -> str:
     return ((failure.strerror if isinstance(failure, OSError) else None) or str(failure)).lower()
 
 
@@ -305,13 +302,13 @@ def make_folder(path: Path) -> None:
 def create(path: Path) -> int:
     """A new file, open for writing. Links and existing files are refused."""
     with writing(path):
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OWN, 0o644)
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OWN, 0o644)
 
 
 def reopen(path: Path, nbytes: int) -> int:
     """A file that was begun, cut to its first `nbytes`, open for writing behind them. Links are refused."""
     with writing(path):
-        descriptor = os.open(path, os.O_WRONLY | _OWN)
+        descriptor = os.open(path, os.O_WRONLY | OWN)
         try:
             if os.fstat(descriptor).st_nlink > 1:
                 raise OSError(errno.EMLINK, "another file is linked to it")
@@ -371,80 +368,3 @@ def remove_folder(path: Path) -> None:
         return
     with contextlib.suppress(OSError):
         os.rmdir(path)
-
-
-@contextlib.contextmanager
-def lock(path: Path, shared: bool = False) -> Iterator[None]:
-    """Hold `path` as the lock of its folder. The system lets go of it when the process dies.
-
-    Several may hold it `shared`, and nobody else then: each has a file of its own beside it, `NAME-...`, for a lock
-    that is shared is not on every system, and takes `path` itself for a moment only.
-    """
-    if not shared:
-        with _held(path, 0.0):
-            _end_shares(path)
-            yield
-        return
-    with _held(path, _MOMENT):
-        own = path.with_name(f"{path.name}-{uuid.uuid4().hex[:12]}")
-        share = _held(own, 0.0)
-        share.__enter__()
-    with contextlib.ExitStack() as stack:
-        stack.push(share)
-        yield
-
-
-@contextlib.contextmanager
-def _held(path: Path, patience: float) -> Iterator[None]:
-    """Hold a file by itself, and remove it after; where another has it, LockedError after so many seconds."""
-    from filelock import lock_descriptor
-
-    until = time.monotonic() + patience
-    while True:
-        with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OWN, 0o644)
-        try:
-            taken = lock_descriptor(descriptor, blocking=False)
-            if taken and _is_same_file(descriptor, path):
-                break
-        except OSError as failure:
-            close(descriptor)
-            raise WriteError(path, _reason(failure), "choose a folder on another disk") from failure
-        close(descriptor)  # else the last holder removed the file between our open and our lock
-        if not taken and time.monotonic() >= until:
-            raise LockedError(path.parent, "another run is writing here", "wait for it or choose another folder")
-        if not taken:
-            time.sleep(_POLLED)
-    try:
-        yield
-    finally:
-        _let_go(descriptor, path)
-
-
-def _let_go(descriptor: int, path: Path) -> None:
-    """Remove a lock's file while it is held, so that nobody holds it then; after that where no open file is removed."""
-    with contextlib.suppress(AcemergeError):
-        try:
-            os.unlink(path)
-        except PermissionError:
-            close(descriptor)
-            remove(path)
-            return
-        except OSError:
-            pass
-    close(descriptor)
-
-
-def _end_shares(path: Path) -> None:
-    """LockedError where somebody has a share of the lock; what those left who died is removed."""
-    for name in list_folder(path.parent):
-        if name.startswith(f"{path.name}-"):
-            with _held(path.with_name(name), 0.0):
-                pass
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False

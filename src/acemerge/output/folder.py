@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import parse_json
 from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
@@ -253,7 +253,7 @@ def output_folder(path: Path, overwrite: bool, resume: bool = False, in_parts: b
     there = files.kind(path)
     files.make_folder(path)
     try:
-        with files.lock(path / LOCK):
+        with locks.lock(path / LOCK):
             check_contents(path, overwrite, resume, in_parts)
             output = OutputFolder(path)
             output.recover()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from acemerge.checkpoints import files
+from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import TensorSpec, read_header
 from acemerge.errors import AcemergeError, UsageError, shortages
@@ -44,14 +44,14 @@ def part_output(path: Path, part: Part, names: Iterable[str], overwrite: bool) -
     """
     check_output(path, overwrite, in_parts=True)
     files.make_folder(path)
-    with files.lock(path / LOCK, shared=True):
+    with locks.lock(path / LOCK, shared=True):
         check_contents(path, overwrite, False, True)
         if any(name == MANIFEST + PARTIAL or name.endswith(OLD) for name in files.list_folder(path)):
             raise UsageError(path, "--finish was interrupted here", "run --finish again, it puts this in order")
         output, notes = OutputFolder(path, part=part), path / part.folder
         output.check_own()
         files.make_folder(notes)
-        with files.lock(notes / LOCK):
+        with locks.lock(notes / LOCK):
             try:
                 with shortages():
                     yield output
