@@ -213,7 +213,9 @@ def test_signals_have_their_exit_codes(
             _wait_for_it()
         write(descriptor, data, path)
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    # Tests that a shell started in the background ignore SIGINT, as it told them to.
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminated}
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     monkeypatch.setattr(files, "write_all", interrupted)
     what = {130: "interrupted", 143: "terminated"}[code]
     failed(run(capsys, "merge", *words), code, f"{what}: nothing unfinished was published; .* --resume to go on")
@@ -222,4 +224,5 @@ def test_signals_have_their_exit_codes(
     code, printed, _ = run(capsys, "merge", *words, "--resume")
     assert code == 0
     assert re.search("6 tensors, .* all as written: the merge was complete, nothing was left to do", printed)
-    signal.signal(signal.SIGTERM, before)
+    for each, handler in before.items():
+        signal.signal(each, handler)
