@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from acemerge.api import run_recipe
-from acemerge.engine.opening import RunOptions, open_recipe
+from acemerge.api import run_opened
+from acemerge.engine.opening import RunOptions, open_recipes
 from acemerge.errors import UsageError
 from acemerge.recipes.labels import expert_labels
 from acemerge.recipes.recipe import Recipe, make_recipe
@@ -31,13 +31,12 @@ def merged_folders(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
 
 def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
     """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
-    folders = {name: Path(folder) for name, folder in merged_folders(recipes, out).items()}
+    folders = [Path(folder) for folder in merged_folders(recipes, out).values()]
     options = replace(options, resume=True)
-    for name, recipe in recipes.items():
-        open_recipe(recipe, folders[name], options)
-    for name, recipe in recipes.items():
+    opened = open_recipes(list(zip(recipes.values(), folders, strict=True)), options)
+    for name, folder, one in zip(recipes, folders, opened, strict=True):
         tell(f"merging by {name}")
-        run_recipe(recipe, folders[name], options)
+        run_opened(one, folder, options)
 
 
 def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:
