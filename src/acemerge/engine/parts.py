@@ -17,9 +17,9 @@ from acemerge.engine.execute import (
     check_heads,
     find_thresholds,
     walker,
-    write_weights,
 )
 from acemerge.engine.opening import Opened, RunOptions, identity_of, open_recipe
+from acemerge.engine.writing import Target, write_weights
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.folder import MANIFEST, Output
 from acemerge.output.identity import difference
@@ -68,7 +68,7 @@ def compute_part(
                 if not was_done:
                     setting = find_thresholds(opened.plan, setting, walks("thresholds"), done, journal, readers)
                 walk = walks("merge", writes=True)
-                records = write_weights(layout, setting, walk, output, done, journal, readers)
+                (records,) = write_weights([Target(layout, setting, output, done, journal)], walk, readers)
             inputs = _hashes(opened, part, done)
             for checkpoint in opened.models:
                 check_unchanged(checkpoint, {})

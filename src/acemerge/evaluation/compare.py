@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from acemerge.api import run_opened
+from acemerge.api import run_together
 from acemerge.engine.opening import RunOptions, open_recipes
 from acemerge.errors import UsageError
 from acemerge.recipes.labels import expert_labels
@@ -34,9 +34,9 @@ def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: 
     folders = [Path(folder) for folder in merged_folders(recipes, out).values()]
     options = replace(options, resume=True)
     opened = open_recipes(list(zip(recipes.values(), folders, strict=True)), options)
-    for name, folder, one in zip(recipes, folders, opened, strict=True):
+    for name in recipes:
         tell(f"merging by {name}")
-        run_opened(one, folder, options)
+    run_together(list(zip(opened, folders, strict=True)), options)
 
 
 def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:

@@ -40,8 +40,12 @@ class Cost:
 def cost(piece: Piece[Job], experts: int) -> Cost:
     """The inputs; and with them, for a rule, T task vectors and what the rule works in, the result included.
 
-    An expert's own values are let go of when its task vector is there.
+    An expert's own values are let go of when its task vector is there, but for the jobs beside it.
     """
+    if piece.beside:
+        each = [cost(own, experts) for own in piece.each]
+        waiting, written = max(c.waiting for c in each), sum(c.written for c in each)
+        return Cost(waiting, waiting + max(c.working for c in each) + written, written)
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
     if isinstance(job, Merge) and job.joined:  # all of the weight is made, and its own rows are written
         whole_cost = cost(Piece(job.as_one), experts)
