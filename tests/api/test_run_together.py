@@ -16,6 +16,8 @@ from acemerge.checkpoints.reader import Reader
 from acemerge.engine.opening import Opened, RunOptions, open_recipe, open_recipes
 from acemerge.engine.pipeline import Pipeline
 from acemerge.errors import NumericalError
+from acemerge.methods import LayerResult, LayerStats
+from acemerge.methods.elementwise import TaskArithmetic
 from acemerge.methods.spectral import IsoC
 from acemerge.output.manifest import load_manifest
 from acemerge.output.verify import verify
@@ -30,10 +32,14 @@ RESUMED = RunOptions(resume=True)
 
 
 class Full:
-    """A model of a few tensors, whose experts are whole."""
+    """A model of a few tensors, whose experts are whole. `wide` is too large to be worked on in a stack."""
 
     def __init__(self, folder: Path) -> None:
-        self.base, self.experts = PlainModel(folder).save()
+        plain, random = PlainModel(folder), torch.Generator().manual_seed(3)
+        plain.base["wide.weight"] = W = torch.randn(300, 240, generator=random)
+        for expert in plain.tuned:
+            expert["wide.weight"] = W + 0.1 * torch.randn(300, 240, generator=random)
+        self.base, self.experts = plain.save()
 
 
 class Adapters:
@@ -85,6 +91,34 @@ def test_each_rule_writes_its_own_bytes(tmp_path: Path, kind: type[Full] | type[
     for rule in RULES:
         one, other = (load_manifest(tmp_path / place / rule) for place in ("alone", "together"))
         assert [one[key] for key in ("inputs", "recipe", "run")] == [other[key] for key in ("inputs", "recipe", "run")]
+
+
+@pytest.mark.parametrize("rules", [("tsv_m", "dc_merge", "trust"), ("iso_c", "iso_cts")])
+def test_what_rules_have_in_common_is_decomposed_once(
+    tmp_path: Path, rules: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task vectors of three experts, or their sum."""
+    recipes, real, counted = recipes_for(Full(tmp_path / "models"), rules), torch.linalg.eigh, []
+
+    def counting(A: torch.Tensor) -> Any:
+        counted.append(A.shape)
+        return real(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counting)
+    alone(recipes, tmp_path / "alone")
+    each = counted.count((240, 240))
+    counted.clear()
+    together(recipes, tmp_path / "together")
+    assert each - counted.count((240, 240)) == (1 if rules[0] == "iso_c" else 3 * (len(rules) - 1))
+
+
+def test_a_rule_that_gives_a_task_vector_away_spoils_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base is added to what it gives in place."""
+    monkeypatch.setattr(TaskArithmetic, "merge", lambda _, deltas, layer: LayerResult(deltas[0], LayerStats()))
+    recipes = recipes_for(Full(tmp_path / "models"), ("task_arithmetic", "iso_c"))
+    expected = alone(recipes, tmp_path / "alone")
+    together(recipes, tmp_path / "together")
+    assert hashes(tmp_path / "together", list(recipes)) == expected
 
 
 def test_the_files_are_read_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +184,11 @@ def test_a_common_piece_costs_what_all_of_its_jobs_hold(tmp_path: Path) -> None:
     """The inputs stay for the last of them, and what each has made waits to be written."""
     recipes = recipes_for(Full(tmp_path), ("average", "iso_c", "ace"))
     opened: list[Opened] = open_recipes([(recipe, None) for recipe in recipes.values()], RunOptions())
-    name = "layers.0.up.weight"
+    name = "wide.weight"
     jobs = [next(job for job in one.plan.jobs if job.name == name) for one in opened]
     (piece,) = common_pieces(jobs)
-    each, whole = [cost(Piece(job), 2) for job in jobs], cost(piece, 2)
+    each, whole = [cost(Piece(job), 3) for job in jobs], cost(piece, 3)
     assert [own.job for own in piece.each] == jobs
     assert whole.written == sum(c.written for c in each)
-    assert whole.working >= piece.bytes_in + max(c.working - c.waiting - c.written for c in each) + whole.written
+    spectra = 8 * (4 * 240**2 + 300 * 240)  # of three task vectors and their sum, and the sum itself
+    assert whole.working == piece.bytes_in + max(c.working for c in each) + spectra + whole.written

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from acemerge.checkpoints import files
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.batched import compute_all
-from acemerge.engine.compute import Computed
+from acemerge.engine.compute import Computed, compute
 from acemerge.engine.execute import Gathered, Layout, Records, read_by
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
 from acemerge.output.folder import Output
@@ -103,16 +103,21 @@ def _merging(targets: Sequence[Target]) -> Work[Job, list[Results]]:
     owners = {id(job): i for i, target in enumerate(targets) for job in target.layout.plan.jobs}
 
     def work(loaded: Loaded[Job], place: Place) -> list[Results]:
-        shares: list[list[tuple[Piece[Job], Values]]] = [[] for _ in targets]
-        for piece, values in loaded:
-            held = _Held(values) if piece.beside else values
-            for own in piece.each:
-                shares[owners[id(own.job)]].append((own, held))
-        found: list[Results] = []
-        for target, share in zip(targets, shares, strict=True):
-            computed = compute_all(share, target.setting, place)
-            found.append([(piece, c) for (piece, _), c in zip(share, computed, strict=True)])
-        return found
+        found: list[dict[int, tuple[Piece[Job], Computed]]] = [{} for _ in targets]
+        apart: list[dict[int, tuple[Piece[Job], Values]]] = [{} for _ in targets]
+        for i, (piece, values) in enumerate(loaded):
+            if not piece.beside or piece.load == "tiny":  # for stacks of each rule's own
+                for own in piece.each:
+                    apart[owners[id(own.job)]][i] = own, _Held(values) if piece.beside else values
+                continue
+            with place.in_common() as common:
+                for own in piece.each:
+                    owner = owners[id(own.job)]
+                    found[owner][i] = own, compute(own, _Held(values), targets[owner].setting, common)
+        for target, share, done in zip(targets, apart, found, strict=True):
+            computed = compute_all(list(share.values()), target.setting, place)
+            done |= {i: (share[i][0], c) for i, c in zip(share, computed, strict=True)}
+        return [[done[i] for i in sorted(done)] for done in found]
 
     return work
 
