@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
 from acemerge.checkpoints import named
-from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes, whole_files
+from acemerge.checkpoints.hashes import Read, check_unchanged, files_read, tensor_hashes, whole_files
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.events import event_fields, logged
@@ -29,7 +29,6 @@ from acemerge.engine.execute import (
     dry_run,
     find_thresholds,
     walker,
-    write_weights,
 )
 from acemerge.engine.executor import Executor, Here
 from acemerge.engine.in_parts import compute_parts, machines_of, parts_to_do, put_together
@@ -40,13 +39,22 @@ from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
 from acemerge.engine.run_options import RunOptions, make_options
 from acemerge.engine.thresholds import with_thresholds
-from acemerge.engine.work import Walk
-from acemerge.errors import LockedError, UsageError, addressed, shortages
+from acemerge.engine.work import Setting, Walk
+from acemerge.engine.writing import Target, write_weights
+from acemerge.errors import (
+    CheckpointError,
+    LockedError,
+    NumericalError,
+    ResourceError,
+    UsageError,
+    addressed,
+    shortages,
+)
 from acemerge.inspection.afterwards import how_far
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
 from acemerge.output.identity import digest, with_same_bytes
-from acemerge.output.journal import Done
+from acemerge.output.journal import Done, Journal
 from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.names import MANIFEST
@@ -162,20 +170,75 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     if options.ray is not None or (options.resume and not options.finish and holds_parts(out)):
         return _in_parts(opened, out, about, options, on_progress)
     with output_at(out, options.overwrite, options.resume, options.finish) as output:
-        done = Done(about)
-        if options.resume and not options.finish:
-            if is_finished(out, about, options.overwrite):
-                return _was_complete(out, output, options, on_progress)
-            done = output.left(opened.layout.files) or done
-            models = list(zip(opened.origins, opened.models, strict=True))
-            before = with_same_bytes(done.identity, about, models, done.read)
-            check_same_run(out, before, about)
-            done = replace(done, identity=about)
         if options.finish:
             manifest = put_together(opened, output, about, options.hash_files)
         else:
-            manifest = _write(opened, output, done, options, on_progress) | {"run": digest(about)}
+            begun = _begun(opened, out, output, about, options)
+            if begun is None:
+                return _was_complete(out, output, options, on_progress)
+            (manifest,) = _write([begun], options, on_progress)
         return _published(out, output, manifest, started, options, on_progress)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A run whose output is held, and what of it is done."""
+
+    opened: Opened
+    output: Output
+    done: Done
+
+
+def _begun(opened: Opened, out: Path, output: Output, about: Mapping[str, Any], options: RunOptions) -> _Begun | None:
+    """None where this very run was finished before."""
+    if not options.resume:
+        return _Begun(opened, output, Done(about))
+    if is_finished(out, about, options.overwrite):
+        return None
+    done = output.left(opened.layout.files) or Done(about)
+    models = list(zip(opened.origins, opened.models, strict=True))
+    check_same_run(out, with_same_bytes(done.identity, about, models, done.read), about)
+    return _Begun(opened, output, replace(done, identity=about))
+
+
+def run_together(runs: Sequence[tuple[Opened, Path]], options: RunOptions) -> None:
+    """Execute plans for the same models, opened by `open_recipes`, in one pass over their files.
+
+    Each output gets the bytes of `run_opened`. Those for which the experts' networks are run go by themselves; so do
+    all where a rule fails, for it must not take with it what the ones before it do, or where memory is short.
+    """
+    together = [run for run in runs if not run[0].calibration]
+    apart = [run for run in runs if run[0].calibration]
+    try:
+        with shortages():
+            _run_together(together, options)
+    except (CheckpointError, NumericalError, ResourceError):
+        apart = list(runs)
+    for opened, out in apart:
+        run_opened(opened, out, options)
+
+
+def _run_together(runs: Sequence[tuple[Opened, Path]], options: RunOptions) -> None:
+    """What of these is not done yet."""
+    started = time.perf_counter()
+    check_room(torch.get_num_threads())
+    with contextlib.ExitStack() as stack:
+        begun: list[tuple[Path, _Begun]] = []
+        for opened, out in runs:
+            for warning in opened.plan.warnings:
+                log.warning(warning, extra=event_fields("warning"))
+            if not options.force:
+                check_related(opened.plan, opened.base, opened.experts)
+            about = identity_of(opened, options.device)
+            output = stack.enter_context(output_at(out, options.overwrite, options.resume))
+            one = _begun(opened, out, output, about, options)
+            if one is None:
+                _was_complete(out, output, options, _nobody)
+            else:
+                begun.append((out, one))
+        manifests = _write([one for _, one in begun], options, _nobody) if begun else []
+        for (out, one), manifest in zip(begun, manifests, strict=True):
+            _published(out, one.output, manifest, started, options, _nobody)
 
 
 def _in_parts(
@@ -277,34 +340,64 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     return replace(report, pushed=address)
 
 
-def _write(opened: Opened, output: Output, done: Done, options: RunOptions, on_progress: OnProgress) -> dict[str, Any]:
-    """Write everything but the manifest, and return that."""
-    plan, origins = opened.plan, origins_of(opened)
-    check_heads(plan, opened.experts)
-    journal = output.begin(done)
-    try:
-        with opened.pipeline(options.workers, hashing=True) as (pipeline, readers):
+def _write(runs: Sequence[_Begun], options: RunOptions, on_progress: OnProgress) -> list[dict[str, Any]]:
+    """Write everything but the manifests, and return those. The models are the same for all."""
+    first = runs[0].opened
+    for run in runs:
+        check_heads(run.opened.plan, run.opened.experts)
+    with contextlib.ExitStack() as stack:
+        journals = [stack.enter_context(contextlib.closing(run.output.begin(run.done))) for run in runs]
+        with first.pipeline(options.workers, hashing=True) as (pipeline, readers):
             walks = partial(walker, pipeline, on_progress=on_progress)
-            setting = find_thresholds(plan, opened.setting, walks("thresholds"), done, journal, readers)
-            calibrating = _calibrating(opened, output.work, done.identity, walks("calibration"), on_progress)
-            setting = calibrated(setting, calibrating)
-            if opened.calibration:  # networks are loaded by others, which hash nothing
-                journal.have_read(whole_files(opened.models[1:]))
-            walk = walks("merge", writes=True)
-            records = write_weights(opened.layout, setting, walk, output, done, journal, readers)
-            output.kept = True
-            write_beside(opened, records, readers, origins, output)
+            settings = [
+                _setting(run, journal, walks, readers, on_progress) for run, journal in zip(runs, journals, strict=True)
+            ]
+            targets = [
+                Target(run.opened.layout, setting, run.output, run.done, journal)
+                for run, setting, journal in zip(runs, settings, journals, strict=True)
+            ]
+            found = write_weights(targets, walks("merge", writes=True), readers)
+            for run, records in zip(runs, found, strict=True):
+                run.output.kept = True
+                write_beside(run.opened, records, readers, origins_of(run.opened), run.output)
             hashes = pipeline.of_readers(Reader.hashes)
-        sums = whole_sums(opened, options.hash_files, {})
-    finally:
-        journal.close()
-    output.kept = False  # of inputs that changed under way nothing is of use
-    for checkpoint, found in zip(opened.checkpoints, hashes, strict=True):
-        check_unchanged(checkpoint, found)
-    output.kept = True
-    tensors = tensor_hashes([done.read, *(files_read(found) for found in hashes)])
-    measured = about_calibration(plan, opened.calibration, setting, done.identity)
-    return build_manifest(plan, records, inputs_of(opened, tensors, sums), output.written, 0.0) | measured
+        sums = whole_sums(first, options.hash_files, {})
+    _kept(runs, False)  # of inputs that changed under way nothing is of use
+    for checkpoint, read in zip(first.checkpoints, hashes, strict=True):
+        check_unchanged(checkpoint, read)
+    _kept(runs, True)
+    new = [files_read(read) for read in hashes]
+    return [
+        _manifest(run, target.setting, records, new, sums)
+        for run, target, records in zip(runs, targets, found, strict=True)
+    ]
+
+
+def _setting(
+    run: _Begun, journal: Journal, walks: Callable[[str], Walk], readers: Sequence[Reader], on_progress: OnProgress
+) -> Setting:
+    """What the rules of a run want to know beforehand, of the whole model and of data."""
+    opened = run.opened
+    setting = find_thresholds(opened.plan, opened.setting, walks("thresholds"), run.done, journal, readers)
+    calibrating = _calibrating(opened, run.output.work, run.done.identity, walks("calibration"), on_progress)
+    setting = calibrated(setting, calibrating)
+    if opened.calibration:  # networks are loaded by others, which hash nothing
+        journal.have_read(whole_files(opened.models[1:]))
+    return setting
+
+
+def _kept(runs: Sequence[_Begun], kept: bool) -> None:
+    for run in runs:
+        run.output.kept = kept
+
+
+def _manifest(
+    run: _Begun, setting: Setting, records: Records, new: Sequence[Read], sums: Mapping[Path, str]
+) -> dict[str, Any]:
+    opened, about = run.opened, run.done.identity
+    measured = about_calibration(opened.plan, opened.calibration, setting, about)
+    inputs = inputs_of(opened, tensor_hashes([run.done.read, *new]), sums)
+    return build_manifest(opened.plan, records, inputs, run.output.written, 0.0) | measured | {"run": digest(about)}
 
 
 def _part(

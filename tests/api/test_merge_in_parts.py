@@ -18,6 +18,7 @@ import torch
 
 import acemerge.api
 import acemerge.engine.execute
+import acemerge.engine.writing
 import acemerge.output.identity
 from acemerge.checkpoints import locks
 from acemerge.engine.execute import Progress
@@ -92,7 +93,7 @@ def test_a_part_reports_of_its_own_tensors_and_files(case: Case) -> None:
 def test_a_part_that_is_done_is_not_done_again(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: data for name, data in snapshot(out).items() if name.endswith(PARTIAL)}
     with monkeypatch.context() as patch:
-        patch.setattr(acemerge.engine.execute, "compute_all", None)
+        patch.setattr(acemerge.engine.writing, "compute_all", None)
         assert case.merge(out, shard="2/3").was_complete
     assert not case.merge(out, shard="2/3", overwrite=True).was_complete
     assert {name: data for name, data in snapshot(out).items() if name.endswith(PARTIAL)} == before
@@ -101,7 +102,7 @@ def test_a_part_that_is_done_is_not_done_again(case: Case, out: Path, monkeypatc
 
 
 def test_a_killed_part_goes_on(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, real, done = case.folder / "out", acemerge.engine.execute.TensorFiles.end_of_tensor, 0
+    out, real, done = case.folder / "out", acemerge.engine.writing.TensorFiles.end_of_tensor, 0
 
     def end_of_tensor(self: Any, names: list[str]) -> Any:
         nonlocal done
@@ -111,7 +112,7 @@ def test_a_killed_part_goes_on(case: Case, monkeypatch: pytest.MonkeyPatch) -> N
         return real(self, names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", end_of_tensor)
+        patch.setattr(acemerge.engine.writing.TensorFiles, "end_of_tensor", end_of_tensor)
         with pytest.raises(KeyboardInterrupt):
             case.merge(out, shard="1/2")
     case.merge(out, shard="2/2")
@@ -360,7 +361,7 @@ def test_a_part_that_fails_leaves_nothing_but_the_others(case: Case, monkeypatch
         raise NumericalError("tensor", "is not finite", "look at it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(acemerge.engine.execute, "compute_all", failing_write)
+        patch.setattr(acemerge.engine.writing, "compute_all", failing_write)
         with pytest.raises(NumericalError):
             case.merge(out, shard="2/3")
     assert snapshot(out) == before

@@ -17,8 +17,8 @@ import torch
 from builders import PlainModel
 
 import acemerge
-import acemerge.engine.execute
 import acemerge.engine.thresholds
+import acemerge.engine.writing
 from acemerge.checkpoints import files, locks, machine
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed
@@ -44,13 +44,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.extend(piece.job.name for piece, _ in loaded)
         return compute_all(loaded, *arguments)
 
-    monkeypatch.setattr(acemerge.engine.execute, "compute_all", counting)
+    monkeypatch.setattr(acemerge.engine.writing, "compute_all", counting)
     return names
 
 
 def interrupt(case: Case, out: Path, tensors: int, **options: Any) -> None:
     """Begin a merge that is interrupted when so many tensors are written."""
-    real = acemerge.engine.execute.TensorFiles.end_of_tensor
+    real = acemerge.engine.writing.TensorFiles.end_of_tensor
     done = 0
 
     def end_of_tensor(self: Any, names: list[str]) -> Any:
@@ -62,7 +62,7 @@ def interrupt(case: Case, out: Path, tensors: int, **options: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
-        patch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", end_of_tensor)
+        patch.setattr(acemerge.engine.writing.TensorFiles, "end_of_tensor", end_of_tensor)
         with pytest.raises(KeyboardInterrupt):
             case.merge(out, **options)
 
@@ -358,10 +358,10 @@ def test_no_memory_is_said_and_loses_nothing(
             raise NO_MEMORY[who]
         return real(*arguments)
 
-    real = acemerge.engine.execute.compute_all
+    real = acemerge.engine.writing.compute_all
     monkeypatch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acemerge.engine.execute, "compute_all", compute)
+        patch.setattr(acemerge.engine.writing, "compute_all", compute)
         with pytest.raises(ResourceError, match=r"there is not enough memory.*; allow more, or .*--resume") as caught:
             case.merge(out)
     assert caught.value.exit_code == 4

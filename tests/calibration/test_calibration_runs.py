@@ -16,7 +16,7 @@ from task_builders import sentences, write_tasks, write_tsv
 
 import acemerge
 from acemerge.calibration import calibrate
-from acemerge.engine import execute
+from acemerge.engine import writing
 from acemerge.engine.opening import open_recipe
 from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, UsageError
@@ -162,7 +162,7 @@ def test_the_expert_that_is_advised_is_found_from_where_the_task_file_lies(
 def test_a_calibrated_run_goes_on_with_inputs_that_were_put_back(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A measurement is of the whole file, though the merge has read but the beginning of it."""
     merge(family, "regmean", "whole")
-    real, done = execute.TensorFiles.end_of_tensor, []
+    real, done = writing.TensorFiles.end_of_tensor, []
 
     def stopped(self: Any, names: Any) -> Any:
         if len(done) == 3:
@@ -171,7 +171,7 @@ def test_a_calibrated_run_goes_on_with_inputs_that_were_put_back(family: Path, m
         return real(self, names)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execute.TensorFiles, "end_of_tensor", stopped)
+        patch.setattr(writing.TensorFiles, "end_of_tensor", stopped)
         with pytest.raises(KeyboardInterrupt):
             merge(family, "regmean", "out")
     weights = family / "tone/model.safetensors"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import acemerge
-import acemerge.engine.execute
+import acemerge.engine.writing
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.manifest import stored_names
 from acemerge.output.verify import verify
@@ -178,7 +178,7 @@ def test_layers_that_no_expert_moved_are_zeros(plain: PlainModel) -> None:
 def test_an_interrupted_one_is_gone_on_with(done: int, plain: PlainModel, monkeypatch: pytest.MonkeyPatch) -> None:
     base, experts = plain.save()
     acemerge.merge(base, experts, "ace", plain.root / "whole", as_lora=2)
-    real, count = acemerge.engine.execute.TensorFiles.end_of_tensor, 0
+    real, count = acemerge.engine.writing.TensorFiles.end_of_tensor, 0
 
     def end_of_tensor(self: Any, names: Any) -> Any:
         nonlocal count
@@ -188,10 +188,10 @@ def test_an_interrupted_one_is_gone_on_with(done: int, plain: PlainModel, monkey
         return real(self, names)
 
     monkeypatch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
-    monkeypatch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", end_of_tensor)
+    monkeypatch.setattr(acemerge.engine.writing.TensorFiles, "end_of_tensor", end_of_tensor)
     with pytest.raises(KeyboardInterrupt):
         acemerge.merge(base, experts, "ace", plain.root / "out", as_lora=2)
-    monkeypatch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", real)
+    monkeypatch.setattr(acemerge.engine.writing.TensorFiles, "end_of_tensor", real)
     with pytest.raises(UsageError, match="as_lora was 2 and is 3"):
         acemerge.merge(base, experts, "ace", plain.root / "out", as_lora=3, resume=True)
     acemerge.merge(base, experts, "ace", plain.root / "out", as_lora=2, resume=True)

@@ -68,7 +68,7 @@ def test_the_manifest_names_each_model_with_its_own_file(shelf: Path) -> None:
 def test_an_interrupted_stack_is_gone_on_with(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = merged(shelf, TWO_MODELS, "whole")
     recipe, out, done = load_recipe(shelf / "whole.yml", {}), shelf / "resumed", []
-    real = acemerge.engine.execute.TensorFiles.end_of_tensor
+    real = acemerge.engine.writing.TensorFiles.end_of_tensor
 
     def end_of_tensor(self: Any, names: list[str]) -> Any:
         if len(done) == 20:
@@ -78,7 +78,7 @@ def test_an_interrupted_stack_is_gone_on_with(shelf: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as patch:
         patch.setattr(acemerge.engine.pipeline, "_BATCH_PIECES", 1)
-        patch.setattr(acemerge.engine.execute.TensorFiles, "end_of_tensor", end_of_tensor)
+        patch.setattr(acemerge.engine.writing.TensorFiles, "end_of_tensor", end_of_tensor)
         with pytest.raises(KeyboardInterrupt):
             api.run_recipe(recipe, out, RunOptions())
     other = stack("passthrough", [a(0, 3)], [b(0, 3)], [a(2, 3)])

@@ -9,6 +9,7 @@ import torch
 
 from acemerge.engine.unfolding import as_seen, as_stored
 from acemerge.engine.work import Setting
+from acemerge.linalg.known import Known
 from acemerge.methods import Layer, LayerResult, Method
 from acemerge.methods.stats import of_projections, of_slices
 from acemerge.models.projections import Fused
@@ -16,9 +17,11 @@ from acemerge.planning.jobs import ByRule, Merge
 from acemerge.shapes import Float, Tensor
 
 
-def apply(job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting) -> LayerResult:
-    """The rule's result for this tensor, stored as the tensor is."""
-    layer = rule_layer(job, used, setting, as_seen(job, W0))
+def apply(
+    job: ByRule, deltas: Tensor, W0: Tensor, used: Sequence[int], setting: Setting, known: Known | None = None
+) -> LayerResult:
+    """The rule's result for this tensor, stored as the tensor is; `known` has what others made of its task vectors."""
+    layer = replace(rule_layer(job, used, setting, as_seen(job, W0)), known=known)
     seen = as_seen(job, deltas)
     if isinstance(job, Merge) and job.fused:
         result = _by_projection(job.method, job.fused, seen, layer)

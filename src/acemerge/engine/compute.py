@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -131,8 +132,7 @@ def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Sett
 
 def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Made:
     job, T = piece.job, len(setting.labels)
-    with place.space((T + 1, *piece.shape), job.compute_dtype) as space:
-        W0, deltas, n, used = all_task_vectors(piece, base, values, setting, space)
+    with _updates(piece, base, values, setting, place) as (space, W0, deltas, n, used):
         skipped = tuple(label for i, label in enumerate(setting.labels) if i not in used)
         check_energies(n, f"tensor {job.name!r}", job.compute_dtype)
         before = float(energies(W0[None]))
@@ -141,12 +141,35 @@ def _merged(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting
             masks = torch.zeros(deltas.shape, dtype=torch.bool) if job.makes_masks else None
             same = base if isinstance(job, Merge) else W0
             return (*_unchanged(job, same, record), _packed(masks, used, T))
-        result = apply(job, deltas, W0, used, setting)
+        result = apply(job, deltas, W0, used, setting, None if place.common is None else place.common.known)
         record = replace(record, stats=result.stats, merged_energy=float(energies(result.delta[None])))
         if isinstance(job, Merge) and job.factors is not None:
             return (*_in_adapter(job, job.factors, result.delta, record), ())
-        value = result.delta.add_(W0)
+        update = result.delta if place.common is None else own_memory(result.delta, space)
+        value = update.add_(W0)
         return (own_memory(rounded(value, job), space),), record, _packed(result.masks, used, T)
+
+
+_Updates = tuple[Tensor, Tensor, Tensor, Tensor, list[int]]
+
+
+@contextlib.contextmanager
+def _updates(piece: Piece[ByRule], base: Tensor, values: Values, setting: Setting, place: Place) -> Iterator[_Updates]:
+    """The space for the task vectors of a piece, and what `all_task_vectors` puts there. Rules that have them in common
+    find those of the first.
+    """
+    job = piece.job
+
+    @contextlib.contextmanager
+    def made() -> Iterator[_Updates]:
+        with place.space((len(setting.labels) + 1, *piece.shape), job.compute_dtype) as space:
+            yield (space, *all_task_vectors(piece, base, values, setting, space))
+
+    if place.common is None or not isinstance(job, Merge):
+        with made() as found:
+            yield found
+    else:
+        yield place.common.updates((job.compute_dtype, job.absent, job.updates, setting.recipe.nonfinite), made)
 
 
 def _of_one_weight(job: Merge, base: Tensor, values: Values, setting: Setting, place: Place) -> Made:

@@ -21,7 +21,7 @@ from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
-from acemerge.output.journal import Done, Journal, Step
+from acemerge.output.journal import Done, Journal
 from acemerge.output.names import MASKS
 from acemerge.output.packed_masks import mask_spec
 from acemerge.output.protocol import Output
@@ -64,7 +64,7 @@ def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool
     """Goes through pieces by the pipeline and tells of every batch when its result was dealt with."""
 
     def work_of(piece: Piece[Job]) -> float:
-        return piece_seconds(piece, pipeline.experts, COMMON)
+        return sum(piece_seconds(own, pipeline.experts, COMMON) for own in piece.each)
 
     def walk(parts: Iterable[Piece[AnyJob]], work: Work[AnyJob, Result]) -> Generator[Result, None, None]:
         queue = list(parts)
@@ -76,7 +76,7 @@ def walker(pipeline: Pipeline, stage: str, on_progress: OnProgress, writes: bool
             yield result
             done += sum(piece.is_last for piece in batch)
             bytes_done += sum(piece.bytes_in for piece in batch)
-            bytes_out += sum(map(bytes_written, batch)) if writes else 0
+            bytes_out += sum(bytes_written(own) for piece in batch for own in piece.each) if writes else 0
             work_done += sum(map(work_of, batch))
             share = work_done / work_total if work_total else 1.0
             on_progress(Progress(stage, batch[-1].job.name, done, total, bytes_done, bytes_total, bytes_out, share))
@@ -169,7 +169,7 @@ class Layout:
 
 def dry_run(plan: Plan, setting: Setting, walk: Walk) -> Records:
     """Compute everything and keep nothing but the records."""
-    records = _Records()
+    records = Gathered()
     work = merging(setting)
     for results in walk((piece for job in plan.jobs for piece in pieces(job, job.entrywise)), work):
         for piece, computed in results:
@@ -185,46 +185,12 @@ def find_thresholds(
         return replace(setting, thresholds=dict(done.findings["thresholds"]))
     setting = with_thresholds(setting, plan, walk)
     if setting.thresholds:
-        journal.have_read(_read_by(readers))
+        journal.have_read(read_by(readers))
         journal.found({"thresholds": [[keep, list(values)] for keep, values in setting.thresholds.items()]})
     return setting
 
 
-def write_weights(
-    layout: Layout,
-    setting: Setting,
-    walk: Walk,
-    output: Output,
-    done: Done,
-    journal: Journal,
-    readers: Sequence[Reader],
-) -> Records:
-    """Write all weights of the layout that are not done yet, and return what the manifest says of each tensor."""
-    records = _Records({step.tensor: step.record for step in done.steps})
-    waiting = [job for job in layout.jobs if job.name not in records.done]
-    for folder in {(output.path / name).parent for name in layout.files}:
-        files.make_folder(folder)
-    with TensorFiles(output.path, layout.files, done.begun, layout.steps) as weights:
-        for results in walk((p for job in waiting for p in pieces(job, job.entrywise)), merging(setting)):
-            steps = []
-            for piece, computed in results:
-                goes_to = layout.goes_to[piece.job.name]
-                for file, value in zip(goes_to, (*computed.stored, *computed.masks), strict=True):
-                    weights.write(file, value)
-                records.add(piece, computed)
-                if piece.is_last:
-                    sums = weights.end_of_tensor(dict.fromkeys(goes_to))
-                    steps.append(Step(piece.job.name, records.done[piece.job.name], sums))
-            if steps:
-                journal.have_read(_read_by(readers))
-            journal.add(steps)
-            output.complete(steps, weights.finished)
-        output.written |= weights.finished
-    written = {job.name for job in layout.jobs}
-    return {job.name: records.done[job.name] for job in layout.plan.jobs if job.name in written}
-
-
-def _read_by(readers: Sequence[Reader]) -> Read:
+def read_by(readers: Sequence[Reader]) -> Read:
     """What was read of every file since this was asked last; a file may have several readers."""
     found: dict[str, dict[str, Hashed] | None] = {}
     for reader in readers:
@@ -243,7 +209,7 @@ def merging(setting: Setting) -> Work[Job, list[tuple[Piece[Job], Computed]]]:
     return work
 
 
-class _Records:
+class Gathered:
     """What the manifest says of each tensor, gathered piece by piece."""
 
     def __init__(self, done: Mapping[str, TensorRecord] | None = None) -> None:

@@ -15,7 +15,7 @@ from acemerge.checkpoints.address import parse, scheme_of
 from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.checkpoints.hub import locate
+from acemerge.checkpoints.hub import Located, locate
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.agreement import check_agreement
@@ -29,6 +29,7 @@ from acemerge.engine.shared_factors import shared_input_factors
 from acemerge.engine.work import Setting
 from acemerge.errors import CheckpointError, ResourceError, UsageError
 from acemerge.models.roles import Roles
+from acemerge.models.vocabulary import Tokens
 from acemerge.output.folder import check_output
 from acemerge.output.identity import identity
 from acemerge.output.upload import check_push
@@ -119,21 +120,52 @@ def identity_of(opened: Opened, device: str) -> dict[str, Any]:
 
 def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened:
     """Check the options, open the checkpoints and plan the merge; see the module."""
+    return open_recipes([(recipe, out)], options)[0]
+
+
+def open_recipes(recipes: Sequence[tuple[Recipe, Path | None]], options: RunOptions) -> list[Opened]:
+    """The same for recipes that differ in their rules alone, each with its output: their models are opened once."""
+    recipe = recipes[0][0]
     check_together(options)
-    if out is not None:
-        check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
-        check_output(out, options.overwrite, options.resume, options.shard is not None or options.finish)
+    for _, out in recipes:
+        _check_place(out, recipe, options)
     devices = find_devices(options.device if options.ray is None else "cpu")
     if options.push is not None:
-        if out is not None and scheme_of(out):
-            raise UsageError(
-                "--push", "the output is in a store", "write to a folder to upload it, or leave --push out"
-            )
         check_push(options.push)
+    models = _open_models(recipe, options)
+    for out in (out for _, out in recipes if out is not None):
+        check_output_apart(out, [str(model.path) for model in models.located])
+    return [_planned(models, recipe, options, devices) for recipe, _ in recipes]
+
+
+def _check_place(out: Path | None, recipe: Recipe, options: RunOptions) -> None:
+    """UsageError where the output cannot go there."""
+    if out is None:
+        return
+    check_output_apart(out, [*recipe.models, *recipe.adapters.values()])
+    check_output(out, options.overwrite, options.resume, options.shard is not None or options.finish)
+    if options.push is not None and scheme_of(out):
+        raise UsageError("--push", "the output is in a store", "write to a folder to upload it, or leave --push out")
+
+
+@dataclass(frozen=True)
+class _Models:
+    """The models of a recipe, opened: as they lie on disk, and as they are merged, under names that agree."""
+
+    located: Sequence[Located]
+    opened: tuple[Checkpoint, ...]
+    owner: Checkpoint
+    labels: Sequence[str]
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    roles: Roles
+    tokens: Sequence[Tokens | None]
+    notes: tuple[str, ...]
+
+
+def _open_models(recipe: Recipe, options: RunOptions) -> _Models:
     named = [*recipe.models, *recipe.adapters.values()]
     located = [locate(model, options.allow_pickle, options.quiet, stream=options.stream) for model in named]
-    if out is not None:
-        check_output_apart(out, [str(model.path) for model in located])
     opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
     base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
@@ -147,34 +179,45 @@ def open_recipe(recipe: Recipe, out: Path | None, options: RunOptions) -> Opened
     if recipe.slices:
         base, experts = as_sliced(recipe.slices, base, experts, labels)
     (base, *experts), roles, matching = matched(base, experts, labels)
+    read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
+    twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
+    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base))
     tokens = tokens_of(recipe, opened[: len(recipe.models)])
-    plan = make_plan(recipe, base, experts, labels, roles, tokens)
+    return _Models(located, opened, owner, labels, base, tuple(experts), roles, tokens, notes)
+
+
+def _planned(models: _Models, recipe: Recipe, options: RunOptions, devices: tuple[torch.device, ...]) -> Opened:
+    base, experts, labels, tokens = models.base, models.experts, models.labels, models.tokens
+    plan = make_plan(recipe, base, experts, labels, models.roles, tokens)
     if recipe.as_lora is not None:
-        plan = as_adapter(plan, roles, recipe.as_lora)
+        plan = as_adapter(plan, models.roles, recipe.as_lora)
     if options.asked_for_parts is not None:
         whole = Layout(plan, options.max_shard_size)
         check_parts(plan, options.asked_for_parts, options.shard, len(whole.every))
-    read_from = [(located[i], *([applied[i]] if i in applied else [])) for i in range(1, 1 + len(labels))]
-    twice = [] if recipe.slices else same_models(labels, [tuple(m.path for m in models) for models in read_from])
-    known = (
-        {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))} if tokens else {}
-    )
-    losses = (
-        () if plan.is_adapter else lost_assets(recipe, opened[0], owner, dict(zip(labels, models, strict=True)), known)
-    )
-    notes = (*twice, *unwrapping, *matching, *_unmerged_modules(recipe.assets, owner, base), *losses)
     calibration, unused = assign(plan, base.config)
+    notes = (*models.notes, *_losses(models, recipe, plan))
     plan = replace(
         plan,
         warnings=(*notes, *plan.warnings, *shared_input_factors(plan, experts), *unused),
         calibration={expert.label: tuple(task.name for task in expert.tasks) for expert in calibration},
     )
     check_agreement(plan, (base, *experts), Setting(plan.recipe, plan.experts))
-    origins = tuple(model.origin for model in located)
-    most = allowed(plan, options.max_memory, options.workers)
-    shard = options.max_shard_size
+    origins = tuple(model.origin for model in models.located)
+    most, shard = allowed(plan, options.max_memory, options.workers), options.max_shard_size
     part = options.shard
-    return Opened(plan, roles, base, tuple(experts), opened, origins, devices, shard, most, calibration, part)
+    return Opened(plan, models.roles, base, experts, models.opened, origins, devices, shard, most, calibration, part)
+
+
+def _losses(models: _Models, recipe: Recipe, plan: Plan) -> Sequence[str]:
+    """What the experts have beside their weights and the output will not."""
+    if plan.is_adapter:
+        return ()
+    labels, tokens = models.labels, models.tokens
+    known: dict[str, Tokens | None] = {}
+    if tokens:
+        known = {"": tokens[recipe.assets_number(labels) or 0], **dict(zip(labels, tokens[1:], strict=True))}
+    own = models.opened[1 : 1 + len(labels)]
+    return lost_assets(recipe, models.opened[0], models.owner, dict(zip(labels, own, strict=True)), known)
 
 
 def _unmerged_modules(wanted: str, owner: Checkpoint, base: Checkpoint) -> list[str]:

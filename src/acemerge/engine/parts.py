@@ -19,11 +19,11 @@ from acemerge.engine.execute import (
     check_heads,
     find_thresholds,
     walker,
-    write_weights,
 )
 from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.run_options import RunOptions
+from acemerge.engine.writing import Target, write_weights
 from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.identity import difference
 from acemerge.output.journal import Done
@@ -77,7 +77,7 @@ def compute_part(
                 for reader in readers:  # from here on they read what is the part's own
                     reader.hashing = True
                 walk = walks("merge", writes=True)
-                records = write_weights(layout, setting, walk, output, done, journal, readers)
+                (records,) = write_weights([Target(layout, setting, output, done, journal)], walk, readers)
                 journal.have_read({path: longer(journal.read.get(path, {}), found) for path, found in _whole(pipeline)})
             sums = _sums(done) or _own_sums(opened, part, options.hash_files)
             for checkpoint in opened.models:

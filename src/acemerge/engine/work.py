@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from acemerge.engine.buffers import Buffers
 from acemerge.engine.unfolding import as_seen
+from acemerge.linalg.known import Known
 from acemerge.methods import Calibration, Layer, check_experts, expert_seeds
 from acemerge.planning.jobs import AnyJob, ByRule, Input
 from acemerge.planning.pieces import Piece
 from acemerge.recipes.recipe import Recipe
 from acemerge.shapes import Tensor
+
+Result = TypeVar("Result")
 
 
 class Measured(Protocol):
@@ -77,12 +80,39 @@ class Values(Protocol):
         ...
 
 
+class Common:
+    """What the rules on one piece have in common: its task vectors, and what is known of these."""
+
+    def __init__(self) -> None:
+        self.known = Known()
+        self._updates: dict[Hashable, Any] = {}
+        self._spaces = contextlib.ExitStack()
+
+    def updates(self, decided_by: Hashable, make: Callable[[], contextlib.AbstractContextManager[Result]]) -> Result:
+        """What `make` gives, held until the end; made once for what it is decided by."""
+        if decided_by not in self._updates:
+            self._updates[decided_by] = self._spaces.enter_context(make())
+        found: Result = self._updates[decided_by]
+        return found
+
+    def close(self) -> None:
+        self.known, self._updates = Known(), {}
+        self._spaces.close()
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a piece is computed: the device, and the host's large buffers."""
+    """Where a piece is computed: the device, the host's large buffers, and what it has in common with others there."""
 
     device: torch.device
     buffers: Buffers = field(default_factory=Buffers)
+    common: Common | None = None
+
+    @contextlib.contextmanager
+    def in_common(self) -> Iterator[Place]:
+        """The same place for several rules on one piece."""
+        with contextlib.closing(Common()) as common:
+            yield replace(self, common=common)
 
     @contextlib.contextmanager
     def space(self, shape: Sequence[int], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -100,7 +130,6 @@ class Place:
 
 # Pieces that are worked on together, each with its inputs.
 Loaded = Sequence[tuple[Piece[AnyJob], Values]]
-Result = TypeVar("Result")
 Work = Callable[[Loaded[AnyJob], Place], Result]  # what a walk does with them
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from acemerge.api import run_opened
-from acemerge.engine.opening import open_recipe
+from acemerge.api import run_together
+from acemerge.engine.opening import open_recipes
 from acemerge.engine.run_options import RunOptions
 from acemerge.errors import UsageError
 from acemerge.recipes.labels import expert_labels
@@ -31,15 +31,13 @@ def merged_folders(recipes: dict[str, Recipe], out: Path) -> dict[str, str]:
 
 
 def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: Callable[[str], None]) -> None:
-    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned, once, before the first is
-    run.
-    """
-    folders = {name: Path(folder) for name, folder in merged_folders(recipes, out).items()}
+    """Merge into OUT/merged/METHOD what is not merged there yet. All recipes are planned before the first is run."""
+    folders = [Path(folder) for folder in merged_folders(recipes, out).values()]
     options = replace(options, resume=True)
-    opened = {name: open_recipe(recipe, folders[name], options) for name, recipe in recipes.items()}
-    for name, run in opened.items():
+    opened = open_recipes(list(zip(recipes.values(), folders, strict=True)), options)
+    for name in recipes:
         tell(f"merging by {name}")
-        run_opened(run, folders[name], options)
+    run_together(list(zip(opened, folders, strict=True)), options)
 
 
 def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:

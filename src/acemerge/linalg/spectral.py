@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from acemerge.linalg.gram import symmetric_product
+from acemerge.linalg.known import Known, once
 from acemerge.linalg.single import leading_in_float32
 from acemerge.shapes import Float, Tensor
 
@@ -49,22 +50,31 @@ class Singular:
         return (self.U * self.s[: self.rank]) @ self.V.T
 
 
-def leading_singular(X: Float[Tensor, "out in"], k: int, floor: float = 0.0, share: float = 0.0) -> Singular:
+def leading_singular(
+    X: Float[Tensor, "out in"],
+    k: int,
+    floor: float = 0.0,
+    share: float = 0.0,
+    known: Known | None = None,
+    in_float64: bool = False,
+) -> Singular:
     """The top k singular triplets of X, by an eigen-decomposition of the smaller Gram matrix.
 
-    In float64, but in float32 where X is that, large and the estimated error of U_k V_k^T is small enough.
+    In float64, but in float32 where X is that, large, the estimated error of U_k V_k^T is small enough and
+    `in_float64` does not forbid it. The eigen-decomposition in float64 is kept in `known`, for the next who asks.
     Singular values of at most `floor`, at most `share` of the largest or at the level of rounding are taken for zero;
     so are those beyond the shorter side. What uses `U s V^T` alone needs neither: there a faint direction is faint.
     What uses U or V must not take noise for directions, and gives `rounding.NULL` for the share.
     """
     if X.shape[0] < X.shape[1]:
-        flipped = leading_singular(X.T, k, floor, share)
+        flipped = leading_singular(X.T, k, floor, share, known, in_float64)
         return Singular(flipped.V, flipped.s, flipped.U)
     floor = max(floor, rounding_floor(X.double()))
-    if (found := leading_in_float32(X, k, floor, share)) is not None:
+    if not in_float64 and (found := leading_in_float32(X, k, floor, share)) is not None:
         return Singular(*found)
-    X = X.double()
-    s, V = _right_singular(X, k, floor, share)
+    given, X = X, X.double()
+    spectrum = once(known, "eigenvectors of X^T X", given, lambda: _eigenvectors(X))
+    s, V = _right_singular(X, k, floor, share, spectrum)
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -102,14 +112,22 @@ def rounding_floor(X: Float[Tensor, "out in"]) -> float:
     return float(X.norm() * max(X.shape) * torch.finfo(X.dtype).eps)
 
 
-def _right_singular(X: Tensor, k: int, floor: float, share: float = 0.0) -> tuple[Tensor, Tensor]:
+def _eigenvectors(X: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Of `X^T X`, and its eigenvalues, ascending."""
+    values, vectors = torch.linalg.eigh(symmetric_product(X))
+    return values, vectors
+
+
+def _right_singular(
+    X: Tensor, k: int, floor: float, share: float = 0.0, spectrum: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The singular values of X (m, n) above the floor and this share of the largest, k at most, and their right
-    singular vectors (n, r).
+    singular vectors (n, r). `spectrum` is that of X^T X, where it is known.
     """
     k = min(k, X.shape[1])
-    values, vectors = torch.linalg.eigh(symmetric_product(X))
+    values, vectors = _eigenvectors(X) if spectrum is None else spectrum
     s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    del vectors
+    del vectors, spectrum
     floor = max(floor, share * float(s[0]))
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
     if good >= k or good == 0:

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from acemerge.errors import UsageError
 from acemerge.linalg.gram import energies
+from acemerge.linalg.known import Known
 from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.methods.stats import LayerStats
@@ -38,7 +39,7 @@ class Layer:
     those that need its energy; where only that is known, it is `base_energy`. `frame`, for rules
     with such `needs.factors`, tells of which larger matrices the task vectors are the cores. `moments` (T, ...) are
     what was measured of each expert on data of its own, for rules with `needs.calibration`: see there for their shape.
-    None where nothing of this layer was seen.
+    None where nothing of this layer was seen. `known` holds what other rules have made of these very task vectors.
     """
 
     weights: Float[Tensor, " T"]
@@ -48,6 +49,7 @@ class Layer:
     base_energy: float | None = None
     frame: Frame | None = None
     moments: Float[Tensor, "T *moment"] | None = None
+    known: Known | None = None
 
     def sides(self, deltas: Float[Tensor, "T out in"]) -> tuple[int, int]:
         """(out, in) of the layer, whose task vectors or their cores are `deltas`."""

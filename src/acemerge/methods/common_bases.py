@@ -168,7 +168,7 @@ def common_left(
 
 def own_entries(layer: Layer) -> Layer:
     """The layer as the other rule sees it: what is known of its entries does not hold for turned updates."""
-    return replace(layer, thresholds=None, base=None, base_energy=layer.energy_of_base(), frame=None)
+    return replace(layer, thresholds=None, base=None, base_energy=layer.energy_of_base(), frame=None, known=None)
 
 
 def basis_operations(experts: int, long: int, short: int) -> int:

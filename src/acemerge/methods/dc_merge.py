@@ -10,7 +10,7 @@ from pydantic import Field
 
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import kth_largest_magnitude, largest_entry, share_of
-from acemerge.linalg.spectral import SHARED, leading_singular, polar
+from acemerge.linalg.spectral import SHARED, Singular, leading_singular, polar
 from acemerge.linalg.threads import side_by_side
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
 from acemerge.methods.spectral import SPECTRAL_WORK, spectral_operations, with_update
@@ -54,7 +54,11 @@ class DcMerge:
         if not active:
             return no_update(deltas)
         k = max(1, min(layer.sides(deltas)) // len(active))
-        parts = list(side_by_side(lambda D: leading_singular(D.double(), k, share=NULL), active, deltas.device))
+
+        def leading(D: Tensor) -> Singular:
+            return leading_singular(D, k, share=NULL, known=layer.known, in_float64=True)
+
+        parts = list(side_by_side(leading, active, deltas.device))
         U, V = ([part.U for part in parts], [part.V for part in parts])
         P, Q = side_by_side(polar, (torch.cat(U, 1), torch.cat(V, 1)), deltas.device)
         values = [w * _smoothed(p.s[: p.rank], self.smooth) for p, w in zip(parts, weights, strict=True)]

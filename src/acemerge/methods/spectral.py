@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 
 from acemerge.linalg.gram import energies
+from acemerge.linalg.known import Known, once
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import Singular, leading_singular, polar
 from acemerge.linalg.threads import side_by_side
@@ -81,7 +82,9 @@ class TsvM:
         if not active:
             return no_update(deltas)
         k = max(1, min(layer.sides(deltas)) // len(active))
-        parts = list(side_by_side(lambda D: leading_singular(D, k, share=NULL), active, deltas.device))
+        parts = list(
+            side_by_side(lambda D: leading_singular(D, k, share=NULL, known=layer.known), active, deltas.device)
+        )
         U, V = (torch.cat(blocks, 1) for blocks in ([p.U for p in parts], [p.V for p in parts]))
         s = torch.cat([weight * p.s[: p.rank] for p, weight in zip(parts, weights, strict=True)])
         M = between_polars(U, s, V).mul_(self.scale)
@@ -111,7 +114,9 @@ class IsoC:
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         shortest = min(layer.sides(deltas))
-        total = leading_singular(precise_sum(deltas, layer.weights), shortest, cancelled(deltas, layer), NULL)
+        total = leading_singular(
+            precise_sum(deltas, layer.weights, layer.known), shortest, cancelled(deltas, layer), NULL, layer.known
+        )
         M = total.polar().mul_(self.scale * total.s.mean())
         status = Status.OK if total.rank else Status.NO_UPDATE
         return LayerResult(M.to(deltas.dtype), LayerStats((status,), rank=total.rank))
@@ -148,7 +153,9 @@ class IsoCts:
             return no_update(deltas)
         r, T = min(layer.sides(deltas)), len(active)
         q = min(round((r - int(self.common * r)) / T), r // T)
-        shared = leading_singular(precise_sum(deltas, layer.weights), r - q * T, cancelled(deltas, layer), NULL)
+        shared = leading_singular(
+            precise_sum(deltas, layer.weights, layer.known), r - q * T, cancelled(deltas, layer), NULL, layer.known
+        )
 
         covered = float(shared.s[0] / shared.s[shared.rank - 1]) if 0 < shared.rank < len(shared.s) else 1.0
 
@@ -174,12 +181,19 @@ def with_update(deltas: Float[Tensor, "T out in"], layer: Layer) -> tuple[list[T
     return [deltas[t] for t in kept], [weights[t] for t in kept]
 
 
-def precise_sum(deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"]) -> Float[Tensor, "out in"]:
+def precise_sum(
+    deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], known: Known | None = None
+) -> Float[Tensor, "out in"]:
     """`sum_t w_t D_t` in float64, for rules that lift small directions of it: float32's rounding is as large."""
-    total = torch.zeros_like(deltas[0], dtype=torch.float64)
-    for D, weight in zip(deltas, weights.tolist(), strict=True):
-        total.add_(D, alpha=weight)
-    return total
+    factors = tuple(weights.tolist())
+
+    def added() -> Tensor:
+        total = torch.zeros_like(deltas[0], dtype=torch.float64)
+        for D, weight in zip(deltas, factors, strict=True):
+            total.add_(D, alpha=weight)
+        return total
+
+    return once(known, ("sum", factors), deltas, added)
 
 
 def cancelled(deltas: Float[Tensor, "T out in"], layer: Layer) -> float:

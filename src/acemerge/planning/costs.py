@@ -40,8 +40,13 @@ class Cost:
 def cost(piece: Piece[Job], experts: int) -> Cost:
     """The inputs; and with them, for a rule, T task vectors and what the rule works in, the result included.
 
-    An expert's own values are let go of when its task vector is there.
+    An expert's own values are let go of when its task vector is there, but for the jobs beside it.
     """
+    if piece.beside:
+        each = [cost(own, experts) for own in piece.each]
+        waiting, written = max(c.waiting for c in each), sum(c.written for c in each)
+        kept = max(_known_entries(own, experts) for own in piece.each) * torch.float64.itemsize
+        return Cost(waiting, waiting + max(c.working for c in each) + kept + written, written)
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
     if isinstance(job, Merge) and job.joined:  # all of the weight is made, and its own rows are written
         whole_cost = cost(Piece(job.as_one), experts)
@@ -56,6 +61,15 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
     else:
         beside = _beside_task_vectors(job, piece, experts)
     return Cost(waiting + shared, waiting + shared + beside + written, written)
+
+
+def _known_entries(piece: Piece[Job], experts: int) -> int:
+    """What is kept of one rule for the next: the eigenvectors of each task vector and of their sum, and that sum."""
+    job = piece.job
+    if isinstance(job, Keep) or not job.method.needs.matrix:
+        return 0
+    slices, rows, columns = job.matrices
+    return (experts + 1) * slices * min(rows, columns) ** 2 + piece.count
 
 
 def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:

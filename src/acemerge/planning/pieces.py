@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, Literal, TypeVar
 
@@ -21,10 +21,19 @@ _AnyJob_co = TypeVar("_AnyJob_co", bound=Job, covariant=True)
 
 @dataclass(frozen=True)
 class Piece(Generic[_AnyJob_co]):
-    """A job, or a range of its tensor's rows."""
+    """A job, or a range of its tensor's rows.
+
+    `beside` are jobs of other plans that want the same inputs, to be worked on while these are there.
+    """
 
     job: _AnyJob_co
     rows: tuple[int, int] | None = None
+    beside: tuple[_AnyJob_co, ...] = ()
+
+    @property
+    def each(self) -> tuple[Piece[_AnyJob_co], ...]:
+        """This one and those beside it, one by one."""
+        return (self,) if not self.beside else tuple(Piece(job, self.rows) for job in (self.job, *self.beside))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +83,18 @@ def pieces(job: AnyJob, split: bool) -> Iterator[Piece[AnyJob]]:
         return
     for first in range(0, rows, step):
         yield Piece(job, (first, min(first + step, rows)))
+
+
+def common_pieces(jobs: Sequence[AnyJob]) -> Iterator[Piece[AnyJob]]:
+    """The pieces of jobs of several plans for one tensor, together where they read the same and are as large."""
+    groups: dict[object, list[list[Piece[AnyJob]]]] = {}
+    for job in jobs:
+        own = list(pieces(job, job.entrywise))
+        kind = job.inputs, job.bytes_in, tuple(piece.rows for piece in own), own[0].load
+        groups.setdefault(kind, []).append(own)
+    for first, *others in groups.values():
+        for i, piece in enumerate(first):
+            yield replace(piece, beside=tuple(own[i].job for own in others))
 
 
 def _models(job: Job) -> int:
