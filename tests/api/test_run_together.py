@@ -13,8 +13,9 @@ from builders import PlainModel, write_adapter, write_checkpoint
 import acemerge
 from acemerge.api import run_opened, run_together
 from acemerge.checkpoints.reader import Reader
-from acemerge.engine.opening import Opened, RunOptions, open_recipe, open_recipes
+from acemerge.engine.opening import Opened, open_recipe, open_recipes
 from acemerge.engine.pipeline import Pipeline
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import NumericalError
 from acemerge.methods import LayerResult, LayerStats
 from acemerge.methods.elementwise import TaskArithmetic
