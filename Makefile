@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
-# Pinned; by uv where it is there, which takes a fraction of pip's time.
+# Pinned; by uv where it is there, which takes a fraction of pip's time and looks for wheels where pip does.
 UV := $(shell command -v uv)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
-DEMO_INSTALL := $(if $(UV),$(UV) pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt,$(INSTALL))
+DEMO_INSTALL := $(if $(UV),$(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(PIP_FIND_LINKS)') $(UV) pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt,$(INSTALL))
 # Two processes of one thread, each with a file at a time.
 PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 

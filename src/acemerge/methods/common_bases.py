@@ -18,7 +18,7 @@ from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
 
-_WORK = Workspace(24, 44, "columns")
+_WORK = Workspace(28, 44, "columns")
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
