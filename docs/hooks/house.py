@@ -29,6 +29,7 @@ FLOORS = (
     Floor(("reproduction",), "Experiments", "the papers' own, as packs"),
     Floor(("__init__", "evaluation", "extract", "demo"), "Uses", "public names; scores, rules side by side"),
     Floor(("api",), "One path", "what command line and Python share"),
+    Floor(("runs",), "Runs", "a plan carried out, or several in one pass"),
     Floor(("report",), "Report", "the page about a merge"),
     Floor(("inspection",), "Looking", "at experts, at finished merges; the papers' figures"),
     Floor(("calibration", "integrations"), "Measuring", "on the experts' own data; inside mergekit"),
@@ -55,7 +56,7 @@ def floor_of(room: str) -> int | None:
 
 
 def picture() -> str:
-    """The house as SVG: sixteen floors under a roof."""
+    """The house as SVG: the floors under a roof."""
     height, left, width = 44, 40, 680
     top = 96
     lines = [

@@ -5,30 +5,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import torch
 from typing_extensions import Unpack
 
-from acemerge.calibration.calibrate import Calibrating, about_calibration, calibrated, data_of
+from acemerge.calibration.calibrate import data_of
 from acemerge.checkpoints import named
-from acemerge.checkpoints.hashes import Read, check_unchanged, files_read, tensor_hashes, whole_files
-from acemerge.checkpoints.reader import Reader
-from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.events import event_fields, logged
 from acemerge.engine.execute import (
     OnProgress,
     Progress,
-    Records,
-    check_heads,
-    dry_run,
-    find_thresholds,
-    walker,
 )
 from acemerge.engine.executor import Executor, Here
 from acemerge.engine.in_parts import compute_parts, machines_of, parts_to_do, put_together
@@ -38,9 +28,6 @@ from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.parts import compute_part
 from acemerge.engine.relatedness import check_related
 from acemerge.engine.run_options import RunOptions, make_options
-from acemerge.engine.thresholds import with_thresholds
-from acemerge.engine.work import Setting, Walk
-from acemerge.engine.writing import Target, write_weights
 from acemerge.errors import (
     CheckpointError,
     LockedError,
@@ -53,20 +40,19 @@ from acemerge.errors import (
 from acemerge.inspection.afterwards import how_far
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
-from acemerge.output.identity import digest, with_same_bytes
-from acemerge.output.journal import Done, Journal
 from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.names import MANIFEST
 from acemerge.output.parts import holds_parts
 from acemerge.output.place import output_at
 from acemerge.output.protocol import Output
-from acemerge.output.same_run import check_same_run, is_finished
+from acemerge.output.same_run import is_finished
 from acemerge.output.upload import upload
 from acemerge.output.verify import verify
 from acemerge.recipes.recipe import Recipe, make_recipe, with_params, with_weights
 from acemerge.report.html import check_libraries
 from acemerge.report.write import write_report
+from acemerge.runs import Begun, begin, compute_only, write
 
 log = logging.getLogger(__name__)
 _PATIENCE = 10.0  # seconds
@@ -161,7 +147,7 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
     about = identity_of(opened, options.device if options.ray is None else "cpu")
     about |= {"calibration": data_of(plan, opened.calibration)} if opened.calibration else {}
     if out is None:
-        records, measured = _dry_run(opened, options, about, on_progress)
+        records, measured = compute_only(opened, options, about, on_progress)
         unread: list[tuple[str, dict[str, InputFile]]] = [(origin, {}) for origin in opened.origins]
         manifest = build_manifest(plan, records, unread, {}, _since(started)) | measured
         return MergeReport(None, manifest | _with_surprises(manifest))
@@ -173,32 +159,11 @@ def _run(opened: Opened, out: Path | None, options: RunOptions, on_progress: OnP
         if options.finish:
             manifest = put_together(opened, output, about, options.hash_files)
         else:
-            begun = _begun(opened, out, output, about, options)
+            begun = begin(opened, out, output, about, options)
             if begun is None:
                 return _was_complete(out, output, options, on_progress)
-            (manifest,) = _write([begun], options, on_progress)
+            (manifest,) = write([begun], options, on_progress)
         return _published(out, output, manifest, started, options, on_progress)
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A run whose output is held, and what of it is done."""
-
-    opened: Opened
-    output: Output
-    done: Done
-
-
-def _begun(opened: Opened, out: Path, output: Output, about: Mapping[str, Any], options: RunOptions) -> _Begun | None:
-    """None where this very run was finished before."""
-    if not options.resume:
-        return _Begun(opened, output, Done(about))
-    if is_finished(out, about, options.overwrite):
-        return None
-    done = output.left(opened.layout.files) or Done(about)
-    models = list(zip(opened.origins, opened.models, strict=True))
-    check_same_run(out, with_same_bytes(done.identity, about, models, done.read), about)
-    return _Begun(opened, output, replace(done, identity=about))
 
 
 def run_together(runs: Sequence[tuple[Opened, Path]], options: RunOptions) -> None:
@@ -223,7 +188,7 @@ def _run_together(runs: Sequence[tuple[Opened, Path]], options: RunOptions) -> N
     started = time.perf_counter()
     check_room(torch.get_num_threads())
     with contextlib.ExitStack() as stack:
-        begun: list[tuple[Path, _Begun]] = []
+        begun: list[tuple[Path, Begun]] = []
         for opened, out in runs:
             for warning in opened.plan.warnings:
                 log.warning(warning, extra=event_fields("warning"))
@@ -231,12 +196,12 @@ def _run_together(runs: Sequence[tuple[Opened, Path]], options: RunOptions) -> N
                 check_related(opened.plan, opened.base, opened.experts)
             about = identity_of(opened, options.device)
             output = stack.enter_context(output_at(out, options.overwrite, options.resume))
-            one = _begun(opened, out, output, about, options)
+            one = begin(opened, out, output, about, options)
             if one is None:
                 _was_complete(out, output, options, _nobody)
             else:
                 begun.append((out, one))
-        manifests = _write([one for _, one in begun], options, _nobody) if begun else []
+        manifests = write([one for _, one in begun], options, _nobody) if begun else []
         for (out, one), manifest in zip(begun, manifests, strict=True):
             _published(out, one.output, manifest, started, options, _nobody)
 
@@ -301,29 +266,12 @@ def _published(
     return _finished(out, manifest if options.push is None else verify(out), options, on_progress)
 
 
-def _dry_run(
-    opened: Opened, options: RunOptions, about: Mapping[str, Any], on_progress: OnProgress
-) -> tuple[Records, dict[str, Any]]:
-    with opened.pipeline(options.workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
-        walks = partial(walker, pipeline, on_progress=on_progress)
-        setting = with_thresholds(opened.setting, opened.plan, walks("thresholds"))
-        setting = calibrated(setting, _calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
-        measured = about_calibration(opened.plan, opened.calibration, setting, about)
-        return dry_run(opened.plan, setting, walks("merge")), measured
-
-
 def _with_surprises(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What is only known when all was read: how far the merge goes, and more warnings behind those of the plan."""
     length, found = how_far(manifest)
     for warning in found:
         log.warning(warning, extra=event_fields("warning"))
     return {"length": None if length is None else length.to_json(), "warnings": [*manifest["warnings"], *found]}
-
-
-def _calibrating(
-    opened: Opened, folder: Path, about: Mapping[str, Any], walk: Walk, on_progress: OnProgress
-) -> Calibrating:
-    return Calibrating(opened.plan, opened.calibration, opened.devices[0], folder, about, walk, on_progress)
 
 
 def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_progress: OnProgress) -> MergeReport:
@@ -338,66 +286,6 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
     address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
     log.info("uploaded to %s", address, extra=event_fields("pushed", address=address))
     return replace(report, pushed=address)
-
-
-def _write(runs: Sequence[_Begun], options: RunOptions, on_progress: OnProgress) -> list[dict[str, Any]]:
-    """Write everything but the manifests, and return those. The models are the same for all."""
-    first = runs[0].opened
-    for run in runs:
-        check_heads(run.opened.plan, run.opened.experts)
-    with contextlib.ExitStack() as stack:
-        journals = [stack.enter_context(contextlib.closing(run.output.begin(run.done))) for run in runs]
-        with first.pipeline(options.workers, hashing=True) as (pipeline, readers):
-            walks = partial(walker, pipeline, on_progress=on_progress)
-            settings = [
-                _setting(run, journal, walks, readers, on_progress) for run, journal in zip(runs, journals, strict=True)
-            ]
-            targets = [
-                Target(run.opened.layout, setting, run.output, run.done, journal)
-                for run, setting, journal in zip(runs, settings, journals, strict=True)
-            ]
-            found = write_weights(targets, walks("merge", writes=True), readers)
-            for run, records in zip(runs, found, strict=True):
-                run.output.kept = True
-                write_beside(run.opened, records, readers, origins_of(run.opened), run.output)
-            hashes = pipeline.of_readers(Reader.hashes)
-        sums = whole_sums(first, options.hash_files, {})
-    _kept(runs, False)  # of inputs that changed under way nothing is of use
-    for checkpoint, read in zip(first.checkpoints, hashes, strict=True):
-        check_unchanged(checkpoint, read)
-    _kept(runs, True)
-    new = [files_read(read) for read in hashes]
-    return [
-        _manifest(run, target.setting, records, new, sums)
-        for run, target, records in zip(runs, targets, found, strict=True)
-    ]
-
-
-def _setting(
-    run: _Begun, journal: Journal, walks: Callable[[str], Walk], readers: Sequence[Reader], on_progress: OnProgress
-) -> Setting:
-    """What the rules of a run want to know beforehand, of the whole model and of data."""
-    opened = run.opened
-    setting = find_thresholds(opened.plan, opened.setting, walks("thresholds"), run.done, journal, readers)
-    calibrating = _calibrating(opened, run.output.work, run.done.identity, walks("calibration"), on_progress)
-    setting = calibrated(setting, calibrating)
-    if opened.calibration:  # networks are loaded by others, which hash nothing
-        journal.have_read(whole_files(opened.models[1:]))
-    return setting
-
-
-def _kept(runs: Sequence[_Begun], kept: bool) -> None:
-    for run in runs:
-        run.output.kept = kept
-
-
-def _manifest(
-    run: _Begun, setting: Setting, records: Records, new: Sequence[Read], sums: Mapping[Path, str]
-) -> dict[str, Any]:
-    opened, about = run.opened, run.done.identity
-    measured = about_calibration(opened.plan, opened.calibration, setting, about)
-    inputs = inputs_of(opened, tensor_hashes([run.done.read, *new]), sums)
-    return build_manifest(opened.plan, records, inputs, run.output.written, 0.0) | measured | {"run": digest(about)}
 
 
 def _part(

@@ -300,7 +300,7 @@ BEHIND = {
     "picture": ("acemerge.engine.beside.shares_picture", ZeroDivisionError()),
     "configuration": ("acemerge.engine.beside.write_assets", CheckpointError("config.json", "is odd", "mend it")),
     "heads": ("acemerge.engine.beside.write_heads", CheckpointError("score", "is nan", "mend it")),
-    "manifest": ("acemerge.api.build_manifest", ValueError("a defect")),
+    "manifest": ("acemerge.runs.build_manifest", ValueError("a defect")),
     "publishing": ("acemerge.api.to_bytes", RecursionError()),
 }
 
