@@ -27,7 +27,7 @@ from acemerge.recipes.recipe import load_recipe, make_recipe
 from acemerge.ui import steps, view
 from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders, Listing
-from acemerge.ui.runner import State, line
+from acemerge.ui.runner import Runner, State, line
 
 # --- folders -------------------------------------------------------------------------------------------------
 
@@ -233,3 +233,18 @@ def test_names_from_files_are_text(tmp_path: Path) -> None:
         assert "&lt;img src=x" in html
         assert "<img" not in html
         assert html.isprintable()
+
+
+def test_an_error_whose_cause_was_mended_is_not_drawn_again(shelf: Folders) -> None:
+    gr = pytest.importorskip("gradio")
+    from acemerge.ui.page import _Slots, _Work
+
+    runner = Runner()
+    with gr.Blocks():
+        work = _Work(shelf, runner, _Slots("average"))
+    entered = ["../outside", False, False, "base", ["e1"], "", "average"]
+    work.merge(*entered)
+    assert "outside" in work.live(*entered)[2]
+    mended = ["models/out", *entered[1:]]
+    # The timer's last tick may come behind the answer to the change.
+    assert (work.follow(*mended)[3], work.live(*mended)[2]) == ("", "")

@@ -149,7 +149,7 @@ class _Work:
         """The areas, buttons and timer as they are at this moment."""
         state = self._runner.state
         running = state.what if state is not None and state.phase == "running" else ""
-        areas = [view.state(state) if state is not None and state.what == area else gr.skip() for area in _AREAS]
+        areas = [_drawn(state, entered) if state is not None and state.what == area else gr.skip() for area in _AREAS]
         stops = [gr.Button(visible=running == what) for what in ("inspect", "merge")]
         return [*areas, *self._buttons(entered), *stops, gr.Timer(active=_is_busy(state))]
 
@@ -184,7 +184,7 @@ class _Work:
         state = self._runner.last(what)
         if state is None or state.phase != "failed":
             return gr.skip()
-        return view.state(state) if state.of == _concerns(what, entered) else ""
+        return _drawn(state, entered)
 
     def _buttons(self, entered: Sequence[Any]) -> list[Any]:
         """There is something to do when a base and an expert are picked, and nothing else is done."""
@@ -195,6 +195,14 @@ class _Work:
 
 def _is_busy(state: State | None) -> bool:
     return state is not None and state.is_busy
+
+
+def _drawn(state: State, entered: Sequence[Any]) -> str:
+    """Nothing of an error whose cause was mended. A timer that ticked before it was stopped may be answered last, so
+    that every answer has to know.
+    """
+    is_mended = state.phase == "failed" and state.of != _concerns(state.what, entered)
+    return "" if is_mended else view.state(state)
 
 
 def _concerns(what: str, entered: Sequence[Any]) -> list[Any]:
