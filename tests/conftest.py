@@ -28,6 +28,14 @@ settings.register_profile("torture", max_examples=100, deadline=None)
 settings.load_profile("test")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is taken from the user's own cache, nor left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def two_threads() -> Iterator[None]:
     """For what torch does with several."""

@@ -130,8 +130,13 @@ def local_copy(path: Path, wanted: Callable[[str], bool]) -> Path:
     """The folder, or a copy of what is wanted of a prefix, for whoever reads folders alone."""
     if not scheme_of(path):
         return path
+    return objects.copy_folder(path, cache_folder("stores"), wanted)
+
+
+def cache_folder(kind: str) -> Path:
+    """`~/.cache/acemerge/KIND`, or where XDG_CACHE_HOME says."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return objects.copy_folder(path, Path(home, "acemerge", "stores"), wanted)
+    return Path(home, "acemerge", kind)
 
 
 def open_for_reading(path: Path) -> Handle:

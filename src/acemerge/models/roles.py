@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from acemerge.checkpoints.cache import keep, recall
 from acemerge.checkpoints.header import TensorSpec
 from acemerge.models.architecture import meta_model, submodels_of
 from acemerge.models.fused_experts import ExpertPart, expert_parts, stored_in_out
+from acemerge.models.known_roles import key_of
 from acemerge.models.lora_targets import Target, lora_targets
 from acemerge.models.renaming import checkpoint_renaming
 
@@ -70,11 +74,31 @@ def find_roles(
     and shape; `Roles.source` says so. `untied`: output heads are tensors of their own, whatever ties them, as are
     parameters of the names `apart`.
     """
+    key = key_of(config, tensors, untied, apart)
+    known = _recalled(key) if key else None
+    if known is not None:
+        return known
     model, why_not = meta_model(config, len(tensors))
     if model is None:
         config = {**config, "tie_word_embeddings": False} if untied else config
         return roles_by_name(tensors, config, f"names and shapes ({why_not})")
-    return roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied, apart)
+    found = roles_from_model(model, tensors, f"the architecture {type(model).__name__}", untied, apart)
+    if key:
+        keep("roles", key, _roles_as_json().dump_json(found))
+    return found
+
+
+def _recalled(key: str) -> Roles | None:
+    kept = recall("roles", key)
+    try:
+        return None if kept is None else _roles_as_json().validate_json(kept)
+    except ValidationError:
+        return None
+
+
+@functools.cache
+def _roles_as_json() -> TypeAdapter[Roles]:
+    return TypeAdapter(Roles)
 
 
 def roles_from_model(
