@@ -99,13 +99,15 @@ class Work(Protocol):
 class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
     `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
-    that of the least-squares system, the smaller of columns and T rows, or the layer's longer one, at most T shorter.
+    that of the least-squares system, the smaller of columns and T rows, its rows, at most T columns, or the layer's
+    longer one, at most T shorter. `then` is what it holds at another time, so that the larger of both counts.
     """
 
     tensors: int = 4
     squares: int = 0
-    side: Literal["shorter", "columns", "system", "longer"] = "system"
+    side: Literal["shorter", "columns", "system", "rows", "longer"] = "system"
     each: int = 0
+    then: Workspace | None = None
 
     def entries(self, experts: int, rows: int, columns: int) -> int:
         short, long = sorted((rows, columns))
@@ -113,9 +115,11 @@ class Workspace:
             "shorter": short,
             "columns": columns,
             "system": min(columns, experts * rows),
+            "rows": min(rows, experts * columns),
             "longer": min(long, experts * short),
         }
-        return (self.tensors + self.each * experts) * rows * columns + self.squares * sides[self.side] ** 2
+        own = (self.tensors + self.each * experts) * rows * columns + self.squares * sides[self.side] ** 2
+        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
 
-_WORK = Workspace(28, 44, "columns")
+# While a basis is found, and while what is turned into it is merged.
+_MERGING = Workspace(5, each=2)
+_ONE_BASIS, _TWO_BASES = Workspace(6, 17, "rows", then=_MERGING), Workspace(6, 17, "longer", then=_MERGING)
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
@@ -32,9 +34,9 @@ def _inner(over: str | Mapping[str, Any]) -> Method:
     return rule
 
 
-def _needs(inner: Method, factors: Literal["frame", "left frame"]) -> Needs:
+def _needs(inner: Method, factors: Literal["frame", "left frame"], work: Workspace) -> Needs:
     weights, most, energy = inner.needs.weights, inner.needs.most_experts, inner.needs.base_energy
-    return Needs(True, base_energy=energy, weights=weights, most_experts=most, work=_WORK, factors=factors)
+    return Needs(True, base_energy=energy, weights=weights, most_experts=most, work=work, factors=factors)
 
 
 _OverUpdates = Annotated[Over, accepted_by(_inner)]
@@ -66,7 +68,7 @@ class Knots:
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.inner, "left frame")
+        return _needs(self.inner, "left frame", _ONE_BASIS)
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         frame = _frame(deltas, layer)
@@ -103,7 +105,7 @@ class CoreSpace:
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.inner, "frame")
+        return _needs(self.inner, "frame", _TWO_BASES)
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         frame = _frame(deltas, layer)
