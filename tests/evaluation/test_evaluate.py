@@ -93,6 +93,20 @@ def _with_head(body: Path, head: dict[str, torch.Tensor], rows: int) -> Any:
     return lambda **row: network(**row).logits
 
 
+def test_a_model_without_a_tokenizer_has_no_score(family: Path) -> None:
+    """transformers makes one of special tokens alone, by which every text is the same."""
+    write_tsv(family / "topic.tsv", {"s": TEXTS, "y": [i % 3 for i in range(41)]})
+    tasks = write_tasks(family, _task("topic"))
+    (before,) = scores(family / "topic", tasks)
+    for file in list((family / "topic").glob("*token*")):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="topic: has no tokenizer; put its base's tokenizer files beside"):
+        scores(family / "topic", tasks)
+    save_tokenizer(family / "topic")
+    (after,) = scores(family / "topic", tasks)
+    assert after.score == before.score
+
+
 def test_a_merged_model_with_the_heads_beside_it(family: Path) -> None:
     acemerge.merge(family / "base", [family / "topic", family / "tone"], "average", family / "merged")
     labels = [i % 3 for i in range(41)]

@@ -12,7 +12,7 @@ import torch
 from acemerge.errors import NumericalError, UsageError
 from acemerge.shapes import Int, Tensor
 from acemerge.tasks.networks import Model, load_whole
-from acemerge.tasks.predict import OnBatch
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, OnBatch
 
 TEXTS = 64
 TOKENS = 128  # of a text, at most
@@ -78,8 +78,7 @@ def _written(
         state = getattr(found, "past_key_values", None)
         likely = found.logits[:, -1].float().softmax(-1).cpu()
         if not likely.isfinite().all():
-            what, cure = "the model's scores are not finite", "acemerge verify tells if its weights are"
-            raise NumericalError("calibration", what, cure)
+            raise NumericalError("calibration", "the model's scores are not finite", ARE_WEIGHTS_FINITE)
         drawn = [torch.multinomial(p, 1, generator=chance) for p, chance in zip(likely, chances, strict=True)]
         text = torch.cat([text, torch.where(going, torch.cat(drawn), _ENDED)[:, None]], 1)
         going &= ~torch.isin(text[:, -1], torch.tensor(last, dtype=text.dtype))
