@@ -315,6 +315,10 @@ def test_an_adapter_by_itself_is_scored_in_its_base(
         assert rows[row]["tasks"]["topic"]["score"] == np.mean(predictions == labels)
         assert "heads/lora.safetensors" in rows[row]["tasks"]["topic"]["head"]
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    words = ["compare", folder, "--base", family / "base", "--tasks", tasks, "-o", family / "compared", "--quiet"]
+    assert run(capsys, *words) == (0, "", "")
+    compared = json.loads((family / "compared/evaluation.json").read_text())["rows"]
+    assert compared["lora"]["tasks"]["topic"]["score"] == np.mean(predictions == labels)
     lent = evaluate({"base": str(family / "base")}, Run(load_tasks(tasks), CPU, base=str(family / "base"))).rows[-1]
     assert "heads/lora.safetensors" in lent.known()[0].about["head"]
 
@@ -346,3 +350,7 @@ def test_wrong_commands(family: Path, capsys: pytest.CaptureFixture[str]) -> Non
     failed(run(capsys, *words, "--methods", "ties", "else/ties", *out), 2, "has the name of the rule ties")
     failed(run(capsys, *words, "--methods", "ties", "else/base", *out), 2, "has the name of the recipe's base")
     assert not (family / "out").exists()
+    words = ["compare", "--tasks", tasks, "--base", family / "base", "--methods", "ace", *out]
+    failed(run(capsys, *words), 2, "--expert is missing; give --expert or a recipe file")
+    (family / "recipe.yaml").write_text(f"experts: [{model}]")
+    failed(run(capsys, *words, family / "recipe.yaml", family / "ace"), 2, "rename its folder, or leave it out")

@@ -61,7 +61,9 @@ def plain(text: str) -> str:
     text = re.sub(r"--set (\w+)=", r"\1 = ", text.replace("`", ""))
     text = re.sub(r"--scale (?=[\d.])", "a scale of ", text)
     named, options = re.subn(r"(?<![\w-])--(?=[a-z])", "", text)
-    return f"{named} (on the command line)" if options else named
+    if options:
+        return f"{named} (on the command line)"
+    return f"{named} (in a recipe file, on the command line)" if "recipe rule" in named else named
 
 
 def failure(line: str) -> str:
