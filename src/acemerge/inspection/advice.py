@@ -50,6 +50,15 @@ def of_frozen(labels: Sequence[str], energies: Sequence[float]) -> list[Advice]:
     return [Advice(f"expert {label} is frozen: it is the base itself", cure) for label, energy in pairs if energy == 0]
 
 
+def of_masks(names: Sequence[str]) -> list[Advice]:
+    """Tensors with infinities that base and experts have in common: a merge leaves them as they are."""
+    if not names:
+        return []
+    some = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+    what = f"infinities, the same in all models, which stay as the base has them: {some}"
+    return [Advice(what, "nothing to do for masks; of weights fetch the models again")]
+
+
 def of_energies(
     labels: Sequence[str], energies: Sequence[float], gammas: Sequence[float | None] = (), tau: float | None = None
 ) -> list[Advice]:
