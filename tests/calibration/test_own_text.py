@@ -20,6 +20,7 @@ from torch import Tensor
 
 import acemerge
 from acemerge.calibration import calibrate
+from acemerge.errors import ResourceError
 from acemerge.tasks import own_text
 from acemerge.tasks.networks import open_model
 
@@ -200,3 +201,32 @@ def test_weights_that_are_not_finite_are_found_as_the_error_says(
     command = re.search(r"; acemerge (.*) tells whether its weights are\n", said)
     assert command, said
     assert "is nan at [1]" in run(capsys, *command[1].replace("MODEL", str(broken)).split())[2]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("can't allocate memory")],
+)
+@pytest.mark.parametrize("calibration", ["self", "tasks.yaml"])
+def test_a_batch_that_does_not_fit_can_be_made_smaller(
+    failure: Exception, calibration: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows at once are too much."""
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def of_one_row(network: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 1:
+            raise failure
+        return forward(network, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", of_one_row)
+    (tmp_path / "text.txt").write_text("the cat sees a dog and the old bird eats here now")
+    task = {"name": "t", "kind": "perplexity", "data": "text.txt", "expert": str(made / "math")}
+    write_tasks(tmp_path, task | {"context": 4, "stride": 4, "batch_size": 2})
+    given = calibration if calibration == "self" else tmp_path / calibration
+    with pytest.raises(ResourceError, match=r"; give tasks with a smaller batch_size, .* by --calibration TASKS.yaml$"):
+        acemerge.merge(made / "base", [made / "math"], "regmean", calibration=given)
+    write_tasks(tmp_path, task | {"context": 4, "stride": 4, "batch_size": 1})
+    acemerge.merge(made / "base", [made / "math"], "regmean", calibration=tmp_path / "tasks.yaml")

@@ -129,6 +129,7 @@ def test_a_head_that_is_no_copy_of_its_embedding(tmp_path: Path) -> None:
         ),
         ({"split_qkv": True, "policy": "paper"}, "leave it out, or use policy default", {"policy": "default"}),
         ({"as_lora": 2, "vocabulary": "base"}, "leave `vocabulary` out, or write a full model", {"as_lora": None}),
+        ({"as_lora": True}, "see docs/recipes.md", {"as_lora": 2}),
         ({"compress": "first"}, "leave it out", {"compress": "last"}),
         ({"join_qkv": True, "split_qkv": True}, "leave one of them out", {"split_qkv": False}),
         ({"policy": "papr"}, r"did you mean `paper`\?", {"policy": "paper"}),

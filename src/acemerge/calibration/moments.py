@@ -20,7 +20,7 @@ from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model, open_model
 from acemerge.tasks.own_text import OwnText
-from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, taking_examples
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, SMALLER_TASKS, taking_examples
 from acemerge.tasks.task_file import Task
 
 _LIMIT = 4 << 30  # bytes of sums that are kept at once: the data is run again for those that find no room
@@ -97,7 +97,7 @@ def run_through(feed: Feed, on_examples: OnExamples = lambda *_: None) -> None:
 
 def reported(feed: Feed) -> contextlib.AbstractContextManager[None]:
     """What the network raises for examples that it cannot be given, in words."""
-    return taking_examples("calibration", next(feed.network.parameters()).device)
+    return taking_examples("calibration", next(feed.network.parameters()).device, SMALLER_TASKS)
 
 
 def second_moments(

@@ -48,7 +48,7 @@ class Recipe(Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
-    as_lora: Annotated[int, Field(ge=1)] | None = None
+    as_lora: Annotated[int, Field(ge=1, strict=True)] | None = None  # `true` is no rank
     compress: Literal["first", "last"] = "last"
     calibration: str | None = None
     chat_template: str | None = None

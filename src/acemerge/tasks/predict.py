@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from acemerge.checkpoints.hub import in_words
-from acemerge.errors import CheckpointError, NumericalError, UsageError, shortage_of
+from acemerge.errors import CheckpointError, NumericalError, ResourceError, UsageError, shortage_of
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Inputs, Logits
 
@@ -20,6 +20,9 @@ from acemerge.tasks.networks import Inputs, Logits
 OnBatch = Callable[[int, int], None]
 # Of any model, where `acemerge verify` is of merges.
 ARE_WEIGHTS_FINITE = "acemerge inspect --base MODEL --expert MODEL tells whether its weights are"
+SMALLER = "use a smaller batch_size, max_length or context"
+# Where what is run may be text of the model's own, which has none of these.
+SMALLER_TASKS = "give tasks with a smaller batch_size, max_length or context by --calibration TASKS.yaml"
 Batches = Callable[[Sequence[int]], Inputs]  # the examples of these numbers
 
 
@@ -65,15 +68,14 @@ def text_batches(tokenizer: Any, encoded: Encoded) -> Batches:
 
 
 @contextlib.contextmanager
-def taking_examples(where: str, device: torch.device) -> Iterator[None]:
+def taking_examples(where: str, device: torch.device, cure: str = SMALLER) -> Iterator[None]:
     """What a network raises for examples that it cannot be given, or for which there is no memory, in words."""
     try:
         yield
     except (IndexError, RuntimeError, ValueError, MemoryError) as failure:
         if shortage_of(failure) is not None:
-            cure = "use a smaller batch_size, max_length or context"
             cure = cure if device.type == "cpu" else f"{cure}, or --device cpu"
-            raise UsageError(where, f"a batch does not fit in the memory of device {device}", cure) from failure
+            raise ResourceError(where, f"a batch does not fit in the memory of device {device}", cure) from failure
         what = f"the model cannot be given these examples ({in_words(failure)})"
         raise CheckpointError(where, what, "check its tokenizer and max_length") from failure
 
