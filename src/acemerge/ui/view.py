@@ -52,10 +52,15 @@ _BOXES = {"add --overwrite": f"tick “{REPLACE}”", "with --overwrite": f"with
 _BOXES |= {"with --force": f"with “{FORCE}” ticked"}
 
 
+# Of what only a recipe file has: `assets: base`, the recipe's rules.
+_OF_RECIPES = re.compile(r"`\w+: |\brecipe('s)? rules?\b")
+
+
 def plain(text: str) -> str:
     """Advice without a command line's signs. What the page has goes by its own name: a box, a field of the rule; of
     what it has not, it is said where it is.
     """
+    in_recipe = _OF_RECIPES.search(text)
     for option, box in _BOXES.items():
         text = text.replace(option, box)
     text = re.sub(r"--set (\w+)=", r"\1 = ", text.replace("`", ""))
@@ -63,7 +68,7 @@ def plain(text: str) -> str:
     named, options = re.subn(r"(?<![\w-])--(?=[a-z])", "", text)
     if options:
         return f"{named} (on the command line)"
-    return f"{named} (in a recipe file, on the command line)" if "recipe rule" in named else named
+    return f"{named} (in a recipe file, on the command line)" if in_recipe else named
 
 
 def failure(line: str) -> str:
