@@ -229,7 +229,8 @@ def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
     layers = [(view.job.name, view.sums) for view in seen.views if view.squared_norms is not None]
     found = [Advice(warning, "") for warning in plan.warnings]
     found += of_origin(relations(plan, opened.base, opened.experts))
-    found += of_energies(labels, total.energies.tolist(), gammas, tau if method.name == "ace" else None)
+    weights = [expert.weight for expert in plan.recipe.experts]
+    found += of_energies(labels, total.energies.tolist(), weights, gammas, tau if method.name == "ace" else None)
     if not any(isinstance(job.method, KronAuto | Trust) for job in plan.ruled):
         found += of_steps(layers)
     return found + of_directions(labels, total, layers)

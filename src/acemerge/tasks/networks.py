@@ -70,7 +70,8 @@ class Model:
             tokenizer = ()
         # transformers makes one of special tokens alone where a folder has none: scores would mean nothing.
         if not listed and len(tokenizer) < _BYTES:
-            raise CheckpointError(self.name, "has no tokenizer", "put its base's tokenizer files beside its weights")
+            cure = "put its base's tokenizer files beside its weights, or name a model of text"
+            raise CheckpointError(self.name, "has no tokenizer", cure)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
