@@ -64,7 +64,8 @@ def plain(text: str) -> str:
     for option, box in _BOXES.items():
         text = text.replace(option, box)
     text = re.sub(r"--set (\w+)=", r"\1 = ", text.replace("`", ""))
-    text = re.sub(r"--scale (?=[\d.])", "a scale of ", text)
+    text = re.sub(r"--scale (?=[\d.])", "a scale of ", text).replace("--scale", "scale")
+    text = re.sub(r"--method (\w+)", r"the rule \1", text).replace("the rule auto", "the recommended rule")
     named, options = re.subn(r"(?<![\w-])--(?=[a-z])", "", text)
     if options:
         return f"{named} (on the command line)"
