@@ -66,7 +66,7 @@ class Recipe(Strict):
         built = (self.build_method(), *(rule.method.build() for rule in self.rules if rule.method))
         wanting = next((method.name for method in built if method.needs.calibration), None)
         if wanting is not None and self.calibration is None:
-            cure = "give --calibration TASKS.yaml, or self for language models; in a recipe or in Python `calibration`"
+            cure = "name tasks of the experts by --calibration TASKS.yaml, or --calibration self for language models"
             raise UsageError(f"method {wanting}", "needs calibration data", cure)
         return self
 
