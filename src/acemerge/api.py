@@ -40,6 +40,7 @@ from acemerge.errors import (
 from acemerge.inspection.afterwards import how_far
 from acemerge.linalg.threads import check_room
 from acemerge.methods import AnyMethod
+from acemerge.methods.registry import check_names
 from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
 from acemerge.output.names import MANIFEST
@@ -105,6 +106,7 @@ def merge(
         raise UsageError("on_progress", what, "give a function of one argument")
     weighted = with_weights([str(path) for path in experts], options.pop("weights", None))
     own = {name: options.pop(name) for name in list(options) if name in Recipe.model_fields}
+    check_names(method, options, list(MergeOptions.__annotations__))
     if isinstance(own.get("calibration"), Path):
         own["calibration"] = str(own["calibration"])
     spec = with_params(method, options)

@@ -21,6 +21,7 @@ from rich.text import Text
 from safetensors.torch import load_file
 from torch import nn
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS
 from acemerge.checkpoints.weight_files import SINGLE
 from acemerge.errors import AcemergeError, UsageError, printable
@@ -218,8 +219,9 @@ class DemoError(AcemergeError):
 def run_demo(folder: Path, console: Console) -> None:
     """Train, merge by every rule, evaluate, and print the table."""
     started = time.perf_counter()
+    files.make_folder(folder)
     known = (folder / "base").is_dir() and (folder / "experts").is_dir()
-    if folder.exists() and not known and any(folder.iterdir()):
+    if not known and any(folder.iterdir()):
         raise UsageError(folder, "is not empty", "choose another folder with -o")
 
     def say(text: str) -> None:

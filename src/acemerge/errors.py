@@ -86,10 +86,10 @@ class LockedError(WriteError):
 _LONGEST = 200  # no name is longer, and looking for what is like a megabyte takes minutes
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """`did you mean X?` for the closest of `choices`, else the list of them."""
+def nearest(word: str, choices: list[str], otherwise: str = "") -> str:
+    """`did you mean X?` for the closest of `choices`, else the list of them, or `otherwise` where they are too many."""
     close = difflib.get_close_matches(word[:_LONGEST], choices, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else f"use one of: {', '.join(choices)}"
+    return f"did you mean `{close[0]}`?" if close else otherwise or f"use one of: {', '.join(choices)}"
 
 
 # What libraries say when there is no memory, none of them by a type of its own.

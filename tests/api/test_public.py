@@ -56,6 +56,18 @@ def test_the_default_is_the_rule_that_is_recommended() -> None:
     assert rule_name(DEFAULT) == "kron_auto"
 
 
+def test_a_misspelt_option_is_answered_with_the_nearest_one(plain: PlainModel) -> None:
+    """Whose it is: the function's, or the rule's."""
+    for wrong, right in (("polcy", "policy"), ("overwrit", "overwrite"), ("weigths", "weights"), ("sed", "seed")):
+        with pytest.raises(UsageError, match=f"option {wrong!r}: there is none of that name; did you mean `{right}`"):
+            acemerge.merge("base", ["e1"], "ace", **{wrong: 1})  # type: ignore[call-overload]
+    for name in ("weigths", "report_", "rulez"):
+        with pytest.raises(UsageError, match=f"option {name!r}: there is none of that name; did you mean"):
+            acemerge.merge_state_dicts(plain.base, plain.tuned, "ace", **{name: 1})  # type: ignore[call-overload]
+    with pytest.raises(UsageError, match="method 'ace': no parameter 'epz'; did you mean `eps`"):
+        acemerge.merge_state_dicts(plain.base, plain.tuned, "ace", epz=1)
+
+
 def test_a_report_is_five_lines(plain: PlainModel) -> None:
     base, experts = plain.save()
     report = acemerge.merge(base, experts, out=plain.root / "out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,16 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from builders import load_folder, make_model, perturb
+from builders import load_folder, make_model, perturb, write_checkpoint
 from calibrated_family import second_moment
 from commands import failed, run
 from oracles import relative_error
-from task_builders import save_model, sharpened
+from task_builders import save_model, sharpened, write_tasks
 from torch import Tensor
 
 import acemerge
 from acemerge.calibration import calibrate
+from acemerge.errors import ResourceError
 from acemerge.tasks import own_text
 from acemerge.tasks.networks import open_model
 
@@ -178,3 +181,52 @@ def test_a_recipe_says_it_as_a_word_not_a_file(made: Path, tmp_path: Path) -> No
     content = f"{{method: regmean, base: {made}/base, experts: [{made}/math], calibration: self}}"
     (tmp_path / "recipe.yaml").write_text(content)
     assert load_recipe(tmp_path / "recipe.yaml", {}).calibration == "self"
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher", "kfac"])
+@pytest.mark.parametrize("calibration", ["self", "tasks.yaml"])
+def test_weights_that_are_not_finite_are_found_as_the_error_says(
+    method: str, calibration: str, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(made / "math", tmp_path / "math")
+    weights = load_folder(broken)
+    weights["model.norm.weight"][1] = torch.nan
+    write_checkpoint(broken, weights)
+    (tmp_path / "text.txt").write_text("the cat sees a dog and the old bird eats here now")
+    task = {"name": "t", "kind": "perplexity", "data": "text.txt", "expert": str(broken), "context": 8, "stride": 8}
+    write_tasks(tmp_path, task)
+    words = ("--base", made / "base", "--expert", broken, "--method", method, "-o", tmp_path / "out", "--quiet")
+    given = calibration if calibration == "self" else tmp_path / calibration
+    _, _, said = run(capsys, "merge", *words, "--calibration", given)
+    command = re.search(r"; acemerge (.*) tells whether its weights are\n", said)
+    assert command, said
+    assert "is nan at [1]" in run(capsys, *command[1].replace("MODEL", str(broken)).split())[2]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RuntimeError("can't allocate memory")],
+)
+@pytest.mark.parametrize("calibration", ["self", "tasks.yaml"])
+def test_a_batch_that_does_not_fit_can_be_made_smaller(
+    failure: Exception, calibration: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows at once are too much."""
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def of_one_row(network: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(kwargs["input_ids"]) > 1:
+            raise failure
+        return forward(network, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", of_one_row)
+    (tmp_path / "text.txt").write_text("the cat sees a dog and the old bird eats here now")
+    task = {"name": "t", "kind": "perplexity", "data": "text.txt", "expert": str(made / "math")}
+    write_tasks(tmp_path, task | {"context": 4, "stride": 4, "batch_size": 2})
+    given = calibration if calibration == "self" else tmp_path / calibration
+    with pytest.raises(ResourceError, match=r"; give tasks with a smaller batch_size, .* by --calibration TASKS.yaml$"):
+        acemerge.merge(made / "base", [made / "math"], "regmean", calibration=given)
+    write_tasks(tmp_path, task | {"context": 4, "stride": 4, "batch_size": 1})
+    acemerge.merge(made / "base", [made / "math"], "regmean", calibration=tmp_path / "tasks.yaml")

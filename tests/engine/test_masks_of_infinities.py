@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import load_folder, write_checkpoint
+from commands import run
 
 import acemerge
 from acemerge.errors import CheckpointError
@@ -46,3 +47,22 @@ def test_other_infinities_are_refused(value: float, tmp_path: Path) -> None:
         base, *experts = _models(tmp_path / f"{len(list(tmp_path.iterdir()))}", masks)
         with pytest.raises(CheckpointError, match=r"(attn_mask|odd.mask)' is (-?inf|nan) at"):
             acemerge.merge(base, experts, "average")
+
+
+def test_what_looks_at_models_passes_masks_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A broken weight that base and expert share looks the same: `inspect` says so, as errors promise."""
+    base, *experts = _models(tmp_path, [MASK] * 3)
+    words = [word for path in experts for word in ("--expert", path)]
+    code, said, errors = run(capsys, "inspect", "--base", base, *words)
+    assert code == 0, errors
+    assert "the same in all models, which stay as the base has them: attn_mask and 1 more" in said
+    assert run(capsys, "merge", "--base", base, *words, "-o", tmp_path / "out", "--report", "--quiet") == (0, "", "")
+    assert "Cosines, conflict and spectra are missing" not in (tmp_path / "out/report.html").read_text()
+    weights = load_folder(base)
+    weights["layers.0.up.weight"][2, 3] = torch.inf
+    write_checkpoint(base, weights)
+    code, said, errors = run(capsys, "inspect", "--base", base, "--expert", base)
+    assert code == 0, errors
+    assert "layers.0.up.weight and 2 more" in said
+    assert "of weights fetch the models again" in said
+    assert run(capsys, "analyse", "--base", base, "--expert", base, "-o", tmp_path / "seen", "--quiet") == (0, "", "")

@@ -93,6 +93,20 @@ def _with_head(body: Path, head: dict[str, torch.Tensor], rows: int) -> Any:
     return lambda **row: network(**row).logits
 
 
+def test_a_model_without_a_tokenizer_has_no_score(family: Path) -> None:
+    """transformers makes one of special tokens alone, by which every text is the same."""
+    write_tsv(family / "topic.tsv", {"s": TEXTS, "y": [i % 3 for i in range(41)]})
+    tasks = write_tasks(family, _task("topic"))
+    (before,) = scores(family / "topic", tasks)
+    for file in list((family / "topic").glob("*token*")):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="topic: has no tokenizer; put its base's tokenizer files beside"):
+        scores(family / "topic", tasks)
+    save_tokenizer(family / "topic")
+    (after,) = scores(family / "topic", tasks)
+    assert after.score == before.score
+
+
 def test_a_merged_model_with_the_heads_beside_it(family: Path) -> None:
     acemerge.merge(family / "base", [family / "topic", family / "tone"], "average", family / "merged")
     labels = [i % 3 for i in range(41)]
@@ -301,6 +315,10 @@ def test_an_adapter_by_itself_is_scored_in_its_base(
         assert rows[row]["tasks"]["topic"]["score"] == np.mean(predictions == labels)
         assert "heads/lora.safetensors" in rows[row]["tasks"]["topic"]["head"]
     assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    words = ["compare", folder, "--base", family / "base", "--tasks", tasks, "-o", family / "compared", "--quiet"]
+    assert run(capsys, *words) == (0, "", "")
+    compared = json.loads((family / "compared/evaluation.json").read_text())["rows"]
+    assert compared["lora"]["tasks"]["topic"]["score"] == np.mean(predictions == labels)
     lent = evaluate({"base": str(family / "base")}, Run(load_tasks(tasks), CPU, base=str(family / "base"))).rows[-1]
     assert "heads/lora.safetensors" in lent.known()[0].about["head"]
 
@@ -332,3 +350,7 @@ def test_wrong_commands(family: Path, capsys: pytest.CaptureFixture[str]) -> Non
     failed(run(capsys, *words, "--methods", "ties", "else/ties", *out), 2, "has the name of the rule ties")
     failed(run(capsys, *words, "--methods", "ties", "else/base", *out), 2, "has the name of the recipe's base")
     assert not (family / "out").exists()
+    words = ["compare", "--tasks", tasks, "--base", family / "base", "--methods", "ace", *out]
+    failed(run(capsys, *words), 2, "--expert is missing; give --expert or a recipe file")
+    (family / "recipe.yaml").write_text(f"experts: [{model}]")
+    failed(run(capsys, *words, family / "recipe.yaml", family / "ace"), 2, "rename its folder, or leave it out")

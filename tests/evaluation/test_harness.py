@@ -143,6 +143,7 @@ def test_metric_and_filter_are_chosen_by_name(model: Path, stand_in: list[dict[s
         ({"task": "pets", "metric": "loss"}, "of loss less is better"),
         ({"task": "pet"}, "no task 'pet'; did you mean `pets`"),
         ({"task": "../pets"}, "no task '../pets'"),
+        ({"task": "quite another"}, "name one that `lm-eval ls tasks` lists"),
         ({"task": "many"}, "'many' is 57 tasks of lm_eval; list them one by one: many_0"),
         ({"task": "fetching"}, "its metric 'bleurt' is a program on the Hub, which is not run"),
     ):
@@ -195,7 +196,7 @@ def test_a_task_in_a_file_is_data_relative_to_it(tmp_path: Path) -> None:
         ({"description": "{# #}"}, "'description' holds more"),
         ({"metric_list": [{"metric": "bleurt", "hf_evaluate": True}]}, "the key 'hf_evaluate' of a metric"),
         ({"dataset_kwargs": {"trust_remote_code": True}}, "holds more than `data_files`"),
-        ({"dataset_path": "./script.py"}, "'data_files' are of a data set on the Hub"),
+        ({"dataset_path": "./script.py"}, "Hub; write `dataset_path:` as one of json, csv, parquet"),
         ({"task": None}, "the key 'task' is missing"),
     ],
 )

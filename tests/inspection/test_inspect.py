@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +182,26 @@ def test_frozen_identical_and_dominating_experts_are_named_with_a_cure(plain: Pl
     n = seen.total.energies
     assert f"expert large dominates: {n[1] / n.sum():.0%} of the energy, {n[1] / n[0]:.1f} times" in said(seen)
     weight = float((n[0] / n[1]).sqrt())
-    assert f"give it a weight of {weight:.2f}" in said(seen)
+    assert f"give it a weight of {weight:.2g}:" in said(seen)
     assert "dominates" not in said(look(base, [first, write_checkpoint(plain.root / "less", moved(plain, 1.9))]))
+
+
+@pytest.mark.parametrize(("small", "times"), [(1.0, 6.0), (0.003, 1.0)])
+def test_an_expert_with_the_weight_that_was_advised_dominates_no_more(
+    small: float, times: float, plain: PlainModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it was said; and no weight that is advised is nothing."""
+    base, _ = plain.save()
+    first = write_checkpoint(plain.root / "first", moved(plain, small))
+    large = write_checkpoint(plain.root / "large", moved(plain, times, expert=1))
+    words = ("--base", base, "--expert", first, "--expert")
+    (weight,) = re.findall(r"give it a weight of (\S+):", said(look(base, [first, large])))
+    for command in (["inspect"], ["merge", "--report", "-o", plain.root / "out"]):
+        _, before, errors = run(capsys, *command, *words, large)
+        assert re.search(f"expert large dominates: .*; give it a weight of {re.escape(weight)}:", before), errors
+        _, after, _ = run(capsys, *command, *words, f"{large}={weight}", *(["--overwrite"] if "-o" in command else []))
+        assert "dominates" not in after
+    assert "give it a weight" not in (plain.root / "out/report.html").read_text()
 
 
 def test_experts_that_undo_each_other_are_in_conflict(plain: PlainModel) -> None:

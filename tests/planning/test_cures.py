@@ -129,6 +129,11 @@ def test_a_head_that_is_no_copy_of_its_embedding(tmp_path: Path) -> None:
         ),
         ({"split_qkv": True, "policy": "paper"}, "leave it out, or use policy default", {"policy": "default"}),
         ({"as_lora": 2, "vocabulary": "base"}, "leave `vocabulary` out, or write a full model", {"as_lora": None}),
+        ({"as_lora": True}, "see docs/recipes.md", {"as_lora": 2}),
+        ({"compress": "first"}, "leave it out", {"compress": "last"}),
+        ({"join_qkv": True, "split_qkv": True}, "leave one of them out", {"split_qkv": False}),
+        ({"policy": "papr"}, r"did you mean `paper`\?", {"policy": "paper"}),
+        ({"base": 2024}, "put it in quotes", {"base": "2024"}),
         (
             {"rules": [{"match": "*", "method": "ties", "weights": [1, 2]}]},
             "give one weight each",
@@ -234,3 +239,25 @@ def test_options_of_other_commands_are_said_to_be(plain: PlainModel, capsys: pyt
     words = ("--base", base, "--expert", expert, "--method", "regmean")
     _, _, said = run(capsys, "inspect", *words, "--calibration", plain.root / "nowhere.yaml")
     assert "nowhere.yaml: no such file" in said
+
+
+def test_keys_that_are_no_options_are_said_to_be_of_recipe_files(
+    plain: PlainModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, (expert, *_) = plain.save()
+    words = ("-o", plain.root / "out", "--vocabulary", "assets")
+    _, _, said = run(capsys, "merge", "--base", base, "--expert", expert, *words)
+    assert said.endswith("set missing_tokens to base or mean (missing_tokens is a key of a recipe file)\n")
+    recipe = plain.root / "recipe.yaml"
+    recipe.write_text("base: ./base\nexperts: [./e1]\nmissing_tokens: mean\n")
+    _, _, said = run(capsys, "merge", recipe, *words)
+    assert "base: has no list of tokens to match the vocabularies by" in said
+
+
+def test_a_folder_that_cannot_be_written_is_not_called_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    code, _, said = run(capsys, "demo", "-o", tmp_path / "file")
+    assert code == 5
+    assert said.startswith(f"acemerge: error: {tmp_path / 'file'}: ")

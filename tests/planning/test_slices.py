@@ -128,7 +128,10 @@ def test_the_configuration_follows_the_layers() -> None:
     [
         (stack("passthrough", [a(0, 5)]), "has no layer 4, only 0 to 3"),
         (stack("passthrough", [a(2, 2)]), "slices.0.sources.0: `layer_range` is [2, 2]"),
-        (stack("passthrough", [a(0, 2), b(0, 2)]), "slices.0: passthrough merges 1 models, not 2"),
+        (
+            stack("passthrough", [a(0, 2), b(0, 2)]),
+            "slices.0: passthrough merges 1 model, not 2; list as many under `sources:`",
+        ),
         (stack("linear", [a(0, 2), b(0, 3)], weight=1), "slices.0: its sources have [2, 3] layers"),
         (stack("linear", [a(0, 2), a(1, 3)], weight=1), "slices.0: model 'f32/a' is there twice"),
         (stack("linear", [a(0, 2)], [b(0, 2)]), "slices.0.sources.0: the parameter `weight` is missing"),

@@ -190,6 +190,7 @@ TIES = {
         ({"models": [model("f32/a", gamma=1)]}, "models.0: unknown key 'gamma'"),
         ({"models": [model("f32/a")]}, "models.0: the parameter `weight` is missing"),
         ({"models": [model("f32/a", weight={"filter": "mlp", "value": 1})]}, "`weight` is missing for tensor"),
+        ({"models": [model("f32/a", weight={"filter": "mlp", "value": 1})]}, "entry with `value:` and no `filter:`"),
         ({"models": [model("f32/a", weight="much")]}, "models.0.weight: 'much' is no number"),
         ({"models": [model("f32/a", weight=[])]}, "models.0.weight: [] is no gradient"),
         ({"models": []}, "`models` is missing"),
@@ -202,7 +203,11 @@ TIES = {
         ({"dtype": "float64"}, "`dtype: float64` is not supported yet"),
         ({"parameters": {"density": 1.5}}, "parameter 'density"),
         ({"parameters": {"normalize": 3}}, "`normalize` is 3"),
-        ({"merge_method": "slerp", "models": [model("f32/a"), model("f32/b")]}, "slerp merges 2 models, not 3"),
+        (
+            {"merge_method": "slerp", "models": [model("f32/a"), model("f32/b")]},
+            "2 models, the base among them, not 3; list",
+        ),
+        ({"base_model": ["f32/base"]}, "`base_model` is not one path; write `base_model: PATH`"),
     ],
 )
 def test_what_is_wrong_or_not_supported_is_said_in_one_line(shelf: Path, change: dict[str, Any], said: str) -> None:

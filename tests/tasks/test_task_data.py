@@ -100,7 +100,11 @@ def test_columns_of_a_file(name: str, tmp_path: Path) -> None:
 
 BROKEN = {
     "no such column": ("a.csv", b"text,y\na,1\n", "no column 's'; use one of: text, y"),
-    "short row": ("a.tsv", b"s\ty\na\t1\nb\n", "example 2 has no column 'y'; mend the row"),
+    "short row": ("a.tsv", b"s\ty\na\t1\nb\n", "example 2 has nothing in column 'y'; mend the row"),
+    "short first row": ("a.tsv", b"s\ty\na\nb\t1\n", "example 1 has nothing in column 'y'; mend the row"),
+    "null": ("a.jsonl", b'{"s": null, "y": 1}\n', "example 1 has nothing in column 's'; mend the row"),
+    "plain text": ("a.txt", b"a b\n", "leave `text:` out for perplexity"),
+    "no parquet": ("a.parquet", b"s,y\n", "cannot be read .*; mend the file"),
     "no rows": ("a.csv", b"s,y\n", "has no examples"),
     "open quote": ("a.csv", b's,y\n"a,1\n', "line 2: unexpected end"),
     "not UTF-8": ("a.csv", b"s,y\n\xff,1\n", "is not UTF-8"),
@@ -125,13 +129,18 @@ def test_labels_by_name_and_number() -> None:
     assert as_classes(["1", "0"], ["0", "1"], "x").tolist() == [1, 0]
     assert as_classes(["2", 1, 0.0], None, "x").tolist() == [2, 1, 0]
     for values, labels, message in (
-        (["no", "yess"], ["no", "yes"], "example 1: 'no' is no class|did you mean `yes`"),
+        (["no", "yess"], ["no", "yes"], "example 2: 'yess' is no class; complete `labels:`.*did you mean `yes`"),
         (["no"], None, "list the classes in `labels:`"),
+        (["maybe"], ["no", "yes"], "'maybe' is no class; complete `labels:`, or mend the data: use one of: no, yes"),
         ([0.5], None, "'0.5' is no class"),
         ([0, -1], None, "example 2 has the label -1; a hidden label"),
     ):
         with pytest.raises(UsageError, match=message):
             as_classes(values, labels, "x")
+    # Names that the head has are taken where they are the data's; others, as LABEL_0, help nobody.
+    assert as_classes(["yes", "no"], None, "x", ["no", "yes"]).tolist() == [1, 0]
+    with pytest.raises(UsageError, match="'no' is no class; list the classes in `labels:`"):
+        as_classes(["no"], None, "x", ["LABEL_0", "LABEL_1"])
     with pytest.raises(UsageError, match="example 2: 'nan' is no number"):
         as_numbers(["1.5", "nan"], "x")
     with pytest.raises(UsageError, match="example 1: '3' is no text"):
@@ -149,6 +158,11 @@ def test_parquet_files_through_datasets(tmp_path: Path) -> None:
         assert (list(texts), list(labels)) == (["a", "b"], [1, 0])
     with pytest.raises(UsageError, match="no column 'x'"):
         read_columns(DataSource(str(tmp_path / "set")), ["x"])
+    with pytest.raises(UsageError, match=r"no test-\*.parquet files; it has part.parquet: name the split .* or leave"):
+        read_columns(DataSource(str(tmp_path / "set"), split="test"), ["s"])
+    table.select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(UsageError, match="has no examples; name a file with rows"):
+        read_columns(DataSource(str(tmp_path / "empty.parquet")), ["s"])
     with pytest.raises(UsageError, match="its split is not named"):
         read_columns(DataSource("org/name"), ["s"])
 
@@ -157,10 +171,9 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "set.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UsageError, match=r"holds no test-\*\.parquet files"):
-        read_columns(DataSource(str(folder), split="test"), ("y",))
-    with pytest.raises(UsageError, match=r"holds no \.parquet files"):
-        read_columns(DataSource(str(folder)), ["s"])
+    for split in (None, "test"):
+        with pytest.raises(UsageError, match="is a folder without parquet files"):
+            read_columns(DataSource(str(folder), split=split), ["s"])
     assert not (tmp_path / "ran").exists()
 
 

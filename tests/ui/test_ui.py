@@ -155,6 +155,19 @@ def test_the_recommended_rule_is_what_is_taken_where_none_is_picked(shelf: Folde
             ">lm_head differs; match rows with vocabulary union (on the command line)<",
         ),
         (
+            "it overshoots; --scale 0.7, or --method auto is nearer",
+            "; a scale of 0.7, or the recommended rule is nearer<",
+        ),
+        ("they move far; with other rules, as --method ties, a smaller --scale", "as the rule ties, a smaller scale<"),
+        (
+            "e1: lacks 'w'; add the recipe rule {match: w, action: heads}: the base's stays",
+            "action: heads}: the base&#x27;s stays (in a recipe file, on the command line)<",
+        ),
+        (
+            "e1 has a template; `assets: e1` takes all of its files",
+            "assets: e1 takes all of its files (in a recipe file, on the command line)<",
+        ),
+        (
             "it overshoots; a larger eps, as --set eps=1e-2, --scale 0.22, or another",
             "as eps = 1e-2, a scale of 0.22, or another<",
         ),

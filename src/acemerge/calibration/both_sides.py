@@ -14,6 +14,7 @@ from acemerge.errors import NumericalError
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model
 from acemerge.tasks.own_text import OwnText
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Task
 
 
@@ -59,7 +60,7 @@ def _run(
         watching_gradients(feed.network, parameters, sums[1].see),
     ):
         for i in range(len(feed.lengths)):
-            with reported():
+            with reported(feed):
                 likelihood = feed.drawn_log_likelihood(i)
                 if likelihood.requires_grad:  # else no watched layer is run on this data
                     likelihood.backward()
@@ -71,5 +72,5 @@ def _joined(name: str, inputs: Moment, gradients: Moment) -> Float[Tensor, " n"]
     found = torch.cat([inputs.mean.flatten(), gradients.mean.flatten()])
     if not found.isfinite().all():
         what = f"the inputs or gradients of tensor {name!r} are not finite"
-        raise NumericalError("calibration", what, "acemerge verify tells if the expert's weights are")
+        raise NumericalError("calibration", what, ARE_WEIGHTS_FINITE)
     return found

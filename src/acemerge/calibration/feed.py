@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from acemerge.errors import UsageError
+from acemerge.errors import NumericalError, UsageError
 from acemerge.shapes import Float, Int, Tensor
 from acemerge.tasks.data import read_columns
 from acemerge.tasks.examples import Examples, open_examples, open_text, source, text_of
@@ -22,6 +22,7 @@ from acemerge.tasks.images import open_images
 from acemerge.tasks.networks import Model
 from acemerge.tasks.own_text import OwnText, open_writer
 from acemerge.tasks.perplexity import token_losses
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
 from acemerge.tasks.task_file import Classification, Images, Perplexity, Regression, Task, ZeroShot
 
 
@@ -85,7 +86,7 @@ def _of_windows(network: Any, tokens: Sequence[Int[Tensor, " L"]], task: Perplex
 
     def drawn_log_likelihood(i: int) -> Tensor:
         logs = log_softmax(forward([i])[0].float(), -1)
-        drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=_chance(task, i)).to(logs.device)
+        drawn = _drawn(logs, _chance(task, i)).to(logs.device)
         return logs.gather(1, drawn).sum()
 
     lengths = [len(window) for window in windows]
@@ -113,6 +114,13 @@ def _of_examples(model: Model, task: Classification | Regression | Images | Zero
     return Feed(network, examples.lengths, task.batch_size, forward, log_likelihood, drawn_log_likelihood)
 
 
+def _drawn(logs: Tensor, chance: torch.Generator) -> Tensor:
+    """An answer of each row, by the logarithms of their probabilities."""
+    if logs.isnan().any():
+        raise NumericalError("calibration", "the model's scores are not finite", ARE_WEIGHTS_FINITE)
+    return torch.multinomial(logs.detach().exp().cpu(), 1, generator=chance)
+
+
 def _chance(task: Task | OwnText, i: int) -> torch.Generator:
     """An example's draw depends on the task and its number alone."""
     return torch.Generator().manual_seed(zlib.crc32(f"{task.name}/{i}".encode()))
@@ -133,7 +141,7 @@ def _log_likelihood(
         scores = scores * examples.scorer.network.logit_scale.exp().to(scores)  # type: ignore[operator]
     logs = log_softmax(scores.float(), 0)
     if label is None:
-        label = torch.multinomial(logs.detach().exp().cpu(), 1, generator=chance).item()
+        label = _drawn(logs, chance).item()
     return logs[int(label)]
 
 

@@ -39,7 +39,7 @@ def squared_gradients(
             parameters = _parameters(feed.network, {name: tensors[name] for name in names})
             for i in range(len(feed.lengths)):
                 feed.network.zero_grad(set_to_none=True)
-                with reported():
+                with reported(feed):
                     feed.log_likelihood(i).backward()
                 for name, parameter in parameters.items():
                     if parameter.grad is not None:

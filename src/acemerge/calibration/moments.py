@@ -14,14 +14,13 @@ import torch
 from acemerge.calibration.feed import Feed, open_feed
 from acemerge.calibration.hooks import ParameterSlice, TappedLayer, input_entries, parameter_slices, watching
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.checkpoints.hub import in_words
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import NumericalError
 from acemerge.linalg.device import each_with_host
 from acemerge.linalg.gram import symmetric_product
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.networks import Model, open_model
 from acemerge.tasks.own_text import OwnText
-from acemerge.tasks.predict import ARE_WEIGHTS_FINITE
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, SMALLER_TASKS, taking_examples
 from acemerge.tasks.task_file import Task
 
 _LIMIT = 4 << 30  # bytes of sums that are kept at once: the data is run again for those that find no room
@@ -88,7 +87,7 @@ def run_through(feed: Feed, on_examples: OnExamples = lambda *_: None) -> None:
     done = 0
     with torch.no_grad():
         for rows in feed.batches():
-            with contextlib.suppress(SeenEnough), reported():
+            with contextlib.suppress(SeenEnough), reported(feed):
                 if not feed.forward(rows).isfinite().all():
                     what = "the model's scores are not finite"
                     raise NumericalError("calibration", what, ARE_WEIGHTS_FINITE)
@@ -96,16 +95,9 @@ def run_through(feed: Feed, on_examples: OnExamples = lambda *_: None) -> None:
             on_examples(done, len(feed.lengths))
 
 
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """What a network raises for examples that it cannot be given, in words."""
-    try:
-        yield
-    except torch.OutOfMemoryError as failure:
-        raise UsageError("calibration", "a batch does not fit in memory", "use a smaller batch_size") from failure
-    except (IndexError, RuntimeError, ValueError) as failure:
-        what = f"the model cannot be given these examples ({in_words(failure)})"
-        raise CheckpointError("calibration", what, "check its tokenizer and max_length") from failure
+def reported(feed: Feed) -> contextlib.AbstractContextManager[None]:
+    """What the network raises for examples that it cannot be given, in words."""
+    return taking_examples("calibration", next(feed.network.parameters()).device, SMALLER_TASKS)
 
 
 def second_moments(

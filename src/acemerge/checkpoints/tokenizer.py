@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from acemerge.errors import CheckpointError
 
 TOKENIZER = "tokenizer.json"
 _LISTS = (TOKENIZER, "vocab.json", "added_tokens.json", "vocab.txt")
+_TOKENS = re.compile(
+    r"(tokenizer|vocab|vocab_\w+|encoder|entity_vocab|tekken)\.json|vocab\.(txt|bpe)|bpe\.codes|\S+\.(model|spm)"
+)
 # As large as those of half a million tokens with all their merges.
 _MAX_BYTES = 256 << 20
 _MAX_PARTS = 20_000_000
@@ -31,6 +35,11 @@ def _digests(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for name in _LISTS:
         if name in checkpoint.assets:
             yield name, files.sha256(contained(files.resolve(checkpoint.path), name))
+
+
+def lists_tokens(checkpoint: Checkpoint) -> bool:
+    """Whether there is a file with tokens: only those of bytes or characters need none."""
+    return any(_TOKENS.fullmatch(name) for name in checkpoint.assets)
 
 
 def read_tokens(checkpoint: Checkpoint) -> Mapping[str, int] | None:

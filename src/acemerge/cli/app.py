@@ -28,7 +28,7 @@ from acemerge.cli.report import report
 from acemerge.cli.reproduce import reproduce
 from acemerge.cli.ui import ui
 from acemerge.cli.verify import verify
-from acemerge.errors import AcemergeError, printable, shortage_of
+from acemerge.errors import AcemergeError, addressed, printable, shortage_of
 
 COMMANDS = (
     merge, plan, inspect, methods,
@@ -134,6 +134,8 @@ def _line_of(failure: BaseException) -> tuple[str, int]:
         message = " ".join(failure.format_message().split()).rstrip(".")
         context: Any = getattr(failure, "ctx", None)  # of those that a command's parser raises
         return f"command line: {message}; see {context.command_path if context else 'acemerge'} --help", 2
+    if isinstance(failure, OSError) and failure.filename is not None:
+        return f"{addressed(failure.filename)}: {failure.strerror}; choose another folder, or give access to it", 5
     if isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
         return f"standard output: {failure.strerror}; what was said to be written is written", 5
     if isinstance(failure, SystemExit | KeyboardInterrupt | typer.Abort):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     ),
     page="evaluate.md",
     helps={
-        "base": "what all experts come from, in the place of a recipe",
+        "base": "what all experts come from, in the place of a recipe; what adapters come from, if they do not say",
         "expert": "an expert; repeat for each",
         "out": "folder for results and merges",
         "overwrite": "replace an earlier evaluation and unlike merges",
@@ -51,10 +51,12 @@ def compare(
     from acemerge.tasks.task_file import load_tasks
 
     named = [name for name in models or [] if not _is_recipe(name)]
-    if asked.base or asked.expert:
+    recipes_named = [name for name in models or [] if _is_recipe(name)]
+    of_adapters = bool(asked.base) and not (asked.expert or methods or recipes_named)
+    if (asked.base or asked.expert) and not (of_adapters or recipes_named):
         asked.check_models()
     found, given = load_tasks(tasks), dict(zip(expert_labels(named), named, strict=True))
-    recipe = _recipe([name for name in models or [] if _is_recipe(name)], asked)
+    recipe = None if of_adapters else _recipe(recipes_named, asked)
     check_output_apart(out, list(given.values()))
     check_free(out, asked.overwrite)
     if (recipe is None) != (methods is None):
@@ -68,7 +70,7 @@ def compare(
         merge_all(recipes, out, asked.run_options(), lambda text: None if asked.silent else say(stderr(), text))
     elif not given:
         raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
-    score(asked, given, found, None if recipe is None else recipe.base)
+    score(asked, given, found, asked.base if recipe is None else recipe.base)
 
 
 def _is_recipe(name: str) -> bool:

@@ -143,7 +143,7 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     """What was done, and the three things to look at: experts, layers, what to do next. `warned`: the warnings that
     were said before the merge.
     """
-    from acemerge.inspection.advice import largest_update, of_energies
+    from acemerge.inspection.advice import largest_update, of_energies, weights_of
     from acemerge.output.length import length_of
     from acemerge.output.shares import total_energies
 
@@ -168,7 +168,7 @@ def after(console: Console, report: MergeReport, warned: Sequence[str] = ()) -> 
     labels = manifest["experts"]
     records = report.records
     energies = total_energies(labels, records)
-    advice = [str(advice) for advice in of_energies(labels, energies)]
+    advice = [str(advice) for advice in of_energies(labels, energies, weights_of(manifest["recipe"], len(labels)))]
     experts = [line for line in advice if line not in manifest["warnings"]] or [largest_update(labels, energies)]
     length = length_of(labels, records)
     far = [] if length is None else [("length", str(length))]

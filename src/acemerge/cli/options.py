@@ -6,6 +6,7 @@ Nothing here imports the engine: help and usage errors must not wait for torch.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -211,7 +212,13 @@ class Options:
         if self.recipe is not None:
             return load_recipe(self.recipe, given, self.method, params, weights, self.allow_pickle)
         given["experts"] = with_weights(given["experts"], weights, "--weights")
-        return make_recipe({**given, "method": {"name": self.method or DEFAULT, **params}}, "command line")
+        try:
+            return make_recipe({**given, "method": {"name": self.method or DEFAULT, **params}}, "command line")
+        except UsageError as failure:
+            options = {"experts", *(field.name for field in dataclasses.fields(self))}
+            named = [key for key in Recipe.model_fields.keys() - options if re.search(rf"\b{key}\b", failure.cure)]
+            notes = "".join(f" ({key} is a key of a recipe file)" for key in sorted(named))
+            raise UsageError(failure.where, failure.what, f"{failure.cure}{notes}") from None
 
 
 # What commands take that read models by a recipe, that choose how to merge them, that write the result; and of those

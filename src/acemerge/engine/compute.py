@@ -69,7 +69,7 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
             with with_host(place.device) as host:
                 stored, record, masks = _made(piece, base, values, setting, place)
             record = replace(record, stats=on_host(record.stats, host.helped))
-        except _SameInfinitiesError:
+        except SameInfinitiesError:
             none = None if isinstance(job, Keep) else (0.0,) * len(setting.labels)
             record, masks = replace(about(job, Status.KEPT), energies=none, infinite=True), ()
             stored = (own_memory(base.to(job.spec.dtype), base),)
@@ -125,7 +125,7 @@ def _kept(job: Keep, first_row: int, base: Tensor, values: Values, setting: Sett
             raise differs_from_base(job, setting.who(model))
     if base.dtype.is_floating_point:
         if _is_mask(base):
-            raise _SameInfinitiesError
+            raise SameInfinitiesError
         check_finite(base, job.name, setting.who(0), first_row=first_row)
     return (own_memory(rounded(base, job), base),), about(job, Status.KEPT), ()
 
@@ -290,7 +290,7 @@ def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values,
     """
     job, label, skip = piece.job, f"expert {setting.labels[i]}", setting.recipe.nonfinite == "skip-expert"
     if _is_mask(W0) and _all_have(piece, values):
-        raise _SameInfinitiesError
+        raise SameInfinitiesError
     check_finite(W0, job.name, "base", first_row=piece.first_row)
     for model, name in job.inputs:
         if model == i + 1 and (model, name) not in job.copies:
@@ -305,8 +305,10 @@ def _checked(piece: Piece[Merge], i: int, W0: Tensor, D: Tensor, values: Values,
     return True
 
 
-class _SameInfinitiesError(Exception):
-    """A buffer such as an attention mask, with infinities that all models have: it is the base's own."""
+class SameInfinitiesError(Exception):
+    """A buffer such as an attention mask, with infinities that all models have: it is the base's own. Who asks for
+    task vectors has none of it.
+    """
 
 
 def _is_mask(base: Tensor) -> bool:

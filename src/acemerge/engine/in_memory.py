@@ -22,6 +22,7 @@ from acemerge.engine.work import Place, Result, Setting, Work
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.linalg.device import with_host
 from acemerge.methods import AnyMethod
+from acemerge.methods.registry import check_names
 from acemerge.models.roles import Roles, roles_by_name, roles_from_model
 from acemerge.output.manifest import build_manifest
 from acemerge.output.merge_report import MergeReport
@@ -169,6 +170,7 @@ def _asked(
 
     UsageError for a rule that wants data.
     """
+    check_names(method, params, ["weights", "seed", "rules", *kinds, "compute_dtype", "report"])
     named = with_weights([str(i) for i in range(1, len(experts) + 1)], weights)
     content: dict[str, Any] = {"base": "base", "experts": named, "method": with_params(method, params), "seed": seed}
     content |= {key: value for key, value in kinds.items() if value is not None}

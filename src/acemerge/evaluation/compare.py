@@ -44,7 +44,9 @@ def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str,
     """The base, the models that were named and those that were merged; UsageError where two have one name."""
     named = {"base": base} | models
     for name in merged.keys() & models.keys():
-        raise UsageError(f"model {models[name]}", f"has the name of the rule {name}", "rename its folder")
+        raise UsageError(
+            f"model {models[name]}", f"has the name of the rule {name}", "rename its folder, or leave it out"
+        )
     if named["base"] != base:
         raise UsageError(f"model {named['base']}", "has the name of the recipe's base", "leave it out, or rename it")
     return named | merged

@@ -75,7 +75,7 @@ def evaluate(models: Mapping[str, str], run: Run, score: ScoreTask | None = None
     opened = {name: run.model(path) for name, path in models.items()}  # a wrong name is found before the first score
     experts = {task.name: run.model(task.expert) for task in tasks if task.expert}
     if EXPERTS in opened:
-        raise UsageError(EXPERTS, "is the name of the experts' own row", "rename the model's folder")
+        raise UsageError(EXPERTS, "is the name of the experts' own row", "give the model's folder another name")
     rows = []
     if experts:
         own = (score(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)

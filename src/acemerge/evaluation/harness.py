@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from acemerge.checkpoints.hub import in_words
-from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, nearest
+from acemerge.errors import AcemergeError, CheckpointError, NumericalError, UsageError, nearest, shortage_of
 from acemerge.evaluation.metrics import Array, bootstrap
 from acemerge.evaluation.tables import Score
 from acemerge.tasks.harness_file import is_task_file, read_task
@@ -51,7 +51,10 @@ def score_by_harness(model: Model, task: LmEval, resamples: int, seed: list[int]
             raise
         except Exception as failure:  # of whichever of its parts, data sets and downloads
             what = f"lm_eval fails on {task.task} ({in_words(failure)})"
-            raise UsageError(where, what, "check the task's name, its data and the model's context") from failure
+            cure = "check the task's data and the model's context"
+            if shortage_of(failure) is not None:
+                cure = "use a smaller batch_size or max_length"
+            raise UsageError(where, what, cure) from failure
     return _score(found, asked, task, resamples, seed)
 
 
@@ -69,7 +72,8 @@ def _wrapped(harness: Any, model: Model, task: LmEval) -> Any:
     """The model as the harness takes it: made here, from safetensors, without the folder's own code."""
     tokenizer = model.tokenizer()
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(model.name, "has no end-of-text token, which lm_eval needs", "set its `eos_token`")
+        what = "has no end-of-text token, which lm_eval needs"
+        raise CheckpointError(model.name, what, "set `eos_token` in its tokenizer_config.json")
     network = model.on_device(load_whole("AutoModelForCausalLM", model))
     return harness.models.huggingface.HFLM(
         pretrained=network,
@@ -86,7 +90,8 @@ def _asked(harness: Any, task: LmEval, where: str) -> Any:
     manager = _manager(harness, own_tasks=not is_task_file(task.task))
     spec: Any = read_task(Path(task.task)) if is_task_file(task.task) else task.task
     if isinstance(spec, str) and spec not in manager.all_tasks:  # it would take it for a file, and run that
-        raise UsageError(where, f"lm_eval has no task {spec!r}", nearest(spec, list(manager.all_tasks)))
+        cure = nearest(spec, list(manager.all_tasks), "name one that `lm-eval ls tasks` lists, or a YAML file")
+        raise UsageError(where, f"lm_eval has no task {spec!r}", cure)
     built = list(manager.load([spec])["tasks"].values())
     if len(built) != 1:
         names = ", ".join(sorted(one.task_name for one in built)[:3])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
+from typing import Any
 
 from acemerge.engine.relatedness import Relation
 from acemerge.inspection.statistics import Sums
@@ -50,22 +51,43 @@ def of_frozen(labels: Sequence[str], energies: Sequence[float]) -> list[Advice]:
     return [Advice(f"expert {label} is frozen: it is the base itself", cure) for label, energy in pairs if energy == 0]
 
 
+def of_masks(names: Sequence[str]) -> list[Advice]:
+    """Tensors with infinities that base and experts have in common: a merge leaves them as they are."""
+    if not names:
+        return []
+    some = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+    what = f"infinities, the same in all models, which stay as the base has them: {some}"
+    return [Advice(what, "nothing to do for masks; of weights fetch the models again")]
+
+
+def weights_of(recipe: Mapping[str, Any], experts: int) -> list[float]:
+    """The experts' weights in a manifest's recipe; 1 for each where it has not that many."""
+    found = [float(expert.get("weight", 1.0)) for expert in recipe.get("experts", ())]
+    return found if len(found) == experts else [1.0] * experts
+
+
 def of_energies(
-    labels: Sequence[str], energies: Sequence[float], gammas: Sequence[float | None] = (), tau: float | None = None
+    labels: Sequence[str],
+    energies: Sequence[float],
+    weights: Sequence[float],
+    gammas: Sequence[float | None] = (),
+    tau: float | None = None,
 ) -> list[Advice]:
-    """Experts without an update, one that dominates, layers above ACE's tau where that is the rule."""
+    """Experts without an update, one that dominates with its weight, layers above ACE's tau where that is the rule."""
     found = of_frozen(labels, energies)
-    active = [(label, energy) for label, energy in zip(labels, energies, strict=True) if energy > 0]
+    own = dict(zip(labels, weights, strict=True))
+    weighted = [energy * own[label] ** 2 for label, energy in zip(labels, energies, strict=True)]
+    active = [(label, energy) for label, energy in zip(labels, weighted, strict=True) if energy > 0]
     for label, energy in active:
         others = [other for name, other in active if name != label]
         if not others or energy < _DOMINATES * sum(others) / len(others):
             continue
-        mean, share = sum(others) / len(others), energy / sum(energies)
+        mean, share = sum(others) / len(others), energy / sum(weighted)
         what = f"expert {label} dominates: {share:.0%} of the energy, {energy / mean:.1f} times the others'"
-        cure = (
-            f"give it a weight of {sqrt(mean / energy):.2f}: rules that add updates then take as much of it as of them"
+        weight = f"{own[label] * sqrt(mean / energy):.2g}"
+        found.append(
+            Advice(what, f"give it a weight of {weight}: rules that add updates then take as much of it as of them")
         )
-        found.append(Advice(what, cure))
     above = [gamma for gamma in gammas if gamma is not None and tau is not None and gamma > tau]
     if above:
         what = f"the experts' energies are heterogeneous (gamma above {tau:g}) in {len(above)} of {len(gammas)} layers"

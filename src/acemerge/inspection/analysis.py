@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from acemerge.calibration.calibrate import Calibrating, calibrated
 from acemerge.engine.applying import apply
-from acemerge.engine.compute import task_vectors
+from acemerge.engine.compute import SameInfinitiesError, task_vectors
 from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.opening import Opened
@@ -156,8 +157,11 @@ def _counted(job: Merge, spectral: Method, experts: int) -> Method:
 
 def _looking(jobs: Mapping[str, Merge], setting: Setting, true: Measured | None) -> Work[Merge, list[LayerAnalysis]]:
     def work(loaded: Loaded[Merge], place: Place) -> list[LayerAnalysis]:
-        found = (_layers(piece, jobs[piece.job.name], values, setting, true, place) for piece, values in loaded)
-        return [layer for layers in found for layer in layers]
+        found = []
+        for piece, values in loaded:
+            with contextlib.suppress(SameInfinitiesError):  # a mask, which has no update
+                found += _layers(piece, jobs[piece.job.name], values, setting, true, place)
+        return found
 
     return work
 

@@ -14,7 +14,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import locate_cached
 from acemerge.checkpoints.links import contained
 from acemerge.engine.applying import apply
-from acemerge.engine.compute import task_vectors
+from acemerge.engine.compute import SameInfinitiesError, task_vectors
 from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.opening import Opened, open_recipe
 from acemerge.engine.run_options import RunOptions
@@ -137,10 +137,20 @@ def before_refinement(job: Merge, stats: LayerStats) -> Merge | None:
 
 def _looking(beside: Opened, opened: Opened, refined: Mapping[str, Merge]) -> Work[Merge, list[tuple[str, Probe]]]:
     def work(loaded: Loaded[Merge], place: Place) -> list[tuple[str, Probe]]:
-        seen = ((piece.job.name, _probe(piece, values, beside, opened, refined, place)) for piece, values in loaded)
+        about = beside, opened, refined, place
+        seen = ((piece.job.name, _probe_unless_mask(piece, values, *about)) for piece, values in loaded)
         return [(name, probe) for name, probe in seen if probe is not None]
 
     return work
+
+
+def _probe_unless_mask(
+    piece: Piece[Merge], values: Values, beside: Opened, opened: Opened, refined: Mapping[str, Merge], place: Place
+) -> Probe | None:
+    try:
+        return _probe(piece, values, beside, opened, refined, place)
+    except SameInfinitiesError:
+        return None
 
 
 def _probe(

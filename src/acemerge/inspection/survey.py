@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from acemerge.engine.compute import task_vectors
+from acemerge.engine.compute import SameInfinitiesError, task_vectors
 from acemerge.engine.execute import OnProgress, merging, walker
 from acemerge.engine.opening import Opened
 from acemerge.engine.relatedness import relations
 from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Place, Setting, Values, Walk, Work
-from acemerge.inspection.advice import Advice, of_directions, of_energies, of_origin, of_steps
+from acemerge.inspection.advice import Advice, of_directions, of_energies, of_masks, of_origin, of_steps
 from acemerge.inspection.statistics import Sums, nothing, squared_norms, stable_ranks, sums
 from acemerge.methods import make
 from acemerge.methods.ace import Ace, heterogeneity
@@ -158,19 +158,25 @@ def survey(opened: Opened, workers: int, on_progress: OnProgress = lambda _: Non
     # A matrix is seen whole for its norm; whether an expert is left out is only known when all was seen.
     split = plan.recipe.nonfinite == "error"
     views: dict[str, View] = {}
+    masks: dict[str, None] = {}
     with opened.pipeline(workers, hashing=False) as (pipeline, _):
         walk = walker(pipeline, "inspect", on_progress)
         whole = (replace(job, method=FULL) for job in jobs.values())
         parts = (piece for job in whole for piece in pieces(job, split and not job.is_matrix))
         for seen in walk(parts, _looking(opened.setting)):
-            for view in seen:
-                before = views.get(view.job.name)
-                views[view.job.name] = replace(view, sums=view.sums + before.sums) if before else view
+            for name, view in seen:
+                if view is None:
+                    masks[name] = None
+                else:
+                    views[name] = replace(view, sums=view.sums + views[name].sums) if name in views else view
         _check_rest(opened, [job for job in plan.jobs if job.name not in jobs], walk)
     found = tuple(replace(view, job=jobs[name]) for name, view in views.items())
     passed_over = tuple(job.name for job in plan.by_token)
     seen_all = Inspection(plan.recipe.base, plan.experts, found, passed_over, ())
-    return replace(seen_all, advice=tuple(_advice(opened, seen_all)))
+    return replace(
+        seen_all,
+        advice=(*_advice(opened, seen_all), *of_masks(sorted(masks, key=lambda name: not jobs[name].is_matrix))),
+    )
 
 
 def _check_rest(opened: Opened, rest: Sequence[Job], walk: Walk) -> None:
@@ -184,11 +190,18 @@ def _check_rest(opened: Opened, rest: Sequence[Job], walk: Walk) -> None:
                 check_finite(value, head.spec.name, f"expert {label}")
 
 
-def _looking(setting: Setting) -> Work[Merge, list[View]]:
-    def work(loaded: Loaded[Merge], place: Place) -> list[View]:
-        return [_view(piece, values, setting, place) for piece, values in loaded]
+def _looking(setting: Setting) -> Work[Merge, list[tuple[str, View | None]]]:
+    def work(loaded: Loaded[Merge], place: Place) -> list[tuple[str, View | None]]:
+        return [(piece.job.name, _view_unless_mask(piece, values, setting, place)) for piece, values in loaded]
 
     return work
+
+
+def _view_unless_mask(piece: Piece[Merge], values: Values, setting: Setting, place: Place) -> View | None:
+    try:
+        return _view(piece, values, setting, place)
+    except SameInfinitiesError:
+        return None
 
 
 def _view(piece: Piece[Merge], values: Values, setting: Setting, place: Place) -> View:
@@ -216,7 +229,8 @@ def _advice(opened: Opened, seen: Inspection) -> list[Advice]:
     layers = [(view.job.name, view.sums) for view in seen.views if view.squared_norms is not None]
     found = [Advice(warning, "") for warning in plan.warnings]
     found += of_origin(relations(plan, opened.base, opened.experts))
-    found += of_energies(labels, total.energies.tolist(), gammas, tau if method.name == "ace" else None)
+    weights = [expert.weight for expert in plan.recipe.experts]
+    found += of_energies(labels, total.energies.tolist(), weights, gammas, tau if method.name == "ace" else None)
     if not any(isinstance(job.method, KronAuto | Trust) for job in plan.ruled):
         found += of_steps(layers)
     return found + of_directions(labels, total, layers)

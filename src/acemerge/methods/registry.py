@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -41,6 +42,16 @@ def rule_class(name: str) -> type[Method]:
             raise UsageError(f"method {shown(name)}", "no such rule", nearest(name, [*METHODS, *offered]))
         register(load(offered[name]))
     return METHODS[name]
+
+
+def check_names(method: AnyMethod, given: Mapping[str, Any], options: list[str]) -> None:
+    """UsageError for a name that is no parameter of the rule, where one of the caller's `options` is nearer."""
+    name = as_table(method).get("name")
+    known = [field.name for field in parameter_fields(rule_class(name))] if isinstance(name, str) else []
+    for key in (key for key in given if key not in known):
+        close = difflib.get_close_matches(key, [*known, *options], n=1)
+        if close and close[0] in options:
+            raise UsageError(f"option {key!r}", "there is none of that name", f"did you mean `{close[0]}`?")
 
 
 def load_installed() -> list[UsageError]:

@@ -48,7 +48,7 @@ class Recipe(Strict):
     nonfinite: Literal["error", "skip-expert"] = "error"
     seed: int = 0
     assets: str = "base"
-    as_lora: Annotated[int, Field(ge=1)] | None = None
+    as_lora: Annotated[int, Field(ge=1, strict=True)] | None = None  # `true` is no rank
     compress: Literal["first", "last"] = "last"
     calibration: str | None = None
     chat_template: str | None = None
@@ -66,7 +66,7 @@ class Recipe(Strict):
         built = (self.build_method(), *(rule.method.build() for rule in self.rules if rule.method))
         wanting = next((method.name for method in built if method.needs.calibration), None)
         if wanting is not None and self.calibration is None:
-            cure = "name tasks of the experts by --calibration TASKS.yaml, or self, or `calibration:` in the recipe"
+            cure = "name tasks of the experts by --calibration TASKS.yaml, or --calibration self for language models"
             raise UsageError(f"method {wanting}", "needs calibration data", cure)
         return self
 
@@ -95,7 +95,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _only_an_adapter_is_compressed(self) -> Recipe:
         if self.compress == "first" and (self.as_lora is None or self.split_qkv):
-            raise ValueError("compress: `first` goes with as_lora, and not with split_qkv")
+            raise ValueError("compress: `first` goes with as_lora, and not with split_qkv; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -112,7 +112,7 @@ class Recipe(Strict):
         beside = {"split_qkv": self.split_qkv, "as_lora": self.as_lora is not None, "nonfinite: skip-expert": skips}
         for name, given in beside.items():
             if given:
-                raise ValueError(f"join_qkv does not go with {name}: leave one of them out")
+                raise ValueError(f"join_qkv does not go with {name}; leave one of them out")
         return self
 
     @property
@@ -185,7 +185,7 @@ def load_recipe(
     content = read_yaml(path, "recipe", "`base:`, `experts:` and `method:`")
     if is_mergekit(content, path):
         if weights is not None:
-            raise UsageError(path, "--weights does not go with a mergekit recipe", "change the file")
+            raise _decided("--weights", path)
         return _from_mergekit(content, path, overrides, method, params, allow_pickle)
     if isinstance(content.get("base"), str):
         content["base"] = relative_to(path.parent, content["base"])
@@ -212,7 +212,7 @@ def _from_mergekit(
     decided = [key for key in ("base", "experts", "scale", "policy") if key in overrides]
     if method or params or decided:
         option = "--method" if method else "--set" if params else f"--{decided[0].removesuffix('s')}"
-        raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
+        raise _decided(option, path)
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
         path = locate(model, allow_pickle, quiet=True).path
@@ -220,6 +220,11 @@ def _from_mergekit(
 
     found = from_mergekit(content, path, lambda model: relative_to(path.parent, model), headers)
     return make_recipe({**found, **overrides}, path)
+
+
+def _decided(option: str, path: Path) -> UsageError:
+    cure = "leave it out, or change what the file says of models, methods and weights"
+    return UsageError(path, f"{option} does not go with a mergekit recipe", cure)
 
 
 def with_params(method: Any, params: Mapping[str, Any]) -> Any:

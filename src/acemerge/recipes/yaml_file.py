@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,11 @@ def explain(
         what, semicolon, cure = str(first["ctx"]["error"]).rpartition("; ")
         what, cure = (what, cure) if semicolon else (cure, see)
         return UsageError(where, f"{place!r}: {what}" if place else what, cure)
+    if first["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        return UsageError(where, f"{place!r} is {_shown(first['input'])!r}", nearest(str(first["input"])[:60], choices))
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+        return UsageError(where, f"{place!r}: YAML takes {_shown(first['input'])!r} for no text", "put it in quotes")
     said = f"{first['msg'][0].lower()}{first['msg'][1:_LONGEST_MESSAGE]}"
     return UsageError(where, f"{place!r}: {said}, not {_shown(first['input'])!r}", see)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses
+from acemerge.inspection.advice import Advice, largest_update, of_directions, of_energies, of_statuses, weights_of
 from acemerge.inspection.look_back import LookBack
 from acemerge.inspection.spectra import spectra_of
 from acemerge.methods.status import Status, spelled
@@ -57,8 +57,8 @@ def page_facts(manifest: Mapping[str, Any], seen: LookBack | None, why_not: str,
     gammas = [stats.largest(lambda part: part.gamma) for stats in said if stats.branch or stats.slices]
     method = manifest["recipe"].get("method", {})
     tau = method.get("tau", 0.3) if method.get("name") == "ace" else None
-    known = {str(line) for line in advice}
-    advice += [line for line in of_energies(labels, energies, gammas, tau) if str(line) not in known]
+    known, weights = {str(line) for line in advice}, weights_of(manifest["recipe"], len(labels))
+    advice += [line for line in of_energies(labels, energies, weights, gammas, tau) if str(line) not in known]
     if seen is not None:
         layers = [(name, probe.sums) for name, probe in seen.tensors.items() if probe.spectra]
         advice += of_directions(labels, seen.total.sums, layers)

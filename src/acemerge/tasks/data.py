@@ -21,6 +21,7 @@ from acemerge.tasks import hub_data
 from acemerge.tasks.task_file import FILE_SUFFIXES, Column
 
 _MAX_FILE = 2 << 30
+_NAMED = 3  # files of a folder, of any number
 Row = Mapping[Column, Any]
 
 
@@ -55,11 +56,11 @@ def read_columns(source: DataSource, wanted: Sequence[Column]) -> list[Sequence[
         raise UsageError(path, "has no examples", "name a file with rows")
     columns: list[Sequence[Any]] = []
     for column in wanted:
+        if not any(column in row for row in rows):
+            raise UsageError(path, f"has no column {column!r}", nearest(str(column), list(map(str, rows[0]))))
         for i, row in enumerate(rows, 1):
             if row.get(column) is None:
-                found = [key for key in rows[0] if isinstance(key, type(column))]
-                cure = nearest(str(column), [str(key) for key in found]) if i == 1 else "mend the row"
-                raise UsageError(path, f"example {i} has no column {column!r}", cure)
+                raise UsageError(path, f"example {i} has nothing in column {column!r}", "mend the row")
         columns.append([rows[i][column] for i in source.chosen(len(rows))])
     return columns
 
@@ -122,7 +123,8 @@ def _from_datasets(source: DataSource, wanted: Sequence[Column]) -> list[Sequenc
         if column not in table.column_names:
             raise UsageError(source.data, f"has no column {column!r}", nearest(str(column), list(table.column_names)))
     if not len(table):
-        raise UsageError(source.data, "has no examples", "name another split")
+        cure = "name a file with rows" if source.split is None else "name another split"
+        raise UsageError(source.data, "has no examples", cure)
     if source.limit is not None:
         table = table.take(list(source.chosen(len(table))))
     return [_Stored(table[column]) for column in wanted]
@@ -151,7 +153,8 @@ def _load_table(source: DataSource) -> Any:
     if wanted is None and there == "nothing":
         raise UsageError(path, "no such file or folder", "name the task's data, or a data set on the Hub as org/name")
     if there == "file" and path.suffix.lower() != ".parquet":
-        raise UsageError(path, "is of no kind that is read", f"use {', '.join(_READERS)}, .parquet or an image folder")
+        cure = f"use {', '.join(_READERS)} or .parquet, or leave `text:` out for perplexity on plain text"
+        raise UsageError(path, "is of no kind that is read", cure)
     datasets = _library()
     if wanted is not None and source.split is None:
         raise UsageError(source.data, "its split is not named", "add for example `split: validation`")
@@ -168,7 +171,8 @@ def _load_table(source: DataSource) -> Any:
     except AcemergeError:
         raise
     except Exception as failure:  # of whichever of its many parts could not read it
-        raise UsageError(source.data, f"cannot be read ({in_words(failure)})", "check its name and split") from failure
+        cure = "mend the file" if wanted is None else "check its name, and `subset:` and `split:`"
+        raise UsageError(source.data, f"cannot be read ({in_words(failure)})", cure) from failure
 
 
 def _parquet_files(path: Path, split: str | None) -> list[str]:
@@ -176,12 +180,14 @@ def _parquet_files(path: Path, split: str | None) -> list[str]:
     root = files.resolve(path)
     if files.kind(root) != "folder":
         return [_regular(root)]
-    beginning = "" if split is None else f"{split}-"
-    names = [n for n in files.list_folder(root) if n.endswith(".parquet") and n.startswith(beginning)]
+    found = [name for name in files.list_folder(root) if name.endswith(".parquet")]
+    if not found:
+        cure = f"name one of its files, {', '.join(_READERS)} or .parquet; images go without `split:`"
+        raise UsageError(path, "is a folder without parquet files", cure)
+    names = [name for name in found if split is None or name.startswith(f"{split}-")]
     if not names:
-        raise UsageError(
-            path, f"holds no {beginning and f'{beginning}*'}.parquet files", f"use {', '.join(_READERS)} or .parquet"
-        )
+        cure = f"it has {', '.join(found[:_NAMED])}: name the split of those, or leave `split:` out"
+        raise UsageError(path, f"holds no {split}-*.parquet files", cure)
     return [_regular(contained(root, name)) for name in names]
 
 
@@ -211,24 +217,38 @@ def as_texts(values: Sequence[Any], where: object) -> list[str]:
     return list(values)
 
 
-def as_classes(values: Sequence[Any], labels: Sequence[str] | None, where: object) -> npt.NDArray[np.int64]:
-    """Class numbers from 0: the place of each value in `labels`, or the value itself where it is a number."""
-    places = {label: i for i, label in enumerate(labels or ())}
-    by_name = all(str(value) in places for value in values)
-    return np.array([places[str(v)] if by_name else _number(v, i, places, where) for i, v in enumerate(values, 1)])
+def as_classes(
+    values: Sequence[Any], labels: Sequence[str] | None, where: object, known: Sequence[str] | None = None
+) -> npt.NDArray[np.int64]:
+    """Class numbers from 0: the place of each value in `labels`, or the value itself where it is a number. Without
+    labels, those of the head's own that are `known` are taken if they are the values.
+    """
+    names = known if labels is None else labels
+    places = {label: i for i, label in enumerate(names or ())}
+    others = [i for i, value in enumerate(values) if str(value) not in places]
+    if not others:
+        return np.array([places[str(value)] for value in values])
+    numbers = [_number(value) for value in values]
+    if None in numbers:
+        i = numbers.index(None)
+        i = others[0] if str(values[i]) in places else i  # what has a name is not what is wrong
+        cure = "list the classes in `labels:`, in the head's order"
+        if labels is not None:
+            cure = f"complete `labels:`, or mend the data: {nearest(str(values[i]), list(labels))}"
+        raise UsageError(where, f"example {i + 1}: {str(values[i])[:40]!r} is no class", cure)
+    for i, number in enumerate(numbers, 1):
+        if number is not None and number < 0:
+            raise UsageError(where, f"example {i} has the label {number}", "a hidden label: use a split that has them")
+    return np.array(numbers)
 
 
-def _number(value: Any, i: int, places: Mapping[str, int], where: object) -> int:
+def _number(value: Any) -> int | None:
+    """A whole number from a value, where it is one."""
     try:
         number = int(value)
     except (TypeError, ValueError):
-        number = None
-    if number is None or (isinstance(value, float) and value != number):
-        cure = nearest(str(value), list(places)) if places else "list the classes in `labels:`, in the head's order"
-        raise UsageError(where, f"example {i}: {str(value)[:40]!r} is no class", cure)
-    if number < 0:
-        raise UsageError(where, f"example {i} has the label {number}", "a hidden label: use a split that has them")
-    return number
+        return None
+    return None if isinstance(value, float) and value != number else number
 
 
 def as_numbers(values: Sequence[Any], where: object) -> npt.NDArray[np.float64]:

@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from acemerge.checkpoints import files
+from acemerge.checkpoints.hub import hub_id
 from acemerge.errors import UsageError
 from acemerge.shapes import Int, Tensor
 from acemerge.tasks.data import DataSource, as_classes, as_numbers, as_texts, read_columns, read_text
@@ -52,13 +54,16 @@ def open_text(model: Model, task: Perplexity) -> tuple[Any, Int[Tensor, " N"]]:
     longest = getattr(network.config, "max_position_embeddings", None)
     if longest and task.context > longest:
         what = f"context {task.context} is over the model's {longest}"
-        raise UsageError(f"task {task.name}", what, f"set `context: {longest}` or less")
+        raise UsageError(f"task {task.name}", what, f"set `context: {longest}` and a `stride` of no more")
     return model.on_device(network), tokens
 
 
 def text_of(task: Perplexity) -> str:
     """The task's file, or its rows with blank lines between."""
     if task.text is None:
+        if files.kind(Path(task.data)) != "file" and hub_id(task.data) is not None:
+            cure = "name its column by `text:`, and its `split:`"
+            raise UsageError(task.data, "is a data set, of which no column is named", cure)
         return read_text(Path(task.data))
     return "\n\n".join(as_texts(read_columns(source(task), [task.text])[0], task.data))
 
@@ -77,7 +82,7 @@ def _texts(model: Model, task: Classification | Regression, heads: Heads, owner:
     if isinstance(task, Regression) and labelled:
         labels = as_numbers(columns[-1], task.data)
     elif isinstance(task, Classification) and labelled:
-        labels = as_classes(columns[-1], task.labels or _names(owner, scorer), task.data)
+        labels = as_classes(columns[-1], task.labels, task.data, _names(owner, scorer))
         check_classes(task, labels, scorer.rows)
     about = {"truncated": encoded.cut, "head": scorer.head_from}
     return Examples(scorer, text_batches(tokenizer, encoded), encoded.lengths, labels, about)
@@ -101,11 +106,12 @@ def check_classes(task: Classification | Images | ZeroShot, labels: npt.NDArray[
     """UsageError where the labels, their names and the head's rows do not go together."""
     where = f"task {task.name}"
     if task.labels is not None and len(task.labels) != rows:
-        raise UsageError(where, f"{len(task.labels)} labels for a head of {rows} rows", "list each row's class")
+        what = f"{len(task.labels)} labels for a head of {rows} rows"
+        raise UsageError(where, what, "list each row's class, or name another head by `expert:`")
     if labels.max() >= rows:
-        raise UsageError(
-            where, f"class {labels.max()} is over the head's {rows} rows", "name another head or `labels:`"
-        )
+        what = f"class {labels.max()} is over the head's {rows} rows, which count from 0"
+        cure = "name another head by `expert:`, or by `labels:` the classes in the order of its rows"
+        raise UsageError(where, what, cure)
     if "f1" in task.metrics and rows != 2:
         raise UsageError(where, f"f1 is of two classes, and the head has {rows}", "use accuracy or matthews")
 

@@ -71,7 +71,8 @@ def _located(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise UsageError(path, "'dataset_kwargs' holds more than `data_files`", "leave the rest out")
     if content.get("dataset_path") not in _READERS:
         if given:
-            raise UsageError(path, "'data_files' are of a data set on the Hub", f"use {', '.join(_READERS)}")
+            cure = f"write `dataset_path:` as one of {', '.join(_READERS)}, or leave `data_files` out"
+            raise UsageError(path, "'data_files' are of a data set on the Hub", cure)
         return {}
     splits = given.get("data_files")
     if not isinstance(splits, Mapping) or not all(isinstance(file, str) for file in splits.values()):

@@ -16,12 +16,14 @@ from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.hub import in_words, locate
 from acemerge.checkpoints.lora import is_adapter
+from acemerge.checkpoints.tokenizer import lists_tokens
 from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import CheckpointError
 from acemerge.models.quiet import need_transformers, quiet_transformers
 from acemerge.shapes import Float, Tensor
 from acemerge.tasks.heads import Heads
 
+_BYTES = 256  # a tokenizer without a list of tokens has all bytes
 Inputs = Mapping[str, Tensor]
 Logits = Callable[[Inputs], Tensor]
 
@@ -59,7 +61,17 @@ class Model:
 
     def tokenizer(self) -> Any:
         """With the end of a text for padding where it has none, as GPT-2's: the mask tells them apart."""
-        tokenizer = load("AutoTokenizer", self.path)
+        listed = lists_tokens(self.checkpoint)
+        try:
+            tokenizer = load("AutoTokenizer", self.path)
+        except CheckpointError:
+            if listed:
+                raise
+            tokenizer = ()
+        # transformers makes one of special tokens alone where a folder has none: scores would mean nothing.
+        if not listed and len(tokenizer) < _BYTES:
+            cure = "put its base's tokenizer files beside its weights, or name a model of text"
+            raise CheckpointError(self.name, "has no tokenizer", cure)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -80,10 +92,11 @@ def open_model(name: str, device: torch.device, quiet: bool = True) -> Model:
         raise CheckpointError(name, "is an adapter", MERGE_ALONE)
     checkpoint = open_checkpoint(path)
     if CONFIG not in checkpoint.assets:
-        raise CheckpointError(name, f"has no {CONFIG}", "evaluate a folder that from_pretrained loads")
+        raise CheckpointError(name, f"has no {CONFIG}", "name a folder that from_pretrained loads, or add its base's")
     return Model(name, checkpoint, device)
 
 
+_OTHER_HEAD = "name another head by the task's `expert:`"
 SEQUENCES = "AutoModelForSequenceClassification"
 
 
@@ -104,7 +117,7 @@ def classifier(model: Model, auto_class: str, heads: Heads) -> Scorer:
     for name, (value, place) in found.items():
         if value.shape != state[name].shape:
             what = f"tensor {name!r} of {place} is {tuple(value.shape)}, not {tuple(state[name].shape)}"
-            raise CheckpointError(f"task {heads.task}", what, "name the `expert:` whose head it is")
+            raise CheckpointError(f"task {heads.task}", what, "name the task's `expert:`, whose head it is")
     network.load_state_dict({name: value for name, (value, _) in found.items()}, strict=False)
     if auto_class == SEQUENCES and network.config.pad_token_id is None:
         network.config.pad_token_id = model.tokenizer().pad_token_id
@@ -135,7 +148,7 @@ def _head_rows(model: Model, auto_class: str, heads: Heads) -> int:
     axis = next(i for i, (a, b) in enumerate(zip(shapes[0][name], shapes[1][name], strict=True)) if a != b)
     value, _ = heads.need(name)
     if value.ndim != len(shapes[0][name]):
-        raise CheckpointError(f"task {heads.task}", f"tensor {name!r} is {tuple(value.shape)}", "name another head")
+        raise CheckpointError(f"task {heads.task}", f"tensor {name!r} is {tuple(value.shape)}", _OTHER_HEAD)
     return value.shape[axis]
 
 
@@ -150,7 +163,7 @@ def pooled(model: Model, pooling: Literal["mean", "cls"], heads: Heads) -> Score
     head = nn.Linear(weight.shape[1], weight.shape[0])
     if weight.ndim != 2 or bias.shape != weight.shape[:1] or weight.shape[1] != encoder.config.hidden_size:
         what = f"its head is {tuple(weight.shape)} over states of {encoder.config.hidden_size}"
-        raise CheckpointError(f"task {heads.task}", what, "name another head")
+        raise CheckpointError(f"task {heads.task}", what, _OTHER_HEAD)
     head.load_state_dict({"weight": weight, "bias": bias})
     head = model.on_device(head)
 
@@ -180,6 +193,10 @@ def load_whole(auto_class: str, model: Model, unused: str | None = None) -> Any:
     return network
 
 
+_CURE = "check that the folder is complete and of a kind that the task needs"
+_CURES = {"AutoImageProcessor": "put its base's preprocessor_config.json beside its weights"}
+
+
 def load(auto_class: str, path: Path, **options: Any) -> Any:
     """`transformers.AUTO_CLASS.from_pretrained` of a folder here, silent, never with the folder's own code."""
     need_transformers()
@@ -189,6 +206,4 @@ def load(auto_class: str, path: Path, **options: Any) -> Any:
             return getattr(transformers, auto_class).from_pretrained(str(root), trust_remote_code=False, **options)
     except Exception as failure:  # of whichever part of it could not make sense of the folder
         what = f"cannot be loaded by {auto_class} ({in_words(failure)})"
-        raise CheckpointError(path, what, "check that the folder is complete and of a kind that the task needs") from (
-            failure
-        )
+        raise CheckpointError(path, what, _CURES.get(auto_class, _CURE)) from failure

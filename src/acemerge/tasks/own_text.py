@@ -12,7 +12,7 @@ import torch
 from acemerge.errors import NumericalError, UsageError
 from acemerge.shapes import Int, Tensor
 from acemerge.tasks.networks import Model, load_whole
-from acemerge.tasks.predict import OnBatch
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, SMALLER_TASKS, OnBatch, taking_examples
 
 TEXTS = 64
 TOKENS = 128  # of a text, at most
@@ -55,7 +55,8 @@ def write_text(model: Model, task: OwnText, on_batch: OnBatch = lambda *_: None)
         for start in range(0, TEXTS, task.batch_size):
             rows = range(start, start + task.batch_size)
             chances = [torch.Generator().manual_seed(zlib.crc32(f"{task.seed}/{i}".encode())) for i in rows]
-            written[start : start + task.batch_size] = _written(network, chances, first, last, longest)
+            with taking_examples("calibration", network.device, SMALLER_TASKS):
+                written[start : start + task.batch_size] = _written(network, chances, first, last, longest)
             on_batch(rows.stop, TEXTS)
     return written
 
@@ -78,8 +79,7 @@ def _written(
         state = getattr(found, "past_key_values", None)
         likely = found.logits[:, -1].float().softmax(-1).cpu()
         if not likely.isfinite().all():
-            what, cure = "the model's scores are not finite", "acemerge verify tells if its weights are"
-            raise NumericalError("calibration", what, cure)
+            raise NumericalError("calibration", "the model's scores are not finite", ARE_WEIGHTS_FINITE)
         drawn = [torch.multinomial(p, 1, generator=chance) for p, chance in zip(likely, chances, strict=True)]
         text = torch.cat([text, torch.where(going, torch.cat(drawn), _ENDED)[:, None]], 1)
         going &= ~torch.isin(text[:, -1], torch.tensor(last, dtype=text.dtype))

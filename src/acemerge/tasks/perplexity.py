@@ -12,7 +12,7 @@ import torch
 
 from acemerge.errors import NumericalError, UsageError
 from acemerge.shapes import Float, Int, Tensor
-from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, OnBatch
+from acemerge.tasks.predict import ARE_WEIGHTS_FINITE, OnBatch, taking_examples
 
 _LARGEST = 307 * np.log(10)  # a broken merge is still a row of the table
 
@@ -70,7 +70,8 @@ def text_losses(
     with torch.inference_mode():
         for batch in _of_one_length(found, batch_size):
             ids = torch.stack([tokens[w.begin : w.end] for w in batch]).to(network.device)
-            logits = network(input_ids=ids).logits
+            with taking_examples("tasks", ids.device):
+                logits = network(input_ids=ids).logits
             for window, row, row_ids in zip(batch, logits, ids, strict=True):
                 losses = token_losses(row, row_ids, window.scored - window.begin)
                 sums.append(losses.double().sum().item())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from acemerge.checkpoints.hub import in_words
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import CheckpointError, NumericalError, ResourceError, UsageError, shortage_of
 from acemerge.shapes import Tensor
 from acemerge.tasks.networks import Inputs, Logits
 
@@ -19,6 +20,9 @@ from acemerge.tasks.networks import Inputs, Logits
 OnBatch = Callable[[int, int], None]
 # Of any model, where `acemerge verify` is of merges.
 ARE_WEIGHTS_FINITE = "acemerge inspect --base MODEL --expert MODEL tells whether its weights are"
+SMALLER = "use a smaller batch_size, max_length or context"
+# Where what is run may be text of the model's own, which has none of these.
+SMALLER_TASKS = "give tasks with a smaller batch_size, max_length or context by --calibration TASKS.yaml"
 Batches = Callable[[Sequence[int]], Inputs]  # the examples of these numbers
 
 
@@ -63,6 +67,19 @@ def text_batches(tokenizer: Any, encoded: Encoded) -> Batches:
     return batch
 
 
+@contextlib.contextmanager
+def taking_examples(where: str, device: torch.device, cure: str = SMALLER) -> Iterator[None]:
+    """What a network raises for examples that it cannot be given, or for which there is no memory, in words."""
+    try:
+        yield
+    except (IndexError, RuntimeError, ValueError, MemoryError) as failure:
+        if shortage_of(failure) is not None:
+            cure = cure if device.type == "cpu" else f"{cure}, or --device cpu"
+            raise ResourceError(where, f"a batch does not fit in the memory of device {device}", cure) from failure
+        what = f"the model cannot be given these examples ({in_words(failure)})"
+        raise CheckpointError(where, what, "check its tokenizer and max_length") from failure
+
+
 def score(
     logits: Logits,
     batch: Batches,
@@ -78,14 +95,8 @@ def score(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             inputs = {key: value.to(device) for key, value in batch(rows).items()}
-            try:
+            with taking_examples("tasks", device):
                 parts.append(logits(inputs).float().cpu())
-            except (IndexError, RuntimeError, ValueError) as failure:
-                if isinstance(failure, torch.OutOfMemoryError):
-                    what = f"a batch of {len(rows)} does not fit"
-                    raise UsageError(f"device {device}", what, "use a smaller batch_size") from failure
-                what = f"the model cannot be given these examples ({in_words(failure)})"
-                raise CheckpointError("tasks", what, "check its tokenizer and max_length") from failure
             on_batch(start + len(rows), len(order))
     sorted_scores = torch.cat(parts)
     scores = torch.empty_like(sorted_scores)

@@ -52,16 +52,24 @@ _BOXES = {"add --overwrite": f"tick “{REPLACE}”", "with --overwrite": f"with
 _BOXES |= {"with --force": f"with “{FORCE}” ticked"}
 
 
+# Of what only a recipe file has: `assets: base`, the recipe's rules.
+_OF_RECIPES = re.compile(r"`\w+: |\brecipe('s)? rules?\b")
+
+
 def plain(text: str) -> str:
     """Advice without a command line's signs. What the page has goes by its own name: a box, a field of the rule; of
     what it has not, it is said where it is.
     """
+    in_recipe = _OF_RECIPES.search(text)
     for option, box in _BOXES.items():
         text = text.replace(option, box)
     text = re.sub(r"--set (\w+)=", r"\1 = ", text.replace("`", ""))
-    text = re.sub(r"--scale (?=[\d.])", "a scale of ", text)
+    text = re.sub(r"--scale (?=[\d.])", "a scale of ", text).replace("--scale", "scale")
+    text = re.sub(r"--method (\w+)", r"the rule \1", text).replace("the rule auto", "the recommended rule")
     named, options = re.subn(r"(?<![\w-])--(?=[a-z])", "", text)
-    return f"{named} (on the command line)" if options else named
+    if options:
+        return f"{named} (on the command line)"
+    return f"{named} (in a recipe file, on the command line)" if in_recipe else named
 
 
 def failure(line: str) -> str:

@@ -89,7 +89,7 @@ def _whole(content: Mapping[str, Any], kind: MergekitMethod, where: object) -> M
     if given is None and kind.base == "required":
         raise UsageError(where, f"{content['merge_method']} needs a `base_model`", "add it")
     models = _models(content.get("models"), "models", kind, where)
-    base = MergekitModel(_path(models[0].path if given is None else given, f"{where}: base_model"))
+    base = MergekitModel(models[0].path if given is None else _path(given, str(where), "base_model"))
     has_base = kind.base != "ignored" and given is not None
     experts = models
     if kind.base == "ignored" and all(model.path != base.path for model in models):
@@ -109,7 +109,7 @@ def _sliced(content: Mapping[str, Any], kind: MergekitMethod, where: object) -> 
         raise UsageError(where, "`slices` is no list", "list them: `slices: [{sources: [...]}, ...]`")
     groups = [_slice(entry, content, kind, f"{where}: slices.{i}") for i, entry in enumerate(entries)]
     given = content.get("base_model")
-    origin = groups[0].base.path if given is None else _path(given, f"{where}: base_model")
+    origin = groups[0].base.path if given is None else _path(given, str(where), "base_model")
     # Experts, and after them models that others start from and that are neither.
     paths = [expert.path for group in groups for expert in group.experts]
     paths += [group.base.path for group in groups if group.base.path != origin]
@@ -136,7 +136,7 @@ def _slice(entry: Any, content: Mapping[str, Any], kind: MergekitMethod, where: 
         return Group(first, _counted(models, kind, content, False, where), False, parameters)
     if given is None:
         raise UsageError(where, f"{content['merge_method']} needs a `base_model`", "add it")
-    path = _path(given, f"{where}.base_model")
+    path = _path(given, where, "base_model")
     base = next((model for model in models if model.path == path), None)
     if base is None:
         raise UsageError(where, f"its base {path!r} is none of its sources", "add it with its `layer_range`")
@@ -161,10 +161,10 @@ def _check_count(
     least, most = kind.experts
     if least <= len(experts) <= most:
         return
-    number = f"{least}" if least == most else f"at least {least}"
-    beside = " beside the base" if has_base and not kind.counts_base else ""
-    what = f"{method} merges {number} models{beside}, not {len(experts)}"
-    raise UsageError(where, what, "change the models")
+    number = f"{least} model{'s' if least > 1 else ''}" if least == most else f"at least {least} models"
+    beside = ", the base among them" if kind.counts_base else " beside the base" if has_base else ""
+    key = "models" if experts[:1] and experts[0].layers is None else "sources"
+    raise UsageError(where, f"{method} merges {number}{beside}, not {len(experts)}", f"list as many under `{key}:`")
 
 
 def _models(entries: Any, key: str, kind: MergekitMethod, where: object) -> list[MergekitModel]:
@@ -183,16 +183,19 @@ def _models(entries: Any, key: str, kind: MergekitMethod, where: object) -> list
     return models
 
 
+_RANGE = "write the first layer and the one behind the last, as `layer_range: [0, 8]`"
+
+
 def _layer_range(value: Any, where: str) -> tuple[int, int]:
     numbers = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
     if not numbers or not 0 <= value[0] < value[1]:
-        raise UsageError(where, f"`layer_range` is {value!r:.60}", "write the first layer and the one behind the last")
+        raise UsageError(where, f"`layer_range` is {value!r:.60}", _RANGE)
     return value[0], value[1]
 
 
-def _path(model: Any, where: str) -> str:
+def _path(model: Any, where: str, key: str = "model") -> str:
     if not isinstance(model, str) or not model:
-        raise UsageError(where, "`model` is not one path", "write `model: PATH`")
+        raise UsageError(where, f"`{key}` is not one path", f"write `{key}: PATH`")
     if model.count("+") > 1 or "" in model.split("+"):
         raise UsageError(where, f"{model!r} is no `PATH` nor `PATH+LORA`", "name one adapter")
     return model
@@ -208,7 +211,7 @@ def _check_base(base: MergekitModel, has_base: bool, kind: MergekitMethod, where
     """UsageError for a base with an adapter where it must be what the others start from."""
     if has_base and not kind.counts_base and path_and_adapter(base.path)[1]:
         what = f"an adapter on the base, as in {base.path!r}, {NOT_YET}"
-        raise UsageError(where, what, "merge it into its model first")
+        raise UsageError(where, what, "merge it into its model first by --method average, and name that folder")
 
 
 def check_keys(table: Mapping[str, Any], known: Sequence[str], where: object, later: Sequence[str] = ()) -> None:

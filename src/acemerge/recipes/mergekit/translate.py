@@ -183,8 +183,10 @@ class _Resolver:
             if found is not None:
                 return found
         if default is ...:
-            tensor = f" for tensor {place.name!r}" if place.name else ""
-            raise UsageError(where, f"the parameter `{key}` is missing{tensor}", "add it")
+            filtered = any(key in settings for settings in levels)
+            tensor = f" for tensor {place.name!r}" if filtered else ""
+            cure = "add one more entry with `value:` and no `filter:`" if filtered else "add it"
+            raise UsageError(where, f"the parameter `{key}` is missing{tensor}", cure)
         return default
 
 
