@@ -7,6 +7,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 _LONGEST_VALUE = 80
@@ -33,6 +34,14 @@ def addressed(text: object) -> str:
     return _SQUEEZED.sub(r"\1://", str(text))
 
 
+@dataclass(frozen=True)
+class Cure:
+    """A cure that is another where models are in memory: these have no files, and merges of them fewer options."""
+
+    of_files: str
+    in_memory: str
+
+
 class AcemergeError(Exception):
     """Base of every error that this library raises on purpose.
 
@@ -41,9 +50,15 @@ class AcemergeError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, where: object, what: str, cure: str) -> None:
-        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(cure)
+    def __init__(self, where: object, what: str, cure: str | Cure) -> None:
+        self._cures = cure if isinstance(cure, Cure) else Cure(cure, cure)
+        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(self._cures.of_files)
         super().__init__(f"{self.where}: {self.what}; {self.cure}")
+
+    @property
+    def in_memory(self) -> AcemergeError:
+        """The same error, with the cure for models that are no files."""
+        return type(self)(self.where, self.what, self._cures.in_memory)
 
     def __str__(self) -> str:
         return printable(self.args[0])  # input may hold control characters

@@ -67,11 +67,27 @@ def test_integers_of_another_shape_are_kept_beside(plain: PlainModel) -> None:
     assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"], torch.arange(7))
 
 
-def test_integers_of_other_values_are_kept_beside(plain: PlainModel) -> None:
-    plain.tuned[0]["position_ids"] = torch.arange(5) + 1
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+def test_integers_of_other_values_are_kept_beside(shape: tuple[int, ...], plain: PlainModel) -> None:
+    for model in (plain.base, *plain.tuned):
+        model["position_ids"] = model["position_ids"].view(shape)
+    plain.tuned[0]["position_ids"] = (torch.arange(5) + 1).view(shape)
     _, cure = _cure(plain)
     out = _followed(plain, cure)
-    assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"], torch.arange(5) + 1)
+    assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"].flatten(), torch.arange(5) + 1)
+
+
+def test_a_rule_that_is_advised_counts_where_another_matches_too(plain: PlainModel) -> None:
+    """The first one that matches counts, and so the cure says where it belongs."""
+    del plain.tuned[0][UP]
+    base, experts = plain.save()
+    others = [{"match": "*.weight", "method": "ties"}]
+    with pytest.raises(CheckpointError, match=r"action: heads\} before any other: ") as failure:
+        acemerge.merge(base, experts, "average", rules=others)
+    found = re.search(r"(\{.*?\}) before any other", failure.value.cure)
+    assert found
+    acemerge.merge(base, experts, "average", plain.root / "out", rules=[yaml.safe_load(found[1]), *others])
+    assert torch.equal(load_folder(plain.root / "out")[UP], plain.base[UP])
 
 
 @pytest.mark.parametrize(
@@ -116,11 +132,74 @@ def test_a_head_that_is_no_copy_of_its_embedding(tmp_path: Path) -> None:
     torch.testing.assert_close(load_folder(tmp_path / "out")["lm_head.weight"], own["lm_head.weight"])
 
 
+def test_names_of_one_embedding_that_differ_where_no_head_is_among_them(tmp_path: Path) -> None:
+    """No configuration unties them, and transformers writes both again: each expert's own are kept beside."""
+    from builders import make_model, perturb
+
+    for seed, name in enumerate(("base", "tuned")):
+        perturb(make_model("t5"), seed).save_pretrained(tmp_path / name)
+    weights = load_folder(tmp_path / "tuned")
+    own = weights | {"encoder.embed_tokens.weight": 2 * weights["shared.weight"]}
+    write_checkpoint(tmp_path / "tuned", own)
+    with pytest.raises(CheckpointError, match="should be tied but differ; add the recipe rule") as failure:
+        acemerge.merge(tmp_path / "base", [tmp_path / "tuned"])
+    found = re.search(r"(\{.*?\}) before any other", failure.value.cure)
+    assert found
+    rules = [yaml.safe_load(found[1])]
+    acemerge.merge(tmp_path / "base", [tmp_path / "tuned"], "average", tmp_path / "out", rules=rules)
+    kept = load_file(tmp_path / "out/heads/tuned.safetensors")
+    assert all(torch.equal(kept[name], own[name]) for name in ("shared.weight", "encoder.embed_tokens.weight"))
+
+
+def _not_finite(plain: PlainModel) -> None:
+    plain.tuned[0][UP][1, 2] = float("nan")
+
+
+def _lacking(plain: PlainModel) -> None:
+    del plain.tuned[0][UP]
+
+
+def _with_more_tokens(plain: PlainModel) -> None:
+    plain.tuned[0]["embed_tokens.weight"] = torch.randn(12, 6)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cure", "followed"),
+    [
+        (_not_finite, "load it again, or leave the expert out", lambda tuned: {"experts": tuned[1:]}),
+        (
+            _lacking,
+            f"fetch the expert again, or put {{'match': '{UP}', 'action': 'heads'}} first in `rules`: the base's stays",
+            lambda tuned: {"experts": tuned, "rules": [{"match": UP, "action": "heads"}]},
+        ),
+        (
+            _with_more_tokens,
+            "save the models with their tokenizers, and merge the folders with --vocabulary base or union",
+            None,
+        ),
+    ],
+)
+def test_models_in_memory_get_cures_of_their_own(spoil: Any, cure: str, followed: Any, plain: PlainModel) -> None:
+    """Their merges have no options of the command, no heads folder, and nothing to be fetched."""
+    spoil(plain)
+    with pytest.raises(CheckpointError) as failure:
+        acemerge.merge_state_dicts(plain.base, plain.tuned, "average")
+    assert failure.value.cure == cure
+    assert str(failure.value).endswith(cure)
+    if followed:
+        acemerge.merge_state_dicts(plain.base, method="average", **followed(plain.tuned))
+
+
 @pytest.mark.parametrize(
     ("wrong", "cure", "followed"),
     [
         ({"vocabulary": "base", "embeddings": "rule"}, "use embeddings average", {"embeddings": "average"}),
         ({"vocabulary": "assets"}, "set missing_tokens to base or mean", {"missing_tokens": "mean"}),
+        (
+            {"vocabulary": "base", "assets": "e"},
+            "leave assets out, or set missing_tokens to base or mean",
+            {"missing_tokens": "mean"},
+        ),
         ({"missing_tokens": "mean"}, "set vocabulary to base, union or assets", {"vocabulary": "union"}),
         (
             {"vocabulary": "base", "missing_tokens": "mean", "nonfinite": "skip-expert"},

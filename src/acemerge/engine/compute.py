@@ -337,4 +337,4 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
         first = job.first_spelling(model)
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
-            raise differ_though_tied(first, name, setting.who(model), expert=model > 0)
+            raise differ_though_tied(job, model, name, setting.who(model))

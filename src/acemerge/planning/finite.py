@@ -6,16 +6,21 @@ from collections.abc import Sequence
 
 import torch
 
-from acemerge.errors import CheckpointError, NumericalError
+from acemerge.errors import CheckpointError, Cure, NumericalError
 from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
-_FETCH = "fetch it again"
+_FETCH = Cure("fetch it again", "load it again")
+
+_WIDER = Cure("write --dtype bfloat16 or float32", "give a base of bfloat16 or float32, or use a smaller scale")
 
 
-def cure_of(experts: Sequence[str]) -> str:
+def cure_of(experts: Sequence[str]) -> Cure:
     """The cure for an expert that is not finite: one of several can be left out."""
-    return f"{_FETCH}, or leave the expert out with --nonfinite skip-expert" if len(experts) > 1 else _FETCH
+    if len(experts) == 1:
+        return _FETCH
+    out = "or leave the expert out"
+    return Cure(f"{_FETCH.of_files}, {out} with --nonfinite skip-expert", f"{_FETCH.in_memory}, {out}")
 
 
 def is_finite(values: Tensor) -> bool:
@@ -26,7 +31,7 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def check_finite(values: Tensor, name: str, where: str, cure: str = _FETCH, first_row: int = 0) -> None:
+def check_finite(values: Tensor, name: str, where: str, cure: str | Cure = _FETCH, first_row: int = 0) -> None:
     """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
     if is_finite(values):
         return
@@ -68,8 +73,7 @@ def rounded(value: Tensor, job: Job, dtype: torch.dtype | None = None) -> Tensor
         largest = value.abs().max().item()
         kind = str(dtype).removeprefix("torch.")
         what = f"its largest magnitude {largest:g} overflows {kind}"
-        cure = "write --dtype bfloat16 or float32" if dtype == torch.float16 else "use a smaller scale"
-        raise NumericalError(where, what, cure)
+        raise NumericalError(where, what, _WIDER if dtype == torch.float16 else "use a smaller scale")
     return result.contiguous()
 
 

@@ -77,6 +77,9 @@ class Recipe(Strict):
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
         if self.vocabulary == "assets" and skip:
             raise ValueError("vocabulary: with assets no row may be missing; set missing_tokens to base or mean")
+        if self.vocabulary == "base" and self.assets != "base" and skip:
+            what = "vocabulary: with base the rows are of the base's tokens, not of those of assets"
+            raise ValueError(f"{what}; leave assets out, or set missing_tokens to base or mean")
         if self.vocabulary == "refuse" and not skip:
             raise ValueError("missing_tokens goes with a vocabulary; set vocabulary to base, union or assets")
         if not skip and self.nonfinite != "error":
