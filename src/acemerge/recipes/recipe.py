@@ -16,7 +16,7 @@ from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
 from acemerge.methods import DEFAULT, Method, as_table
 from acemerge.models.depth import LayerStack
-from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
+from acemerge.recipes.mergekit.translate import KEYS, from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 from acemerge.recipes.yaml_file import KeyPath, expanded, explain, read_yaml, relative_to
 
@@ -216,6 +216,11 @@ def _from_mergekit(
     if method or params or decided:
         option = "--method" if method else "--set" if params else f"--{decided[0].removesuffix('s')}"
         raise UsageError(path, f"{option} does not go with a mergekit recipe", "change the file")
+
+    own = next((key for key in content if key in Recipe.model_fields and key not in KEYS), None)
+    if own is not None:  # as cures name them
+        cure = "write the merge as one of those, with `base`, `experts` and `method` (docs/recipes.md)"
+        raise UsageError(path, f"`{own}` is a key of acemerge's own recipes, and this is one of mergekit", cure)
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
         path = locate(model, allow_pickle, quiet=True).path
