@@ -313,3 +313,23 @@ def test_options_of_other_commands_are_said_to_be(plain: PlainModel, capsys: pyt
     words = ("--base", base, "--expert", expert, "--method", "regmean")
     _, _, said = run(capsys, "inspect", *words, "--calibration", plain.root / "nowhere.yaml")
     assert "nowhere.yaml: no such file" in said
+
+
+def test_an_output_that_was_altered_is_made_again(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume` finds the same damage: the cure names the option that does not."""
+    base, (expert, *_) = plain.save()
+    words = ("merge", "--base", base, "--expert", expert, "--quiet", "-o", plain.root / "out")
+    for file, first in (("model.safetensors", "was altered"), ("acemerge.json", "its digest does not match")):
+        assert run(capsys, *words, "--overwrite")[0] == 0
+        path = plain.root / "out" / file
+        path.write_bytes(path.read_bytes().replace(b"F32", b"F16", 1).replace(b"average", b"averagf", 1))
+        for command in (("verify", plain.root / "out"), (*words, "--resume")):
+            code, _, said = run(capsys, *command)
+            assert code == 3
+            assert re.search(f"{first}.*; make the output again with --overwrite, or restore the file", said)
+    assert run(capsys, *words, "--overwrite")[0] == 0
+    assert run(capsys, "verify", plain.root / "out")[0] == 0
+    with pytest.raises(CheckpointError, match=r"masks/e1.*: there is none; merge by --method emr"):
+        acemerge.expert_weights(plain.root / "out", base, "e1")
+    assert run(capsys, *words, "--overwrite", "--method", "emr")[0] == 0
+    assert acemerge.expert_weights(plain.root / "out", base, "e1")
