@@ -333,3 +333,38 @@ def test_an_output_that_was_altered_is_made_again(plain: PlainModel, capsys: pyt
         acemerge.expert_weights(plain.root / "out", base, "e1")
     assert run(capsys, *words, "--overwrite", "--method", "emr")[0] == 0
     assert acemerge.expert_weights(plain.root / "out", base, "e1")
+
+
+def test_a_model_and_its_adapter_are_named_as_a_recipe_names_them(
+    plain: PlainModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, (expert, other, _) = plain.save()
+    adapter = write_adapter(plain.root / "lora", {"layers.0.up": (torch.randn(2, 6), torch.randn(8, 2))})
+    recipe = plain.root / "recipe.yaml"
+
+    def planned(model: Path, applied: Path) -> tuple[int, str]:
+        recipe.write_text(
+            yaml.safe_dump({"base": str(base), "experts": [{"model": str(model), "adapter": str(applied)}]})
+        )
+        code, _, said = run(capsys, "plan", recipe)
+        return code, said
+
+    for model, applied, what in ((expert, other, "is no adapter"), (adapter, adapter, "is an adapter")):
+        code, said = planned(model, applied)
+        assert code == 3
+        assert f"{what}; name both, as {{model: MODEL, adapter: ADAPTER}}, or in a recipe of mergekit as" in said
+    assert planned(expert, adapter)[0] == 0
+
+
+def test_an_adapter_without_its_configuration_is_not_sent_round(plain: PlainModel) -> None:
+    """The file alone wants its folder, and the folder the configuration."""
+    base, _ = plain.save()
+    adapter = write_adapter(plain.root / "lora", {"layers.0.up": (torch.randn(2, 6), torch.randn(8, 2))})
+    config = (adapter / "adapter_config.json").read_bytes()
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"; name its folder$"):
+        acemerge.merge(base, [adapter / "adapter_model.safetensors"])
+    with pytest.raises(CheckpointError, match=r"; fetch its adapter_config\.json too, which says how it is applied$"):
+        acemerge.merge(base, [adapter])
+    (adapter / "adapter_config.json").write_bytes(config)
+    acemerge.merge(base, [adapter])
