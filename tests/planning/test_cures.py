@@ -12,9 +12,11 @@ import torch
 import yaml
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
 from commands import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import acemerge
+from acemerge.api import run_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, NumericalError, UsageError
 from acemerge.recipes.recipe import make_recipe
 from acemerge.tasks.networks import MERGE_ALONE
@@ -368,3 +370,32 @@ def test_an_adapter_without_its_configuration_is_not_sent_round(plain: PlainMode
         acemerge.merge(base, [adapter])
     (adapter / "adapter_config.json").write_bytes(config)
     acemerge.merge(base, [adapter])
+
+
+def test_an_adapter_on_a_model_of_its_own_need_not_fit_the_base(tmp_path: Path) -> None:
+    """Its model has more tokens than the base, and is merged by token once the adapter is in it."""
+    from vocabularies import EXPERTS, WORDS, save
+
+    base, model = save(tmp_path / "base", WORDS, 0), save(tmp_path / "model", EXPERTS[0], 1)
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    adapter = write_adapter(tmp_path / "lora", {})
+    start = "base_model.model.model.embed_tokens.lora_embedding_"
+    save_file({f"{start}A": A, f"{start}B": B}, adapter / "adapter_model.safetensors")
+    content = {"base": str(base), "experts": [{"model": str(model), "adapter": str(adapter)}], "vocabulary": "base"}
+    content |= {"method": "average"}
+
+    def merged() -> None:
+        run_recipe(make_recipe(content), tmp_path / "out", RunOptions())
+
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(
+        CheckpointError, match=r"but \[5, 8\] in the base; merge it into its base with peft .* that folder$"
+    ):
+        merged()
+    name = "model.embed_tokens.weight"
+    weights = load_folder(model)
+    write_checkpoint(model, weights | {name: weights[name] + (B @ A).T})
+    content["experts"] = [str(model)]
+    merged()
+    expected = weights[name] + (B @ A).T
+    torch.testing.assert_close(load_folder(tmp_path / "out")[name], expected[: len(WORDS)])
