@@ -116,7 +116,6 @@ _NO_MEMORY = re.compile(
 _ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 _NO_THREAD = re.compile("can't start new thread|thread creation failed|thread constructor failed", re.IGNORECASE)
 _PROCESS = "the process"
-_GO_ON = "--resume continues the merge"
 
 
 def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceError | None:
@@ -124,16 +123,24 @@ def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceErr
     said = str(failure)
     code = failure.errno if isinstance(failure, OSError) else None
     if code in (errno.EMFILE, errno.ENFILE) or (isinstance(failure, RuntimeError) and "Too many open files" in said):
-        return ResourceError(where, "too many files are open", f"raise the limit (ulimit -n): {_GO_ON}")
+        return ResourceError(where, "too many files are open", _after("raise the limit (ulimit -n)"))
     if isinstance(failure, RuntimeError) and _NO_THREAD.search(said):
         what = "no more threads can be started"
-        return ResourceError(where, what, f"raise the limit on processes or on memory (ulimit -u, -v): {_GO_ON}")
+        return ResourceError(where, what, _after("raise the limit on processes or on memory (ulimit -u, -v)"))
     known = isinstance(failure, RuntimeError | ImportError | OSError | SystemError) and _NO_MEMORY.search(said)
     if isinstance(failure, MemoryError) or code == errno.ENOMEM or known:
         asked = _ASKED_FOR.search(said)
         what = f"there is not enough memory{f': {asked[1]} could not be had' if asked else ''}"
-        return ResourceError(where, what, f"allow more, or use fewer --workers or a smaller --max-memory: {_GO_ON}")
+        in_memory = "allow more, or merge folders, which are read piece by piece"
+        return ResourceError(
+            where, what, _after("allow more, or use fewer --workers or a smaller --max-memory", in_memory)
+        )
     return None
+
+
+def _after(cure: str, in_memory: str = "") -> Cure:
+    """After that a merge of files goes on where it was."""
+    return Cure(f"{cure}: --resume continues the merge", in_memory or cure)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import CheckpointError, NumericalError, UsageError, shortage_of
 from acemerge.linalg.device import with_host
 from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
@@ -253,7 +253,10 @@ def _refusals(rule: Method, dtype: torch.dtype) -> Iterator[None]:
     """What torch has no result for is named."""
     try:
         yield
-    except RuntimeError as failure:  # its word for no convergence, no memory and numbers beyond a type
+    except (RuntimeError, MemoryError) as failure:  # its word for no convergence, no memory and numbers beyond a type
+        shortage = shortage_of(failure, f"method {rule.name}")
+        if shortage is not None:
+            raise shortage.in_memory from failure
         reason = (str(failure).splitlines() or ["no result"])[0][:200]
         raise NumericalError(f"method {rule.name}", reason, _nearer(dtype)) from failure
 
