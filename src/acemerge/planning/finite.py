@@ -12,6 +12,7 @@ from acemerge.shapes import Float, Tensor
 
 _FETCH = Cure("fetch it again", "load it again")
 
+DOUBLE = Cure("use --compute-dtype float64", "use compute_dtype='float64'")
 _WIDER = Cure("write --dtype bfloat16 or float32", "give a base of bfloat16 or float32, or use a smaller scale")
 
 
@@ -48,7 +49,7 @@ def check_energies(n: Float[Tensor, " T"], where: str, dtype: torch.dtype) -> No
     if bool(n.isfinite().all()):
         return
     if dtype == torch.float32:
-        raise NumericalError(where, "an update is beyond the range of float32", "use --compute-dtype float64")
+        raise NumericalError(where, "an update is beyond the range of float32", DOUBLE)
     what = "an update is so large that float64 does not hold its square"
     raise NumericalError(where, what, "scale the updates to a size near 1")
 
@@ -68,7 +69,7 @@ def rounded(value: Tensor, job: Job, dtype: torch.dtype | None = None) -> Tensor
     if value.dtype.is_floating_point and not _fits(value, dtype) and not is_finite(result):
         where = f"tensor {job.name!r}"
         if not is_finite(value):
-            cure = "use a smaller scale" if value.dtype == torch.float64 else "use --compute-dtype float64"
+            cure = "use a smaller scale" if value.dtype == torch.float64 else DOUBLE
             raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         largest = value.abs().max().item()
         kind = str(dtype).removeprefix("torch.")

@@ -294,7 +294,8 @@ class _Planner:
             elif identity not in self.base_names:
                 heads.append(Head(spec, "missing in the base"))
                 if self._in_backbone(name):
-                    self.warnings.append(f"expert {self.labels[i]}: {name} is not in the base; kept in heads/ only")
+                    what = f"{name} is not in the base: no part of the merged model, an output has it in heads/"
+                    self.warnings.append(f"expert {self.labels[i]}: {what}")
         return heads
 
 
