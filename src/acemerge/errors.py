@@ -7,6 +7,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 _LONGEST_VALUE = 80
@@ -33,6 +34,14 @@ def addressed(text: object) -> str:
     return _SQUEEZED.sub(r"\1://", str(text))
 
 
+@dataclass(frozen=True)
+class Cure:
+    """A cure that is another where models are in memory: these have no files, and merges of them fewer options."""
+
+    of_files: str
+    in_memory: str
+
+
 class AcemergeError(Exception):
     """Base of every error that this library raises on purpose.
 
@@ -41,9 +50,15 @@ class AcemergeError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, where: object, what: str, cure: str) -> None:
-        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(cure)
+    def __init__(self, where: object, what: str, cure: str | Cure) -> None:
+        self._cures = cure if isinstance(cure, Cure) else Cure(cure, cure)
+        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(self._cures.of_files)
         super().__init__(f"{self.where}: {self.what}; {self.cure}")
+
+    @property
+    def in_memory(self) -> AcemergeError:
+        """The same error, with the cure for models that are no files."""
+        return type(self)(self.where, self.what, self._cures.in_memory)
 
     def __str__(self) -> str:
         return printable(self.args[0])  # input may hold control characters
@@ -101,7 +116,6 @@ _NO_MEMORY = re.compile(
 _ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 _NO_THREAD = re.compile("can't start new thread|thread creation failed|thread constructor failed", re.IGNORECASE)
 _PROCESS = "the process"
-_GO_ON = "--resume continues the merge"
 
 
 def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceError | None:
@@ -109,16 +123,24 @@ def shortage_of(failure: BaseException, where: object = _PROCESS) -> ResourceErr
     said = str(failure)
     code = failure.errno if isinstance(failure, OSError) else None
     if code in (errno.EMFILE, errno.ENFILE) or (isinstance(failure, RuntimeError) and "Too many open files" in said):
-        return ResourceError(where, "too many files are open", f"raise the limit (ulimit -n): {_GO_ON}")
+        return ResourceError(where, "too many files are open", _after("raise the limit (ulimit -n)"))
     if isinstance(failure, RuntimeError) and _NO_THREAD.search(said):
         what = "no more threads can be started"
-        return ResourceError(where, what, f"raise the limit on processes or on memory (ulimit -u, -v): {_GO_ON}")
+        return ResourceError(where, what, _after("raise the limit on processes or on memory (ulimit -u, -v)"))
     known = isinstance(failure, RuntimeError | ImportError | OSError | SystemError) and _NO_MEMORY.search(said)
     if isinstance(failure, MemoryError) or code == errno.ENOMEM or known:
         asked = _ASKED_FOR.search(said)
         what = f"there is not enough memory{f': {asked[1]} could not be had' if asked else ''}"
-        return ResourceError(where, what, f"allow more, or use fewer --workers or a smaller --max-memory: {_GO_ON}")
+        in_memory = "allow more, or merge folders, which are read piece by piece"
+        return ResourceError(
+            where, what, _after("allow more, or use fewer --workers or a smaller --max-memory", in_memory)
+        )
     return None
+
+
+def _after(cure: str, in_memory: str = "") -> Cure:
+    """After that a merge of files goes on where it was."""
+    return Cure(f"{cure}: --resume continues the merge", in_memory or cure)
 
 
 @contextlib.contextmanager

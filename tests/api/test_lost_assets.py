@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import PlainModel
+from builders import PlainModel, load_folder
 from commands import run
 
 import acemerge
@@ -40,7 +40,7 @@ def test_each_loss_is_named_with_its_cure(chat: tuple[Path, list[Path]], capsys:
     notes = acemerge.merge(base, experts, "average").manifest["warnings"]
     assert notes == [
         "experts e1, e2 have a chat template, which the output lacks; `chat_template: auto` writes the commonest, "
-        "`assets: e1` takes all of its files",
+        "`assets: e1` takes that one's files",
         "the output's eos_token is '</s>', that of experts e1, e2 '<|end|>': it may not end where they do; "
         "`assets: e1` takes that one's files",
         "the output's eos_token_id is 9, that of experts e1, e2 [9, 10]: it may not end where they do; "
@@ -61,6 +61,20 @@ def test_the_cures_cure(chat: tuple[Path, list[Path]], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "auto/tokenizer_config.json").read_text())["chat_template"] == TEMPLATE
     assert acemerge.merge(base, experts, "average", tmp_path / "out", assets="e1").manifest["warnings"] == []
     assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {"eos_token_id": [9, 10]}
+
+
+@pytest.mark.parametrize("vocabulary", ["base", "union"])
+def test_with_tokens_matched_the_files_are_taken_with_their_rows(
+    vocabulary: str, chat: tuple[Path, list[Path]], tmp_path: Path
+) -> None:
+    base, experts = chat
+    notes = acemerge.merge(base, experts, "average", vocabulary=vocabulary).manifest["warnings"]
+    keys = {"assets": "e1", "vocabulary": "assets", "missing_tokens": "mean"}
+    one, *others = (f"`{key}: {value}`" for key, value in keys.items())
+    cure = f"{one} with {' and '.join(others)} takes that one's files"
+    assert [cure in note for note in notes] == [True] * (4 if vocabulary == "base" else 3)
+    assert acemerge.merge(base, experts, "average", tmp_path / "out", **keys).manifest["warnings"] == []
+    assert len(load_folder(tmp_path / "out")["embed_tokens.weight"]) == 11
 
 
 def test_where_all_have_the_same_nothing_is_said(plain: PlainModel) -> None:

@@ -279,7 +279,7 @@ def test_integer_tensors_must_agree(plain: PlainModel) -> None:
 
 def test_an_integer_weight_for_a_float_is_refused(plain: PlainModel) -> None:
     plain.tuned[0]["layers.0.up.weight"] = plain.tuned[0]["layers.0.up.weight"].to(torch.int8)
-    refused(plain, CheckpointError, "expert e1: tensor 'layers.0.up.weight' is torch.int8.*dequantise")
+    refused(plain, CheckpointError, "expert e1: tensor 'layers.0.up.weight' is torch.int8.*that it was quantised from")
 
 
 @crossed(

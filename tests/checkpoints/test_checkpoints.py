@@ -72,6 +72,20 @@ def test_a_malformed_file_is_refused(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cure"),
+    [
+        ("F8_E4M3", "add --dequantize"),
+        ("F4", "dequantise the checkpoint to bfloat16 first"),
+        ("C64", "save the checkpoint again without it, or as real numbers"),
+    ],
+)
+def test_values_that_cannot_be_merged_have_cures_by_their_type(dtype: str, cure: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw_safetensors({"a": _entry([8], 0, 8, dtype)}, bytes(8)))
+    with pytest.raises(CheckpointError, match=rf"has the type {dtype}, which cannot be merged; {cure}$"):
+        open_checkpoint(tmp_path)
+
+
 def test_json_of_too_many_parts_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
     many = b'{"a": [' + b"[]," * (MAX_PARTS // 2) + b"0]}"
     write_sharded(tmp_path / "sharded", [{"a": torch.zeros(2)}])

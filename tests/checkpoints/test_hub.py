@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import PlainModel, load_folder, write_checkpoint, write_sharded
+from builders import PlainModel, load_folder, write_adapter, write_checkpoint, write_sharded
 from commands import failed, run
 from hub_server import ASSETS, JUNK, TOKEN, FakeHub, Repository, contents, put
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 import acemerge
 from acemerge import api
@@ -98,6 +99,53 @@ def test_an_adapter_is_fetched_whole(plain: PlainModel, hub: FakeHub, capsys: py
     hub.repositories["org/lora"].commit({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "a.py": b""})
     run(capsys, "inspect", "--base", "org/lora", "--expert", plain.root / "e1")
     assert hub.fetched == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_pickled_adapter_is_read_where_that_is_allowed(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the cache it is a link to a file of another name."""
+    put(hub, plain)
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    adapter = write_adapter(plain.root / "lora", {"layers.0.up": (A, B)})
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    hub.repositories["org/lora"] = Repository()
+    hub.repositories["org/lora"].commit(contents(adapter))
+    words = ["merge", "--base", "org/base", "--expert", "org/lora", "--method", "average", "-o", "out", "--quiet"]
+    failed(run(capsys, *words), 3, "org/lora: has only pickled weights.*add --allow-pickle")
+    assert run(capsys, *words, "--allow-pickle") == (0, "", "")
+    name = "layers.0.up.weight"
+    torch.testing.assert_close(load_folder(Path("out"))[name], plain.base[name] + B @ A)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("model.gguf", b"x", "whose weights are quantised; name the folder of the checkpoint that it was made of"),
+        ("tf_model.h5", b"x", "no weights of PyTorch; choose a revision with model.safetensors"),
+        ("foo.safetensors", b"x", "; fetch foo.safetensors, as by hf download --local-dir FOLDER, and name FOLDER/foo"),
+        ("adapter_config.json", b"{}", "but no adapter_model.safetensors; choose a revision that has it"),
+        ("adapter_model.safetensors", b"x", "no adapter_config.json; fetch its adapter_config.json too"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}',
+            "its index lists model-00001-of-00001.safetensors, which is not there; choose a revision that has it",
+        ),
+    ],
+)
+def test_what_a_repository_has_in_the_place_of_a_model(
+    name: str, data: bytes, said: str, plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(hub, plain)
+    hub.repositories["org/odd"] = Repository()
+    hub.repositories["org/odd"].commit({name: data})
+    failed(run(capsys, "plan", "--base", "org/base", "--expert", "org/odd"), 3, f"org/odd: .*{said}")
+
+
+def test_an_address_of_the_hub_is_no_mistyped_path(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "org/nothere: .*no such model on the Hub that you may see; check the name"
+    failed(run(capsys, "plan", "--base", "hf://org/nothere", "--expert", "org/e"), 3, said)
 
 
 def test_a_model_in_a_folder_of_its_repository(

@@ -135,7 +135,7 @@ def test_a_folder_of_the_user_that_is_called_as_a_component(models: list[Path], 
 
 def test_what_is_wrong_is_said(models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "--base", models[0], "--expert", models[1]]
-    failed(run(capsys, *words, "--as-lora", "2"), 3, "has no linear layer .* could hold; write a full model")
+    failed(run(capsys, *words, "--as-lora", "2"), 3, "has no linear layer .* could hold; leave --as-lora out")
     (models[1] / "unet/diffusion_pytorch_model.safetensors").rename(
         models[1] / "unet/diffusion_pytorch_model.fp16.safetensors"
     )

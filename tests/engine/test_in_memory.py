@@ -11,7 +11,7 @@ from builders import PlainModel, load_folder
 from torch import Tensor, nn
 
 import acemerge
-from acemerge.errors import UsageError
+from acemerge.errors import ResourceError, UsageError
 from acemerge.methods import METHODS, make
 
 RULES = [{"match": "*.down.*", "action": "base"}]
@@ -113,3 +113,20 @@ def test_what_are_no_task_vectors(deltas: Any, message: str) -> None:
 def test_wrong_options(plain: PlainModel, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         acemerge.merge_state_dicts(plain.base, plain.tuned, **{"method": "ace", **options})
+
+
+@pytest.mark.parametrize("said", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_no_memory_has_a_cure_that_holds_in_memory(
+    said: Exception, plain: PlainModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is there to be resumed, and float64 would take twice as much."""
+
+    def merge(*_: object) -> None:
+        raise said
+
+    monkeypatch.setattr(METHODS["tsv_m"], "merge", merge)
+    cure = "there is not enough memory; allow more, or merge folders, which are read piece by piece$"
+    with pytest.raises(ResourceError, match=cure):
+        acemerge.merge_deltas(torch.randn(3, 6, 4), "tsv_m")
+    with pytest.raises(ResourceError, match=cure):
+        acemerge.merge_state_dicts(plain.base, plain.tuned, "tsv_m")

@@ -321,6 +321,7 @@ def test_an_expert_of_weight_zero_hides_nothing() -> None:
     ("pairs", "message"),
     [
         ([], "there are none"),
+        ([(randn(4, 2),)], "has 1 parts; give a pair"),
         ([(randn(4, 2), randn(3, 5))], "have no product"),
         ([(randn(4), randn(1, 5))], "have no product"),
         ([(randn(4, 0), randn(0, 5))], "have no product"),
@@ -340,6 +341,8 @@ def test_other_bad_arguments_are_named() -> None:
         acemerge.merge_factors([pairs[0], (pairs[1][0] / 0, pairs[1][1])], "ace")
     with pytest.raises(UsageError, match="3 weights for 2 experts"):
         acemerge.merge_factors(pairs, "ace", weights=[1, 2, 3])
+    with pytest.raises(UsageError, match="weights: not all are numbers; give one number for each expert"):
+        acemerge.merge_factors(pairs, "ace", weights=["1", "b"])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="negative weight"):
         acemerge.merge_factors(pairs, "ace", weights=[1, -2])
     with pytest.raises(UsageError, match="too narrow"):

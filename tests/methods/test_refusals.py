@@ -15,6 +15,7 @@ from conformance import RULES, merged, result
 import acemerge
 from acemerge.errors import NumericalError, UsageError
 from acemerge.methods import METHODS, make
+from acemerge.methods.base import parameter_fields
 
 over_rules = pytest.mark.parametrize("name", RULES)
 FLOATS = [
@@ -139,3 +140,24 @@ def test_factors_whose_product_is_beyond_float32_are_refused() -> None:
     pairs = [(1e30 * randn(4, 2).float(), 1e30 * randn(2, 3).float())]
     with pytest.raises(NumericalError, match="not finite"):
         acemerge.merge_factors(pairs, "ties")
+
+
+@pytest.mark.parametrize("method", [None, 5, {"eps": 1e-4}, {"name": "trust", "over": {"eps": 1e-4}}])
+def test_what_names_no_rule_is_told_how_one_is_named(method: Any) -> None:
+    with pytest.raises(UsageError, match=r"names no rule; give its `name`, as \{'name': 'ace', 'eps': 1e-4\}$"):
+        acemerge.merge_deltas(torch.ones(2, 3, 4), method)
+
+
+def test_a_rules_class_is_the_rule_as_it_is_by_default() -> None:
+    deltas = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    ties: Any = acemerge.METHODS["ties"]
+    assert torch.equal(acemerge.merge_deltas(deltas, ties).delta, acemerge.merge_deltas(deltas, "ties").delta)
+
+
+def test_the_parameters_that_statuses_advise_exist() -> None:
+    """A ridge has another name by rule, and so has what ends an iteration."""
+    ridges = {"ace": "eps", **dict.fromkeys(("actmat", "tact", "anchored", "kron", "kron_auto", "kfac"), "lam")}
+    ends = {**dict.fromkeys(("kron", "kron_auto", "kfac", "karcher"), "tol"), "cauchy": "stop"}
+    named = [*ridges.items(), *ends.items(), *((rule, "steps") for rule in ends)]
+    for rule, parameter in named:
+        assert parameter in {field.name for field in parameter_fields(METHODS[rule])}, rule

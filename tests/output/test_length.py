@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from math import sqrt
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from builders import write_adapter, write_checkpoint
 
 import acemerge
+from acemerge.api import run_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.output.verify import verify
+from acemerge.recipes.recipe import load_recipe
 
 UP, DOWN = "layers.0.up.weight", "layers.1.up.weight"
 
@@ -71,6 +75,27 @@ def test_the_scale_that_is_advised_is_of_the_rules_own(models: tuple[Path, list[
     assert any("--scale 0.25, or --method auto is nearer" in warning for warning in warnings)
     again = acemerge.merge(base, eight, "task_arithmetic", scale=0.25).manifest["warnings"]
     assert not any("overshoots" in warning for warning in again)
+
+
+def test_what_a_rule_of_the_recipe_makes_is_mended_there(models: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """`--scale` would change nothing of it; and with a file of mergekit's it is refused."""
+    base, experts = models
+    rule = {"match": "layers.*", "method": {"name": "task_arithmetic", "scale": 1.5}}
+    (warning,) = acemerge.merge(base, experts, "ties", rules=[rule]).manifest["warnings"]
+    assert warning.endswith("; smaller weights, a smaller scale or another method in the rule 'layers.*'")
+    for nearer in (
+        rule | {"weights": [0.6, 0.6]},
+        rule | {"method": "task_arithmetic"},
+        rule | {"method": "kron_auto"},
+    ):
+        assert acemerge.merge(base, experts, "ties", rules=[nearer]).manifest["warnings"] == []
+    for weight, cured in ((1.5, False), (1.0, True)):
+        content = {"merge_method": "task_arithmetic", "base_model": str(base)}
+        content["models"] = [{"model": str(expert), "parameters": {"weight": weight}} for expert in experts]
+        (tmp_path / "mergekit.yaml").write_text(json.dumps(content))
+        recipe = load_recipe(tmp_path / "mergekit.yaml", {})
+        found = run_recipe(recipe, None, RunOptions()).manifest["warnings"]
+        assert [warning.endswith("; smaller weights in the recipe") for warning in found] == [True] * (not cured)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -12,9 +12,11 @@ import torch
 import yaml
 from builders import PlainModel, load_folder, write_adapter, write_checkpoint
 from commands import run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import acemerge
+from acemerge.api import run_recipe
+from acemerge.engine.run_options import RunOptions
 from acemerge.errors import CheckpointError, NumericalError, UsageError
 from acemerge.recipes.recipe import make_recipe
 from acemerge.tasks.networks import MERGE_ALONE
@@ -67,11 +69,27 @@ def test_integers_of_another_shape_are_kept_beside(plain: PlainModel) -> None:
     assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"], torch.arange(7))
 
 
-def test_integers_of_other_values_are_kept_beside(plain: PlainModel) -> None:
-    plain.tuned[0]["position_ids"] = torch.arange(5) + 1
+@pytest.mark.parametrize("shape", [(5,), (1, 5)])
+def test_integers_of_other_values_are_kept_beside(shape: tuple[int, ...], plain: PlainModel) -> None:
+    for model in (plain.base, *plain.tuned):
+        model["position_ids"] = model["position_ids"].view(shape)
+    plain.tuned[0]["position_ids"] = (torch.arange(5) + 1).view(shape)
     _, cure = _cure(plain)
     out = _followed(plain, cure)
-    assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"], torch.arange(5) + 1)
+    assert torch.equal(load_file(out / "heads/e1.safetensors")["position_ids"].flatten(), torch.arange(5) + 1)
+
+
+def test_a_rule_that_is_advised_counts_where_another_matches_too(plain: PlainModel) -> None:
+    """The first one that matches counts, and so the cure says where it belongs."""
+    del plain.tuned[0][UP]
+    base, experts = plain.save()
+    others = [{"match": "*.weight", "method": "ties"}]
+    with pytest.raises(CheckpointError, match=r"action: heads\} before any other: ") as failure:
+        acemerge.merge(base, experts, "average", rules=others)
+    found = re.search(r"(\{.*?\}) before any other", failure.value.cure)
+    assert found
+    acemerge.merge(base, experts, "average", plain.root / "out", rules=[yaml.safe_load(found[1]), *others])
+    assert torch.equal(load_folder(plain.root / "out")[UP], plain.base[UP])
 
 
 @pytest.mark.parametrize(
@@ -116,11 +134,81 @@ def test_a_head_that_is_no_copy_of_its_embedding(tmp_path: Path) -> None:
     torch.testing.assert_close(load_folder(tmp_path / "out")["lm_head.weight"], own["lm_head.weight"])
 
 
+def test_names_of_one_embedding_that_differ_where_no_head_is_among_them(tmp_path: Path) -> None:
+    """No configuration unties them, and transformers writes both again: each expert's own are kept beside."""
+    from builders import make_model, perturb
+
+    for seed, name in enumerate(("base", "tuned")):
+        perturb(make_model("t5"), seed).save_pretrained(tmp_path / name)
+    weights = load_folder(tmp_path / "tuned")
+    own = weights | {"encoder.embed_tokens.weight": 2 * weights["shared.weight"]}
+    write_checkpoint(tmp_path / "tuned", own)
+    with pytest.raises(CheckpointError, match="should be tied but differ; add the recipe rule") as failure:
+        acemerge.merge(tmp_path / "base", [tmp_path / "tuned"])
+    found = re.search(r"(\{.*?\}) before any other", failure.value.cure)
+    assert found
+    rules = [yaml.safe_load(found[1])]
+    acemerge.merge(tmp_path / "base", [tmp_path / "tuned"], "average", tmp_path / "out", rules=rules)
+    kept = load_file(tmp_path / "out/heads/tuned.safetensors")
+    assert all(torch.equal(kept[name], own[name]) for name in ("shared.weight", "encoder.embed_tokens.weight"))
+
+
+def _not_finite(plain: PlainModel) -> None:
+    plain.tuned[0][UP][1, 2] = float("nan")
+
+
+def _lacking(plain: PlainModel) -> None:
+    del plain.tuned[0][UP]
+
+
+def _large(plain: PlainModel) -> None:
+    """The mean is within the range of float32, and an update is not."""
+    for model, value in zip((plain.base, *plain.tuned), (-3e38, 3e38, -3e38, -3e38), strict=True):
+        model[UP][0, 0] = value
+
+
+def _with_more_tokens(plain: PlainModel) -> None:
+    plain.tuned[0]["embed_tokens.weight"] = torch.randn(12, 6)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cure", "followed"),
+    [
+        (_not_finite, "load it again, or leave the expert out", lambda tuned: {"experts": tuned[1:]}),
+        (_large, "use compute_dtype='float64'", lambda tuned: {"experts": tuned, "compute_dtype": "float64"}),
+        (
+            _lacking,
+            f"fetch the expert again, or put {{'match': '{UP}', 'action': 'heads'}} first in `rules`: the base's stays",
+            lambda tuned: {"experts": tuned, "rules": [{"match": UP, "action": "heads"}]},
+        ),
+        (
+            _with_more_tokens,
+            "save the models with their tokenizers, and merge the folders with --vocabulary base or union",
+            None,
+        ),
+    ],
+)
+def test_models_in_memory_get_cures_of_their_own(spoil: Any, cure: str, followed: Any, plain: PlainModel) -> None:
+    """Their merges have no options of the command, no heads folder, and nothing to be fetched."""
+    spoil(plain)
+    with pytest.raises((CheckpointError, NumericalError)) as failure:
+        acemerge.merge_state_dicts(plain.base, plain.tuned, "average")
+    assert failure.value.cure == cure
+    assert str(failure.value).endswith(cure)
+    if followed:
+        acemerge.merge_state_dicts(plain.base, method="average", **followed(plain.tuned))
+
+
 @pytest.mark.parametrize(
     ("wrong", "cure", "followed"),
     [
         ({"vocabulary": "base", "embeddings": "rule"}, "use embeddings average", {"embeddings": "average"}),
         ({"vocabulary": "assets"}, "set missing_tokens to base or mean", {"missing_tokens": "mean"}),
+        (
+            {"vocabulary": "base", "assets": "e"},
+            "leave assets out, or set missing_tokens to base or mean",
+            {"missing_tokens": "mean"},
+        ),
         ({"missing_tokens": "mean"}, "set vocabulary to base, union or assets", {"vocabulary": "union"}),
         (
             {"vocabulary": "base", "missing_tokens": "mean", "nonfinite": "skip-expert"},
@@ -261,3 +349,87 @@ def test_a_folder_that_cannot_be_written_is_not_called_the_terminal(
     code, _, said = run(capsys, "demo", "-o", tmp_path / "file")
     assert code == 5
     assert said.startswith(f"acemerge: error: {tmp_path / 'file'}: ")
+
+
+def test_an_output_that_was_altered_is_made_again(plain: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume` finds the same damage: the cure names the option that does not."""
+    base, (expert, *_) = plain.save()
+    words = ("merge", "--base", base, "--expert", expert, "--quiet", "-o", plain.root / "out")
+    for file, first in (("model.safetensors", "was altered"), ("acemerge.json", "its digest does not match")):
+        assert run(capsys, *words, "--overwrite")[0] == 0
+        path = plain.root / "out" / file
+        path.write_bytes(path.read_bytes().replace(b"F32", b"F16", 1).replace(b"average", b"averagf", 1))
+        for command in (("verify", plain.root / "out"), (*words, "--resume")):
+            code, _, said = run(capsys, *command)
+            assert code == 3
+            assert re.search(f"{first}.*; make the output again with --overwrite, or restore the file", said)
+    assert run(capsys, *words, "--overwrite")[0] == 0
+    assert run(capsys, "verify", plain.root / "out")[0] == 0
+    with pytest.raises(CheckpointError, match=r"masks/e1.*: there is none; merge by --method emr"):
+        acemerge.expert_weights(plain.root / "out", base, "e1")
+    assert run(capsys, *words, "--overwrite", "--method", "emr")[0] == 0
+    assert acemerge.expert_weights(plain.root / "out", base, "e1")
+
+
+def test_a_model_and_its_adapter_are_named_as_a_recipe_names_them(
+    plain: PlainModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, (expert, other, _) = plain.save()
+    adapter = write_adapter(plain.root / "lora", {"layers.0.up": (torch.randn(2, 6), torch.randn(8, 2))})
+    recipe = plain.root / "recipe.yaml"
+
+    def planned(model: Path, applied: Path) -> tuple[int, str]:
+        recipe.write_text(
+            yaml.safe_dump({"base": str(base), "experts": [{"model": str(model), "adapter": str(applied)}]})
+        )
+        code, _, said = run(capsys, "plan", recipe)
+        return code, said
+
+    for model, applied, what in ((expert, other, "is no adapter"), (adapter, adapter, "is an adapter")):
+        code, said = planned(model, applied)
+        assert code == 3
+        assert f"{what}; name both, as {{model: MODEL, adapter: ADAPTER}}, or in a recipe of mergekit as" in said
+    assert planned(expert, adapter)[0] == 0
+
+
+def test_an_adapter_without_its_configuration_is_not_sent_round(plain: PlainModel) -> None:
+    """The file alone wants its folder, and the folder the configuration."""
+    base, _ = plain.save()
+    adapter = write_adapter(plain.root / "lora", {"layers.0.up": (torch.randn(2, 6), torch.randn(8, 2))})
+    config = (adapter / "adapter_config.json").read_bytes()
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"; name its folder$"):
+        acemerge.merge(base, [adapter / "adapter_model.safetensors"])
+    with pytest.raises(CheckpointError, match=r"; fetch its adapter_config\.json too, which says how it is applied$"):
+        acemerge.merge(base, [adapter])
+    (adapter / "adapter_config.json").write_bytes(config)
+    acemerge.merge(base, [adapter])
+
+
+def test_an_adapter_on_a_model_of_its_own_need_not_fit_the_base(tmp_path: Path) -> None:
+    """Its model has more tokens than the base, and is merged by token once the adapter is in it."""
+    from vocabularies import EXPERTS, WORDS, save
+
+    base, model = save(tmp_path / "base", WORDS, 0), save(tmp_path / "model", EXPERTS[0], 1)
+    A, B = torch.randn(2, 6), torch.randn(8, 2)
+    adapter = write_adapter(tmp_path / "lora", {})
+    start = "base_model.model.model.embed_tokens.lora_embedding_"
+    save_file({f"{start}A": A, f"{start}B": B}, adapter / "adapter_model.safetensors")
+    content = {"base": str(base), "experts": [{"model": str(model), "adapter": str(adapter)}], "vocabulary": "base"}
+    content |= {"method": "average"}
+
+    def merged() -> None:
+        run_recipe(make_recipe(content), tmp_path / "out", RunOptions())
+
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    with pytest.raises(
+        CheckpointError, match=r"but \[5, 8\] in the base; merge it into its base with peft .* that folder$"
+    ):
+        merged()
+    name = "model.embed_tokens.weight"
+    weights = load_folder(model)
+    write_checkpoint(model, weights | {name: weights[name] + (B @ A).T})
+    content["experts"] = [str(model)]
+    merged()
+    expected = weights[name] + (B @ A).T
+    torch.testing.assert_close(load_folder(tmp_path / "out")[name], expected[: len(WORDS)])

@@ -186,6 +186,10 @@ TIES = {
     [
         ({"parameters": {"densty": 0.5}}, "parameters: unknown key 'densty'; did you mean `density`?"),
         ({"dtyp": "float32"}, "unknown key 'dtyp'; did you mean `dtype`?"),
+        (
+            {"rules": []},
+            "`rules` is a key of acemerge's own recipes, and this is one of mergekit; write the merge as one",
+        ),
         ({"models": [{"model": "f32/a", "parameter": {}}]}, "models.0: unknown key 'parameter'; did you mean"),
         ({"models": [model("f32/a", gamma=1)]}, "models.0: unknown key 'gamma'"),
         ({"models": [model("f32/a")]}, "models.0: the parameter `weight` is missing"),

@@ -163,7 +163,9 @@ def check_name(name: str, path: Path) -> None:
     """Refuse names that could be taken for a path or break a line."""
     path_like = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if not name or len(name) > 512 or not name.isprintable() or path_like:
-        raise CheckpointError(path, f"the tensor name {name[:80]!r} is not allowed", _CURE)
+        raise CheckpointError(
+            path, f"the tensor name {name[:80]!r} is not allowed", "fetch it again, or rename the tensor"
+        )
 
 
 def _tensor_info(name: str, entry: Any, types: Mapping[str, torch.dtype], data_start: int, path: Path) -> TensorInfo:
@@ -174,6 +176,7 @@ def _tensor_info(name: str, entry: Any, types: Mapping[str, torch.dtype], data_s
     if not isinstance(dtype, str) or dtype not in types:
         if isinstance(dtype, str) and _UNSUPPORTED.match(dtype):
             cure = "add --dequantize" if dtype in FLOAT8 else "dequantise the checkpoint to bfloat16 first"
+            cure = "save the checkpoint again without it, or as real numbers" if dtype == "C64" else cure
             raise CheckpointError(path, f"tensor {name!r} has the type {dtype}, which cannot be merged", cure)
         raise CheckpointError(path, f"tensor {name!r} has an unknown type {str(dtype)[:40]!r}", _CURE)
     if not _is_sizes(shape) or len(shape) > 16:

@@ -125,6 +125,8 @@ def locate(model: str, allow_pickle: bool, quiet: bool, heads: bool = False, str
 
 def _path_first(model: str, failure: CheckpointError) -> CheckpointError:
     """The failure to find a model on the Hub, where it may have been meant as a path."""
+    if parse(model) is not None:  # it was meant as an address
+        return failure
     path, meant = Path(model), almost(Path(model))
     if not meant and files.kind(files.resolve(path.parent)) != "folder":
         return failure
@@ -181,6 +183,7 @@ def _fetch(hub: Any, wanted: HubId, which: _Wanted) -> tuple[Path, str]:
         raise CheckpointError(wanted, "moved to another commit while it was fetched", "run again")
     _complete(wanted, root, needed, "")
     shards = [shard for name in needed for shard in listed_files(wanted.within(root), name)]
+    _check_listed(wanted, shards, info)
     if shards:
         download(hub, wanted, info.sha, shards)
     return _complete(wanted, root, shards, ""), root.name
@@ -198,8 +201,17 @@ def _stream(hub: Any, wanted: HubId, which: _Wanted) -> tuple[Path, str]:
     store = hub_store(address)
     store.show(map(wanted.path_of, needed))
     shards = [shard for name in needed for shard in listed_files(wanted.within(address), name)]
+    _check_listed(wanted, shards, info)
     store.show(map(wanted.path_of, shards))
     return address, info.sha
+
+
+def _check_listed(wanted: HubId, shards: Sequence[str], info: Any) -> None:
+    """CheckpointError for an index that lists what the repository has not: fetching again does not help."""
+    there = {file.rfilename for file in info.siblings or ()}
+    lost = next((shard for shard in shards if wanted.path_of(shard) not in there), None)
+    if lost is not None:
+        raise CheckpointError(wanted, f"its index lists {lost}, which is not there", "choose a revision that has it")
 
 
 def _ask(hub: Any, wanted: HubId, which: _Wanted) -> Any:

@@ -16,11 +16,10 @@ from acemerge.checkpoints.header import TensorInfo, TensorSpec, read_header
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
-from acemerge.checkpoints.weight_files import ADAPTER, CONVERT, INDEX, SINGLE
+from acemerge.checkpoints.weight_files import ADAPTER, INDEX, PICKLED_ADAPTER, SINGLE, readable_adapter
 from acemerge.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_MODEL = ADAPTER
-_PICKLED_MODEL = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[\w-]+)?\.weight")
@@ -44,6 +43,9 @@ def base_of(path: Path) -> str | None:
     return f"{base}@{revision}" if isinstance(revision, str) and revision else base
 
 
+_BOTH = "name both, as {model: MODEL, adapter: ADAPTER}, or in a recipe of mergekit as MODEL+ADAPTER"
+
+
 def open_expert(path: Path, allow_pickle: bool = False, dequantize: bool = False) -> Checkpoint:
     """Open a checkpoint, an adapter or a pipeline: headers and configuration only.
 
@@ -64,10 +66,11 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:
     for whole in (SINGLE, INDEX):
         if whole in names:
             raise CheckpointError(path, f"has both {ADAPTER_CONFIG} and {whole}", "remove the one that is not meant")
-    config_file, weights = contained(root, ADAPTER_CONFIG), _weights(root, names, allow_pickle)
+    stored = readable_adapter(root, names, allow_pickle, "fetch the adapter's weights too")
+    config_file, weights = contained(root, ADAPTER_CONFIG), contained(root, stored)
     prints = {file: files.fingerprint(file) for file in (weights, config_file)}
     settings = read_adapter_settings(read_config(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
-    read = read_pickle if weights.name == _PICKLED_MODEL else read_header
+    read = read_pickle if stored == PICKLED_ADAPTER else read_header  # in the Hub's cache they are links
     parts = _parts(read(weights), settings, weights)
     changed = _changed(parts.layers, settings, weights)
     updates = {changed[m]: _update(changed[m], found, settings, weights) for m, found in parts.layers.items()}
@@ -87,7 +90,7 @@ def with_adapter(model: Checkpoint, adapter: Checkpoint) -> Checkpoint:
     """A model with an adapter's updates of its tensors, to be applied as they are read."""
     if adapter.adapter is None or model.adapter is not None:
         path, what = (adapter.path, "is no adapter") if adapter.adapter is None else (model.path, "is an adapter")
-        raise CheckpointError(path, what, "write MODEL+ADAPTER")
+        raise CheckpointError(path, what, _BOTH)
     updates = {
         name: replace(update, replaces_base=name in model.tensors) for name, update in adapter.adapter.updates.items()
     }
@@ -99,16 +102,6 @@ def with_adapter(model: Checkpoint, adapter: Checkpoint) -> Checkpoint:
         fingerprints={**model.fingerprints, **adapter.fingerprints},
         adapter=replace(adapter.adapter, updates=updates, on_a_model=True),
     )
-
-
-def _weights(root: Path, names: list[str], allow_pickle: bool) -> Path:
-    if ADAPTER_MODEL in names:
-        return contained(root, ADAPTER_MODEL)
-    if _PICKLED_MODEL not in names:
-        raise CheckpointError(root, f"has {ADAPTER_CONFIG} but no {ADAPTER_MODEL}", "fetch the adapter's weights too")
-    if not allow_pickle:
-        raise CheckpointError(root, "has only pickled weights, which can run code", CONVERT)
-    return contained(root, _PICKLED_MODEL)
 
 
 # --- the tensors ---------------------------------------------------------------------------------------------
@@ -135,7 +128,9 @@ def _parts(infos: list[TensorInfo], settings: AdapterSettings, path: Path) -> _P
             raise CheckpointError(path, f"tensor {stored!r} does not begin with {PREFIX!r}", "save it with peft")
         name = stored.removeprefix(PREFIX)
         if not info.spec.dtype.is_floating_point:
-            raise CheckpointError(path, f"tensor {stored!r} is {info.spec.dtype}", "dequantise the adapter first")
+            raise CheckpointError(
+                path, f"tensor {stored!r} is {info.spec.dtype}", "save it again in bfloat16 or float32"
+            )
         place = _factor(name)
         if place is not None:
             module, part = place

@@ -66,6 +66,13 @@ _KNOWN: tuple[tuple[str, _Say], ...] = (
         ),
     ),
     (
+        r"(adapter_model\.(?:safetensors|bin))",
+        lambda root, found: (
+            f"has {_some(found)}, and no adapter_config.json",
+            "fetch its adapter_config.json too, which says how it is applied",
+        ),
+    ),
+    (
         r"([\w.-]+\.safetensors)",
         lambda root, found: (f"has {_some(found)}, and no model.safetensors", f"name the file, as {root}{found[0]}"),
     ),

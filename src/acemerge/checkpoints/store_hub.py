@@ -45,7 +45,7 @@ class HubStore:
         try:
             answer = self._client.utils.get_session().get(url, headers=headers, timeout=_ANSWER)
         except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
-            raise StoreFailure("passing", f"the Hub does not answer ({type(failure).__name__})") from None
+            raise self._silent(failure) from None
         if answer.status_code in (401, 403):
             gated = answer.headers.get("X-Error-Code") == "GatedRepo"
             said = "it is gated: accept its terms" if gated else f"the Hub refuses access ({answer.status_code})"
@@ -68,12 +68,17 @@ class HubStore:
     def delete(self, key: str) -> None:
         raise StoreFailure("refused", "the Hub is written to by --push alone")
 
+    def _silent(self, failure: Exception) -> StoreFailure:
+        if isinstance(failure, self._client.errors.OfflineModeIsEnabled):
+            return StoreFailure("refused", "HF_HUB_OFFLINE is set: unset it to read by ranges")
+        return StoreFailure("passing", f"the Hub does not answer ({type(failure).__name__})")
+
     def _all(self) -> dict[str, Stat]:
         if self._files is None:
             try:
                 info = self._client.HfApi().model_info(self._repo, revision=self._commit, files_metadata=True)
             except Exception as failure:
-                raise StoreFailure("passing", f"the Hub does not answer ({type(failure).__name__})") from None
+                raise self._silent(failure) from None
             self._files = {file.rfilename: _stat(file) for file in info.siblings or ()}
         return self._files
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from acemerge.errors import CheckpointError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+PICKLED_ADAPTER = "adapter_model.bin"
 CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_OF_SHARDS = re.compile(r"-\d{5}-of-\d{5}\.")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
 
 
@@ -78,12 +80,16 @@ def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> lis
     Raises CheckpointError when there are none that may be read.
     """
     assets = [name for name in names if is_asset(name)]
-    whole = {kind.single for kind in _FORMATS} | {kind.index for kind in _FORMATS}
-    if set(ADAPTER) <= set(names) and not whole & set(names):
-        return [*assets, *ADAPTER]
     if not has_weights(names):
         inner = [name for name in names if "/" in name or name == MODEL_INDEX]
         instead = what_is_there(where, inner, within="/" if ":" in str(where) else ":")
+        if ADAPTER[0] in names and not (instead and adapter_weights(names) is None):
+            return [
+                *assets,
+                ADAPTER[0],
+                readable_adapter(where, names, allow_pickle, "choose a revision that has it"),
+            ]
+        instead = instead or _by_itself(names) or what_is_there(where, names)
         if instead:
             raise CheckpointError(where, *instead)
     kind = format_of(where, names, allow_pickle)
@@ -91,6 +97,31 @@ def needed_files(where: object, names: Sequence[str], allow_pickle: bool) -> lis
     if weights not in names:
         raise CheckpointError(where, f"has shards but no {kind.index}", "choose a revision that has it")
     return [*assets, weights]
+
+
+def adapter_weights(names: Collection[str]) -> str | None:
+    """The file of an adapter's weights, if one is among the names. Safetensors win where both are there."""
+    return next((name for name in (ADAPTER[1], PICKLED_ADAPTER) if name in names), None)
+
+
+def readable_adapter(where: object, names: Collection[str], allow_pickle: bool, otherwise: str) -> str:
+    """The same; CheckpointError where none is there, with the cure `otherwise`, or none that may be read."""
+    found = adapter_weights(names)
+    if found is None:
+        raise CheckpointError(where, f"has {ADAPTER[0]} but no {ADAPTER[1]}", otherwise)
+    if found == PICKLED_ADAPTER and not allow_pickle:
+        raise CheckpointError(where, "has only pickled weights, which can run code", CONVERT)
+    return found
+
+
+def _by_itself(names: Sequence[str]) -> tuple[str, str] | None:
+    """What is said of a repository with a file of weights of its own name; an id cannot name a file."""
+    own = (name for name in names if SAFETENSORS.file.fullmatch(name) and name != ADAPTER[1])
+    name = next((name for name in own if not _OF_SHARDS.search(name)), None)
+    if name is None:
+        return None
+    cure = f"fetch {name}, as by hf download --local-dir FOLDER, and name FOLDER/{name}"
+    return f"has {name}, and no {SINGLE}", cure
 
 
 def listed_files(root: Path, name: str) -> list[str]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, Cure
+from acemerge.models.roles import role_by_name
 from acemerge.planning.jobs import Input, Job, Keep, Plan
-from acemerge.planning.planner import keep_apart
+from acemerge.planning.planner import UNQUANTISED, keep_apart
 from acemerge.shapes import Tensor
 
 _BLOCK = 32 << 20  # bytes of a tensor that are compared at once
+_QUANTISED = re.compile(r"(weight\w*|qzeros|blocks|scales)$")  # how weights are called that are stored as integers
 
 
 def check_agreement(plan: Plan, models: Sequence[Checkpoint], setting: Setting) -> None:
@@ -30,23 +34,27 @@ def check_agreement(plan: Plan, models: Sequence[Checkpoint], setting: Setting) 
                 if not _same(readers, job, (0, job.name), (model, name)):
                     raise differs_from_base(job, setting.who(model))
             for model, copy in job.copies:
-                first = job.first_spelling(model)
-                if not _same(readers, job, (model, first), (model, copy)):
-                    raise differ_though_tied(first, copy, setting.who(model), expert=model > 0)
+                if not _same(readers, job, (model, job.first_spelling(model)), (model, copy)):
+                    raise differ_though_tied(job, model, copy, setting.who(model))
 
 
 def differs_from_base(job: Job, who: str) -> CheckpointError:
     what = f"integer tensor {job.name!r} differs from the base's"
-    return CheckpointError(
-        who, what, "dequantise the models first" if len(job.spec.shape) > 1 else keep_apart(job.name)
-    )
+    return CheckpointError(who, what, UNQUANTISED if _QUANTISED.search(job.name) else keep_apart(job.name))
 
 
-def differ_though_tied(first: str, copy: str, who: str, expert: bool) -> CheckpointError:
-    what = f"tensors {first!r} and {copy!r} should be tied but differ"
-    cure = "set tie_word_embeddings to false in its config.json"
-    cure += "; of an adapter, merge it into its base with peft first" if expert else ""
-    return CheckpointError(who, what, cure)
+def differ_though_tied(job: Job, model: int, copy: str, who: str) -> CheckpointError:
+    """The error of a model, the base or an expert by its number, whose tied tensor has other values as `copy`.
+
+    A configuration can tell a head apart from its embedding; other names of one parameter it cannot.
+    """
+    first = job.first_spelling(model)
+    kinds = {role_by_name(replace(job.spec, name=name), conv1d=False).name for name in (first, copy)}
+    cure: str | Cure = keep_apart(job.name) if model else "fetch it again, or save it with one of the two"
+    if kinds == {"embedding", "output_head"}:
+        cure = "set tie_word_embeddings to false in its config.json"
+        cure += "; of an adapter, merge it into its base with peft first" if model else ""
+    return CheckpointError(who, f"tensors {first!r} and {copy!r} should be tied but differ", cure)
 
 
 def _same(readers: Sequence[Reader], job: Job, one: Input, other: Input) -> bool:

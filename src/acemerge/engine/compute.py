@@ -27,6 +27,7 @@ from acemerge.output.packed_masks import pack
 from acemerge.output.records import TensorRecord, about
 from acemerge.planning.as_lora import truncated
 from acemerge.planning.finite import (
+    DOUBLE,
     check_energies,
     check_finite,
     cure_of,
@@ -77,7 +78,7 @@ def compute(piece: Piece[Job], values: Values, setting: Setting, place: Place) -
         reason = (str(failure).splitlines() or [type(failure).__name__])[0][:200]
         double = isinstance(job, ByRule) and job.compute_dtype == torch.float64
         other = "scale the updates to a size near 1, or give the tensor another rule in the recipe's rules"
-        cure = other if double else "use --compute-dtype float64"
+        cure = other if double else DOUBLE
         where = f"tensor {job.name!r}"
         raise shortage_of(failure, where) or NumericalError(where, reason, cure) from failure
     return Computed(stored, replace(record, seconds=time.perf_counter() - started), masks)
@@ -339,4 +340,4 @@ def _check_copies(job: Job, values: Values, setting: Setting) -> None:
         first = job.first_spelling(model)
         original, copy = values.take((model, first)), values.take((model, name))
         if not torch.equal(original.view(torch.uint8), copy.view(torch.uint8)):
-            raise differ_though_tied(first, name, setting.who(model), expert=model > 0)
+            raise differ_though_tied(job, model, name, setting.who(model))

@@ -19,7 +19,7 @@ from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import whole_record
 from acemerge.engine.thresholds import with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import AcemergeError, CheckpointError, UsageError
 from acemerge.linalg.device import with_host
 from acemerge.methods import AnyMethod
 from acemerge.methods.registry import check_names
@@ -221,8 +221,11 @@ def _merge_in_memory(
     base: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]], recipe: Recipe, roles: Roles
 ) -> tuple[dict[str, Tensor], MergeReport]:
     device = next((value.device for value in base.values()), torch.device("cpu"))
-    with with_host(device):
-        return _merged_on(device, base, experts, recipe, roles)
+    try:
+        with with_host(device):
+            return _merged_on(device, base, experts, recipe, roles)
+    except AcemergeError as failure:
+        raise failure.in_memory from failure
 
 
 def _merged_on(

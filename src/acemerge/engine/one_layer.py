@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from acemerge.errors import CheckpointError, NumericalError, UsageError
+from acemerge.errors import CheckpointError, NumericalError, UsageError, shortage_of
 from acemerge.linalg.device import with_host
 from acemerge.linalg.gram import energies
 from acemerge.linalg.lowrank import LowRank
@@ -194,7 +194,10 @@ def _stacked(where: str, values: Any) -> Tensor:
 def _check_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> None:
     if not factors:
         raise UsageError("factors", "there are none", "give a pair (U_t, V_t) for each expert")
-    for t, (U, V) in enumerate(factors, 1):
+    for t, pair in enumerate(factors, 1):
+        if len(pair) != 2:
+            raise UsageError(f"factors {t}", f"has {len(pair)} parts", "give a pair (U_t, V_t) for each expert")
+        U, V = pair
         shapes = f"{list(U.shape)} and {list(V.shape)}"
         if U.ndim != 2 or V.ndim != 2 or U.shape[1] != V.shape[0] or not U.numel() or not V.numel():
             raise UsageError(f"factors {t}", f"shapes {shapes} have no product", "give (out, r) and (r, in)")
@@ -250,7 +253,10 @@ def _refusals(rule: Method, dtype: torch.dtype) -> Iterator[None]:
     """What torch has no result for is named."""
     try:
         yield
-    except RuntimeError as failure:  # its word for no convergence, no memory and numbers beyond a type
+    except (RuntimeError, MemoryError) as failure:  # its word for no convergence, no memory and numbers beyond a type
+        shortage = shortage_of(failure, f"method {rule.name}")
+        if shortage is not None:
+            raise shortage.in_memory from failure
         reason = (str(failure).splitlines() or ["no result"])[0][:200]
         raise NumericalError(f"method {rule.name}", reason, _nearer(dtype)) from failure
 
@@ -275,7 +281,10 @@ def _layer(rule: Method, weights: Sequence[float] | None, experts: int, seed: in
 
 
 def _checked_weights(weights: Sequence[float] | None, experts: int) -> list[float]:
-    factors = [1.0] * experts if weights is None else [float(weight) for weight in weights]
+    try:
+        factors = [1.0] * experts if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise UsageError("weights", "not all are numbers", "give one number for each expert") from None
     if len(factors) != experts:
         raise UsageError("weights", f"{len(factors)} weights for {experts} experts", "give one weight each")
     if not all(math.isfinite(factor) for factor in factors):

@@ -132,4 +132,4 @@ class _WithoutRay(io.TextIOBase):
 def last_line(failure: Exception) -> str:
     """The last line of what Ray says: the cause."""
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(failure).__name__)[:300]
+    return (lines[-1].rstrip(".") if lines else type(failure).__name__)[:300]

@@ -21,5 +21,5 @@ def how_far(manifest: Mapping[str, Any]) -> tuple[Length | None, list[str]]:
         found.append(length_warning(length, manifest["recipe"]))
     tokens = length_of_tokens(labels, records)
     if tokens is not None and tokens.overshoots and len(labels) > 1:
-        found.append(tokens_warning(tokens))
+        found.append(tokens_warning(tokens, manifest["recipe"]))
     return length, found

@@ -9,15 +9,14 @@ from pydantic import AfterValidator, Field
 
 from acemerge.errors import UsageError
 from acemerge.methods.base import Method
-from acemerge.methods.registry import make
+from acemerge.methods.registry import as_rule
 
 
 def inner_rule(over: str | Mapping[str, Any]) -> Method:
     """A rule from its name, or from a table of `name` and parameters, with a scale of 1."""
-    table = {"name": over} if isinstance(over, str) else dict(over)
-    if "scale" in table:
+    if not isinstance(over, str) and "scale" in over:
         raise UsageError("over", "the rule inside has a scale", "give the scale to the rule around it")
-    return make(str(table.pop("name", "")), {**table, "scale": 1.0})
+    return as_rule(over, {"scale": 1.0})
 
 
 def accepted_by(inner: Callable[[str | dict[str, Any]], object]) -> AfterValidator:

@@ -72,17 +72,23 @@ def as_table(method: AnyMethod) -> dict[str, Any]:
         return {"name": method}
     if isinstance(method, Mapping):
         return dict(method)
+    if not isinstance(method, Method):
+        raise _no_rule(method)
     return {"name": method.name, **{field.name: getattr(method, field.name) for field in parameter_fields(method)}}
 
 
 def as_rule(method: AnyMethod, params: Mapping[str, Any]) -> Method:
     """The rule itself, with these parameters over those that it has; UsageError as of `make`."""
-    if isinstance(method, Method) and not params:
+    if isinstance(method, Method) and not (params or isinstance(method, type)):
         return method
     table = {**as_table(method), **params}
     if not isinstance(table.get("name"), str):
-        raise UsageError("method", f"{method!r} names no rule", "give its `name`, as {'name': 'ace', 'eps': 1e-4}")
+        raise _no_rule(method)
     return make(table.pop("name"), table)
+
+
+def _no_rule(method: object) -> UsageError:
+    return UsageError("method", f"{shown(method)} names no rule", "give its `name`, as {'name': 'ace', 'eps': 1e-4}")
 
 
 @functools.cache

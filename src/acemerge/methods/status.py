@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from enum import Enum
 
 _AND = ", "  # between the phrases of several
+_RIDGE = "a larger ridge (eps of ace, lam of other rules)"
 
 
 class Status(Enum):
@@ -16,10 +17,14 @@ class Status(Enum):
     OK = "ok", "merged as usual"
     KEPT = "kept", "not merged: the base's values are kept"
     NO_UPDATE = "no update", "no expert changed them, the base's values are kept"
-    FLOAT64 = "float64", "ill-conditioned, computed again in float64", "nothing to do; a larger eps avoids it"
-    REFINED = "refined", "ill-conditioned, corrected by residuals in float64", "nothing to do; a larger eps avoids it"
-    PSEUDO_INVERSE = "pseudo-inverse", "singular, solved by the pseudo-inverse", "a larger eps makes them regular"
-    NOT_CONVERGED = "not converged", "stopped before the residual was small", "more steps, or a larger tol"
+    FLOAT64 = "float64", "ill-conditioned, computed again in float64", f"nothing to do; {_RIDGE} avoids it"
+    REFINED = "refined", "ill-conditioned, corrected by residuals in float64", f"nothing to do; {_RIDGE} avoids it"
+    PSEUDO_INVERSE = "pseudo-inverse", "singular, solved by the pseudo-inverse", f"{_RIDGE} makes them regular"
+    NOT_CONVERGED = (
+        "not converged",
+        "stopped before the residual was small",
+        "more steps, or a larger tol (stop of cauchy)",
+    )
     FULL_UPDATES = "full updates formed", "merged from full updates, not from their factors"
     ONE_EXPERT = "one expert", "only one expert has a say: its update is taken as it is"
     STRAIGHT = "interpolated straight", "no arc leads between the weights: interpolated in a straight line"

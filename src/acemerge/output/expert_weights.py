@@ -7,7 +7,7 @@ from pathlib import Path
 from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import open_checkpoint, open_file
 from acemerge.checkpoints.links import contained
-from acemerge.errors import UsageError, nearest
+from acemerge.errors import CheckpointError, UsageError, nearest
 from acemerge.output.manifest import load_manifest
 from acemerge.output.names import MASKS
 from acemerge.output.packed_masks import unpack
@@ -29,7 +29,10 @@ def expert_weights(out: str | Path, base: str | Path, expert: str) -> dict[str, 
     if expert not in labels:
         raise UsageError(f"expert {expert!r}", "is not in the manifest", nearest(expert, labels))
     merged, origin = open_checkpoint(out), open_checkpoint(Path(base), dequantize=True)
-    masks = open_file(contained(files.resolve(out), f"{MASKS}/{expert}.safetensors"))
+    path = contained(files.resolve(out), f"{MASKS}/{expert}.safetensors")
+    if files.kind(path) == "nothing":
+        raise CheckpointError(path, "there is none", f"merge by --method emr, which alone writes {MASKS}/")
+    masks = open_file(path)
     records = records_of(manifest)
     factor = _rescale([records[name] for name in masks.tensors], labels, expert)
     weights = {}

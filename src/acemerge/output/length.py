@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from math import sqrt
 from typing import Any
 
@@ -84,9 +85,12 @@ def _energies(labels: Sequence[str], records: Records) -> Iterator[tuple[str, tu
             yield name, (record.merged_energy, energies)
 
 
-def tokens_warning(length: Length) -> str:
+def tokens_warning(length: Length, recipe: Mapping[str, Any]) -> str:
     """What a merge is told whose embeddings or output heads overshoot."""
-    return f"embeddings and heads by the rule overshoot, {length}; average them, as without `embeddings: rule`"
+    by = _own_rule(length.worst, recipe)
+    what = f"the rule {by['match']!r}" if by else "`embeddings: rule`"
+    cure = _of_mergekit(by) or f"average them, as without {what}"
+    return f"embeddings and heads by the rule overshoot, {length}; {cure}"
 
 
 def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
@@ -96,9 +100,23 @@ def length_warning(length: Length, recipe: Mapping[str, Any]) -> str:
 
 def length_cure(length: Length, recipe: Mapping[str, Any]) -> str:
     """What brings it back to the experts' length, by its rule's own means."""
+    by = _own_rule(length.worst, recipe)
+    if by:  # options change the merge's own method only
+        return _of_mergekit(by) or f"smaller weights, a smaller scale or another method in the rule {by['match']!r}"
     method = str(recipe.get("method", {}).get("name", ""))
     eps = "a larger eps, as --set eps=1e-2, " if method == "ace" else ""
     given = recipe.get("scale") or recipe.get("method", {}).get("scale") or getattr(METHODS.get(method), "scale", 1.0)
     scale = min(length.orthogonal, _TWICE * length.longest) / length.merged * float(given)
     rule = "another rule" if method == rule_name(DEFAULT) else f"--method {DEFAULT}"
     return f"{eps}--scale {scale:.2g}, or {rule} is nearer to them"
+
+
+def _own_rule(name: str, recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The rule of the recipe that a tensor is merged by, where it has a method of its own."""
+    found = (rule for rule in recipe.get("rules", ()) if fnmatchcase(name, rule["match"]))
+    return next((rule if rule.get("method") else None for rule in found), None)
+
+
+def _of_mergekit(rule: Mapping[str, Any] | None) -> str:
+    """The cure in a recipe of mergekit's, whose tensors all have rules of their own; else empty."""
+    return "smaller weights in the recipe" if rule and rule["method"]["name"].startswith("mergekit_") else ""

@@ -21,7 +21,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
 from acemerge.errors import CheckpointError
 from acemerge.output.names import MANIFEST, MAX_MANIFEST
-from acemerge.output.records import TensorRecord, share_lost
+from acemerge.output.records import AGAIN, AGAIN_NOW, TensorRecord, share_lost
 from acemerge.output.writer import FileSum
 from acemerge.planning.jobs import Plan
 
@@ -196,12 +196,12 @@ def load_manifest(folder: Path) -> dict[str, Any]:
     text = files.read_small(path, MAX_MANIFEST)
     manifest = parse_json(text, path)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(path, f"is no {FORMAT}", "merge again with this version of acemerge")
+        raise CheckpointError(path, f"is no {FORMAT}", AGAIN_NOW)
     if to_bytes(manifest) != text:
-        raise CheckpointError(path, "its digest does not match its content", "merge again, or restore the file")
+        raise CheckpointError(path, "its digest does not match its content", AGAIN)
     try:
         _SHAPE.validate_python(manifest)
     except ValidationError as failure:
         place = ".".join(map(str, failure.errors()[0]["loc"]))
-        raise CheckpointError(path, f"{place!r} is malformed", "merge again with this version of acemerge") from None
+        raise CheckpointError(path, f"{place!r} is malformed", AGAIN_NOW) from None
     return manifest

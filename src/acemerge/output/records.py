@@ -13,6 +13,9 @@ from acemerge.methods.status import Status
 from acemerge.models.roles import LAYERS
 from acemerge.planning.jobs import Job, Keep
 
+AGAIN = "make the output again with --overwrite, or restore the file"
+AGAIN_NOW = "make the output again with --overwrite by this version of acemerge"
+
 
 @dataclass(frozen=True)
 class TensorRecord:
@@ -124,8 +127,7 @@ def _read(name: str, content: Mapping[str, Any]) -> TensorRecord:
     try:
         return TensorRecord.from_json(content)
     except ValueError as failure:
-        cure = "merge again with this version of acemerge"
-        raise CheckpointError(f"tensor {name!r} in acemerge.json", str(failure), cure) from None
+        raise CheckpointError(f"tensor {name!r} in acemerge.json", str(failure), AGAIN_NOW) from None
 
 
 def share_lost(records: Iterable[TensorRecord]) -> float:

@@ -16,10 +16,9 @@ from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.errors import CheckpointError
 from acemerge.output.manifest import load_manifest, stored_names
 from acemerge.output.names import OLD, side_folders
+from acemerge.output.records import AGAIN
 from acemerge.output.writer import PARTIAL
 from acemerge.planning.finite import check_finite
-
-_CURE = "merge again, or restore the file"
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -35,7 +34,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
     outputs = manifest["outputs"]
     for name in _model_files(root):
         if name not in outputs:
-            raise CheckpointError(folder / name, "is not in the manifest", "remove it, or merge again")
+            raise CheckpointError(
+                folder / name, "is not in the manifest", "remove it, or make the output again with --overwrite"
+            )
     for name, expected in outputs.items():
         _check_file(contained(root, name), expected)
     _check_tensors(folder, manifest)
@@ -52,11 +53,11 @@ def _model_files(folder: Path) -> list[str]:
 
 def _check_file(path: Path, expected: dict[str, Any]) -> None:
     if files.kind(path) != "file":
-        raise CheckpointError(path, "is missing", _CURE)
+        raise CheckpointError(path, "is missing", AGAIN)
     if files.fingerprint(path)[0] != expected["bytes"]:
-        raise CheckpointError(path, "has another size than when it was written", _CURE)
+        raise CheckpointError(path, "has another size than when it was written", AGAIN)
     if files.sha256(path) != expected["sha256"]:
-        raise CheckpointError(path, "was altered since it was written", _CURE)
+        raise CheckpointError(path, "was altered since it was written", AGAIN)
 
 
 def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
@@ -64,17 +65,17 @@ def _check_tensors(folder: Path, manifest: dict[str, Any]) -> None:
     stored = stored_names(manifest)
     missing = stored - checkpoint.places.keys()
     if missing:
-        raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", _CURE)
+        raise CheckpointError(folder, f"tensor {min(missing)!r} is missing", AGAIN)
     for name, info in checkpoint.places.items():
         copied = in_module(name)[0] in manifest["outputs"]  # as it is, with another model's assets
         if name not in stored and not copied:
-            raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", _CURE)
+            raise CheckpointError(folder, f"tensor {name!r} is not in the manifest", AGAIN)
         if info.spec.dtype.is_floating_point:
             value = checkpoint.read(name)
             if manifest["tensors"].get(name, {}).get("infinite"):  # a mask
                 value = value.nan_to_num(nan=torch.nan, posinf=0.0, neginf=0.0)
-            check_finite(value, name, str(folder), _CURE)
+            check_finite(value, name, str(folder), AGAIN)
     for label, heads in manifest["heads"].items():
         name = f"{HEADS}/{label}.safetensors"
         if heads and {info.spec.name for info in read_header(contained(files.resolve(folder), name))} != set(heads):
-            raise CheckpointError(folder / name, "has other tensors than the manifest says", _CURE)
+            raise CheckpointError(folder / name, "has other tensors than the manifest says", AGAIN)

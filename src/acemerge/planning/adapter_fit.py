@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from acemerge.checkpoints.adapter import StackedFactors, Update
+from acemerge.checkpoints.adapter import Adapter, StackedFactors, Update
 from acemerge.errors import CheckpointError
 from acemerge.models.fused_experts import ExpertPart
 from acemerge.models.roles import Roles
@@ -33,27 +33,46 @@ def fit(
     """
     if expert.adapter is None:
         return Fitted()
-    where, warnings = f"expert {label}", []
+    try:
+        return _fitted(expert, expert.adapter, f"expert {label}", base, base_names, roles)
+    except _MisfitError as failure:  # what was trained on a model of its own need not fit the base
+        cure = _MERGE_FIRST if expert.adapter.on_a_model else _OTHER_BASE
+        raise CheckpointError(f"expert {label}", str(failure), cure) from None
+
+
+class _MisfitError(Exception):
+    """An adapter changes what the base does not have so."""
+
+
+def _fitted(
+    expert: ModelHeader,
+    adapter: Adapter,
+    where: str,
+    base: ModelHeader,
+    base_names: Mapping[str, Sequence[str]],
+    roles: Roles,
+) -> Fitted:
+    warnings = []
     updates: dict[str, Update] = {}
     apart = _experts_apart(base_names, roles)
-    for name, update in expert.adapter.updates.items():
+    for name, update in adapter.updates.items():
         identity = roles.identity[name]
         if update.stack and identity in apart and identity not in base_names:
-            updates |= _by_expert(update, update.stack, name, apart[identity], where, base, base_names)
+            updates |= _by_expert(update, update.stack, name, apart[identity], base, base_names)
             continue
         if identity not in base_names:
-            raise CheckpointError(where, f"changes tensor {name!r}, which the base lacks", _OTHER_BASE)
+            raise _MisfitError(f"changes tensor {name!r}, which the base lacks")
         if identity in updates:
             what = f"changes both spellings of the tied tensor {base_names[identity][0]!r}"
             raise CheckpointError(where, what, _MERGE_FIRST)
         stored = base_names[identity][0]
-        updates[identity] = _turned(update, name, stored, where, base, roles)
+        updates[identity] = _turned(update, name, stored, base, roles)
         if _is_tied(name, stored, roles):
             warnings.append(f"{where}: its update of {name} goes to {stored}, too, to which it is tied")
-    whole = [name for name in expert.tensors if name not in expert.adapter.updates]
+    whole = [name for name in expert.tensors if name not in adapter.updates]
     _check_whole(whole, where, base_names, updates, roles)
     if not updates and not any(roles.identity[name] in base_names for name in expert.tensors):
-        raise CheckpointError(where, "changes no tensor of the base", _OTHER_BASE)
+        raise _MisfitError("changes no tensor of the base")
     return Fitted(updates, warnings)
 
 
@@ -71,7 +90,6 @@ def _by_expert(
     stack: StackedFactors,
     name: str,
     apart: Mapping[str, ExpertPart],
-    where: str,
     base: ModelHeader,
     base_names: Mapping[str, Sequence[str]],
 ) -> dict[str, Update]:
@@ -82,15 +100,15 @@ def _by_expert(
         stored = base.tensors[base_names[identity][0]]
         if own.shape != stored.shape or part.number >= count:
             what = f"its update of tensor {name!r} has {count} experts of shape {list(own.shape)}"
-            raise CheckpointError(where, f"{what}, but {stored.name!r} is {list(stored.shape)}", _OTHER_BASE)
+            raise _MisfitError(f"{what}, but {stored.name!r} is {list(stored.shape)}")
         found[identity] = own
     if len(found) != count * next(iter(apart.values())).parts:
         what = f"its update of tensor {name!r} is of {count} experts, and the base has {len(found)} matrices of them"
-        raise CheckpointError(where, what, _OTHER_BASE)
+        raise _MisfitError(what)
     return found
 
 
-def _turned(update: Update, name: str, stored: str, where: str, base: ModelHeader, roles: Roles) -> Update:
+def _turned(update: Update, name: str, stored: str, base: ModelHeader, roles: Roles) -> Update:
     """The update, the way round that the base stores the tensor."""
     transposed = update.embedding or roles.by_name[stored].transposed
     if update.stack:  # as PEFT has it, by what the module says; else the matrices are taken as (out, in)
@@ -98,7 +116,7 @@ def _turned(update: Update, name: str, stored: str, where: str, base: ModelHeade
     turned = replace(update, transposed=transposed)
     if turned.shape != base.tensors[stored].shape:
         shapes = f"{list(turned.shape)}, but {list(base.tensors[stored].shape)} in the base"
-        raise CheckpointError(where, f"its update of tensor {name!r} has shape {shapes}", _OTHER_BASE)
+        raise _MisfitError(f"its update of tensor {name!r} has shape {shapes}")
     return turned
 
 

@@ -35,7 +35,7 @@ def as_adapter(plan: Plan, roles: Roles, rank: int) -> Plan:
     masked = next((job.rule for job in plan.merged if job.makes_masks), None)
     if masked:
         raise UsageError(
-            "--as-lora", f"{masked} writes masks beside a model", "use another rule, or write a full model"
+            "--as-lora", f"{masked} writes masks beside a model", "use another rule, or leave --as-lora out"
         )
     modules = {job.name: _module(job, roles) for job in plan.merged}
     if any(job.role.transposed for job in plan.merged if modules[job.name]):  # PEFT turns all layers, or no parameter
@@ -43,7 +43,7 @@ def as_adapter(plan: Plan, roles: Roles, rank: int) -> Plan:
         modules = {name: module if f"{module}.weight" in by_module else "" for name, module in modules.items()}
     if not any(modules.values()):
         what = "has no linear layer that the experts change and an adapter could hold"
-        raise CheckpointError(plan.recipe.base, what, "write a full model")
+        raise CheckpointError(plan.recipe.base, what, "leave --as-lora out")
     dtype = OUTPUT_DTYPES.get(plan.recipe.dtype, torch.float32)
     jobs = []
     for job in plan.merged:

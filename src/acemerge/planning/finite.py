@@ -6,16 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
-from acemerge.errors import CheckpointError, NumericalError
+from acemerge.errors import CheckpointError, Cure, NumericalError
 from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
-_FETCH = "fetch it again"
+_FETCH = Cure("fetch it again", "load it again")
+
+DOUBLE = Cure("use --compute-dtype float64", "use compute_dtype='float64'")
+_WIDER = Cure("write --dtype bfloat16 or float32", "give a base of bfloat16 or float32, or use a smaller scale")
 
 
-def cure_of(experts: Sequence[str]) -> str:
+def cure_of(experts: Sequence[str]) -> Cure:
     """The cure for an expert that is not finite: one of several can be left out."""
-    return f"{_FETCH}, or leave the expert out with --nonfinite skip-expert" if len(experts) > 1 else _FETCH
+    if len(experts) == 1:
+        return _FETCH
+    out = "or leave the expert out"
+    return Cure(f"{_FETCH.of_files}, {out} with --nonfinite skip-expert", f"{_FETCH.in_memory}, {out}")
 
 
 def is_finite(values: Tensor) -> bool:
@@ -26,7 +32,7 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
 
 
-def check_finite(values: Tensor, name: str, where: str, cure: str = _FETCH, first_row: int = 0) -> None:
+def check_finite(values: Tensor, name: str, where: str, cure: str | Cure = _FETCH, first_row: int = 0) -> None:
     """CheckpointError with the coordinate of the first NaN or infinity; the values begin at `first_row`."""
     if is_finite(values):
         return
@@ -43,7 +49,7 @@ def check_energies(n: Float[Tensor, " T"], where: str, dtype: torch.dtype) -> No
     if bool(n.isfinite().all()):
         return
     if dtype == torch.float32:
-        raise NumericalError(where, "an update is beyond the range of float32", "use --compute-dtype float64")
+        raise NumericalError(where, "an update is beyond the range of float32", DOUBLE)
     what = "an update is so large that float64 does not hold its square"
     raise NumericalError(where, what, "scale the updates to a size near 1")
 
@@ -63,13 +69,12 @@ def rounded(value: Tensor, job: Job, dtype: torch.dtype | None = None) -> Tensor
     if value.dtype.is_floating_point and not _fits(value, dtype) and not is_finite(result):
         where = f"tensor {job.name!r}"
         if not is_finite(value):
-            cure = "use a smaller scale" if value.dtype == torch.float64 else "use --compute-dtype float64"
+            cure = "use a smaller scale" if value.dtype == torch.float64 else DOUBLE
             raise NumericalError(where, f"{job.rule} gave values that are not finite", cure)
         largest = value.abs().max().item()
         kind = str(dtype).removeprefix("torch.")
         what = f"its largest magnitude {largest:g} overflows {kind}"
-        cure = "write --dtype bfloat16 or float32" if dtype == torch.float16 else "use a smaller scale"
-        raise NumericalError(where, what, cure)
+        raise NumericalError(where, what, _WIDER if dtype == torch.float16 else "use a smaller scale")
     return result.contiguous()
 
 

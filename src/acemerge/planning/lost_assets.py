@@ -29,7 +29,7 @@ def lost_assets(
     notes = []
     templates = [label for label, expert in others.items() if _asked(read_template, expert)]
     if templates and not recipe.chat_template and not _asked(read_template, owner):
-        cure = f"`chat_template: auto` writes the commonest, `assets: {templates[0]}` takes all of its files"
+        cure = f"`chat_template: auto` writes the commonest, {_files_of(templates[0], recipe)}"
         notes.append(f"{_who(templates, 'has', 'have')} a chat template, which the output lacks; {cure}")
     ours, before = (_asked(end_of_text, model) or {} for model in (owner, base))
     ends = {label: _asked(end_of_text, expert) or {} for label, expert in others.items()}
@@ -42,7 +42,7 @@ def lost_assets(
         if other:
             label, value = next(iter(other.items()))
             said = f"the output's {key} is {ours.get(key, 'not set')!r:.60}, that of {_who([*other])} {value!r:.60}"
-            notes.append(f"{said}: it may not end where they do; `assets: {label}` takes that one's files")
+            notes.append(f"{said}: it may not end where they do; {_files_of(label, recipe)}")
     known = tokens.get("")
     more = {
         label: [*(own.keys() - known.keys())] for label, own in tokens.items() if label and own and known is not None
@@ -51,8 +51,16 @@ def lost_assets(
     if more and recipe.vocabulary in ("refuse", "base"):
         label, found = next(iter(more.items()))
         said = f"{_who([*more], 'has', 'have')} tokens that the output's tokenizer lacks, as {min(found)!r:.40}"
-        notes.append(f"{said}; `assets: {label}` takes that one's files, `vocabulary: union` adds them all")
+        notes.append(f"{said}; {_files_of(label, recipe)}, `vocabulary: union` adds them all")
     return notes
+
+
+def _files_of(label: str, recipe: Recipe) -> str:
+    """The cure that takes an expert's files, and the rows of its tokens where rows are matched by token."""
+    keys = f"`assets: {label}`"
+    if recipe.vocabulary in ("base", "union"):
+        keys += " with `vocabulary: assets` and `missing_tokens: mean`"
+    return f"{keys} takes that one's files"
 
 
 def _asked(ask: Callable[[Checkpoint], Answer], model: Checkpoint) -> Answer | None:

@@ -11,7 +11,7 @@ import torch
 from acemerge.checkpoints.assets import component_weights
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.header import FLOAT8, TensorSpec
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, Cure, UsageError
 from acemerge.methods import Method, check_experts, check_weights
 from acemerge.models.projections import fused_projections
 from acemerge.models.roles import LAYERS, Role, Roles
@@ -31,6 +31,11 @@ _ROUNDED = (
     "weights in fp8 are rounded by up to a sixteenth: their differences hold that beside what was tuned; "
     "merge unquantised checkpoints where there are any"
 )
+_BY_TOKEN = Cure(
+    "match the vocabularies by token with --vocabulary base or union",
+    "save the models with their tokenizers, and merge the folders with --vocabulary base or union",
+)
+UNQUANTISED = "merge the checkpoint that it was quantised from"
 
 
 def make_plan(
@@ -243,12 +248,12 @@ class _Planner:
         wrapped = next((n for n in other if ".base_layer." in n or ".lora_" in n), "")
         if wrapped:
             more += f" and has {wrapped!r}: it was saved with an adapter in it"
-            cure = "merge that into it with peft (merge_and_unload) and save it again"
+            cure: str | Cure = "merge that into it with peft (merge_and_unload) and save it again"
         elif other:
             more += f" and has {other[0]!r}, which the base lacks"
             cure = "save both with save_pretrained of one version of transformers, so that their names agree"
         else:
-            cure = keep_base(name) if more else f"fetch the expert again, or {keep_apart(name)}"
+            cure = keep_base(name) if more else keep_apart(name, "fetch the expert again, or ")
         return CheckpointError(f"expert {label}", f"lacks tensor {name!r}{more}", cure)
 
     def _in_backbone(self, name: str) -> bool:
@@ -261,7 +266,7 @@ class _Planner:
         """Shapes that differ: a task head if it can be one, otherwise the experts do not fit."""
         found = f"tensor {out.name!r} has shape {list(shape)}, but {list(out.shape)} in the base"
         if role.name in ("embedding", "output_head") and shape[1:] == out.shape[1:]:
-            cure = "match the vocabularies by token with --vocabulary base or union"
+            cure: str | Cure = _BY_TOKEN
             if not is_whole(self.experts[self.labels.index(label)]):
                 cure = "merge it with peft into the base whose tokens it was trained with, and name that model"
             raise CheckpointError(f"expert {label}", found, cure)
@@ -275,7 +280,7 @@ class _Planner:
             if found and not expert.tensors[found].dtype.is_floating_point:
                 types = f"{expert.tensors[found].dtype}, but {self.base.tensors[name].dtype} in the base"
                 what = f"tensor {found!r} is {types}"
-                raise CheckpointError(f"expert {label}", what, "dequantise the expert first")
+                raise CheckpointError(f"expert {label}", what, UNQUANTISED)
 
     def heads(self, i: int) -> list[Head]:
         """What the i-th expert keeps for itself: task heads and tensors that the base lacks."""
@@ -289,7 +294,8 @@ class _Planner:
             elif identity not in self.base_names:
                 heads.append(Head(spec, "missing in the base"))
                 if self._in_backbone(name):
-                    self.warnings.append(f"expert {self.labels[i]}: {name} is not in the base; kept in heads/ only")
+                    what = f"{name} is not in the base: no part of the merged model, an output has it in heads/"
+                    self.warnings.append(f"expert {self.labels[i]}: {what}")
         return heads
 
 
@@ -298,14 +304,22 @@ def _distinct(jobs: Iterable[ByRule]) -> list[ByRule]:
     return list({(id(job.method), job.own_weights): job for job in jobs}.values())
 
 
-def keep_base(name: str) -> str:
+def keep_base(name: str) -> Cure:
     """The cure that keeps the base's values of a tensor that no expert has."""
-    return f"add the recipe rule {{match: {name}, action: base}} to keep the base's"
+    return _rule(name, "base", "", " to keep the base's", " to keep the base's")
 
 
-def keep_apart(name: str) -> str:
+def keep_apart(name: str, before: str = "") -> Cure:
     """The cure that keeps the base's values in the output, and each expert's own beside it."""
-    return f"add the recipe rule {{match: {name}, action: heads}}: the base's stays, each expert's own goes to heads/"
+    stays = ": the base's stays"
+    return _rule(name, "heads", before, f"{stays}, each expert's own goes to heads/", stays)
+
+
+def _rule(name: str, action: str, before: str, of_files: str, in_memory: str) -> Cure:
+    """Of several rules that match, the first one counts."""
+    rule = f"add the recipe rule {{match: {name}, action: {action}}} before any other{of_files}"
+    listed = f"put {{'match': {name!r}, 'action': {action!r}}} first in `rules`{in_memory}"
+    return Cure(before + rule, before + listed)
 
 
 def _own_tensors(source: ModelHeader) -> list[str]:

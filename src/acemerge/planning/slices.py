@@ -11,6 +11,8 @@ from acemerge.models.depth import Layers, LayerStack, depth_of, stacked_config
 from acemerge.planning.jobs import is_whole
 from acemerge.recipes.tables import SliceSpec
 
+_MERGE_FIRST = "merge it into its model with peft first"
+
 
 def as_sliced(
     slices: Sequence[SliceSpec], base: Checkpoint, experts: Sequence[Checkpoint], labels: Sequence[str]
@@ -25,7 +27,7 @@ def as_sliced(
     used = {part.base_from for part in slices} | {i for p in slices for i, own in enumerate(p.experts, 1) if own}
     for i in sorted(used):
         if not is_whole(models[i]):
-            raise CheckpointError(who[i], "is an adapter, which has no layers of its own", "merge it into its model")
+            raise CheckpointError(who[i], "is an adapter, which has no layers of its own", _MERGE_FIRST)
     depths = {i: depth_of(models[i].tensors, who[i]) for i in sorted(used)}
     stack = LayerStack(tuple(part.length for part in slices))
     of_base: list[_Part] = [(part.base_from, part.base) for part in slices]
@@ -53,7 +55,7 @@ def _view(stack: LayerStack, parts: Sequence[_Part], models: Sequence[Checkpoint
     fused = [name for name in adapter.updates if name not in models[own].tensors] if adapter else []
     if fused:
         what = f"its adapter changes {fused[0]!r}, which its model stores in parts"
-        raise CheckpointError(str(models[own].path), what, "merge it into its model with peft first")
+        raise CheckpointError(str(models[own].path), what, _MERGE_FIRST)
     layers = [None if of is None else Layers(models[i].tensors, of[0]) for i, of in parts]
     for name, part, there in stack.names(layers):
         model = models[parts[part][0]]

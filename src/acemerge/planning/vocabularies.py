@@ -122,7 +122,9 @@ class VocabularyPlanner:
         for who, model, own in zip(self._who(), self.models, zip(*names.values(), strict=True), strict=True):
             shapes = {model.tensors[name].shape[0] for name in own if name}
             if len(shapes) != 1 or not all(own):
-                what = "its embedding and output head have different rows" if all(own) else "lacks an embedding"
+                if not all(own):
+                    raise CheckpointError(who, "lacks an embedding or an output head", "fetch it again")
+                what = "its embedding and output head have different rows"
                 raise CheckpointError(who, what, "bring them to one size first")
             counts.append(shapes.pop())
         for identity, own in names.items():

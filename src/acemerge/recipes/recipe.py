@@ -16,7 +16,7 @@ from acemerge.checkpoints.hub import locate
 from acemerge.errors import UsageError
 from acemerge.methods import DEFAULT, Method, as_table
 from acemerge.models.depth import LayerStack
-from acemerge.recipes.mergekit.translate import from_mergekit, is_mergekit
+from acemerge.recipes.mergekit.translate import KEYS, from_mergekit, is_mergekit
 from acemerge.recipes.tables import ExpertSpec, MethodSpec, SliceSpec, Strict, TensorRule
 from acemerge.recipes.yaml_file import KeyPath, expanded, explain, read_yaml, relative_to
 
@@ -77,6 +77,9 @@ class Recipe(Strict):
             raise ValueError("vocabulary: rows that some experts lack can only be averaged; use embeddings average")
         if self.vocabulary == "assets" and skip:
             raise ValueError("vocabulary: with assets no row may be missing; set missing_tokens to base or mean")
+        if self.vocabulary == "base" and self.assets != "base" and skip:
+            what = "vocabulary: with base the rows are of the base's tokens, not of those of assets"
+            raise ValueError(f"{what}; leave assets out, or set missing_tokens to base or mean")
         if self.vocabulary == "refuse" and not skip:
             raise ValueError("missing_tokens goes with a vocabulary; set vocabulary to base, union or assets")
         if not skip and self.nonfinite != "error":
@@ -213,6 +216,11 @@ def _from_mergekit(
     if method or params or decided:
         option = "--method" if method else "--set" if params else f"--{decided[0].removesuffix('s')}"
         raise _decided(option, path)
+
+    own = next((key for key in content if key in Recipe.model_fields and key not in KEYS), None)
+    if own is not None:  # as cures name them
+        cure = "write the merge as one of those, with `base`, `experts` and `method` (docs/recipes.md)"
+        raise UsageError(path, f"`{own}` is a key of acemerge's own recipes, and this is one of mergekit", cure)
 
     def headers(model: str) -> Mapping[str, TensorSpec]:
         path = locate(model, allow_pickle, quiet=True).path

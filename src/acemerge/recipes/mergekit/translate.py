@@ -26,7 +26,7 @@ from acemerge.recipes.mergekit.rules import RULES, MergekitMethod, MethodAndWeig
 from acemerge.recipes.mergekit.tokenizer import TOKENIZER_KEYS, read_tokenizer
 from acemerge.recipes.mergekit.values import LayerPosition, ParameterValue, varies
 
-_KEYS = ("merge_method", "name", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
+KEYS = ("merge_method", "name", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", *TOKENIZER_KEYS)
 _LATER = ("modules",)
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -59,7 +59,7 @@ def from_mergekit(
     Raises UsageError for a key that mergekit does not know, one that it knows and we do not support, and a
     parameter that is missing, unknown or of no use.
     """
-    check_keys(content, _KEYS, where, _LATER)
+    check_keys(content, KEYS, where, _LATER)
     kind = _kind(content["merge_method"], where)
     common = read_parameters(content.get("parameters"), [*kind.per_model, *kind.shared], f"{where}: parameters")
     merged = read_models(content, kind, where)
