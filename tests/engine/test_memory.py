@@ -150,7 +150,7 @@ def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple
 
 
 @spread(
-    name=["ace", "actmat", "ace_auto", "anchored", "kron", "kron_auto", "core_space", "knots"],
+    name=["ace", "actmat", "tact", "ace_auto", "anchored", "kron", "kron_auto", "core_space", "knots"],
     sides=[(640, 640), (1280, 640), (1920, 480), (640, 2560), (520, 1040)],
     unlike=[False, True],
 )

@@ -42,7 +42,7 @@ class Actmat(LeastSquaresRule[None]):
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(10, 5), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(8, 9), factors="frame", input_side=True
     )
 
     lam: Ridge = 0.0
@@ -73,7 +73,7 @@ class Tact(LeastSquaresRule[None]):
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Workspace(11, 7), input_side=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Workspace(11, 9), input_side=True)
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0
