@@ -24,19 +24,27 @@ def attack(folder: Path, count: int, seed: int) -> Tally:
         _put(client, files)
         old = _merged(folder / "old")
         calls = len(proxy.asked)
+        weights = [name for name in files if name.endswith(".safetensors")]
+        others = {key: {key: _changed(files[key])} for key in weights}
+        new: dict[str, dict[str, Any]] = {}  # what is made of each
         for trial in range(count):
-            key = chance.choice([name for name in files if name.endswith(".safetensors")])
-            data = bytearray(files[key])
-            data[-3] ^= 1
-            _put(client, {key: bytes(data)})
-            new = _merged(folder / f"new-{trial}")
-            _put(client, files)
-            replace = partial(_put, client, {key: bytes(data)})
-            at = chance.randrange(calls)
+            key, at = chance.choice(weights), chance.randrange(calls)
+            replace = partial(_put, client, others[key])
+            if key not in new:
+                replace()
+                new[key] = _merged(folder / f"new-{trial}")
+                _put(client, {key: files[key]})
             out = folder / f"out-{trial}"
-            clean(tally, f"{key} before request {at}", partial(_replaced, proxy, out, at, replace, (old, new)))
-            _put(client, files)
+            clean(tally, f"{key} before request {at}", partial(_replaced, proxy, out, at, replace, (old, new[key])))
+            _put(client, {key: files[key]})
     return tally
+
+
+def _changed(content: bytes) -> bytes:
+    """With another number at its end."""
+    data = bytearray(content)
+    data[-3] ^= 1
+    return bytes(data)
 
 
 def _put(client: Any, files: dict[str, bytes]) -> None:

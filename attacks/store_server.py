@@ -12,6 +12,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -157,12 +158,15 @@ def s3_behind_a_proxy(part_size: int) -> Iterator[tuple[Proxy, Any]]:
     kept = {name: os.environ.get(name) for name in named}
     smallest, part, wait = moto.s3.models.S3_UPLOAD_PART_MIN_SIZE, store_objects.PART, store._FIRST_WAIT
     moto.s3.models.S3_UPLOAD_PART_MIN_SIZE, store_objects.PART, store._FIRST_WAIT = 1, part_size, 0.001
+    retries, soon = store_objects._RETRIES, timedelta(milliseconds=1)
+    store_objects._RETRIES = retries | {"backoff": {"init_backoff": soon, "max_backoff": 10 * soon, "base": 2}}
     os.environ.update(named)
     objects.forget_stores()
     try:
         yield proxy, boto3.client("s3", endpoint_url=f"http://{host}:{port}", **access)
     finally:
         moto.s3.models.S3_UPLOAD_PART_MIN_SIZE, store_objects.PART, store._FIRST_WAIT = smallest, part, wait
+        store_objects._RETRIES = retries
         os.environ.update({name: value for name, value in kept.items() if value is not None})
         for name in (name for name, value in kept.items() if value is None):
             del os.environ[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -70,6 +71,18 @@ def test_the_manifest_says_what_was_done(shards: Path, tmp_path: Path, capsys: p
     assert manifest["experts"] == []
     assert {(record["rule"], record["status"]) for record in manifest["tensors"].values()} == {("base", "kept")}
     assert "# `in` as safetensors" in (tmp_path / "out/README.md").read_text()
+
+
+def test_heads_beside_a_merged_model_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = write_checkpoint(tmp_path / "in/heads", {"score.weight": torch.ones(2, 3)}) / "model.safetensors"
+    write_checkpoint(tmp_path / "in", every_type())
+    (tmp_path / "in/heads/notes.txt").write_text("not ours")
+    assert run(capsys, "convert", tmp_path / "in", tmp_path / "out") == (0, ANY, "")
+    assert [file.name for file in (tmp_path / "out/heads").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "out/heads/model.safetensors").read_bytes() == head.read_bytes()
+    assert "heads/model.safetensors" in verify(tmp_path / "out")["outputs"]
+    head.write_bytes(b"broken")
+    failed(run(capsys, "convert", tmp_path / "in", tmp_path / "other"), 3, "heads/model.safetensors: ")
 
 
 def test_one_file_becomes_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

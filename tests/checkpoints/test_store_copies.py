@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from obstore.exceptions import PermissionDeniedError
 from stores import FaultyClient
 
 from acemerge.checkpoints import files
@@ -30,6 +33,36 @@ def test_a_copy_is_kept_until_an_object_changes(
     memory.held.put("model/config.json", b"[]")
     assert (files.local_copy(address, is_model_file) / "config.json").read_bytes() == b"[]"
     assert files.local_copy(tmp_path, is_model_file) == tmp_path
+
+
+def test_two_copies_at_once_are_one_and_what_fails_leaves_nothing(
+    memory: FaultyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    memory.held.put("model/config.json", b"{}")
+    again: list[Path] = []
+
+    def another_is_first(call: str, key: str, do: Callable[[], Any]) -> Any:
+        if call == "get" and not again:
+            again.append(tmp_path)
+            again.append(files.local_copy(Path("s3://bucket/model"), is_model_file))
+        return do()
+
+    memory.fault = another_is_first
+    copy = files.local_copy(Path("s3://bucket/model"), is_model_file)
+    assert again == [tmp_path, copy]
+    assert list(copy.parent.iterdir()) == [copy]
+
+    def denied(call: str, key: str, do: Callable[[], Any]) -> Any:
+        if call == "get":
+            raise PermissionDeniedError("status code: 403")
+        return do()
+
+    memory.held.put("model/config.json", b"[]")
+    memory.fault = denied
+    with pytest.raises(CheckpointError, match="access is refused"):
+        files.local_copy(Path("s3://bucket/model"), is_model_file)
+    assert list(copy.parent.iterdir()) == [copy]
 
 
 def test_no_key_leads_out_of_the_copy(memory: FaultyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

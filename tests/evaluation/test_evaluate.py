@@ -13,6 +13,7 @@ import torch
 from builders import make_model, write_adapter
 from commands import failed, run
 from safetensors.torch import load_file, save_file
+from stores import FaultyClient
 from task_builders import (
     ROOM,
     save_encoder,
@@ -121,6 +122,28 @@ def test_a_merged_model_with_the_heads_beside_it(family: Path) -> None:
     assert found.score == pytest.approx(np.mean(list(found.metrics.values())))
     assert found.about["examples"] == 41
     assert "heads/topic.safetensors" in found.about["head"]
+
+
+def test_a_model_in_a_store_scores_as_its_folder(
+    family: Path, memory: FaultyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the heads that lie beside it, and with the expert's own in a store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(family / "cache"))
+    acemerge.merge(family / "base", [family / "topic", family / "tone"], "average", family / "merged")
+    for file in (path for name in ("merged", "tone") for path in (family / name).rglob("*") if path.is_file()):
+        memory.held.put(file.relative_to(family).as_posix(), file.read_bytes())
+    for task, rows in (("topic", 3), ("tone", 2)):
+        write_tsv(family / f"{task}.tsv", {"s": TEXTS, "y": [i % rows for i in range(41)]})
+    found, stored = (
+        evaluate(
+            {"merged": f"{place}/merged"},
+            Run(load_tasks(write_tasks(family, _task("topic"), _task("tone", expert=f"{place}/tone"))), CPU),
+        )
+        for place in (family, "s3://bucket")
+    )
+    for here, there in zip(found.rows, stored.rows, strict=True):
+        for a, b in zip(here.known(), there.known(), strict=True):
+            assert (b.score, b.draws.tolist(), b.about["head"]) == (a.score, a.draws.tolist(), a.about["head"])
 
 
 def test_the_experts_own_head_on_another_body(family: Path) -> None:

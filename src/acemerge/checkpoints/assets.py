@@ -11,6 +11,7 @@ from pathlib import Path
 from acemerge.checkpoints import files
 
 HEADS = "heads"  # experts' task heads, beside a merged model
+_HEAD = re.compile(rf"{HEADS}/[\w-][\w.-]*\.safetensors", re.ASCII)
 # Templates beside the one that a tokenizer uses when it is not told which.
 _TEMPLATES = "additional_chat_templates"
 # What `modules.json` puts behind a transformer: 1_Pooling, 2_Dense, ...
@@ -50,6 +51,11 @@ def is_asset(name: str) -> bool:
 def is_asset_folder(name: str) -> bool:
     """Whether a folder of this name in a model's own may hold such files."""
     return _FOLDER.fullmatch(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether a file of this name beside a merged model is that of an expert's task head."""
+    return _HEAD.fullmatch(name) is not None
 
 
 def with_asset_folders(root: Path, names: Sequence[str]) -> list[str]:

@@ -64,19 +64,22 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in its stored type, float32 for fp8, on the CPU, in memory of its own."""
-        stored = _read(self.places[name])
+        stored = read_stored(self.places[name])
         if stored.dtype not in FLOAT8.values():
             return stored
         scale = self.scales.get(name)
-        return dequantised(stored, *((_read(scale.info).view(scale.shape), scale.repeats) if scale else (None, ())))
+        if scale is None:
+            return dequantised(stored, None, ())
+        return dequantised(stored, read_stored(scale.info).view(scale.shape), scale.repeats)
 
 
-def _read(info: TensorInfo) -> Tensor:
+def read_stored(info: TensorInfo) -> Tensor:
+    """One tensor of a file, or of an object, in its stored type."""
     spec = info.spec
     if spec.nbytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
     if info.parts:
-        return torch.cat([_read(part).flatten() for part in info.parts]).view(spec.shape)
+        return torch.cat([read_stored(part).flatten() for part in info.parts]).view(spec.shape)
     buffer = bytearray(spec.nbytes)
     descriptor = files.open_for_reading(info.file)
     try:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import HUB, parse, place_of, scheme_of
-from acemerge.checkpoints.assets import with_asset_folders
+from acemerge.checkpoints.assets import is_head, with_asset_folders
 from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.nearby import almost
 from acemerge.checkpoints.objects import hub_store
@@ -27,7 +27,6 @@ _ID = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 300
-_HEAD = re.compile(r"heads/[\w-][\w.-]*\.safetensors")
 What = Literal["model", "data set"]
 REPO_TYPE: Mapping[What, str] = {"model": "model", "data set": "dataset"}
 NO_COMMIT = ("the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
@@ -168,7 +167,7 @@ class _Wanted:
 
     def of(self, wanted: HubId, names: Sequence[str]) -> list[str]:
         """Of the files in the model's folder. CheckpointError where they are no model."""
-        heads = [name for name in names if self.heads and _HEAD.fullmatch(name)]
+        heads = [name for name in names if self.heads and is_head(name)]
         return [*needed_files(wanted, names, self.allow_pickle), *heads]
 
 

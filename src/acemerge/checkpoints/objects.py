@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -210,14 +211,25 @@ def copy_folder(path: Path, cache: Path, wanted: Callable[[str], bool]) -> Path:
     with _caching(home):
         cache.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=cache, prefix="."))
-        for key in found:
-            target = scratch / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("xb") as file:
-                file.writelines(read_chunks(path / key))
-        with contextlib.suppress(FileExistsError):
-            scratch.rename(home)
+        try:
+            for key in found:
+                target = scratch / key
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("xb") as file:
+                    file.writelines(read_chunks(path / key))
+            _move(scratch, home)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     return home
+
+
+def _move(scratch: Path, home: Path) -> None:
+    """Another process may have been first with the same copy."""
+    try:
+        scratch.rename(home)
+    except OSError:
+        if not home.is_dir():
+            raise
 
 
 @contextlib.contextmanager

@@ -136,7 +136,8 @@ def _line_of(failure: BaseException) -> tuple[str, int]:
         return f"command line: {message}; see {context.command_path if context else 'acemerge'} --help", 2
     if isinstance(failure, OSError) and failure.filename is not None:
         return f"{addressed(failure.filename)}: {failure.strerror}; choose another folder, or give access to it", 5
-    if isinstance(failure, OSError):  # what reads and writes models has errors of its own: this is the terminal
+    # What reads and writes models has errors of its own: this is the terminal.
+    if isinstance(failure, OSError) and failure.strerror:
         return f"standard output: {failure.strerror}; what was said to be written is written", 5
     if isinstance(failure, SystemExit | KeyboardInterrupt | typer.Abort):
         what, code = ("terminated", 143) if isinstance(failure, SystemExit) else ("interrupted", 130)

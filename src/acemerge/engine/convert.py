@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from acemerge.checkpoints import files
+from acemerge.checkpoints.assets import HEADS, is_head
 from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
+from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.hub import locate
+from acemerge.checkpoints.links import contained
 from acemerge.engine.opening import Opened, check_output_apart
 from acemerge.engine.run_options import RunOptions
 from acemerge.models.roles import Roles, find_roles
@@ -24,8 +29,8 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
     check_output(out, options.overwrite, options.resume)
-    model = locate(source, options.allow_pickle, options.quiet, stream=options.stream)
-    checkpoint = open_checkpoint(model.path, options.allow_pickle, options.dequantize)
+    model = locate(source, options.allow_pickle, options.quiet, heads=True, stream=options.stream)
+    checkpoint = _with_heads(open_checkpoint(model.path, options.allow_pickle, options.dequantize))
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
     recipe = Recipe.model_construct(base=source, experts=[], rules=(TensorRule(match="*", action="base"),))
@@ -33,6 +38,17 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     plan = Plan(recipe, (), _jobs(checkpoint, roles), (), roles.source, (), dequantized=dequantized)
     devices, shard = (torch.device("cpu"),), options.max_shard_size
     return Opened(plan, roles, checkpoint, (), (checkpoint,), (model.origin,), devices, shard, budget(plan, None))
+
+
+def _with_heads(checkpoint: Checkpoint) -> Checkpoint:
+    """With the task heads that lie beside a merged model, as files that are copied as they are."""
+    root = files.resolve(checkpoint.path)
+    if files.kind(root / HEADS) != "folder":
+        return checkpoint
+    names = [name for name in (f"{HEADS}/{file}" for file in files.list_folder(root / HEADS)) if is_head(name)]
+    for name in names:
+        read_header(contained(root, name))  # refuses what breaks the format
+    return replace(checkpoint, assets=(*checkpoint.assets, *names))
 
 
 def _jobs(checkpoint: Checkpoint, roles: Roles) -> tuple[Keep, ...]:

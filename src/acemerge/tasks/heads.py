@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS
-from acemerge.checkpoints.folder import Checkpoint
+from acemerge.checkpoints.folder import Checkpoint, read_stored
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError
@@ -68,10 +66,8 @@ def _beside(model: Path, label: str) -> HeadSource | None:
     root, name = files.resolve(model), f"{HEADS}/{label}.safetensors"
     if files.kind(root / name) != "file":
         return None
-    path = contained(root, name)
-    names = [info.spec.name for info in read_header(path)]  # refuses what breaks the format
-    tensors = load_file(path)
-    return HeadSource(name, {key: partial(tensors.__getitem__, key) for key in names})
+    infos = read_header(contained(root, name))  # refuses what breaks the format
+    return HeadSource(name, {info.spec.name: partial(read_stored, info) for info in infos})
 
 
 def _of_checkpoint(name: str, checkpoint: Checkpoint) -> HeadSource:
