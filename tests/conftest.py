@@ -28,6 +28,14 @@ settings.register_profile("torture", max_examples=100, deadline=None)
 settings.load_profile("test")
 
 
+_LONGEST = ("test_attacks.py", "test_memory.py", "test_ray.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes go first, so that no process is left with one of them when the others have done."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing is taken from the user's own cache, nor left there."""
