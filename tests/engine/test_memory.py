@@ -117,7 +117,7 @@ def test_models_larger_than_the_bound(method: str, times: float, tmp_path: Path)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None:
-    experts, nbytes = 2, 350_000_000
+    experts, nbytes = 2, 310_000_000
     bound = (experts + 4) * 4 * ROWS * COLUMNS + 500_000_000
     base, *tuned = (_write_sparse_model(tmp_path / f"m{i}", nbytes, seed=i or None) for i in range(experts + 1))
     words = ["inspect", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--quiet"]
@@ -142,7 +142,7 @@ def _update(shape: tuple[int, ...], seed: int, graded: bool) -> torch.Tensor:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @spread(
     name=["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "svc", "iso_cts"],
-    sides=[(1024, 1024), (384, 1536)],
+    sides=[(768, 768), (384, 1536)],
 )
 def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple[int, int]) -> None:
     counted = make(name, {}).needs.work.entries(3, *sides) * 4
