@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import reprlib
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -152,7 +153,7 @@ def _cases() -> Iterator[Case]:
         named = {"architectures": [architecture], **config}
         yield f"{architecture}, small", named, "accept"
         for changes in _HOSTILE[architecture]:
-            label = ", ".join(f"{key} = {json.dumps(value)[:30]}" for key, value in changes.items())
+            label = ", ".join(f"{key} = {reprlib.repr(value)[:30]}" for key, value in changes.items())
             yield f"{architecture}, {label}", _merged(named, changes), "either"
     for depth in (60, 900):
         yield f"{depth} lists in one another", {"architectures": ["GPT2Model"], "a": _nested(depth)}, "either"

@@ -5,6 +5,7 @@ Nothing is run, nothing outside the folder is opened, nothing is waited for.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import random
@@ -58,13 +59,13 @@ def _decode(place: Path, must: Must) -> None:
 
 
 class _Bytes:
-    """Writes a file."""
+    """Writes a file, of content that is made only then if need be."""
 
-    def __init__(self, label: str, content: bytes) -> None:
+    def __init__(self, label: str, content: bytes | Callable[[], bytes]) -> None:
         self.label, self._content = label, content
 
     def __call__(self, path: Path) -> None:
-        path.write_bytes(self._content)
+        path.write_bytes(self._content if isinstance(self._content, bytes) else self._content())
 
 
 def _saved(kind: str, mode: str = "RGB", size: tuple[int, int] = _SIZE) -> _Bytes:
@@ -89,8 +90,8 @@ def _cases() -> Iterator[Case]:
         for share in (0.1, 0.5, 0.9):
             content = out.getvalue()[: int(share * len(out.getvalue()))]
             yield "a.jpg", _Bytes(f"{share:.0%} of a {kind}", content), "refuse"
-    for name, content in _bombs().items():
-        yield "a.png", _Bytes(name, content), "refuse"
+    for name, make in _BOMBS.items():
+        yield "a.png", _Bytes(name, make), "refuse"
     for name, special in _SPECIAL.items():
         special.label = name  # type: ignore[attr-defined]
         yield "a.png", special, "refuse"
@@ -129,23 +130,36 @@ def _png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in (head, *chunks, (b"IEND", b"")))
 
 
-def _bombs() -> dict[str, bytes]:
-    """Small files of enormous pictures."""
+@functools.cache
+def _zeros() -> bytes:
+    """256 MB of them, packed."""
+    return zlib.compress(bytes(1 << 28))
+
+
+def _packed(chunk: bytes) -> bytes:
+    """A small picture behind a chunk of 256 MB."""
+    return _png(*_SIZE, (chunk, b"a\0\0" + _zeros()), (b"IDAT", zlib.compress(b"\0")))
+
+
+def _tiff() -> bytes:
     out = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(out, "TIFF", compression="group4")
-    zeros = zlib.compress(bytes(1 << 28))
-    return {
-        "a PNG of 3.6e9 pixels": _png(60_000, 60_000, (b"IDAT", zeros)),
-        "a PNG of 80 million pixels": _png(10_000, 8_000, (b"IDAT", zeros)),
-        "a PNG with a text of 256 MB": _png(*_SIZE, (b"zTXt", b"a\0\0" + zeros), (b"IDAT", zlib.compress(b"\0"))),
-        "a PNG with a profile of 256 MB": _png(*_SIZE, (b"iCCP", b"a\0\0" + zeros), (b"IDAT", zlib.compress(b"\0"))),
-        "a GIF of 4e9 pixels": b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6)
-        + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x02\x4c\x01\x00;",
-        "a BMP of 3.6e9 pixels": b"BM"
-        + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
-        "a PPM of 1e10 pixels": b"P6 100000 100000 255\n" + bytes(100),
-        "a TIFF of 9e8 pixels": out.getvalue(),
-    }  # fmt: skip
+    return out.getvalue()
+
+
+# Small files of enormous pictures; to pack them takes seconds, so each is made where it is used.
+_BOMBS: dict[str, Callable[[], bytes]] = {
+    "a PNG of 3.6e9 pixels": lambda: _png(60_000, 60_000, (b"IDAT", _zeros())),
+    "a PNG of 80 million pixels": lambda: _png(10_000, 8_000, (b"IDAT", _zeros())),
+    "a PNG with a text of 256 MB": partial(_packed, b"zTXt"),
+    "a PNG with a profile of 256 MB": partial(_packed, b"iCCP"),
+    "a GIF of 4e9 pixels": lambda: b"GIF89a" + struct.pack("<HHBBB", 65535, 65535, 0x80, 0, 0) + bytes(6)
+    + b"," + struct.pack("<HHHHB", 0, 0, 65535, 65535, 0) + b"\x02\x02\x4c\x01\x00;",
+    "a BMP of 3.6e9 pixels": lambda: b"BM"
+    + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
+    "a PPM of 1e10 pixels": lambda: b"P6 100000 100000 255\n" + bytes(100),
+    "a TIFF of 9e8 pixels": _tiff,
+}  # fmt: skip
 
 
 def _fifo(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import threading
@@ -30,8 +31,12 @@ from acemerge.ui.folders import Folders
 from acemerge.ui.server import Server
 from acemerge.ui.view import REPLACE
 
-pytestmark = [needs_browser, pytest.mark.filterwarnings("ignore")]
-pytest.importorskip("gradio")
+pytestmark = [
+    needs_browser,
+    pytest.mark.filterwarnings("ignore"),
+    # Looked up, not imported: every process of the tests collects this file, and one runs it.
+    pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio"),
+]
 
 
 @dataclass
