@@ -23,7 +23,7 @@ from hub_server import FakeHub  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from stores import memory, s3, s3_server  # noqa: E402, F401
 
-settings.register_profile("test", max_examples=12, deadline=None, derandomize=True)
+settings.register_profile("test", max_examples=8, deadline=None, derandomize=True)
 settings.register_profile("torture", max_examples=100, deadline=None)
 settings.load_profile("test")
 

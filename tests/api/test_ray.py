@@ -254,6 +254,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("case"), "average")
 
 
+@pytest.mark.torture
 def test_a_node_that_is_lost_when_the_merge_begins_is_left_out(cluster: Any, case: Case, out: Path) -> None:
     """Ray lists it until it misses its heartbeats."""
     node = cluster.add_node(**NODE)

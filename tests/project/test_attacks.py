@@ -51,10 +51,10 @@ from attacks import (
 from attacks.harness import Meter, Tally, check, clean, in_child
 
 # Cases in a test run; the others have a few.
-COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 10}
+COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 6}
 COUNTS |= {"changes": 6, "kills": 24, "os_faults": 30, "races": 5, "same_bytes": 2, "bit_flips": 300, "interrupts": 4}
 COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9, "patterns": 12, "weights": 30, "sizes": 60}
-COUNTS |= {"store_addresses": 40, "store_faults": 1, "store_changes": 1}
+COUNTS |= {"store_addresses": 40}
 FEW = 2
 
 
@@ -63,10 +63,10 @@ def _name(module: ModuleType) -> str:
 
 
 def _every_attack() -> list[Any]:
-    """That on a Ray cluster takes half a minute a case, and tests/api/test_ray.py has its faults."""
-    slow = {"ray_faults": pytest.mark.torture}
+    """Those on real servers take up to half a minute a case; tests of Ray and of stores have their kinds of faults."""
+    slow = ("ray_faults", "store_faults", "store_changes")
     return [
-        pytest.param(module, id=_name(module), marks=[slow[_name(module)]] if _name(module) in slow else [])
+        pytest.param(module, id=_name(module), marks=[pytest.mark.torture] if _name(module) in slow else [])
         for module in attacks.modules()
     ]
 
