@@ -1,12 +1,14 @@
-"""What Ray costs beside one process, and how a merge scales over nodes.
+"""What Ray and an object store cost beside one process and a folder, and how a merge scales over nodes.
 
     .venv/bin/python benchmarks/cluster.py overhead --models FOLDER --layout llama-3.2-3b/4 --rules average,ace
     .venv/bin/python benchmarks/cluster.py sizes
     .venv/bin/python benchmarks/cluster.py scaling --threads 16 --store 2,10,50
 
-`overhead` runs whole commands, turn by turn: one process with two threads, and a driver of a Ray cluster that runs
-already, of two nodes of one thread each on this machine. Its first row merges next to nothing: what is fixed. `load` is
-that of the system before the row's runs: on a machine with other work only runs side by side say anything.
+`overhead` runs whole commands, turn by turn: one process with two threads; a driver of a Ray cluster that runs
+already, of two nodes of one thread each on this machine; and one process with two threads whose models and output are
+in an S3 API on this machine (moto's server, a process of its own, whose processor time is a column: it takes part in
+the two cores, as no real store does). Its first row merges next to nothing: what is fixed. `load` is that of the system
+before the row's runs: on a machine with other work only runs side by side say anything.
 
 `sizes` and `scaling` plan merges of real layouts, from headers alone: the files are sparse. `scaling` then goes through
 the plan's parts as a cluster would, in their order, each node with room for one at a time. A part reads its tensors
@@ -18,9 +20,11 @@ which flatters nodes of many threads.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -47,6 +51,7 @@ from acemerge.recipes.recipe import make_recipe
 
 ROOT = Path(__file__).parents[1]
 EXPERTS, SCALED = 5, 8
+BUCKET = "models"
 # Width, MLP, keys and values, vocabulary, blocks.
 SIZES = {
     "Llama-3.1-8B": (4096, 14336, 1024, 128256, 32),
@@ -65,32 +70,109 @@ def overhead(arguments: argparse.Namespace) -> None:
     rules = arguments.rules.split(",")
     wanted = [("nothing", "average", _tiny(arguments.models / "tiny"))]
     wanted += [(arguments.layout, rule, [*write_all(arguments.models, arguments.layout).values()]) for rule in rules]
-    print(f"| layout | rule | GB read | one process s | Ray s | Ray / one | load |\n|---|---|{'--:|' * 5}")
-    with cluster_of(2) as cluster:
+    head = (
+        "layout",
+        "rule",
+        "GB read",
+        "one process s",
+        "Ray s",
+        "S3 s",
+        "Ray / one",
+        "S3 / one",
+        "server CPU s",
+        "load",
+    )
+    print(f"| {' | '.join(head)} |\n|---|---|{'--:|' * (len(head) - 2)}")
+    with cluster_of(2) as cluster, s3_server() as server:
         for name, rule, folders in wanted:
-            print(_row(name, rule, folders, cluster.address, arguments), flush=True)
+            print(_row(name, rule, folders, cluster.address, server, arguments), flush=True)
 
 
-def _row(name: str, rule: str, folders: Sequence[Path], address: str, arguments: argparse.Namespace) -> str:
-    found: dict[str, list[float]] = {"one": [], "ray": []}
+@dataclass(frozen=True)
+class Server:
+    """An S3 API in a process of its own, and what a command finds it by."""
+
+    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    def put(self, folder: Path) -> str:
+        """The address of a folder's copy in the store."""
+        import boto3
+
+        client = boto3.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], region_name="us-east-1",
+                              aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+        for file in filter(Path.is_file, folder.rglob("*")):
+            client.upload_file(str(file), BUCKET, f"{folder.name}/{file.relative_to(folder)}")
+        return f"s3://{BUCKET}/{folder.name}"
+
+    def processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def s3_server() -> Iterator[Server]:
+    import boto3
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    environment = {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+                   "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}  # fmt: skip
+    try:
+        for _ in range(100):
+            time.sleep(0.2)
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+        client = boto3.client("s3", endpoint_url=address, region_name="us-east-1",
+                              aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+        client.create_bucket(Bucket=BUCKET)
+        yield Server(process, environment)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _row(
+    name: str, rule: str, folders: Sequence[Path], address: str, server: Server, arguments: argparse.Namespace
+) -> str:
     load = os.getloadavg()[0]
     nbytes = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-    out = arguments.models / "out"
     size = max(nbytes // len(folders) // 6, 1 << 16)  # six files or so
+    out = arguments.models / "out"
+    words = ["--method", rule, "--quiet", "--max-shard-size", f"{size}B", "--force"]
+    here, there = (_models(models) for models in (folders, [server.put(folder) for folder in folders]))
+    commands = {
+        "one": ([*here, "-o", out, *words], {"OMP_NUM_THREADS": "2"}),
+        "ray": ([*here, "-o", out, *words, "--ray", address], {"OMP_NUM_THREADS": "1"}),
+        "s3": (
+            [*there, "-o", f"s3://{BUCKET}/out", *words, "--overwrite"],
+            {"OMP_NUM_THREADS": "2", **server.environment},
+        ),
+    }
+    found: dict[str, list[float]] = {how: [] for how in commands}
+    served: list[float] = []
     for _ in range(arguments.repeats):
-        for how in found:
-            words = ["merge", "--base", folders[0], *(word for path in folders[1:] for word in ("--expert", path))]
-            words += ["--method", rule, "-o", out, "--quiet", "--max-shard-size", f"{size}B", "--force"]
-            words += ["--ray", address] if how == "ray" else []
-            threads = "1" if how == "ray" else "2"
-            started = time.perf_counter()
-            command = [sys.executable, "-m", "acemerge", *map(str, words)]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        for how, (line, environment) in commands.items():
+            before, started = server.processor_seconds(), time.perf_counter()
+            command = [sys.executable, "-m", "acemerge", "merge", *map(str, line)]
+            subprocess.run(command, check=True, env={**os.environ, **environment})
             found[how].append(time.perf_counter() - started)
-            shutil.rmtree(out)
-    one, ray = (statistics.median(found[how]) for how in found)
-    cells = (name, rule, f"{nbytes / 1e9:.2f}", f"{one:.1f}", f"{ray:.1f}", f"{ray / one:.2f}", f"{load:.0f}")
+            if how == "s3":
+                served.append(server.processor_seconds() - before)
+            else:
+                shutil.rmtree(out)
+    one, ray, s3 = (statistics.median(found[how]) for how in found)
+    cells = (name, rule, f"{nbytes / 1e9:.2f}", f"{one:.1f}", f"{ray:.1f}", f"{s3:.1f}", f"{ray / one:.2f}")
+    cells += (f"{s3 / one:.2f}", f"{statistics.median(served):.1f}", f"{load:.0f}")
     return f"| {' | '.join(cells)} |"
+
+
+def _models(names: Sequence[Path | str]) -> list[Path | str]:
+    return ["--base", names[0], *(word for name in names[1:] for word in ("--expert", name))]
 
 
 def _tiny(folder: Path) -> list[Path]:
