@@ -1,13 +1,14 @@
 """What Ray and an object store cost beside one process and a folder, and how a merge scales over nodes.
 
+    npm install --prefix FOLDER s3rver
     .venv/bin/python benchmarks/cluster.py overhead --models FOLDER --layout llama-3.2-3b/4 --rules average,ace
     .venv/bin/python benchmarks/cluster.py sizes
     .venv/bin/python benchmarks/cluster.py scaling --threads 16 --store 2,10,50
 
 `overhead` runs whole commands, turn by turn: one process with two threads; a driver of a Ray cluster that runs
 already, of two nodes of one thread each on this machine; and one process with two threads whose models and output are
-in an S3 API on this machine (moto's server, a process of its own, whose processor time is a column: it takes part in
-the two cores, as no real store does). Its first row merges next to nothing: what is fixed. `load` is that of the system
+in an S3 API on this machine (s3rver, a process of its own, whose processor time is a column: it takes part in the two
+cores, as no real store does). Its first row merges next to nothing: what is fixed. `load` is that of the system
 before the row's runs: on a machine with other work only runs side by side say anything.
 
 `sizes` and `scaling` plan merges of real layouts, from headers alone: the files are sparse. `scaling` then goes through
@@ -83,7 +84,7 @@ def overhead(arguments: argparse.Namespace) -> None:
         "load",
     )
     print(f"| {' | '.join(head)} |\n|---|---|{'--:|' * (len(head) - 2)}")
-    with cluster_of(2) as cluster, s3_server() as server:
+    with cluster_of(2) as cluster, s3_server(arguments.models) as server:
         for name, rule, folders in wanted:
             print(_row(name, rule, folders, cluster.address, server, arguments), flush=True)
 
@@ -95,15 +96,19 @@ class Server:
     process: subprocess.Popen[bytes]
     environment: dict[str, str]
 
-    def put(self, folder: Path) -> str:
-        """The address of a folder's copy in the store."""
+    def client(self) -> Any:
         import boto3
 
-        client = boto3.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], region_name="us-east-1",
-                              aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
+        known = {key: self.environment[key.upper()] for key in ("aws_access_key_id", "aws_secret_access_key")}
+        return boto3.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], region_name="us-east-1", **known)
+
+    def put(self, folder: Path) -> str:
+        """The address of a folder's copy in the store."""
+        client = self.client()
+        prefix = f"{folder.parent.name}/{folder.name}"
         for file in filter(Path.is_file, folder.rglob("*")):
-            client.upload_file(str(file), BUCKET, f"{folder.name}/{file.relative_to(folder)}")
-        return f"s3://{BUCKET}/{folder.name}"
+            client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder)}")
+        return f"s3://{BUCKET}/{prefix}"
 
     def processor_seconds(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -111,29 +116,31 @@ class Server:
 
 
 @contextlib.contextmanager
-def s3_server() -> Iterator[Server]:
-    import boto3
-
+def s3_server(folder: Path) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    environment = {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
-                   "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}  # fmt: skip
+    data = folder / "store"
+    shutil.rmtree(data, ignore_errors=True)
+    data.mkdir()
+    program = folder / "node_modules" / "s3rver" / "bin" / "s3rver.js"
+    if not program.exists():
+        sys.exit(f"npm install --prefix {folder} s3rver")
+    words = ["node", program, "-d", data, "-a", "127.0.0.1", "-p", port, "--silent", "--no-vhost-buckets"]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
+    names = {"AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER", "AWS_REGION": "us-east-1"}
+    server = Server(process, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ALLOW_HTTP": "true", **names})
     try:
         for _ in range(100):
             time.sleep(0.2)
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
                 break
-        client = boto3.client("s3", endpoint_url=address, region_name="us-east-1",
-                              aws_access_key_id="testing", aws_secret_access_key="testing")  # fmt: skip
-        client.create_bucket(Bucket=BUCKET)
-        yield Server(process, environment)
+        server.client().create_bucket(Bucket=BUCKET)
+        yield server
     finally:
         process.kill()
         process.wait()
+        shutil.rmtree(data)
 
 
 def _row(
