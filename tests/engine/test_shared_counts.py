@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ from acemerge.engine.run_options import RunOptions
 from acemerge.engine.shared_counts import SharedCounts, shares_of
 from acemerge.engine.thresholds import Counts, Halves, Pool, counting, pools_of, with_thresholds
 from acemerge.errors import NumericalError, UsageError
-from acemerge.output.counts import COUNTS, CountNotes, Noted
+from acemerge.output.counts import COUNTS, CountNotes, Noted, Pass
 from acemerge.output.identity import digest
 from acemerge.output.journal import read_identity
 from acemerge.planning.parts import Part
 from acemerge.recipes.recipe import make_recipe
+from attacks.faulty import failing, faulty, killing, unfaulty
 from attacks.merging import Case, content, in_process, snapshot
 
 TWO_POOLS = {"rules": [{"match": "layers.0.*", "method": {"name": "ties", "keep": 0.5}}]}
@@ -102,6 +105,7 @@ def test_parts_that_begin_at_once_share_the_counts(case: Case, reads: Reads, mon
         together.wait(60)
         return counted(self, number, halves)
 
+    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 600.0)
     monkeypatch.setattr(SharedCounts, "_counted", beside)
     parts = [threading.Thread(target=case.merge, args=(out,), kwargs={"shard": f"{k}/3"}) for k in (1, 2, 3)]
     for part in parts:
@@ -188,6 +192,29 @@ def test_a_part_that_was_killed_is_waited_for_and_then_done_without(
     assert {now.stage for now in told} == {"merge"}
     case.merge(out, finish=True)
     case.check_output(out)
+
+
+def test_of_two_that_begin_the_same_at_once_the_lower_number_goes_on(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 1, which says that it counts what part 3 wants to, and then dies."""
+    counted, begin, seen = SharedCounts._counted, CountNotes.begin, list[int]()
+
+    def beside(self: CountNotes, which: Pass, share: int) -> None:
+        begin(self, which, share)
+        if which == "upper" and share == 3:
+            begin(replace(self, part=Part(3, 1)), which, share)
+
+    def noted(self: SharedCounts, number: int, halves: Halves | None) -> Counts:
+        seen.append(number)
+        return counted(self, number, halves)
+
+    monkeypatch.setattr(CountNotes, "begin", beside)
+    monkeypatch.setattr(SharedCounts, "_counted", noted)
+    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.5)
+    case.merge(case.folder / "out", shard="3/3")
+    assert seen[2:4] == [3, 3]  # the last of the first pass, the first of the second
+    assert sorted(seen) == [1, 1, 2, 2, 3, 3]
 
 
 def test_who_waits_can_be_interrupted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,3 +347,28 @@ def test_no_note_is_written_through_a_link(case: Case) -> None:
         with pytest.raises(UsageError, match=r"is a link; remove it"):
             case.merge(out, shard="1/3")
         assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("code", [errno.EIO, None], ids=["failed", "killed"])
+def test_a_part_that_ends_at_whichever_call_leaves_what_goes_on(
+    case: Case, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.0)
+    with faulty(-1, unfaulty) as calls:
+        case.merge(case.folder / "counted", shard="1/3")
+    for k in range(1, calls.count, 13):
+        out = case.folder / f"at-{k}"
+        process = in_process(broken, case, out, k, code)
+        process.join()
+        assert process.exitcode in (0, 3, 5) if code else process.exitcode == -signal.SIGKILL
+        for number in (2, 1, 3):
+            case.merge(out, shard=f"{number}/3")
+        case.merge(out, finish=True)
+        case.check_output(out)
+        shutil.rmtree(out)
+
+
+def broken(case: Case, out: Path, k: int, code: int | None) -> None:
+    with faulty(k, failing(code) if code else killing):
+        case.merge(out, shard="1/3")
