@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -32,7 +33,7 @@ class Share:
 
     pools: tuple[Pool, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(job.bytes_in for pool in self.pools for job in pool.jobs)
 
@@ -41,14 +42,12 @@ def shares_of(layout: Layout, of: int) -> dict[int, Share]:
     """Those that are not empty, by the numbers of their parts."""
     files = zip(layout.every, layout.spread_over(of), strict=True)
     owner = {spec.name: number for (_, specs), number in files for spec in specs}
+    whole = pools_of(layout.plan)
     found: dict[int, Share] = {}
     for number in range(1, of + 1):
-        pools = [
-            replace(pool, jobs=tuple(job for job in pool.jobs if owner[job.name] == number))
-            for pool in pools_of(layout.plan)
-        ]
-        if any(pool.jobs for pool in pools):
-            found[number] = Share(tuple(pools))
+        own = [replace(pool, jobs=tuple(job for job in pool.jobs if owner[job.name] == number)) for pool in whole]
+        if any(pool.jobs for pool in own):
+            found[number] = Share(tuple(own))
     return found
 
 
