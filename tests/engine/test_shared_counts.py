@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,11 +183,15 @@ def test_a_part_that_was_killed_is_waited_for_and_then_done_without(
     process = in_process(dying, case, out)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.3)
-    case.merge(out, shard="1/3", on_progress=told.append)
-    waited = [now for now in told if now.name == "waiting for the counts of part 2/3"]
-    assert {(now.stage, now.done, now.total, now.unit) for now in waited} == {("thresholds", 2, 3, "parts")}
-    told.clear()
+    waited: list[Progress] = []
+
+    def tell(now: Progress) -> None:
+        if now.name == "waiting for the counts of part 2/3":
+            waited.append(now)
+
+    monkeypatch.setattr(SharedCounts, "_patience", lambda self, number: 0.0 if waited else 600.0)
+    case.merge(out, shard="1/3", on_progress=tell)
+    assert [(now.stage, now.done, now.total, now.unit) for now in waited] == [("thresholds", 2, 3, "parts")]
     case.merge(out, shard="3/3", on_progress=told.append)
     case.merge(out, shard="2/3", on_progress=told.append)
     assert {now.stage for now in told} == {"merge"}
@@ -211,7 +216,7 @@ def test_of_two_that_begin_the_same_at_once_the_lower_number_goes_on(
 
     monkeypatch.setattr(CountNotes, "begin", beside)
     monkeypatch.setattr(SharedCounts, "_counted", noted)
-    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.5)
+    monkeypatch.setattr(SharedCounts, "_patience", lambda self, number: 600.0 if len(seen) < 2 else 0.0)
     case.merge(case.folder / "out", shard="3/3")
     assert seen[2:4] == [3, 3]  # the last of the first pass, the first of the second
     assert sorted(seen) == [1, 1, 2, 2, 3, 3]
@@ -234,6 +239,15 @@ def test_who_waits_can_be_interrupted(case: Case, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.0)
     case.merge(out, resume=True)
     case.check_output(out)
+
+
+@pytest.mark.parametrize(("nbytes", "seconds", "least"), [(0, 0.0, 10), (10, 0.5, 12), (10**9, 10.0, 18)])
+def test_others_get_about_twice_the_time_that_a_share_takes_here(nbytes: int, seconds: float, least: float) -> None:
+    """Of a gigabyte. Next to nothing says nothing of the pace."""
+    given: Any = {1: SimpleNamespace(nbytes=10**9)}
+    unused: Any = None
+    counts = SharedCounts(unused, given, 2, unused, unused, _seconds=seconds, _nbytes=nbytes)
+    assert least < counts._patience(1) < least + 4
 
 
 # --- what is no count ---------------------------------------------------------------------------------------
