@@ -17,7 +17,7 @@ from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_besi
 from acemerge.engine.execute import OnProgress, Records, check_heads, dry_run, find_thresholds, walker
 from acemerge.engine.opening import Opened
 from acemerge.engine.run_options import RunOptions
-from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.thresholds import counting, with_thresholds
 from acemerge.engine.work import Setting, Walk
 from acemerge.engine.writing import Target, write_weights
 from acemerge.output.identity import digest, with_same_bytes
@@ -86,7 +86,8 @@ def _setting(
 ) -> Setting:
     """What the rules of a run want to know beforehand, of the whole model and of data."""
     opened = run.opened
-    setting = find_thresholds(opened.plan, opened.setting, walks("thresholds"), run.done, journal, readers)
+    count = counting(opened.setting, walks("thresholds"))
+    setting = find_thresholds(opened.plan, opened.setting, count, run.done, journal, readers)
     calibrating = _calibrating(opened, run.output.work, run.done.identity, walks("calibration"), on_progress)
     setting = calibrated(setting, calibrating)
     if opened.calibration:  # networks are loaded by others, which hash nothing
@@ -114,7 +115,7 @@ def compute_only(
     """Write nothing: what a run would record of its tensors, and of calibration."""
     with opened.pipeline(options.workers, hashing=False) as (pipeline, _), TemporaryDirectory() as folder:
         walks = partial(walker, pipeline, on_progress=on_progress)
-        setting = with_thresholds(opened.setting, opened.plan, walks("thresholds"))
+        setting = with_thresholds(opened.setting, opened.plan, counting(opened.setting, walks("thresholds")))
         setting = calibrated(setting, _calibrating(opened, Path(folder), about, walks("calibration"), on_progress))
         measured = about_calibration(opened.plan, opened.calibration, setting, about)
         return dry_run(opened.plan, setting, walks("merge")), measured

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from stores import FaultyClient, obeyed
 
+import acemerge.engine.shared_counts
 import acemerge.engine.thresholds
 from acemerge.errors import CheckpointError, UsageError, WriteError
+from acemerge.output.counts import COUNTS
 from acemerge.output.verify import verify
 from attacks.merging import Case
 
@@ -85,6 +87,45 @@ def test_a_part_that_was_killed_at_any_write_goes_on(case: Case, memory: FaultyC
     in_parts(case, 2)
     assert in_parts(case, 2) is None
     case.merge(OUT, finish=True)
+    check_output(case, memory)
+
+
+@pytest.mark.parametrize(("puts", "noted"), [(2, 0), (5, 2), (7, 3)])
+def test_counts_that_a_killed_part_has_noted_are_taken(
+    puts: int, noted: int, tmp_path: Path, memory: FaultyClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes its claim, and for each share that it has begun to count it and then the counts."""
+    case = Case(tmp_path, "ties")
+    killed_after(memory, puts)
+    with pytest.raises(KeyboardInterrupt):
+        in_parts(case, 2)
+    memory.fault = obeyed
+    assert counted(memory, 2) == noted
+    monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.0)
+    in_parts(case, 3)
+    assert counted(memory, 3) == 3 - noted
+    in_parts(case, 1, 2)
+    case.merge(OUT, finish=True)
+    check_output(case, memory)
+
+
+def counted(memory: FaultyClient, part: int) -> int:
+    """The shares whose first pass a part has noted."""
+    names = [name for name in held(memory) if name.startswith(COUNTS) and "-upper-" in name]
+    return sum(name.endswith(f"-by-{part}-of-3") for name in names)
+
+
+def test_a_part_that_starts_again_forgets_its_counts(tmp_path: Path, memory: FaultyClient) -> None:
+    case = Case(tmp_path, "ties")
+    in_parts(case, 2)
+    assert [counted(memory, part) for part in (1, 2)] == [0, 3]
+    calls = len(memory.calls)
+    in_parts(case, 1, overwrite=True)  # which takes those of another
+    assert [counted(memory, part) for part in (1, 2)] == [0, 3]
+    in_parts(case, 2, overwrite=True)
+    assert any(call.startswith(f"delete out/{COUNTS}/") for call in memory.calls[calls:])
+    assert [counted(memory, part) for part in (1, 2)] == [0, 3]
+    case.merge(OUT, overwrite=True)
     check_output(case, memory)
 
 

@@ -19,7 +19,7 @@ from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import Computed, whole_record
 from acemerge.engine.pipeline import Pipeline
-from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.thresholds import Count, with_thresholds
 from acemerge.engine.work import Loaded, Place, Result, Setting, Walk, Work
 from acemerge.output.journal import Done, Journal
 from acemerge.output.names import MASKS
@@ -178,12 +178,12 @@ def dry_run(plan: Plan, setting: Setting, walk: Walk) -> Records:
 
 
 def find_thresholds(
-    plan: Plan, setting: Setting, walk: Walk, done: Done, journal: Journal, readers: Sequence[Reader]
+    plan: Plan, setting: Setting, count: Count, done: Done, journal: Journal, readers: Sequence[Reader]
 ) -> Setting:
     """The setting with its thresholds, those of an interrupted run if it got as far."""
     if "thresholds" in done.findings:
         return replace(setting, thresholds=dict(done.findings["thresholds"]))
-    setting = with_thresholds(setting, plan, walk)
+    setting = with_thresholds(setting, plan, count)
     if setting.thresholds:
         journal.have_read(read_by(readers))
         journal.found({"thresholds": [[keep, list(values)] for keep, values in setting.thresholds.items()]})

@@ -17,7 +17,7 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.checkpoints.wrappers import unwrapped
 from acemerge.engine.batched import compute_all
 from acemerge.engine.compute import whole_record
-from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.thresholds import counting, with_thresholds
 from acemerge.engine.work import Place, Result, Setting, Work
 from acemerge.errors import AcemergeError, CheckpointError, UsageError
 from acemerge.linalg.device import with_host
@@ -244,7 +244,8 @@ def _merged_on(
         for piece in parts:
             yield work([(piece, _PieceOf(piece, models))], place)
 
-    setting = with_thresholds(Setting(recipe, labels), plan, walk)
+    setting = Setting(recipe, labels)
+    setting = with_thresholds(setting, plan, counting(setting, walk))
     merged, records = {}, {}
     for job in plan.jobs:
         loaded = [(piece, _PieceOf(piece, models)) for piece in pieces(job, job.entrywise)]

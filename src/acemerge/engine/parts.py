@@ -23,9 +23,11 @@ from acemerge.engine.execute import (
 from acemerge.engine.opening import Opened, identity_of, open_recipe
 from acemerge.engine.pipeline import Pipeline
 from acemerge.engine.run_options import RunOptions
+from acemerge.engine.shared_counts import shared_counts
 from acemerge.engine.writing import Target, write_weights
 from acemerge.errors import CheckpointError, UsageError, shortages
-from acemerge.output.identity import difference
+from acemerge.output.counts import CountNotes, forget_counts
+from acemerge.output.identity import difference, digest
 from acemerge.output.journal import Done
 from acemerge.output.names import MANIFEST
 from acemerge.output.parts import all_parts, check_begun, found_by_others, part_at, put_together
@@ -63,9 +65,10 @@ def compute_part(
             if changed:
                 cure = "undo the change, or start it again with --overwrite"
                 raise UsageError(out, f"cannot go on with part {part}: {changed}", cure)
-        if options.resume or not options.overwrite:
             check_begun(out, part, about)
             done = _with_thresholds_of_others(out, part, done)
+        else:
+            forget_counts(out, part)
         was_done = len(done.steps) == len(layout.jobs) and "complete" in done.findings
         journal = output.begin(done)
         try:
@@ -73,7 +76,10 @@ def compute_part(
                 walks = partial(walker, pipeline, on_progress=on_progress)
                 setting = opened.setting
                 if not was_done:
-                    setting = find_thresholds(opened.plan, setting, walks("thresholds"), done, journal, readers)
+                    count = shared_counts(
+                        opened, CountNotes(out, part, digest(about)), walks("thresholds"), on_progress
+                    )
+                    setting = find_thresholds(opened.plan, setting, count, done, journal, readers)
                 for reader in readers:  # from here on they read what is the part's own
                     reader.hashing = True
                 walk = walks("merge", writes=True)

@@ -16,7 +16,7 @@ from acemerge.engine.compute import SameInfinitiesError, task_vectors
 from acemerge.engine.execute import OnProgress, walker
 from acemerge.engine.factored import merge_factors_of
 from acemerge.engine.opening import Opened
-from acemerge.engine.thresholds import with_thresholds
+from acemerge.engine.thresholds import counting, with_thresholds
 from acemerge.engine.unfolding import as_seen
 from acemerge.engine.work import Loaded, Measured, Place, Setting, Values, Work
 from acemerge.inspection.look_back import before_refinement
@@ -138,7 +138,8 @@ def analyse(
             given = which.plan, which.calibration, which.devices[0]
             return calibrated(setting, Calibrating(*given, Path(folder), {}, walk, on_progress))
 
-        setting = with_thresholds(opened.setting, plan, walker(pipeline, "thresholds", on_progress))
+        count = counting(opened.setting, walker(pipeline, "thresholds", on_progress))
+        setting = with_thresholds(opened.setting, plan, count)
         setting = measured(opened, setting)  # what the rules themselves want
         true = None if data is None else measured(data, data.setting).measured
         parts = (Piece(replace(job, method=_counted(job, counted, len(plan.experts)))) for job in jobs.values())

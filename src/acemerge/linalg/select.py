@@ -17,8 +17,8 @@ from acemerge.linalg.rounding import NULL
 from acemerge.shapes import Bool, Float, Int, Tensor
 
 _LOW_BITS = 16
-_UPPER = 1 << 15  # the sign bit is clear
-_LOWER = 1 << _LOW_BITS
+UPPER = 1 << 15  # the sign bit is clear
+LOWER = 1 << _LOW_BITS
 _BLOCK = 1 << 20
 _SAMPLE = 1 << 15
 _DEVIATIONS = 5
@@ -51,14 +51,12 @@ def at_most(size: Float[Tensor, "*shape"], bound: float | Tensor) -> Bool[Tensor
 
 def upper_counts(x: Float[Tensor, "*shape"]) -> Int[Tensor, " upper"]:
     """How many entries there are for each upper half of a magnitude's bits."""
-    return _sum(torch.bincount(bits >> _LOW_BITS, minlength=_UPPER) for bits in _bits(x))
+    return _sum(torch.bincount(bits >> _LOW_BITS, minlength=UPPER) for bits in _bits(x))
 
 
 def lower_counts(x: Float[Tensor, "*shape"], upper: int) -> Int[Tensor, " lower"]:
     """The same for the lower half, of the entries whose upper half is `upper`."""
-    return _sum(
-        torch.bincount(bits[(bits >> _LOW_BITS) == upper] & (_LOWER - 1), minlength=_LOWER) for bits in _bits(x)
-    )
+    return _sum(torch.bincount(bits[(bits >> _LOW_BITS) == upper] & (LOWER - 1), minlength=LOWER) for bits in _bits(x))
 
 
 def kth_bin(counts: Int[Tensor, " bins"], k: int) -> tuple[int, int]:

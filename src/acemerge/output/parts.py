@@ -15,6 +15,7 @@ from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import TensorSpec, read_header
 from acemerge.errors import AcemergeError, UsageError, shortages
+from acemerge.output.counts import COUNTS, forget_counts
 from acemerge.output.folder import RESUMABLE, OutputFolder, check_contents, check_output, remove_files
 from acemerge.output.identity import difference
 from acemerge.output.journal import read_findings, read_identity
@@ -50,6 +51,9 @@ def part_output(path: Path, part: Part, names: Iterable[str], overwrite: bool) -
             raise UsageError(path, "--finish was interrupted here", "run --finish again, it puts this in order")
         output, notes = OutputFolder(path, part=part), path / part.folder
         output.check_own()
+        for folder in (path / SHARDS, notes, path / COUNTS):
+            if files.kind(folder) == "link":
+                raise UsageError(folder, "is a link", "remove it: what parts note lies in OUT itself")
         files.make_folder(notes)
         with locks.lock(notes / LOCK):
             try:
@@ -68,6 +72,7 @@ def _discard(path: Path, part: Part, names: Iterable[str]) -> None:
     for name in names:
         files.remove(path / (name + PARTIAL))
     remove_files(path / part.folder)
+    forget_counts(path, part)
     files.remove_folder(path / SHARDS)
 
 

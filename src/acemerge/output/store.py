@@ -26,6 +26,7 @@ from acemerge.checkpoints import files, objects
 from acemerge.checkpoints.hashes import Hashed, Read, longer
 from acemerge.checkpoints.store import Stat
 from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.output.counts import forget_counts
 from acemerge.output.folder import check_contents, check_output, to_write, undone_on_failure
 from acemerge.output.identity import digest
 from acemerge.output.journal import JOURNAL, Done, Journal, Step, entries_of
@@ -262,12 +263,15 @@ class StoreOutput:
         return {name for notes in every for name in notes.names() if is_output(name) or name.startswith(f"{SHARDS}/")}
 
     def _forget(self) -> None:
-        """Remove all that is noted, those of parts with their masks."""
+        """Remove all that is noted, those of parts with their masks and counts."""
         if self.part is None:
             self.forget_parts()
+        else:
+            forget_counts(self.target, self.part)
         self._notes.forget()
 
     def forget_parts(self) -> None:
+        forget_counts(self.target)
         for home in part_homes(self.target):
             for name in objects.stats_below(home):
                 if name != JOURNAL:
