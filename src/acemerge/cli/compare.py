@@ -42,7 +42,7 @@ def compare(
     ] = None,
     methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
     scores_only: Annotated[
-        bool, option(OUTPUT, "keep no merged model: they are scored in memory, or in turn", "--scores-only")
+        bool, option(OUTPUT, "keep no merged model: merge in memory where it fits, else one by one", "--scores-only")
     ] = False,
 ) -> None:
     """Score models side by side; with --methods, merge by each rule first."""

@@ -43,7 +43,7 @@ class Unkept:
         """The scores of the models, and of each recipe as if its merge had been kept. All are planned before the first
         score, and as many are merged in one pass over the files as fit in memory.
         """
-        folder = f"acemerge-{secrets.token_hex(8)}"
+        folder = f"acemerge-scores-{secrets.token_hex(8)}"
         planned = [(recipe, self.out / folder / name) for name, recipe in self.recipes.items()]
         opened = dict(zip(self.recipes, open_recipes(planned, self.options), strict=True))
         found = evaluate(models, run)
@@ -56,7 +56,7 @@ class Unkept:
             names, left = left[: fitting or 1], left[fitting or 1 :]
             with _removed((place or self.out) / folder) as home:
                 rows |= self._scored({name: opened[name] for name in names}, home, run)
-                gc.collect()  # networks have cycles, and hold what they were loaded from
+                gc.collect()  # the harness, say, may leave a network in a cycle, and what it was loaded from
         return replace(found, rows=(*found.rows, *(rows[name] for name in self.recipes)))
 
     def _scored(self, opened: Mapping[str, Opened], home: Path, run: Run) -> dict[str, Row]:
