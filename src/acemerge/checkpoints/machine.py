@@ -8,6 +8,8 @@ import contextlib
 import ctypes
 import mmap
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from acemerge.checkpoints.files import close
 
@@ -16,6 +18,11 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _MOST_FREED = 100_000_000
+
+_SYSTEM = Path("/")
+# Control groups: where they are, the files of a group's limit on memory and of its use, and how its totals are named.
+_UNIFIED = ("sys/fs/cgroup", "memory.max", "memory.current", b"")
+_OF_MEMORY = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", b"total_")
 
 
 def keep_freed_memory() -> None:
@@ -54,6 +61,46 @@ def stays_cached(nbytes: int) -> bool:
         return nbytes < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
     except (OSError, ValueError, AttributeError):
         return True
+
+
+def free_memory(system: Path = _SYSTEM) -> int | None:
+    """The bytes of memory that can be had before something else has to go, within the limits of the control groups
+    that the process is in; None where the system does not say.
+    """
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = (system / "proc/meminfo").read_bytes().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith(b"MemAvailable:"))
+        return max(0, min([free, *_left_by_groups(system)]))
+    return None
+
+
+def _left_by_groups(system: Path) -> Iterator[int]:
+    """What the limit of each control group leaves that the process is in, and of each around it.
+
+    Files' cache gives way and counts as free; what lies in a tmpfs is no part of it.
+    """
+    for line in (system / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        place, limit, use, total = _OF_MEMORY if controllers else _UNIFIED
+        root, group = system / place, system / place / name.lstrip("/")
+        for folder in (group, *group.parents)[: len(group.parts) - len(root.parts) + 1]:
+            # A root has no limit, others say "max", and from within a container a group's name may lead nowhere.
+            with contextlib.suppress(OSError, ValueError):
+                stat = dict(line.split() for line in (folder / "memory.stat").read_bytes().splitlines())
+                cache = sum(int(stat.get(total + kind, 0)) for kind in (b"active_file", b"inactive_file"))
+                yield int((folder / limit).read_text()) - int((folder / use).read_text()) + cache
+
+
+def folder_in_memory(system: Path = _SYSTEM) -> Path | None:
+    """A folder whose files are in memory and on no disk, on systems that have one."""
+    place = _SYSTEM / "dev/shm"
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in (system / "proc/self/mounts").read_text().splitlines()]
+        if [str(place), "tmpfs"] in [mount[1:3] for mount in mounts] and os.access(place, os.W_OK):
+            return place
+    return None
 
 
 def address_space_left() -> int | None:

@@ -9,12 +9,13 @@ import typer
 
 from acemerge.cli.command import command
 from acemerge.cli.evaluate import TaskFile, score
-from acemerge.cli.options import RULE, TELLING, Options, option
+from acemerge.cli.options import OUTPUT, RULE, TELLING, Options, option
 from acemerge.cli.text import say, stderr
 from acemerge.errors import UsageError
 
 if TYPE_CHECKING:
     from acemerge.recipes.recipe import Recipe
+    from acemerge.tasks.task_file import Tasks
 
 
 @command(
@@ -40,12 +41,17 @@ def compare(
         list[str] | None, typer.Argument(metavar="[MODEL...] [RECIPE.yaml]", help="models, and a recipe to merge")
     ] = None,
     methods: Annotated[str | None, option(RULE, "rules to merge by, as ace,actmat,tsv_m", metavar="NAME,...")] = None,
+    scores_only: Annotated[
+        bool, option(OUTPUT, "keep no merged model: merge in memory where it fits, else one by one", "--scores-only")
+    ] = False,
 ) -> None:
     """Score models side by side; with --methods, merge by each rule first."""
     out = asked.output
+    if scores_only and methods is None:
+        raise UsageError("--scores-only", "there are no merges to do without", "give it with a recipe and --methods")
 
     from acemerge.engine.opening import check_output_apart
-    from acemerge.evaluation.compare import by_methods, merge_all, merged_folders, rows, with_experts
+    from acemerge.evaluation.compare import by_methods, with_experts
     from acemerge.evaluation.results import check_free
     from acemerge.recipes.labels import expert_labels
     from acemerge.tasks.task_file import load_tasks
@@ -66,11 +72,30 @@ def compare(
         raise UsageError("command line", what, cure)
     if recipe is not None and methods is not None:
         recipes = by_methods(recipe, [name.strip() for name in methods.split(",")])
-        found, given = with_experts(found, recipe), rows(recipe.base, given, merged_folders(recipes, out))
-        merge_all(recipes, out, asked.run_options(), lambda text: None if asked.silent else say(stderr(), text))
+        _score_rules(asked, recipes, given, with_experts(found, recipe), recipe.base, kept=not scores_only)
     elif not given:
         raise UsageError("command line", "nothing to compare", "name models, or a recipe and --methods")
-    score(asked, given, found, asked.base if recipe is None else recipe.base)
+    else:
+        score(asked, given, found, asked.base)
+
+
+def _score_rules(
+    asked: Options, recipes: dict[str, Recipe], models: dict[str, str], tasks: Tasks, base: str, kept: bool
+) -> None:
+    """Score the base, the models, and what comes out of each rule."""
+    from acemerge.evaluation.compare import merge_all, merged_folders, rows
+    from acemerge.evaluation.unkept import Unkept
+
+    def tell(text: str) -> None:
+        if not asked.silent:
+            say(stderr(), text)
+
+    models, out, options = rows(base, models, recipes), asked.output, asked.run_options()
+    if not kept:
+        score(asked, models, tasks, base, Unkept(recipes, out, options, tell))
+        return
+    merge_all(recipes, out, options, tell)
+    score(asked, models | merged_folders(recipes, out), tasks, base)
 
 
 def _is_recipe(name: str) -> bool:

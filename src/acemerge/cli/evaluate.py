@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from acemerge.evaluation.evaluate import OnTaskProgress
     from acemerge.evaluation.tables import Evaluation
+    from acemerge.evaluation.unkept import Unkept
     from acemerge.tasks.task_file import Tasks
 
 TaskFile = Annotated[Path, option(MODELS, "the tasks, see docs/evaluate.md", "--tasks", metavar="TASKS.yaml")]
@@ -58,8 +59,10 @@ def evaluate(
     score(asked, dict(zip(expert_labels([model]), [model], strict=True)), found, asked.base)
 
 
-def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | None) -> None:
-    """Score the models, write what was asked for, and show the table."""
+def score(
+    asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | None, unkept: Unkept | None = None
+) -> None:
+    """Score the models, and those that are merged for it and not kept; write what was asked for, and show the table."""
     from acemerge.engine.devices import find_devices
     from acemerge.evaluation.evaluate import Run
     from acemerge.evaluation.evaluate import evaluate as scores_of
@@ -67,8 +70,10 @@ def score(asked: Options, models: Mapping[str, str], tasks: Tasks, base: str | N
 
     with logged_progress() if asked.logs else examples_progress(stderr(), asked.quiet) as on_progress:
         device = find_devices(asked.device)[0]
-        found = scores_of(dict(models), Run(tasks, device, on_progress, asked.quiet, base))
-    missing = None if asked.out is None else write_results(found, tasks, dict(models), asked.out)
+        run = Run(tasks, device, on_progress, asked.quiet, base)
+        found = scores_of(models, run) if unkept is None else unkept.evaluate(models, run)
+    recipes = unkept.recipes if unkept else None
+    missing = None if asked.out is None else write_results(found, tasks, dict(models), asked.out, recipes)
     if asked.as_json:
         print_json({**found.as_table(), "out": None if asked.out is None else str(asked.out)})
     elif not asked.quiet:

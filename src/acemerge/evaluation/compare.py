@@ -40,16 +40,16 @@ def merge_all(recipes: dict[str, Recipe], out: Path, options: RunOptions, tell: 
     run_together(list(zip(opened, folders, strict=True)), options)
 
 
-def rows(base: str, models: dict[str, str], merged: dict[str, str]) -> dict[str, str]:
-    """The base, the models that were named and those that were merged; UsageError where two have one name."""
+def rows(base: str, models: dict[str, str], recipes: dict[str, Recipe]) -> dict[str, str]:
+    """The base and the models that were named; UsageError where two of them and of the rules have one name."""
     named = {"base": base} | models
-    for name in merged.keys() & models.keys():
+    for name in recipes.keys() & models.keys():
         raise UsageError(
             f"model {models[name]}", f"has the name of the rule {name}", "rename its folder, or leave it out"
         )
     if named["base"] != base:
         raise UsageError(f"model {named['base']}", "has the name of the recipe's base", "leave it out, or rename it")
-    return named | merged
+    return named
 
 
 def with_experts(tasks: Tasks, recipe: Recipe) -> Tasks:

@@ -80,9 +80,14 @@ def evaluate(models: Mapping[str, str], run: Run, score: ScoreTask | None = None
     if experts:
         own = (score(experts[t.name], t, run, EXPERTS) if t.name in experts else None for t in tasks)
         rows.append(Row(EXPERTS, tuple(own)))
-    for name, model in opened.items():
-        rows.append(Row(name, tuple(score(model, task, run, name) for task in tasks)))
+    rows += rows_of(opened, run, score)
     return Evaluation(tuple(task.name for task in tasks), tuple(rows))
+
+
+def rows_of(models: Mapping[str, Model], run: Run, score: ScoreTask | None = None) -> list[Row]:
+    """Each of the models on every task."""
+    score = score or score_task
+    return [Row(name, tuple(score(model, t, run, name) for t in run.tasks.tasks)) for name, model in models.items()]
 
 
 @quiet_transformers()

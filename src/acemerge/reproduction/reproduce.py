@@ -69,7 +69,7 @@ def reproduce(
     recipes = recipes_of(pack, asked.rules, places)
     tasks = tasks_of(pack, asked.tasks, places, data_folders(pack, asked.tasks, data), asked.limit)
     merge_all(recipes, out, options, tell)
-    models = rows(places[pack.base], {}, merged_folders(recipes, out))
+    models = rows(places[pack.base], {}, recipes) | merged_folders(recipes, out)
     run = Run(tasks, find_devices(options.device)[0], on_progress, options.quiet)
     evaluation = evaluate(models, run, kept_in(out / "scores"))
     lines = compare(evaluation, pack)
