@@ -164,6 +164,31 @@ def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int]
         assert counted <= 1.25 * taken
 
 
+@spread(
+    name=["dc_merge", "cart", "tsv_m", "iso_c", "iso_cts", "svc"],
+    experts=[8, 2, 3],
+    sides=[(320, 320), (640, 320), (240, 960)],
+    kind=["alike", "unlike", "faint"],
+)
+def test_a_spectral_rule_allocates_what_the_plan_counts(
+    name: str, experts: int, sides: tuple[int, int], kind: str
+) -> None:
+    """With one thread, so one decomposition at a time. Some hold a square matrix of each expert, two or eleven."""
+    counted = make(name, {}).needs.work.entries(experts, *sides) * 4
+    lengths = [0.05**seed if kind == "unlike" else 1 for seed in range(experts)]
+    deltas = torch.stack([x * _update(sides, i + 1, kind != "faint") for i, x in enumerate(lengths)])
+    taken = allocated_by(name, deltas)
+    assert taken <= counted
+    if name in ("dc_merge", "iso_cts"):
+        assert counted <= 1.3 * taken
+
+
+def test_what_runs_beside_is_counted_where_it_can(two_threads: None) -> None:
+    two = make("cart", {}).needs.work.entries(3, 100, 200)
+    torch.set_num_threads(1)
+    assert two - make("cart", {}).needs.work.entries(3, 100, 200) == 5 * 100 * 200 + 12 * 100**2
+
+
 @pytest.mark.parametrize("eps", [1e-5, 0.0], ids=["float64", "pseudo-inverse"])
 @pytest.mark.parametrize("sides", [(640, 640), (1920, 480), (520, 1040), (200, 2000)], ids=str)
 def test_ace_refines_in_float64_in_what_the_plan_counts(sides: tuple[int, int], eps: float) -> None:

@@ -98,16 +98,20 @@ class Work(Protocol):
 @dataclass(frozen=True)
 class Workspace:
     """What a rule holds beside the task vectors at its peak, counted in float32: so many tensors of the layer's size,
-    `each` more for every expert, and so many square matrices. Their `side` is the layer's shorter one, its columns,
-    that of the least-squares system, the smaller of columns and T rows, its rows, at most T columns, or the layer's
-    longer one, at most T shorter. `then` is what it holds at another time, so that the larger of both counts.
+    `each` more for every expert, and so many square matrices, `squares_each` more for every expert. Their `side` is the
+    layer's shorter one, its columns, that of the least-squares system, the smaller of columns and T rows, its rows, at
+    most T columns, or the layer's longer one, at most T shorter. `beside` is what a second step at the same time holds
+    on top, where torch has two threads (`linalg.threads.side_by_side`). `then` is what the rule holds at another time,
+    so that the larger of both counts.
     """
 
     tensors: int = 4
     squares: int = 0
     side: Literal["shorter", "columns", "system", "rows", "longer"] = "system"
     each: int = 0
-    then: Workspace | None = None
+    squares_each: int = 0
+    beside: Work | None = None
+    then: Work | None = None
 
     def entries(self, experts: int, rows: int, columns: int) -> int:
         short, long = sorted((rows, columns))
@@ -118,7 +122,10 @@ class Workspace:
             "rows": min(rows, experts * columns),
             "longer": min(long, experts * short),
         }
-        own = (self.tensors + self.each * experts) * rows * columns + self.squares * sides[self.side] ** 2
+        own = (self.tensors + self.each * experts) * rows * columns
+        own += (self.squares + self.squares_each * experts) * sides[self.side] ** 2
+        if self.beside is not None and torch.get_num_threads() > 1:
+            own += self.beside.entries(experts, rows, columns)
         return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
 
 

@@ -12,8 +12,8 @@ from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import kth_largest_magnitude, largest_entry, share_of
 from acemerge.linalg.spectral import SHARED, Singular, leading_singular, polar
 from acemerge.linalg.threads import side_by_side
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
-from acemerge.methods.spectral import SPECTRAL_WORK, spectral_operations, with_update
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
+from acemerge.methods.spectral import DECOMPOSITION, spectral_operations, with_update
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -43,7 +43,9 @@ class DcMerge:
 
     name: ClassVar[str] = "dc_merge"
     source: ClassVar[str] = "arXiv 2603.06242"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, work=Workspace(4, 6, "shorter", squares_each=11, beside=DECOMPOSITION), factors="frame"
+    )
 
     top: Annotated[float, Field(gt=0, le=1, description="share of a core's entries that are kept, the largest")] = 1e-3
     smooth: Annotated[Smooth, Field(description="how an expert's singular values are spread")] = "none"

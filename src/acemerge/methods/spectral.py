@@ -21,8 +21,9 @@ from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
-# An eigen-decomposition takes several copies of its matrix, in float64 where float32 will not do, and two run at once.
-SPECTRAL_WORK = Workspace(11, 54, "shorter")
+# The leading singular vectors of one matrix: several copies of it and of its Gram matrix, in float64 where float32 will
+# not do.
+DECOMPOSITION = Workspace(5, 12, "shorter")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class Cart:
 
     name: ClassVar[str] = "cart"
     source: ClassVar[str] = "arXiv 2412.12153"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, work=Workspace(10, 12, "shorter", beside=DECOMPOSITION), factors="frame"
+    )
 
     lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
@@ -73,7 +76,9 @@ class TsvM:
 
     name: ClassVar[str] = "tsv_m"
     source: ClassVar[str] = "arXiv 2412.00081"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, work=Workspace(9, 10, "shorter", squares_each=2, beside=DECOMPOSITION), factors="frame"
+    )
 
     scale: Scale = 1.0
 
@@ -108,7 +113,7 @@ class IsoC:
 
     name: ClassVar[str] = "iso_c"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=DECOMPOSITION, factors="frame")
 
     scale: Scale = 1.0
 
@@ -142,7 +147,9 @@ class IsoCts:
 
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=SPECTRAL_WORK, factors="frame")
+    needs: ClassVar[Needs] = Needs(
+        matrix=True, work=Workspace(6, 15, "shorter", squares_each=2, beside=DECOMPOSITION), factors="frame"
+    )
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
     scale: Scale = 1.0

@@ -12,8 +12,8 @@ from pydantic import Field
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
 from acemerge.methods.around import Over, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale
-from acemerge.methods.spectral import SPECTRAL_WORK, spectral_operations, with_update
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace
+from acemerge.methods.spectral import DECOMPOSITION, spectral_operations, with_update
 from acemerge.shapes import Float, Tensor
 
 
@@ -49,7 +49,8 @@ class Svc:
     @property
     def needs(self) -> Needs:
         inner = self.inner.needs
-        work = replace(SPECTRAL_WORK, side="system")  # at least the shorter side: covers what it calibrates too
+        own = Workspace(8, 4, "system", then=inner.work)
+        work = Workspace(10, 9, "shorter", beside=DECOMPOSITION, then=own)
         return replace(
             inner,
             matrix=True,

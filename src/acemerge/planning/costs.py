@@ -9,7 +9,7 @@ import torch
 
 from acemerge.errors import UsageError
 from acemerge.methods.elementwise import Average
-from acemerge.methods.spectral import SPECTRAL_WORK
+from acemerge.methods.spectral import DECOMPOSITION
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
 from acemerge.recipes.recipe import SELF
@@ -99,7 +99,7 @@ def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
     if isinstance(job, Merge) and job.fused:
         work += (experts + 1) * count  # the projections' own task vectors, and what is made of them
     if isinstance(job, Merge) and job.factors:  # the merged update beside what its singular vectors take
-        work = max(work, count + SPECTRAL_WORK.entries(experts, rows, columns))
+        work = max(work, count + DECOMPOSITION.entries(experts, rows, columns))
     return work
 
 
