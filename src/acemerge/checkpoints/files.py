@@ -250,7 +250,7 @@ def read_small(path: Path, limit: int) -> bytes:
             size = os.fstat(descriptor).st_size
             if size > limit:
                 what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
-                raise CheckpointError(path, what, "this is no file of a model: remove it")
+                raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
             buffer = bytearray(size)
             read_into(descriptor, [memoryview(buffer)], 0, path)
             return bytes(buffer)
