@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from builders import PlainModel, write_checkpoint, write_sharded
 
 import acemerge
 from acemerge.checkpoints import files
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, WriteError
 from acemerge.output.verify import verify
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -110,3 +112,20 @@ def test_a_damaged_manifest_of_a_run_that_was_killed_while_publishing(plain: Pla
     earlier.write_bytes(json.dumps(json.loads(whole)).encode())
     acemerge.merge(base, experts, "average", out, overwrite=True)
     assert verify(out)
+
+
+@pytest.mark.parametrize(
+    ("code", "first"),
+    [
+        (errno.ENOSPC, "free space or "),
+        (errno.EACCES, "give access to its folder or "),
+        (errno.EFBIG, "raise the limit on the size of files (ulimit -f) or "),
+        (errno.EIO, "check the disk or "),
+        (errno.EROFS, ""),
+        (errno.ENOTDIR, ""),
+    ],
+)
+def test_space_is_not_to_be_freed_where_it_is_not_short(code: int, first: str) -> None:
+    with pytest.raises(WriteError) as failure, files.writing(Path("out")):
+        raise OSError(code, os.strerror(code))
+    assert failure.value.cure == f"{first}choose another output folder, then run again"
