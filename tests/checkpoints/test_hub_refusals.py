@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import PlainModel, write_checkpoint, write_sharded
 from commands import failed, run
 from hub_server import ASSETS, TOKEN, FakeHub, Repository, contents, put
@@ -56,6 +57,19 @@ def test_offline_a_prepared_cache(
     )
     Path(f"cache/models--org--base/snapshots/{sha}/model.safetensors.index.json").unlink()
     failed(run(capsys, "inspect", *words), 3, "has shards but no model.safetensors.index.json .in the cache.")
+
+
+def test_offline_a_cache_of_pickled_weights(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there: nothing is missing but the leave to read them."""
+    words = put(hub, plain)
+    torch.save(plain.base, "pytorch_model.bin")
+    hub.repositories["org/base"].commit(ASSETS | {"pytorch_model.bin": Path("pytorch_model.bin").read_bytes()})
+    assert run(capsys, "inspect", *words, "--allow-pickle")[0] == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed(run(capsys, "inspect", *words), 3, "only pickled weights, .*in the cache.*; add --allow-pickle to read it")
+    assert run(capsys, "inspect", *words, "--allow-pickle")[0] == 0
 
 
 def test_offline_without_a_cache(

@@ -18,7 +18,7 @@ from acemerge.checkpoints.assets import is_head, with_asset_folders
 from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.nearby import almost
 from acemerge.checkpoints.objects import hub_store
-from acemerge.checkpoints.weight_files import listed_files, needed_files
+from acemerge.checkpoints.weight_files import CONVERT, listed_files, needed_files
 from acemerge.errors import CheckpointError, UsageError, addressed
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
@@ -266,7 +266,8 @@ def _needed_offline(hub: Any, wanted: HubId, root: Path, which: _Wanted, why: st
     try:
         return which.of(wanted, with_asset_folders(folder, files.list_folder(folder)))
     except CheckpointError as failure:
-        raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
+        also = "add --allow-pickle to read it as plain data, " if failure.cure == CONVERT else ""
+        raise _missing(wanted, f"{failure.what} (in the cache)", why, also) from None
 
 
 def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path:
@@ -276,8 +277,8 @@ def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path
     return root
 
 
-def _missing(wanted: HubId, what: str, why: str) -> CheckpointError:
-    cure = "fetch it once with the network, or name a local folder"
+def _missing(wanted: HubId, what: str, why: str, also: str = "") -> CheckpointError:
+    cure = f"{also}fetch it once with the network, or name a local folder"
     return CheckpointError(wanted, f"{what}, and {why or 'it was not fetched'}", cure)
 
 
