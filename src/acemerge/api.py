@@ -285,7 +285,7 @@ def _finished(out: Path, manifest: Mapping[str, Any], options: RunOptions, on_pr
         write_report(out, on_progress=on_progress)
     if options.push is None:
         return report
-    address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet)
+    address = upload(out, [*manifest["outputs"], MANIFEST], options.push, options.quiet, options.finish)
     log.info("uploaded to %s", address, extra=event_fields("pushed", address=address))
     return replace(report, pushed=address)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from builders import PlainModel, write_checkpoint, write_sharded
 from commands import failed, run
 from hub_server import ASSETS, TOKEN, FakeHub, Repository, contents, put
@@ -56,6 +58,19 @@ def test_offline_a_prepared_cache(
     )
     Path(f"cache/models--org--base/snapshots/{sha}/model.safetensors.index.json").unlink()
     failed(run(capsys, "inspect", *words), 3, "has shards but no model.safetensors.index.json .in the cache.")
+
+
+def test_offline_a_cache_of_pickled_weights(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are there: nothing is missing but the leave to read them."""
+    words = put(hub, plain)
+    torch.save(plain.base, "pytorch_model.bin")
+    hub.repositories["org/base"].commit(ASSETS | {"pytorch_model.bin": Path("pytorch_model.bin").read_bytes()})
+    assert run(capsys, "inspect", *words, "--allow-pickle")[0] == 0
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    failed(run(capsys, "inspect", *words), 3, "only pickled weights, .*in the cache.*; add --allow-pickle to read it")
+    assert run(capsys, "inspect", *words, "--allow-pickle")[0] == 0
 
 
 def test_offline_without_a_cache(
@@ -163,3 +178,38 @@ def test_without_the_library(
     words = put(hub, plain)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     failed(run(capsys, "plan", *words), 2, r"huggingface_hub is not installed.*; pip install 'acemerge\[hub\]'")
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_damaged_in_the_cache_is_not_fetched_again_before_it_is_removed(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = put(hub, plain)
+    assert run(capsys, "inspect", *words)[0] == 0
+    blob = next(Path("cache/models--org--base/snapshots").glob("*/model.safetensors")).resolve()
+    blob.write_bytes(blob.read_bytes()[:-4])
+    failed(
+        run(capsys, "inspect", *words), 3, rf"its header describes .*; remove {blob} and run again, to fetch it anew"
+    )
+    blob.unlink()
+    assert run(capsys, "inspect", *words)[0] == 0
+    damaged = contents(plain.root / "base") | {"model.safetensors": blob.read_bytes()[:-4]}
+    hub.repositories["org/base"].commit(damaged)
+    failed(run(capsys, "inspect", *words), 3, "its header describes .*; choose a revision that has it whole")
+
+
+def test_a_cache_without_room(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = put(hub, plain)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.snapshot_download", full)
+        told = "cache: cannot keep what is fetched .No space left on device.; free space, or set HF_HUB_CACHE"
+        failed(run(capsys, "inspect", *words), 5, told)
+    assert run(capsys, "inspect", *words)[0] == 0

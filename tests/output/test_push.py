@@ -79,6 +79,21 @@ def test_a_failed_upload_leaves_the_output(
 
 
 @pytest.mark.usefixtures("token")
+def test_a_failed_upload_of_parts_is_not_finished_again(
+    plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*put(hub, plain), "--max-shard-size", "300", "-o", "out", "--quiet"]
+    for part in ("1/2", "2/2"):
+        assert run(capsys, "merge", *words, "--shard", part) == (0, "", "")
+    hub.refuse["/commit/main"] = 500
+    again = "run the same command again with --resume in the place of --finish, which only uploads it"
+    failed(run(capsys, "merge", *words, "--finish", "--push", "org/new"), 5, again)
+    hub.refuse.clear()
+    assert run(capsys, "merge", *words, "--resume", "--push", "org/new") == (0, "", "")
+    assert contents(Path("out")) == hub.repositories["org/new"].head
+
+
+@pytest.mark.usefixtures("token")
 def test_nothing_is_uploaded_that_does_not_verify(
     plain: PlainModel, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +22,7 @@ import acemerge
 from acemerge.errors import AcemergeError, UsageError, WriteError
 from acemerge.output.manifest import load_manifest
 from acemerge.output.verify import verify
+from attacks.faulty import failing, faulty, unfaulty
 
 OUT = "s3://bucket/out"
 Models = tuple[Path, list[Path]]
@@ -103,6 +107,20 @@ def test_a_conversion(memory: FaultyClient, models: Models, capsys: pytest.Captu
         memory.held.put(f"in/{name}", data)
     assert run(capsys, "convert", "gs://bucket/in", "gs://bucket/out", "--quiet") == (0, "", "")
     assert held(memory)["model.safetensors"] == contents(models[0])["model.safetensors"]
+
+
+def test_a_page_to_look_at_is_written_to_this_machine(
+    memory: FaultyClient, models: Models, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No browser opens what lies in a store."""
+    monkeypatch.chdir(models[0].parent)
+    words = ["--base", models[0], *(word for expert in models[1] for word in ("--expert", expert))]
+    said = run(capsys, "merge", *words, "-o", OUT, "--method", "average")[1]
+    assert f"\nlook: acemerge report {OUT} -o report.html, then open report.html\n" in said
+    said = run(capsys, "report", OUT)[1]
+    assert re.fullmatch(rf"{OUT}/report.html: .* kB, for a page on this machine add -o report.html\n", said)
+    assert run(capsys, "report", OUT, "-o", "report.html")[1].endswith(" kB, opens in any browser\n")
+    assert Path("report.html").read_bytes().startswith(b"<!doctype html>")
 
 
 def test_what_is_in_the_way_is_said_before_any_work(
@@ -212,6 +230,20 @@ def test_at_every_call_a_failure_leaves_nothing_finished_and_can_be_gone_on_with
         acemerge.merge(*models, out=OUT, resume=True, **OPTIONS)
         assert is_whole(memory, local)
         assert not there & {call.removeprefix("put out/") for call in memory.calls if call.startswith("put")}
+
+
+def test_a_full_disk_of_this_machine(memory: FaultyClient, models: Models, local: dict[str, bytes]) -> None:
+    """Files wait here until they are uploaded: another address would not help."""
+
+    def full(call: Any, *arguments: Any, **options: Any) -> Any:
+        return (failing(errno.ENOSPC) if call is os.write else unfaulty)(call, *arguments, **options)
+
+    cure = "free space, or set TMPDIR to another folder, then go on with --resume"
+    with faulty(1, full, lasting=True), pytest.raises(WriteError, match="no space left on device") as failure:
+        acemerge.merge(*models, out=OUT, **OPTIONS)
+    assert failure.value.cure == cure
+    acemerge.merge(*models, out=OUT, resume=True, **OPTIONS)
+    assert is_whole(memory, local)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -47,7 +47,7 @@ class Store:
         if files.kind(index) != "file":
             return False
         try:
-            sums = parse_json(files.read_small(index, _MAX_INDEX), index)
+            sums = parse_json(files.read_small(index, _MAX_INDEX), index, "measure again")
             root = files.resolve(self.folder)
             paths = {name: contained(root, name) for name in sums} if isinstance(sums, dict) else None
             if paths is None or any(files.sha256(path) != sums[name] for name, path in paths.items()):

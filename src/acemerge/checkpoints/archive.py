@@ -16,12 +16,15 @@ from typing import IO, cast
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import MAX_TENSORS
+from acemerge.checkpoints.pointers import LENGTH, check_fetched
 from acemerge.errors import CheckpointError
 
 MAX_DIRECTORY = 16 << 20
 _ENTRY, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
+_OLDER = b"\x80"  # a bare pickle begins so
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _CURE = "load it where you trust it and save it again with save_pretrained, which writes safetensors"
+DAMAGED = f"fetch it again, or {_CURE}"
 # All that a state dict saved by torch.save consists of.
 _RECORD = re.compile(
     r"data\.pkl|data/[0-9]+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
@@ -39,16 +42,18 @@ class Record:
 def read_records(descriptor: files.Handle, path: Path) -> Mapping[str, Record]:
     """The records of an archive by their names without the common first folder."""
     size = files.fingerprint(path)[0]
-    if read_at(descriptor, 0, min(size, 4), path) != _LOCAL:
+    beginning = read_at(descriptor, 0, min(size, LENGTH), path)
+    check_fetched(beginning, path)
+    if not beginning.startswith(_LOCAL):
         what = "is no zip file of torch.save: an older pickle, a tar file, or something else"
-        raise CheckpointError(path, what, _CURE)
+        raise CheckpointError(path, what, _CURE if beginning.startswith(_OLDER) else DAMAGED)
     entries, end = _directory(_Window(descriptor, size, path))
     records: dict[str, Record] = {}
     extents: list[tuple[int, int, str]] = []
     for entry in entries:
         name = _checked_name(entry, path)
         if name in records:
-            raise CheckpointError(path, f"the record {name[:80]!r} stands twice", _CURE)
+            raise CheckpointError(path, f"the record {name[:80]!r} stands twice", DAMAGED)
         records[name] = _located(descriptor, entry, size, path)
         extents.append((entry.header_offset, records[name].offset + records[name].nbytes, name))
     if len({entry.orig_filename.split("/")[0] for entry in entries}) > 1:
@@ -129,24 +134,24 @@ def _located(descriptor: files.Handle, entry: zipfile.ZipInfo, size: int, path: 
     name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
     length = 30 + len(name)
     if not 0 <= entry.header_offset <= size - length:
-        raise CheckpointError(path, f"the record {entry.orig_filename[:80]!r} lies outside the file", _CURE)
+        raise CheckpointError(path, f"the record {entry.orig_filename[:80]!r} lies outside the file", DAMAGED)
     header = read_at(descriptor, entry.header_offset, length, path)
     signature, _, flags, method, _, _, _, _, _, name_size, extra_size = struct.unpack("<4s5H3I2H", header[:30])
     agrees = signature == _LOCAL and method == zipfile.ZIP_STORED and not flags & _ENCRYPTED
     if not agrees or name_size != len(name) or header[30:] != name:
         what = f"the record {entry.orig_filename[:80]!r} is not what the zip directory says"
-        raise CheckpointError(path, what, _CURE)
+        raise CheckpointError(path, what, DAMAGED)
     return Record(entry.header_offset + length + extra_size, entry.file_size)
 
 
 def _check_apart(extents: list[tuple[int, int, str]], end: int, path: Path) -> None:
     """CheckpointError unless the records follow one another from the first byte up to the directory."""
     if not extents or extents[0][0] != 0:
-        raise CheckpointError(path, "does not begin with its first record", _CURE)
+        raise CheckpointError(path, "does not begin with its first record", DAMAGED)
     position = 0
     for start, stop, name in extents:
         if start < position:
-            raise CheckpointError(path, f"the record {name[:80]!r} overlaps the one before it", _CURE)
+            raise CheckpointError(path, f"the record {name[:80]!r} overlaps the one before it", DAMAGED)
         position = stop
     if position > end:
         raise CheckpointError(path, "its records reach beyond its data", "fetch the file again: it is truncated")

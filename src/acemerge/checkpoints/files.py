@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Literal, cast
@@ -32,6 +32,13 @@ _FORGOTTEN_AGAIN = 32 << 20
 OWN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _READ = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _seeking = Lock()
+# What may help before another folder is chosen, where something cannot be written.
+_FIRST: Mapping[int | None, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space or "),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "give access to its folder or "),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or ",
+    errno.EIO: "check the disk or ",
+}
 # What tells that a file was written to: its size and times, or an object's size, ETag and version.
 Fingerprint = tuple[int, int | str, int | str]
 Handle = int | Opened  # of what is open for reading: a file's descriptor, or an object
@@ -53,7 +60,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as failure:
-        cure = "free space or choose another output folder, then run again"
+        code = failure.errno if isinstance(failure, OSError) else None
+        cure = f"{_FIRST.get(code, '')}choose another output folder, then run again"
         raise shortage_of(failure, path) or WriteError(path, reason_of(failure), cure) from failure
 
 
@@ -250,7 +258,7 @@ def read_small(path: Path, limit: int) -> bytes:
             size = os.fstat(descriptor).st_size
             if size > limit:
                 what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
-                raise CheckpointError(path, what, "this is no file of a model: remove it")
+                raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
             buffer = bytearray(size)
             read_into(descriptor, [memoryview(buffer)], 0, path)
             return bytes(buffer)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.pointers import LENGTH, check_fetched
 from acemerge.errors import CheckpointError
 
 MAX_HEADER = 16 << 20
@@ -96,7 +97,7 @@ def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:
         files.read_into(descriptor, [memoryview(text)], 8, path)
     finally:
         files.close(descriptor)
-    entries = parse_json(bytes(text), path, parts=MAX_PARTS)
+    entries = parse_json(bytes(text), path, _CURE, parts=MAX_PARTS)
     if not isinstance(entries, dict):
         raise CheckpointError(path, "the header is no JSON object", _CURE)
     _check_metadata(entries.pop("__metadata__", {}), path)
@@ -113,9 +114,10 @@ def read_header(path: Path, float8: bool = False) -> list[TensorInfo]:
 def _header_length(descriptor: files.Handle, size: int, path: Path) -> int:
     if size < 8:
         raise CheckpointError(path, f"{size} bytes are too few for a safetensors file", _CURE)
-    prefix = bytearray(8)
-    files.read_into(descriptor, [memoryview(prefix)], 0, path)
-    length = int.from_bytes(prefix, "little")
+    beginning = bytearray(min(size, LENGTH))
+    files.read_into(descriptor, [memoryview(beginning)], 0, path)
+    check_fetched(bytes(beginning), path)
+    length = int.from_bytes(beginning[:8], "little")
     if length > size - 8:
         raise CheckpointError(path, f"a header of {length:,} bytes does not fit in a file of {size:,}", _CURE)
     if length > MAX_HEADER:
@@ -123,11 +125,12 @@ def _header_length(descriptor: files.Handle, size: int, path: Path) -> int:
     return length
 
 
-def parse_json(text: bytes, path: Path, cure: str = _CURE, constants: bool = False, parts: int | None = None) -> Any:
+def parse_json(text: bytes, path: Path, cure: str, constants: bool = False, parts: int | None = None) -> Any:
     """JSON with duplicate keys, bottomless nesting and, unless `constants`, NaN and infinities refused.
 
     Also text of more than `parts` lists, tables and items: a few bytes of each take fifty of memory.
     """
+    check_fetched(text, path)
     count = sum(map(text.count, (b"[", b"{", b",")))
     if parts is not None and count > parts:
         raise CheckpointError(path, f"{count:,} parts, more than the {parts:,} that its JSON may have", cure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import re
 import sys
@@ -18,8 +19,8 @@ from acemerge.checkpoints.assets import is_head, with_asset_folders
 from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.nearby import almost
 from acemerge.checkpoints.objects import hub_store
-from acemerge.checkpoints.weight_files import listed_files, needed_files
-from acemerge.errors import CheckpointError, UsageError, addressed
+from acemerge.checkpoints.weight_files import CONVERT, listed_files, needed_files
+from acemerge.errors import CheckpointError, UsageError, WriteError, addressed
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?"
 _ID = re.compile(
@@ -27,6 +28,7 @@ _ID = re.compile(
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 300
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 What = Literal["model", "data set"]
 REPO_TYPE: Mapping[What, str] = {"model": "model", "data set": "dataset"}
 NO_COMMIT = ("the Hub's answer names no commit", "check HF_ENDPOINT, if it is set")
@@ -236,8 +238,13 @@ def download(hub: Any, wanted: HubId, revision: str | None, names: Sequence[str]
     try:
         root = hub.snapshot_download(wanted.repo, revision=revision, allow_patterns=patterns, repo_type=REPO_TYPE[what])
     except Exception as failure:
+        if isinstance(failure, OSError) and failure.errno in _NO_ROOM:
+            kept = f"cannot keep what is fetched ({failure.strerror})"
+            cure = "free space, or set HF_HUB_CACHE to another folder, then run again"
+            raise WriteError(hub.constants.HF_HUB_CACHE, kept, cure) from failure
         refusal = refusal_of(hub, wanted, failure, what)
-        how = f"could not be fetched ({in_words(failure)})"
+        lesser = isinstance(failure, hub.errors.LocalEntryNotFoundError) and failure.__cause__ is not None
+        how = f"could not be fetched ({in_words((failure.__cause__ if lesser else None) or failure)})"
         raise refusal or CheckpointError(wanted, how, "run again: what was fetched is kept") from failure
     return Path(root)
 
@@ -266,7 +273,8 @@ def _needed_offline(hub: Any, wanted: HubId, root: Path, which: _Wanted, why: st
     try:
         return which.of(wanted, with_asset_folders(folder, files.list_folder(folder)))
     except CheckpointError as failure:
-        raise _missing(wanted, f"{failure.what} (in the cache)", why) from None
+        also = "add --allow-pickle to read it as plain data, " if failure.cure == CONVERT else ""
+        raise _missing(wanted, f"{failure.what} (in the cache)", why, also) from None
 
 
 def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path:
@@ -276,8 +284,8 @@ def _complete(wanted: HubId, root: Path, names: Sequence[str], why: str) -> Path
     return root
 
 
-def _missing(wanted: HubId, what: str, why: str) -> CheckpointError:
-    cure = "fetch it once with the network, or name a local folder"
+def _missing(wanted: HubId, what: str, why: str, also: str = "") -> CheckpointError:
+    cure = f"{also}fetch it once with the network, or name a local folder"
     return CheckpointError(wanted, f"{what}, and {why or 'it was not fetched'}", cure)
 
 

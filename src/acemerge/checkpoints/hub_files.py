@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from acemerge.checkpoints import files
 from acemerge.checkpoints.hub import (
     NO_COMMIT,
     REPO_TYPE,
@@ -19,6 +21,20 @@ from acemerge.checkpoints.hub import (
     why_not,
 )
 from acemerge.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def from_cache() -> Iterator[None]:
+    """A cure for files in the Hub's cache that are damaged: what lies there is not fetched again."""
+    try:
+        yield
+    except CheckpointError as failure:
+        held = files.resolve(Path(failure.where))
+        if held.parent.name != "blobs" or "fetch" not in failure.cure or files.kind(held) != "file":
+            raise
+        as_there = files.sha256(held) == held.name
+        cure = "choose a revision that has it whole" if as_there else f"remove {held} and run again, to fetch it anew"
+        raise CheckpointError(failure.where, failure.what, cure) from failure
 
 
 @dataclass(frozen=True)

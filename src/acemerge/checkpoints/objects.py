@@ -134,7 +134,8 @@ def stats_below(path: Path) -> dict[str, Stat]:
     found = _listing(path)
     odd = [name for name in (*found.objects, *found.folders) if name in ("", ".", "..") or "\\" in name]
     if odd:
-        raise CheckpointError(path, f"has the key {odd[0]!r}, which is no path", "remove it")
+        cure = "rename that object, or name another address"
+        raise CheckpointError(path, f"has the key {odd[0]!r}, which is no path", cure)
     below = {f"{name}/{key}": s for name in found.folders for key, s in stats_below(path / name).items()}
     return {**found.objects, **below}
 
@@ -184,7 +185,7 @@ def read_small(path: Path, limit: int) -> bytes:
     opened = open_object(path)
     if opened.stat.size > limit:
         what = f"{opened.stat.size:,} bytes, more than the {limit:,} that such a file may have"
-        raise CheckpointError(path, what, "this is no file of a model: remove it")
+        raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
     return b"".join(_chunks(opened))
 
 

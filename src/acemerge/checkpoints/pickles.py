@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.archive import Record, read_at, read_records
+from acemerge.checkpoints.archive import DAMAGED, Record, read_at, read_records
 from acemerge.checkpoints.header import MAX_TENSORS, TensorInfo, TensorSpec, check_name
 from acemerge.errors import CheckpointError
 
@@ -87,7 +87,7 @@ def read_pickle(path: Path) -> list[TensorInfo]:
         raise CheckpointError(path, str(failure), _CURE) from None
     except Exception as failure:  # a broken pickle fails in many ways: an empty stack, bad text, an unknown opcode
         what = f"its pickle is malformed ({type(failure).__name__}: {str(failure)[:80]})"
-        raise CheckpointError(path, what, _CURE) from None
+        raise CheckpointError(path, what, DAMAGED) from None
     infos = [_located(name, value, records, path) for name, value in _state_dict(content, path).items()]
     infos.sort(key=lambda info: (-_STORED_ORDER.index(str(info.spec.dtype)[6:]), info.spec.name))
     return infos
@@ -96,7 +96,7 @@ def read_pickle(path: Path) -> list[TensorInfo]:
 def _content(descriptor: files.Handle, records: Mapping[str, Record], name: str, path: Path) -> bytes:
     record = records.get(name)
     if record is None:
-        raise CheckpointError(path, f"has no record {name}", _CURE)
+        raise CheckpointError(path, f"has no record {name}", DAMAGED)
     if record.nbytes > MAX_PICKLE:
         what = f"its {name} of {record.nbytes:,} bytes is over the limit of {MAX_PICKLE:,}"
         raise CheckpointError(path, what, _CURE)
@@ -260,12 +260,12 @@ def _located(name: str, tensor: _Tensor, records: Mapping[str, Record], path: Pa
     storage, spec = tensor.storage, TensorSpec(name, tensor.storage.dtype, tensor.shape)
     record = records.get(f"data/{storage.key}")
     if record is None or record.nbytes != storage.count * storage.dtype.itemsize:
-        raise CheckpointError(path, f"the values of tensor {name!r} are not in the file as it says", _CURE)
+        raise CheckpointError(path, f"the values of tensor {name!r} are not in the file as it says", DAMAGED)
     if not _is_contiguous(tensor):
         cure = "save it again with .contiguous() on every tensor, or with save_pretrained"
         raise CheckpointError(path, f"tensor {name!r} is not stored row by row", cure)
     if tensor.offset + spec.count > storage.count:
-        raise CheckpointError(path, f"tensor {name!r} reaches beyond its storage", _CURE)
+        raise CheckpointError(path, f"tensor {name!r} reaches beyond its storage", DAMAGED)
     return TensorInfo(spec, path, record.offset + tensor.offset * storage.dtype.itemsize)
 
 

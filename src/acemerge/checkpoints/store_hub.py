@@ -48,8 +48,8 @@ class HubStore:
             raise self._silent(failure) from None
         if answer.status_code in (401, 403):
             gated = answer.headers.get("X-Error-Code") == "GatedRepo"
-            said = "it is gated: accept its terms" if gated else f"the Hub refuses access ({answer.status_code})"
-            raise StoreFailure("refused", f"{said}, and set HF_TOKEN")
+            refused = f"the Hub refuses access ({answer.status_code}): set HF_TOKEN to a token that may read it"
+            raise StoreFailure("refused", "it is gated: accept its terms, and set HF_TOKEN" if gated else refused)
         if answer.status_code == 404:
             raise StoreFailure("missing", "missing")
         content = bytes(answer.content)

@@ -17,6 +17,7 @@ TEMPLATE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
+_CURE = "fetch the file again"
 
 
 def read_template(checkpoint: Checkpoint) -> str | None:
@@ -64,9 +65,9 @@ def end_of_text(checkpoint: Checkpoint) -> dict[str, object]:
 
 def _settings(checkpoint: Checkpoint, name: str) -> dict[str, object]:
     path = checkpoint.path / name
-    content = parse_json(_read(checkpoint, name), path, constants=True, parts=MAX_PARTS)
+    content = parse_json(_read(checkpoint, name), path, _CURE, constants=True, parts=MAX_PARTS)
     if not isinstance(content, dict):
-        raise CheckpointError(path, "is no JSON object", "fetch the file again")
+        raise CheckpointError(path, "is no JSON object", _CURE)
     return content
 
 

@@ -21,6 +21,7 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PICKLED_ADAPTER = "adapter_model.bin"
 CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
+_INDEX_AGAIN = "fetch the index again"
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _OF_SHARDS = re.compile(r"-\d{5}-of-\d{5}\.")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
@@ -186,10 +187,11 @@ def places_of(
 
 def _weight_map(root: Path, kind: _Format) -> dict[str, str]:
     index = root / kind.index
-    content = parse_json(files.read_small(contained(root, kind.index), MAX_CONFIG), index, parts=MAX_PARTS)
+    text = files.read_small(contained(root, kind.index), MAX_CONFIG)
+    content = parse_json(text, index, _INDEX_AGAIN, parts=MAX_PARTS)
     mapping = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(mapping, dict) or not mapping:
-        raise CheckpointError(index, "has no weight_map", "fetch the index again")
+        raise CheckpointError(index, "has no weight_map", _INDEX_AGAIN)
     for name, file in mapping.items():
         if not isinstance(file, str) or not kind.file.fullmatch(file):
             what = f"the weight_map sends {name[:80]!r} to {str(file)[:80]!r}, which is no file of this folder"
@@ -201,9 +203,8 @@ def _check_index(root: Path, places: Mapping[str, TensorInfo], kind: _Format) ->
     mapping = _weight_map(root, kind)
     for name, file in mapping.items():
         if name not in places:
-            raise CheckpointError(
-                root / file, f"lacks tensor {name[:80]!r}, which the index puts there", "fetch it again"
-            )
+            what = f"lacks tensor {name[:80]!r}, which the index puts there"
+            raise CheckpointError(root / file, what, "fetch it again, or mend the index")
         if places[name].file != contained(root, file):
             what = f"the index puts tensor {name!r} there, but it is in {places[name].file.name}"
             raise CheckpointError(root / file, what, "mend the index")

@@ -214,12 +214,14 @@ def next_steps(report: MergeReport) -> list[tuple[str, str]]:
     call = load_call(config, outputs, addressed(report.out), "stored" in report.manifest)
     page = report.out / REPORT
     load = f"{call}; {CARD} there has it whole" if call else f"as {report.out / CARD} says"
-    if scheme_of(report.out):  # transformers reads folders
+    look = f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"
+    if scheme_of(report.out):  # transformers reads folders, and browsers files
         load = f"acemerge convert {out} FOLDER, then as {report.out / CARD} says"
+        look = f"acemerge report {out} -o {REPORT}, then open {REPORT}"
     return [
         ("load", load),
         ("score", f"acemerge evaluate {out} --tasks tasks.yaml"),
-        ("look", f"open {page}" if files.kind(page) == "file" else f"acemerge report {out}"),
+        ("look", look),
     ]
 
 

@@ -33,10 +33,13 @@ def report(
 ) -> None:
     """Write one HTML page about a finished merge: what was done, where experts disagree, spectra, hashes."""
     from acemerge.checkpoints import files
+    from acemerge.checkpoints.address import scheme_of
     from acemerge.cli.progress import progress
+    from acemerge.output.names import REPORT
     from acemerge.report.write import write_report
 
     with progress(stderr(), asked.quiet) as on_progress:
         path = write_report(folder, asked.out, on_progress, scores)
     if not asked.quiet:
-        say(stdout(), f"{path}: {size(files.fingerprint(path)[0])}, opens in any browser")
+        seen = f"for a page on this machine add -o {REPORT}" if scheme_of(path) else "opens in any browser"
+        say(stdout(), f"{path}: {size(files.fingerprint(path)[0])}, {seen}")

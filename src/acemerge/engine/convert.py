@@ -13,6 +13,7 @@ from acemerge.checkpoints.float8 import plain
 from acemerge.checkpoints.folder import Checkpoint, open_checkpoint
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.hub import locate
+from acemerge.checkpoints.hub_files import from_cache
 from acemerge.checkpoints.links import contained
 from acemerge.engine.opening import Opened, check_output_apart
 from acemerge.engine.run_options import RunOptions
@@ -29,8 +30,9 @@ def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
     check_output(out, options.overwrite, options.resume)
-    model = locate(source, options.allow_pickle, options.quiet, heads=True, stream=options.stream)
-    checkpoint = _with_heads(open_checkpoint(model.path, options.allow_pickle, options.dequantize))
+    with from_cache():
+        model = locate(source, options.allow_pickle, options.quiet, heads=True, stream=options.stream)
+        checkpoint = _with_heads(open_checkpoint(model.path, options.allow_pickle, options.dequantize))
     _, roles, _ = heads_apart([checkpoint], ["base"], find_roles(checkpoint.config, checkpoint.tensors))
     # Without an expert this is no recipe that could be asked for: it is not validated as one.
     recipe = Recipe.model_construct(base=source, experts=[], rules=(TensorRule(match="*", action="base"),))

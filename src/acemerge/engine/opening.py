@@ -16,6 +16,7 @@ from acemerge.checkpoints.assets import in_module, module_weights
 from acemerge.checkpoints.config import CONFIG
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hub import Located, locate
+from acemerge.checkpoints.hub_files import from_cache
 from acemerge.checkpoints.lora import open_expert, with_adapter
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.agreement import check_agreement
@@ -165,8 +166,9 @@ class _Models:
 
 def _open_models(recipe: Recipe, options: RunOptions) -> _Models:
     named = [*recipe.models, *recipe.adapters.values()]
-    located = [locate(model, options.allow_pickle, options.quiet, stream=options.stream) for model in named]
-    opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
+    with from_cache():
+        located = [locate(model, options.allow_pickle, options.quiet, stream=options.stream) for model in named]
+        opened = tuple(open_expert(model.path, options.allow_pickle, options.dequantize) for model in located)
     base, *models = opened[: len(recipe.models)]
     if base.adapter is not None:
         raise CheckpointError(recipe.base, "is an adapter, which is no base", "name the model that it was trained on")

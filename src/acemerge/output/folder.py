@@ -170,7 +170,8 @@ class OutputFolder:
     def _outputs_of(self, manifest: str) -> set[str]:
         """The files that a manifest lists."""
         path = self.path / manifest
-        content = parse_json(files.read_small(path, MAX_MANIFEST), path)
+        cure = "restore the file, or choose another folder"
+        content = parse_json(files.read_small(path, MAX_MANIFEST), path, cure)
         outputs = content.get("outputs") if isinstance(content, dict) else None
         return set(outputs) if isinstance(outputs, dict) else set()
 

@@ -194,7 +194,7 @@ def load_manifest(folder: Path) -> dict[str, Any]:
         cure = "name the output of a merge; continue one that did not finish with --resume"
         raise CheckpointError(folder, f"has no {MANIFEST}", cure)
     text = files.read_small(path, MAX_MANIFEST)
-    manifest = parse_json(text, path)
+    manifest = parse_json(text, path, AGAIN)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(path, f"is no {FORMAT}", AGAIN_NOW)
     if to_bytes(manifest) != text:

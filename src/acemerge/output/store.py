@@ -37,6 +37,7 @@ from acemerge.planning.parts import SHARDS, Part, part_of_folder
 
 _OTHER_BEGAN = "another run has begun to write here"
 _ELSEWHERE = "choose another address"
+_ROOM = "free space, or set TMPDIR to another folder"
 _BUSY = "wait for it, or choose another address; if none is at work, add --resume to go on or --overwrite"
 
 
@@ -321,10 +322,22 @@ def store_output(
             output.check_own()
             if overwrite and not (resume or in_parts):
                 output.forget_parts()
-        with undone_on_failure(output):
+        with undone_on_failure(output), _within(output.path):
             yield output
     finally:
         output.close()
+
+
+@contextlib.contextmanager
+def _within(spool: Path) -> Iterator[None]:
+    """Where it is this machine that takes no more, another address for the output would not help."""
+    try:
+        yield
+    except WriteError as failure:
+        if not Path(failure.where).is_relative_to(spool):
+            raise
+        cure = f"{_ROOM}, then go on with --resume"
+        raise WriteError(failure.where, f"cannot be written to ({failure.what})", cure) from failure
 
 
 def _spool() -> Path:
@@ -333,4 +346,4 @@ def _spool() -> Path:
         return Path(tempfile.mkdtemp(prefix="acemerge-"))
     except OSError as failure:
         what = f"cannot be written to ({failure.strerror})"
-        raise WriteError(tempfile.gettempdir(), what, "free space, or set TMPDIR to another folder") from None
+        raise WriteError(tempfile.gettempdir(), what, _ROOM) from None

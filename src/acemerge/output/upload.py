@@ -23,17 +23,19 @@ def check_push(repo: str) -> None:
         raise UsageError(f"--push {repo}", "there is no token", "set HF_TOKEN to one that may write there")
 
 
-def upload(folder: Path, names: Iterable[str], repo: str, quiet: bool) -> str:
+def upload(folder: Path, names: Iterable[str], repo: str, quiet: bool, finish: bool = False) -> str:
     """Upload these files of `folder` to a repository, made private if it is new, and return its address.
 
-    All in one commit, which also removes what an earlier output had there and this one has not. Raises WriteError.
+    All in one commit, which also removes what an earlier output had there and this one has not. Raises WriteError;
+    where it was the `finish` of parts, of which nothing is left to be put together, its cure says so.
     """
     hub = library()
     try:
         with manners(hub, quiet):
             return _commit(hub, folder, list(names), repo)
     except Exception as failure:  # of whichever HTTP library this version of huggingface_hub uses
-        cure = f"the output is complete at {folder}: run the same command again with --resume, which only uploads it"
+        again = f"with --resume{' in the place of --finish' if finish else ''}, which only uploads it"
+        cure = f"the output is complete at {folder}: run the same command again {again}"
         raise WriteError(f"--push {repo}", _reason(hub, failure), cure) from failure
 
 

@@ -15,6 +15,7 @@ from acemerge.checkpoints.header import parse_json
 from acemerge.errors import CheckpointError
 
 SCORES = "evaluation.json"
+_CURE = "name the evaluation.json of acemerge evaluate or compare, or make it again"
 _MOST = 32 << 20  # bytes of a file that is looked at
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -70,8 +71,8 @@ def find_scores(out: Path, given: Path | None) -> Scores | None:
     if given is None and files.kind(path) != "file":
         return None
     if files.kind(path) == "nothing":
-        raise CheckpointError(path, "no such file", "name the evaluation.json of acemerge evaluate or compare")
-    return scores_of(parse_json(files.read_small(path, _MOST), path), path, out)
+        raise CheckpointError(path, "no such file", _CURE)
+    return scores_of(parse_json(files.read_small(path, _MOST), path, _CURE), path, out)
 
 
 def scores_of(content: Any, path: Path, out: Path) -> Scores:
@@ -80,8 +81,7 @@ def scores_of(content: Any, path: Path, out: Path) -> Scores:
         found = _SHAPE.validate_python(content)
     except ValidationError as failure:
         place = ".".join(map(str, failure.errors()[0]["loc"])) or "its beginning"
-        cure = "name the evaluation.json of acemerge evaluate or compare"
-        raise CheckpointError(path, f"is no evaluation: {place!r} is not as expected", cure) from None
+        raise CheckpointError(path, f"is no evaluation: {place!r} is not as expected", _CURE) from None
     rows = found["rows"]
     tasks = tuple(dict.fromkeys(task for row in rows.values() for task in row["tasks"]))
     home = files.resolve(out)
