@@ -15,7 +15,6 @@ import peft
 import pytest
 import torch
 from builders import load_folder
-from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -137,6 +136,8 @@ def test_sentence_transformers_loads_a_merge_of_adapters(adapters: list[Path], b
     assert (turned > 0).all()
     assert (turned <= torch.stack([turns(embeddings(_adapted(path)), before) for path in adapters]).sum(0)).all()
     # Its own pooling and normalisation, as the base's files say.
+    from sentence_transformers import SentenceTransformer  # takes seconds, and every process collects this file
+
     encoder = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert [type(module).__name__ for module in encoder] == ["Transformer", "Pooling", "Normalize"]
     assert encoder.max_seq_length == 256

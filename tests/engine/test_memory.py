@@ -115,6 +115,7 @@ def test_models_larger_than_the_bound(method: str, times: float, tmp_path: Path)
     assert open_checkpoint(out).read("layers.7.weight")[:FILLED].count_nonzero() > 0.1 * FILLED * COLUMNS
 
 
+@pytest.mark.torture  # writes and reads a GB
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_an_inspection_stays_within_the_bound_of_a_merge(tmp_path: Path) -> None:
     experts, nbytes = 2, 310_000_000

@@ -64,7 +64,7 @@ def _name(module: ModuleType) -> str:
 
 def _every_attack() -> list[Any]:
     """Those on real servers take up to half a minute a case; tests of Ray and of stores have their kinds of faults."""
-    slow = ("ray_faults", "store_faults", "store_changes")
+    slow = ("ray_faults", "store_faults", "store_changes", "store_uploads")
     return [
         pytest.param(module, id=_name(module), marks=[pytest.mark.torture] if _name(module) in slow else [])
         for module in attacks.modules()
