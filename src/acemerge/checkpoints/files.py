@@ -256,9 +256,7 @@ def read_small(path: Path, limit: int) -> bytes:
         descriptor = _open_file(path)
         try:
             size = os.fstat(descriptor).st_size
-            if size > limit:
-                what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
-                raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
+            objects.check_size(path, size, limit)
             buffer = bytearray(size)
             read_into(descriptor, [memoryview(buffer)], 0, path)
             return bytes(buffer)

@@ -183,10 +183,15 @@ def open_object(path: Path) -> Opened:
 
 def read_small(path: Path, limit: int) -> bytes:
     opened = open_object(path)
-    if opened.stat.size > limit:
-        what = f"{opened.stat.size:,} bytes, more than the {limit:,} that such a file may have"
-        raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
+    check_size(path, opened.stat.size, limit)
     return b"".join(_chunks(opened))
+
+
+def check_size(path: Path, size: int, limit: int) -> None:
+    """CheckpointError for a file, or an object, that is larger than its kind may be."""
+    if size > limit:
+        what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
+        raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

@@ -49,6 +49,7 @@ class Svc:
     @property
     def needs(self) -> Needs:
         inner = self.inner.needs
+        # One after the other: what it calibrates, the shares on the system, the singular vectors.
         own = Workspace(8, 4, "system", then=inner.work)
         work = Workspace(10, 9, "shorter", beside=SECOND, then=own)
         return replace(
