@@ -46,7 +46,7 @@ def test_the_link_leaves_a_cookie_that_no_other_page_may_use(guard: Guard) -> No
     for path in (
         "/",
         "/config",
-        "/gradio_api/queue/join",
+        "/gradio_api/run/predict",
         "/gradio_api/heartbeat/a1",
         "/assets/index-a_b.js",
         "/report/3",
@@ -70,8 +70,8 @@ def test_its_own_names_are_not(host: str, guard: Guard) -> None:
 
 def test_another_origin_is_refused(guard: Guard) -> None:
     for origin in ("http://evil.example", "null", "http://127.0.0.1:8000", "http://localhost:7860", "http://[", "x"):
-        assert ask(guard, "/gradio_api/queue/join", origin=origin)[0] == 403
-    assert ask(guard, "/gradio_api/queue/join", origin="http://127.0.0.1:7860")[0] == 200
+        assert ask(guard, "/gradio_api/run/predict", origin=origin)[0] == 403
+    assert ask(guard, "/gradio_api/run/predict", origin="http://127.0.0.1:7860")[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_another_origin_is_refused(guard: Guard) -> None:
         "/file=/etc/passwd",
         "/gradio_api/proxy=http://evil.example/",
         "/gradio_api/upload",
-        "/gradio_api/run/predict",
+        "/gradio_api/run/show",
+        "/gradio_api/queue/join",
+        "/gradio_api/queue/data",
         "/assets/../../secret",
         "/static/..",
         "/report/../config",

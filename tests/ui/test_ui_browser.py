@@ -32,9 +32,6 @@ from acemerge.ui.server import Server
 from acemerge.ui.view import REPLACE
 
 pytestmark = [
-    # Once in ten runs on a busy machine the page stands still until it is loaded anew. Until it is known why, its tests
-    # are not among those that have to pass each time.
-    pytest.mark.torture,
     needs_browser,
     pytest.mark.filterwarnings("ignore"),
     # Looked up, not imported: every process of the tests collects this file, and one runs it.
@@ -56,6 +53,11 @@ class Desk:
 
     def text(self, area: str) -> str:
         return str(self.driver.execute_script(f"return document.getElementById({area!r}).innerText"))
+
+    def failures(self, area: str) -> list[str]:
+        """What is said there to have failed; the area's own text has that of a clock that no one sees, now and then."""
+        script = f"return [...document.querySelectorAll('#{area} .failure')].map(e => e.innerText)"
+        return list(self.driver.execute_script(script))
 
     def press(self, button: str) -> None:
         wait(self.driver, f"document.getElementById({button!r})?.disabled === false")
@@ -187,14 +189,15 @@ def test_an_error_is_one_line_beside_the_button(desk: Desk) -> None:
     desk.press("merge")
     wait(desk.driver, "document.querySelector('#merged .failure')")
     taken = f"{desk.folder / 'models/merged'}: holds a finished merge; choose another folder or tick “{REPLACE}”"
-    assert desk.text("merged").strip() == taken
+    assert desk.failures("merged") == [taken]
     desk.write("out", "../outside")
     desk.press("merge")
-    # One line when all is answered: on the way there the area may be drawn anew.
-    wait(desk.driver, r"/^[^\n]*outside the folders[^\n]*$/.test(document.querySelector('#merged').innerText.trim())")
+    wait(desk.driver, "document.querySelector('#merged .failure')?.innerText.includes('outside the folders')")
+    (outside,) = desk.failures("merged")
+    assert "\n" not in outside
     assert list((desk.folder / "outside").iterdir()) == []
     desk.write("out", "models/other")
-    wait(desk.driver, "document.querySelector('#merged').innerText.trim() === ''")
+    wait(desk.driver, "document.querySelector('#merged .failure') === null")
 
 
 def test_a_merge_is_stopped_and_found_again_after_the_page_was_loaded_anew(
@@ -237,7 +240,8 @@ def test_nothing_left_the_machine(desk: Desk) -> None:
     """After all that the tests before it did, with names that would have done something."""
     entries = [json.loads(entry["message"])["message"] for entry in desk.driver.get_log("performance")]
     urls = [e["params"]["request"]["url"] for e in entries if e["method"] == "Network.requestWillBeSent"]
-    assert sum("/queue/join" in url for url in urls) > 10
+    assert sum("/run/predict" in url for url in urls) > 10
+    assert not any("/queue/" in url for url in urls)  # whose streams lose what is asked for while they end
     here = {f"{urlsplit(url).scheme}://{urlsplit(url).netloc}" for url in urls} - {"data://", "blob://"}
     assert here == {desk.server.origin}
     assert {name for name in desk.asked if name not in ("127.0.0.1", "localhost", "::1", "None")} == set()

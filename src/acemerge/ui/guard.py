@@ -27,7 +27,7 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 _PATHS = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json)|/(assets|static)/[\w./-]+|/report/\d+"
-    r"|/gradio_api/(info|startup-events|cancel|queue/(join|data)|heartbeat/\w+)"
+    r"|/gradio_api/(info|startup-events|run/predict|heartbeat/\w+)"
 )
 _OPEN = ("/manifest.json", "/favicon.ico")  # asked for without cookies; they say nothing
 _SAME = "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

@@ -17,7 +17,7 @@ from acemerge.ui.choice import Choice, rules
 from acemerge.ui.folders import Folders
 from acemerge.ui.runner import Runner, State, line
 
-_TICK = 0.5  # seconds between looks at how far the work is
+_WORKING, _RESTING = 0.5, 2.0  # seconds between looks at how things stand, while something runs and else
 _BASE = "the model that all experts were fine-tuned from"
 _EXPERTS = "the fine-tuned models, or LoRA adapters"
 _WEIGHTS = "one for each expert, in their order; where it is empty all have 1"
@@ -30,7 +30,7 @@ def build(folders: Folders, runner: Runner) -> gr.Blocks:
         models, rule, output = _Models(), _Rule(), _Output(f"{folders.name(folders.roots[0])}/merged")
         with _step("4. Recipe", "<p>The same on the command line: <code>acemerge merge recipe.yaml -o OUT</code>"):
             recipe = gr.Code(language="yaml", show_label=False, interactive=False, elem_id="recipe")
-        timer = gr.Timer(_TICK, active=False)
+        timer = gr.Timer(_WORKING)
         _connect(page, models, rule, output, recipe, timer, _Work(folders, runner, rule.slots))
     return page
 
@@ -97,22 +97,20 @@ def _connect(
     slots = rule.slots.inputs
     entered = [output.out, output.overwrite, output.force, models.base, models.experts, models.weights]
     entered += [rule.rule, *slots]
-    areas, buttons = [models.inspected, rule.planned, output.merged], [models.look, rule.plan, output.merge]
-    live = [*areas, *buttons, models.stop, output.stop, timer]
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    # What decides about the buttons goes through one queue, so that of two answers the later one knows the later
-    # picks: otherwise the look at page load may end behind the first pick, and leave the buttons disabled.
-    in_order: dict[str, Any] = quiet | {"concurrency_id": "buttons", "concurrency_limit": 1}
-    gr.on([page.load, models.again.click], work.models, None, [models.base, models.experts, models.found], **quiet)
-    rule.rule.change(lambda name: [_about(name), *rule.slots.of(name)], rule.rule, [rule.about, *slots], **quiet)
-    gr.on([page.load, timer.tick], work.live, entered, live, **in_order)
-    gr.on([models.stop.click, output.stop.click], work.stop, entered, live, **in_order)
-    models.look.click(work.inspect, entered, live, **in_order)
-    rule.plan.click(work.plan, entered, live, **in_order)
-    output.merge.click(work.merge, entered, live, **in_order)
-    page.load(work.recipe, entered, recipe, **quiet)
+    shown = [recipe, models.inspected, rule.planned, output.merged, models.look, rule.plan, output.merge]
+    shown += [models.stop, output.stop, timer]
+    # Each is one request and its answer, not the queue: Gradio ends a page's stream of events when the last one is
+    # answered, what is asked for in this moment is never answered, and its button is dead until the page is loaded
+    # anew. An answer may overtake another: the next tick puts that right.
+    alone: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    gr.on([page.load, models.again.click], work.models, None, [models.base, models.experts, models.found], **alone)
+    rule.rule.change(lambda name: [_about(name), *rule.slots.of(name)], rule.rule, [rule.about, *slots], **alone)
     changes = [component.change for component in entered]
-    gr.on(changes, work.follow, entered, [recipe, *areas, *buttons], trigger_mode="always_last", **in_order)
+    gr.on([page.load, timer.tick, *changes], work.show, entered, shown, trigger_mode="always_last", **alone)
+    gr.on([models.stop.click, output.stop.click], work.stop, entered, shown, **alone)
+    models.look.click(work.inspect, entered, shown, **alone)
+    rule.plan.click(work.plan, entered, shown, **alone)
+    output.merge.click(work.merge, entered, shown, **alone)
 
 
 _AREAS = ("inspect", "plan", "merge")
@@ -143,19 +141,18 @@ class _Work:
 
     def stop(self, *entered: Any) -> list[Any]:
         self._runner.stop()
-        return self.live(*entered)
+        return self.show(*entered)
 
-    def live(self, *entered: Any) -> list[Any]:
-        """The areas, buttons and timer as they are at this moment."""
+    def show(self, *entered: Any) -> list[Any]:
+        """The recipe, areas, buttons and timer as they are at this moment."""
         state = self._runner.state
+        busy = state is not None and state.is_busy
         running = state.what if state is not None and state.phase == "running" else ""
-        areas = [_drawn(state, entered) if state is not None and state.what == area else gr.skip() for area in _AREAS]
+        ready = bool(entered[3] and entered[4]) and not busy  # a base and an expert are picked
+        areas = [gr.skip() if last is None else _drawn(last, entered) for last in map(self._runner.last, _AREAS)]
+        buttons = [gr.Button(interactive=ready) for _ in _AREAS]
         stops = [gr.Button(visible=running == what) for what in ("inspect", "merge")]
-        return [*areas, *self._buttons(entered), *stops, gr.Timer(active=_is_busy(state))]
-
-    def follow(self, *entered: Any) -> list[Any]:
-        """Recipe, areas and buttons after something was entered: an error stays while what caused it does."""
-        return [self.recipe(*entered), *(self._mended(what, entered) for what in _AREAS), *self._buttons(entered)]
+        return [self.recipe(*entered), *areas, *buttons, *stops, gr.Timer(_WORKING if busy else _RESTING)]
 
     def recipe(self, *entered: Any) -> str:
         try:
@@ -175,32 +172,14 @@ class _Work:
             except Exception as error:
                 self._runner.refuse(what, error, concerns)
         except AcemergeError as busy:  # as from another window
-            shown = self.live(*entered)
-            shown[_AREAS.index(what)] = view.failure(line(busy))
+            shown = self.show(*entered)
+            shown[1 + _AREAS.index(what)] = view.failure(line(busy))
             return shown
-        return self.live(*entered)
-
-    def _mended(self, what: str, entered: Sequence[Any]) -> Any:
-        state = self._runner.last(what)
-        if state is None or state.phase != "failed":
-            return gr.skip()
-        return _drawn(state, entered)
-
-    def _buttons(self, entered: Sequence[Any]) -> list[Any]:
-        """There is something to do when a base and an expert are picked, and nothing else is done."""
-        base, experts = entered[3:5]
-        ready = bool(base and experts) and not _is_busy(self._runner.state)
-        return [gr.Button(interactive=ready) for _ in _AREAS]
-
-
-def _is_busy(state: State | None) -> bool:
-    return state is not None and state.is_busy
+        return self.show(*entered)
 
 
 def _drawn(state: State, entered: Sequence[Any]) -> str:
-    """Nothing of an error whose cause was mended. A timer that ticked before it was stopped may be answered last, so
-    that every answer has to know.
-    """
+    """Nothing of an error whose cause was mended: it stays while what caused it does."""
     is_mended = state.phase == "failed" and state.of != _concerns(state.what, entered)
     return "" if is_mended else view.state(state)
 
