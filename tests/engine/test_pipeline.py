@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import threading
 from dataclasses import replace
@@ -156,7 +157,7 @@ def test_bytes_in_flight_are_those_of_the_worst_moment(sizes: list[tuple[int, in
 def test_pieces_together_take_their_inputs_and_the_computation_of_a_stack(side: int, at_once: int) -> None:
     """Two pieces of two models each, of which so many make a stack."""
     piece = Piece(Keep(TensorSpec("w", torch.float32, (side, side)), Role("linear"), "", ("w",)))
-    assert together([piece, piece], [Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + at_once * 35, 9)
+    assert together([piece, piece], [Cost(10, 50, 5), Cost(20, 30, 4)]) == Cost(30, 30 + 9 + at_once * 35, 9, 30)
 
 
 def test_large_buffers_are_used_again_for_what_is_not_much_smaller() -> None:
@@ -170,6 +171,30 @@ def test_large_buffers_are_used_again_for_what_is_not_much_smaller() -> None:
     assert len(buffers.take(5 * MB + 1)) == 5 * MB + 1
     buffers.keep(5 * MB - 1)
     assert buffers.take(5 * MB) is not first
+
+
+def test_idle_buffers_have_the_room_that_those_in_use_leave() -> None:
+    buffers, MB = Buffers(), 1 << 20
+    buffers.keep(10 * MB)
+    first, _ = buffers.take(4 * MB), buffers.take(6 * MB)
+    buffers.give(first)
+    assert buffers.take(4 * MB) is first
+    buffers.give(first)
+    buffers.take(5 * MB)  # of which there is no room left for an idle one
+    assert buffers.take(4 * MB) is not first
+
+
+def test_a_stream_of_pieces_works_in_the_same_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh one costs more than the work that is done in it."""
+    made: list[int] = []
+    fresh = mmap.mmap
+    monkeypatch.setattr(mmap, "mmap", lambda *a, **k: made.append(a[1]) or fresh(*a, **k))
+    monkeypatch.setattr(acemerge.planning.pieces, "_PIECE", 1 << 21)
+    W = torch.randn(1 << 14, 1 << 10)
+    folders = [write_checkpoint(tmp_path / f"m{i}", {"layers.0.weight": W * (1 + i / 100)}) for i in range(3)]
+    acemerge.merge(folders[0], folders[1:], method="average")
+    taken = 24 * (len(folders) + 1)  # the inputs of each piece, and a place to work in
+    assert 0 < len(made) < taken / 2
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux")

@@ -16,11 +16,11 @@ _LEAST = 1 << 20
 
 
 class Buffers:
-    """Idle buffers, the longest idle first, no more of them in bytes than `keep` last said. For any thread."""
+    """Idle buffers, the longest idle first, with those in use no more bytes than `keep` last said. For any thread."""
 
     def __init__(self) -> None:
         self._idle: list[Tensor] = []
-        self._limit = 0
+        self._limit = self._in_use = 0
         self._lock = Lock()
 
     def take(self, nbytes: int) -> Tensor:
@@ -32,7 +32,10 @@ class Buffers:
             if fitting:
                 best = min(fitting, key=len)
                 self._idle = [b for b in self._idle if b is not best]
+                self._in_use += len(best)
                 return best
+            self._in_use += nbytes
+            self._evict()  # before the new one is there
         # Of its own, and not the C library's: that keeps what one thread frees from the others.
         return torch.frombuffer(mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
 
@@ -41,16 +44,17 @@ class Buffers:
         if len(buffer) < _LEAST:
             return
         with self._lock:
+            self._in_use -= len(buffer)
             self._idle.append(buffer)
             self._evict()
 
     def keep(self, limit: int) -> None:
-        """Let go of idle buffers beyond `limit` bytes."""
+        """Let go of idle buffers where they and those in use are more than `limit` bytes."""
         with self._lock:
             self._limit = limit
             self._evict()
 
     def _evict(self) -> None:
-        excess = sum(map(len, self._idle)) - self._limit
+        excess = self._in_use + sum(map(len, self._idle)) - self._limit
         while self._idle and excess > 0:
             excess -= len(self._idle.pop(0))

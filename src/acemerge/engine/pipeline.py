@@ -23,7 +23,7 @@ from acemerge.engine.buffers import Buffers
 from acemerge.engine.work import Place, Result, Work
 from acemerge.linalg.device import begin_thread, with_host
 from acemerge.linalg.threads import check_room, pool_of
-from acemerge.planning.costs import SHARED, Cost, cost, in_flight, together
+from acemerge.planning.costs import SHARED, Cost, cost, in_flight, outside_buffers, together
 from acemerge.planning.jobs import AnyJob, Input, Merge
 from acemerge.planning.pieces import Load, Piece
 from acemerge.shapes import Tensor
@@ -224,15 +224,16 @@ class Pipeline:
             give_back_freed_memory()
 
     def _has_room(self, pending: Sequence[Batch[AnyJob]], more: Batch[AnyJob]) -> bool:
-        needed = 0
+        needed = outside = 0
         for lane in set(self._lanes.values()):
             costs = [batch.cost for batch in (*pending, more) if self._lanes[batch.load] is lane]
             if len(costs) > lane.most:
                 return False
             needed += in_flight(costs, lane.slots)
+            outside += outside_buffers(costs, lane.slots)
         if pending and needed > self._limit:
             return False
-        self._buffers.keep(self._limit - needed)
+        self._buffers.keep(self._limit - outside)
         return True
 
     def _submit(self, batch: Batch[AnyJob], work: Work[AnyJob, Result]) -> Future[Result]:

@@ -29,12 +29,13 @@ _COUNTED = 16
 @dataclass(frozen=True)
 class Cost:
     """Bytes of a piece: `waiting` with its inputs read, `working` at the peak of its computation, `written` of the
-    finished piece.
+    finished piece. `buffers` of those at the peak lie in buffers that serve again, the inputs among them.
     """
 
     waiting: int
     working: int
     written: int
+    buffers: int = 0
 
 
 def cost(piece: Piece[Job], experts: int) -> Cost:
@@ -46,12 +47,14 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
         each = [cost(own, experts) for own in piece.each]
         waiting, written = max(c.waiting for c in each), sum(c.written for c in each)
         kept = max(_known_entries(own, experts) for own in piece.each) * torch.float64.itemsize
-        return Cost(waiting, waiting + max(c.working for c in each) + kept + written, written)
+        most = max(each, key=lambda c: c.working)
+        return Cost(waiting, waiting + most.working + kept + written, written, most.buffers)
     job, waiting, written = piece.job, piece.bytes_in, bytes_written(piece)
     if isinstance(job, Merge) and job.joined:  # all of the weight is made, and its own rows are written
         whole_cost = cost(Piece(job.as_one), experts)
-        return Cost(waiting, whole_cost.working + written, written)
+        return Cost(waiting, whole_cost.working + written, written, whole_cost.buffers)
     shared = SHARED * sum(factor.nbytes for factor in job.shared.values()) if isinstance(job, Merge) else 0
+    buffers = waiting
     if isinstance(job, Keep):
         beside = job.widens * 4 * piece.count
     elif isinstance(job, Merge) and job.keeps_low_rank:
@@ -60,7 +63,13 @@ def cost(piece: Piece[Job], experts: int) -> Cost:
         beside = whole + _low_rank_entries(job, experts) * torch.float64.itemsize
     else:
         beside = _beside_task_vectors(job, piece, experts)
-    return Cost(waiting + shared, waiting + shared + beside + written, written)
+        if isinstance(job, Merge):
+            # The experts' own values are let go of one by one. Small buffers serve again at once: all are there.
+            let_go = waiting - waiting // len(job.of_its_shape)
+            beside += let_go if piece.load == "medium" else 0
+            space = (experts + 1) * piece.count * job.compute_dtype.itemsize
+            buffers += min(space, beside) - (let_go if piece.load == "large" else 0)
+    return Cost(waiting + shared, waiting + shared + beside + written, written, buffers)
 
 
 def _known_entries(piece: Piece[Job], experts: int) -> int:
@@ -230,6 +239,13 @@ def in_flight(costs: Sequence[Cost], workers: int) -> int:
     return max(moments, default=0)
 
 
+def outside_buffers(costs: Sequence[Cost], workers: int) -> int:
+    """Of the bytes in flight of such a queue, the most that may lie elsewhere than in buffers that serve again."""
+    beside = [max(0, c.working - c.written - c.buffers) for c in costs]
+    working = max((sum(beside[i : i + workers]) for i in range(len(costs))), default=0)
+    return sum(c.written for c in costs) + working
+
+
 def together(parts: Sequence[Piece[Job]], costs: Sequence[Cost]) -> Cost:
     """Pieces that are read and written as one but computed one after the other, small ones as a stack."""
     waiting, written = sum(c.waiting for c in costs), sum(c.written for c in costs)
@@ -237,4 +253,5 @@ def together(parts: Sequence[Piece[Job]], costs: Sequence[Cost]) -> Cost:
         (c.working - c.waiting - c.written) * min(piece.stack, len(parts))
         for piece, c in zip(parts, costs, strict=True)
     )
-    return Cost(waiting, waiting + written + max(beside), written)
+    buffers = costs[0].buffers if len(costs) == 1 else waiting  # those of a stack have none to work in
+    return Cost(waiting, waiting + written + max(beside), written, buffers)
