@@ -109,6 +109,7 @@ def mlp(prefix: str, width: int, wide: int) -> dict[str, Shape]:
 LAYOUTS = {
     "llama-3.2-3b": lambda: llama(1),
     "llama-3.2-3b@1": lambda: llama(1, 1),
+    "llama-3.2-3b@4": lambda: llama(1, 4),
     "llama-3.2-3b/2": lambda: llama(2),
     "llama-3.2-3b/4": lambda: llama(4),
     "llama-3.2-3b/8": lambda: llama(8),

@@ -120,7 +120,7 @@ def run(command: list[str], threads: int, timeout: float) -> Run:
     count, found, killed = str(threads), Run(), False
     env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
-        started, busy = time.perf_counter(), _busy()
+        started, before = time.perf_counter(), busy()
         process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
         ended = os.pidfd_open(process.pid)
         try:
@@ -135,7 +135,7 @@ def run(command: list[str], threads: int, timeout: float) -> Run:
         found.seconds = time.perf_counter() - started
         os.close(ended)
         process.returncode = found.finish(process.pid)
-        others = _busy() - busy - found.cpu_seconds
+        others = busy() - before - found.cpu_seconds
         found.others = max(0.0, others / found.seconds / (os.cpu_count() or 1))
         log.seek(0)
         words = (log.read().decode(errors="replace").strip().splitlines() or [""])[-1][:160]
@@ -144,7 +144,7 @@ def run(command: list[str], threads: int, timeout: float) -> Run:
     return found
 
 
-def _busy() -> float:
+def busy() -> float:
     """Processor seconds spent so far by everything on this machine."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

@@ -36,10 +36,10 @@ from tables import context, fixed, seconds
 from torch import Tensor
 
 import acemerge
+from acemerge.engine.expected import expected_seconds
 from acemerge.engine.foreseen import expected_memory
 from acemerge.engine.opening import open_recipe
 from acemerge.engine.run_options import RunOptions
-from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import ByRule, Plan
 from acemerge.recipes.recipe import make_recipe
 
@@ -123,10 +123,11 @@ def measured(rule: str, models: dict[str, Path], rate: float, arguments: argpars
         base, *experts = (str(model.resolve()) for model in models.values())
         recipe = {"base": base, "experts": experts, "method": rule}
         (work / "recipe.yaml").write_text(json.dumps(recipe) + "\n")
-        plan = open_recipe(make_recipe(recipe), None, RunOptions()).plan
+        opened = open_recipe(make_recipe(recipe), None, RunOptions())
+        plan = opened.plan
         planned = expected_memory(plan)
         reading, writing = bytes_times(models, work)
-        expected = plan_seconds(plan, measure_rates(torch.device("cpu")))
+        expected = expected_seconds(opened, plan, work)
         command = [str(OURS), "merge", str(work / "recipe.yaml"), "-o", str(work / "out"), "--quiet"]
         done: Run = run(command, arguments.threads, arguments.timeout)
         if done.error:

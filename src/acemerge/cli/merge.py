@@ -63,8 +63,9 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool, cluster: 
     if not is_live(console):
         return
     from acemerge.checkpoints import files
+    from acemerge.checkpoints.address import scheme_of
+    from acemerge.engine.expected import expected_seconds
     from acemerge.planning.costs import RESIDENT
-    from acemerge.planning.estimate import measure_rates, plan_seconds
 
     plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
@@ -82,10 +83,10 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool, cluster: 
         )
     facts.append(("memory", f"{size(most)} at most{', each task' if cluster else ''}"))
     if cluster is None:  # whose machines are not known yet
-        seconds = duration(plan_seconds(plan, measure_rates(opened.devices[0])))
-        facts.append(
-            ("time", f"about {seconds}{', less what is done already' if resumed else ''}; slow disks add to it")
-        )
+        seconds = duration(expected_seconds(opened, plan, out))
+        remote = any(scheme_of(path) for model in opened.models for path in (out, *model.fingerprints))
+        network = "; the network adds to it" if remote else ""
+        facts.append(("time", f"about {seconds}{', less what is done already' if resumed else ''}{network}"))
     facts += [("warning", warning) for warning in plan.warnings]
     say(console, "")
     pairs(console, facts)

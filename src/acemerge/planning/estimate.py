@@ -6,70 +6,92 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
+from acemerge.checkpoints.pace import FilePace
+from acemerge.linalg.threads import pool_of
 from acemerge.planning.costs import piece_operations, text_operations
-from acemerge.planning.jobs import Job, Keep, Merge, Plan
+from acemerge.planning.jobs import ByRule, Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
 # So many times as long as products of the same number of operations take what a rule does beside products,
 # factorings and solves, in small matrices: see `benchmarks/expected.py`.
 _FACTORING = 2.5
+# So many steps over an entry does an operation of a rule take that sees no matrix: a sum goes through memory once for
+# two of them, others make masks, signs and counts in memory of their own. And so many takes a count of a magnitude.
+_SUMMING, _CHOOSING, _COUNTING = 0.5, 6.0, 20.0
+# Seconds of a run before its first tensor and behind its last one, and of Python's own work for each.
+_AROUND, _TENSOR = 0.4, 0.5e-3
 _SIDE = 512  # of the product that is measured
-_ENTRIES = 1 << 21
+_ENTRIES = 1 << 20
 _HASHED = 4 << 20
-_LONG_ENOUGH = 0.1  # seconds of each measurement
+_LONG_ENOUGH = 0.08  # seconds of each measurement
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second: floating-point operations in products, entries that are read in bfloat16,
-    widened and subtracted, bytes that one thread hashes; and how many hash at once.
+    """What a machine does in a second with all of its threads: floating-point operations in products, entries that are
+    read in bfloat16, widened and subtracted, bytes that are hashed.
     """
 
     products: float
     entries: float
     hashing: float
-    threads: int
 
 
 # To weigh tensors against each other; as seconds they mean nothing.
-COMMON = Rates(100e9, 0.5e9, 1e9, 2)
+COMMON = Rates(100e9, 0.5e9, 2e9)
 
 
 def measure_rates(device: torch.device) -> Rates:
-    """Measured on this machine as it is now, in less than half a second."""
-    X = torch.randn(_SIDE, _SIDE, device=device)
-    stored, wide = torch.zeros(_ENTRIES, dtype=torch.bfloat16), torch.zeros(_ENTRIES, device=device)
-    data = bytes(_HASHED)
+    """Measured on this machine as it is now, in less than half a second.
 
-    def on_device(work: Callable[[], object]) -> Callable[[], object]:
-        def done() -> None:
-            work()
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
+    On the CPU by all threads at once, each by itself: they share what memory gives, and processors that may be halves
+    of one or have other work. Threads that wait for each other would tell of the longest turn that another took.
+    """
+    X, data = torch.randn(_SIDE, _SIDE, device=device), bytes(_HASHED)
 
-        return done
+    def product() -> int:
+        X @ X
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return 2 * _SIDE**3
 
-    return Rates(
-        2 * _SIDE**3 / _seconds_of(on_device(lambda: X @ X)),
-        _ENTRIES / _seconds_of(on_device(lambda: wide.copy_(stored).sub_(wide))),
-        _HASHED / _seconds_of(lambda: hashlib.sha256(data).digest()),
-        torch.get_num_threads(),
-    )
+    def widening() -> Callable[[], int]:
+        # Each thread has a task vector after the other before it, more than its cache holds.
+        stored, wide = torch.zeros(4, _ENTRIES, dtype=torch.bfloat16), torch.zeros(5, _ENTRIES)
+
+        def work() -> int:
+            for i in range(4):
+                wide[i].copy_(stored[i]).sub_(wide[4])
+            return stored.numel()
+
+        return work
+
+    def hashed() -> int:
+        hashlib.sha256(data).digest()
+        return _HASHED
+
+    products = _rate_by_all(lambda: product) if device.type == "cpu" else _rate_of(product)
+    return Rates(products, _rate_by_all(widening), _rate_by_all(lambda: hashed))
 
 
-def _seconds_of(work: Callable[[], object]) -> float:
-    """Of one call, the median of several after a first: what else the machine does comes in bursts."""
+def _rate_of(work: Callable[[], int]) -> float:
+    """What is done in a second, after a first call: what others take of the machine counts, as it will in the run."""
     work()
-    calls: list[float] = []
-    while sum(calls) < _LONG_ENOUGH:
-        started = time.perf_counter()
-        work()
-        calls.append(time.perf_counter() - started)
-    return median(calls)
+    started, done = time.perf_counter(), 0
+    while (took := time.perf_counter() - started) < _LONG_ENOUGH:
+        done += work()
+    return done / took
+
+
+def _rate_by_all(begin: Callable[[], Callable[[], int]]) -> float:
+    """The same by all threads at once, each with what it begins with."""
+    threads = torch.get_num_threads()
+
+    with pool_of(threads, "rates") as pool:
+        return sum(pool.map(lambda _: _rate_of(begin()), range(threads)))
 
 
 def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
@@ -79,20 +101,30 @@ def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
     expert's entries are read, widened and subtracted before that, and the sum is rounded after it.
     """
     job = piece.job
-    hashing = piece.bytes_in / (rates.hashing * rates.threads)
+    hashing = piece.bytes_in / rates.hashing
     if isinstance(job, Keep):
         return hashing
     low_rank = isinstance(job, Merge) and job.keeps_low_rank
     operations = piece_operations(piece, experts)
-    per_second = rates.products / _FACTORING if job.method.needs.matrix or low_rank else rates.entries
+    per_second = rates.products / _FACTORING if job.method.needs.matrix or low_rank else rates.entries / _steps(job)
     passes = 1 + (0 if low_rank else experts)
     return hashing + operations / per_second + passes * piece.count / rates.entries
 
 
-def plan_seconds(plan: Plan, rates: Rates) -> float:
-    """Of all tensors, about; disks that are slower than this add to it."""
-    experts = len(plan.experts)
-    computing = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs)
+def _steps(job: ByRule) -> float:
+    return _SUMMING if job.method.needs.factors == "linear" else _CHOOSING
+
+
+def plan_seconds(plan: Plan, rates: Rates, pace: FilePace | None = None) -> float:
+    """Of all tensors, about.
+
+    What reads and what computes runs side by side, so that the time lies between the longer of both and their sum: the
+    middle is off by half at most. What is written is on the disk in the end, much of it after everything else.
+    """
+    pace, experts = pace or FilePace(), len(plan.experts)
+    working = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs) + _TENSOR * len(plan.jobs)
     looking = sum(job.spec.count for job in plan.ruled if job.method.needs.keep is not None)
-    computing += text_operations(plan) / rates.products
-    return computing + 2 * experts * looking / rates.entries + plan.bytes_written / (rates.hashing * rates.threads)
+    working += 2 * experts * looking * _COUNTING / rates.entries
+    working += text_operations(plan) / rates.products + plan.bytes_written / rates.hashing
+    reading = plan.bytes_read * pace.reading + plan.bytes_reread * pace.rereading
+    return _AROUND + max(working, reading) + min(working, reading) / 2 + plan.bytes_written * pace.writing

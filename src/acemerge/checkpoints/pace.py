@@ -1,0 +1,90 @@
+"""How fast files are read and written here and now: of the very files that are read, at the place of the output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
+from acemerge.errors import AcemergeError
+
+_CHUNK = 4 << 20
+_READ = 4  # chunks of each file
+_WRITTEN = 8
+_AT_ONCE = 4
+_MOST = 0.15  # seconds, but for the chunk that is under way
+
+
+@dataclass(frozen=True)
+class FilePace:
+    """Seconds for a byte that is read, read once more, and written and synced; 0 of what is not known."""
+
+    reading: float = 0.0
+    rereading: float = 0.0
+    writing: float = 0.0
+
+
+def seconds_to_read(paths: Sequence[Path]) -> float:
+    """For a byte of these files where all are read at once, from the disk or from the system's cache as far as that has
+    them. Of objects in stores it is not known.
+    """
+    here = [path for path in paths if not scheme_of(path)]
+    started = time.perf_counter()
+    with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(here)))) as pool:
+        nbytes = sum(pool.map(lambda path: _read_some(path, started + _MOST), here[: 2 * _AT_ONCE]))
+    return (time.perf_counter() - started) / nbytes if nbytes else 0.0
+
+
+def _read_some(path: Path, until: float) -> int:
+    """Bytes that were read of a file, at places that are spread over it; none of one that cannot be read."""
+    done = 0
+    with contextlib.suppress(AcemergeError):
+        size = files.fingerprint(path)[0]
+        descriptor = files.open_for_reading(path)
+        try:
+            for i in range(_READ):
+                space = memoryview(bytearray(min(_CHUNK, size // _READ)))
+                files.read_into(descriptor, [space], i * (size // _READ), path)
+                done += len(space)
+                if time.perf_counter() > until:
+                    break
+        finally:
+            files.close(descriptor)
+    return done
+
+
+def seconds_to_write(path: Path) -> float:
+    """For a byte of a file at this path, or in the nearest folder around it that is there, and on its disk.
+
+    It is written to a file without a name, which is gone with its descriptor, whatever happens. 0 where the system has
+    no such files, or does not let them be made there; and for a store.
+    """
+    unnamed = getattr(os, "O_TMPFILE", 0)
+    if scheme_of(path) or not unnamed:
+        return 0.0
+    with contextlib.suppress(OSError, ValueError):
+        folder = next(place for place in (path, *path.parents) if place.is_dir())
+        descriptor = os.open(folder, os.O_WRONLY | unnamed | files.OWN, 0o600)
+        try:
+            block, done, started = os.urandom(_CHUNK), 0, time.perf_counter()
+            for _ in _until(started + _MOST):
+                done += os.write(descriptor, block)
+            os.fsync(descriptor)
+            return (time.perf_counter() - started) / done
+        finally:
+            files.close(descriptor)
+    return 0.0
+
+
+def _until(end: float) -> Iterator[int]:
+    """So many blocks as are written, at least one."""
+    for i in range(_WRITTEN):
+        yield i
+        if time.perf_counter() > end:
+            return
