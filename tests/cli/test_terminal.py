@@ -291,15 +291,16 @@ def test_the_estimate_follows_the_operations(tmp_path: Path, monkeypatch: pytest
     assert expected("average", never, never, 200.0) == pytest.approx((3 + 1) * nbytes / 200)
     passes = (experts + 1) * side**2
     operations = make("average", {}).operations(experts, side, side)
-    assert expected("average", never, 10.0, never) == pytest.approx((passes + operations / 2) / 10)
+    assert expected("average", never, 10.0, never) == pytest.approx((passes + operations * estimate._SUMMING) / 10)
     operations = make("ties", {}).operations(experts, side, side) * estimate._CHOOSING
     counts = 2 * experts * side**2 * estimate._COUNTING
     assert expected("ties", never, 10.0, never) == pytest.approx((passes + operations + counts) / 10)
-    operations = make("actmat", {}).operations(experts, side, side)
-    assert expected("actmat", 10.0, never, never) == pytest.approx(estimate._FACTORING * operations / 10)
+    for method, times in (("actmat", 1.0), ("tsv_m", estimate._SPECTRAL)):
+        operations = make(method, {}).operations(experts, side, side) * times * (1 + estimate._CALLS / side)
+        assert expected(method, 10.0, never, never) == pytest.approx(operations / 10)
 
     computing, reading = 4 * nbytes / 200, 3 * nbytes * 0.1
-    together = max(computing, reading) + min(computing, reading) / 2
+    together = max(computing, reading) + min(computing, reading) / 3
     assert expected("average", never, never, 200.0, FilePace(0.1, 0.2, 0.5)) == pytest.approx(together + nbytes * 0.5)
     reading = 3 * nbytes * (0.1 + 2 * 0.2)  # ties counts twice before it merges
     assert expected("ties", never, never, never, FilePace(0.1, 0.2, 0.5)) == pytest.approx(reading + nbytes * 0.5)

@@ -15,7 +15,7 @@ from acemerge.checkpoints.address import scheme_of
 from acemerge.errors import AcemergeError
 
 _CHUNK = 4 << 20
-_READ = 4  # chunks of each file
+_PLACES, _IN_A_ROW = 2, 3  # chunks of each file: a disk is faster with what follows
 _WRITTEN = 8
 _AT_ONCE = 4
 _MOST = 0.15  # seconds, but for the chunk that is under way
@@ -34,24 +34,26 @@ def seconds_to_read(paths: Sequence[Path]) -> float:
     """For a byte of these files where all are read at once, from the disk or from the system's cache as far as that has
     them. Of objects in stores it is not known.
     """
-    here = [path for path in paths if not scheme_of(path)]
+    here = [path for path in paths if not scheme_of(path)][: 2 * _AT_ONCE]
+    spaces = [memoryview(bytearray(_CHUNK)) for _ in here]  # not to be mapped while the clock runs
     started = time.perf_counter()
     with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(here)))) as pool:
-        nbytes = sum(pool.map(lambda path: _read_some(path, started + _MOST), here[: 2 * _AT_ONCE]))
+        nbytes = sum(pool.map(lambda path, space: _read_some(path, space, started + _MOST), here, spaces))
     return (time.perf_counter() - started) / nbytes if nbytes else 0.0
 
 
-def _read_some(path: Path, until: float) -> int:
+def _read_some(path: Path, space: memoryview, until: float) -> int:
     """Bytes that were read of a file, at places that are spread over it; none of one that cannot be read."""
     done = 0
     with contextlib.suppress(AcemergeError):
         size = files.fingerprint(path)[0]
         descriptor = files.open_for_reading(path)
         try:
-            for i in range(_READ):
-                space = memoryview(bytearray(min(_CHUNK, size // _READ)))
-                files.read_into(descriptor, [space], i * (size // _READ), path)
-                done += len(space)
+            chunk = min(_CHUNK, size // (_PLACES * _IN_A_ROW))
+            for i in range(_PLACES * _IN_A_ROW):
+                place, row = divmod(i, _IN_A_ROW)
+                files.read_into(descriptor, [space[:chunk]], place * (size // _PLACES) + row * chunk, path)
+                done += chunk
                 if time.perf_counter() > until:
                     break
         finally:

@@ -11,18 +11,20 @@ import torch
 
 from acemerge.checkpoints.pace import FilePace
 from acemerge.linalg.threads import pool_of
+from acemerge.methods.base import Workspace
 from acemerge.planning.costs import piece_operations, text_operations
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
 # So many times as long as products of the same number of operations take what a rule does beside products,
-# factorings and solves, in small matrices: see `benchmarks/expected.py`.
-_FACTORING = 2.5
-# So many steps over an entry does an operation of a rule take that sees no matrix: a sum goes through memory once for
-# two of them, others make masks, signs and counts in memory of their own. And so many takes a count of a magnitude.
-_SUMMING, _CHOOSING, _COUNTING = 0.5, 6.0, 20.0
+# factorings and solves: in factors, and of whole matrices by their shorter side, with calls and checks that cost the
+# most in small ones; and where all of it is singular vectors. See `benchmarks/expected.py`.
+_FACTORING, _CALLS, _SHORTEST, _SPECTRAL = 2.5, 350, 64, 1.6
+# So many steps over an entry does an operation of a rule take that sees no matrix: others than sums make masks, signs
+# and counts in memory of their own. And so many takes a count of a magnitude.
+_SUMMING, _CHOOSING, _COUNTING = 0.75, 6.0, 20.0
 # Seconds of a run before its first tensor and behind its last one, and of Python's own work for each.
-_AROUND, _TENSOR = 0.4, 0.5e-3
+_AROUND, _TENSOR = 0.6, 0.5e-3
 _SIDE = 512  # of the product that is measured
 _ENTRIES = 1 << 20
 _HASHED = 4 << 20
@@ -106,9 +108,19 @@ def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
         return hashing
     low_rank = isinstance(job, Merge) and job.keeps_low_rank
     operations = piece_operations(piece, experts)
-    per_second = rates.products / _FACTORING if job.method.needs.matrix or low_rank else rates.entries / _steps(job)
+    by_products = job.method.needs.matrix or low_rank
+    per_second = rates.products / _times_products(job) if by_products else rates.entries / _steps(job)
     passes = 1 + (0 if low_rank else experts)
     return hashing + operations / per_second + passes * piece.count / rates.entries
+
+
+def _times_products(job: ByRule) -> float:
+    if isinstance(job, Merge) and job.keeps_low_rank:
+        return _FACTORING
+    times = 1 + _CALLS / max(_SHORTEST, min(job.matrices[1:]))
+    work = job.method.needs.work
+    # Squares of the shorter side are those of singular vectors; other rules solve systems of another one.
+    return times * (_SPECTRAL if isinstance(work, Workspace) and work.side == "shorter" else 1)
 
 
 def _steps(job: ByRule) -> float:
@@ -118,8 +130,8 @@ def _steps(job: ByRule) -> float:
 def plan_seconds(plan: Plan, rates: Rates, pace: FilePace | None = None) -> float:
     """Of all tensors, about.
 
-    What reads and what computes runs side by side, so that the time lies between the longer of both and their sum: the
-    middle is off by half at most. What is written is on the disk in the end, much of it after everything else.
+    What reads and what computes runs side by side, so that the time lies between the longer of both and their sum: a
+    third of the way is off by half at most. What is written is on the disk in the end, much of it after all else.
     """
     pace, experts = pace or FilePace(), len(plan.experts)
     working = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs) + _TENSOR * len(plan.jobs)
@@ -127,4 +139,4 @@ def plan_seconds(plan: Plan, rates: Rates, pace: FilePace | None = None) -> floa
     working += 2 * experts * looking * _COUNTING / rates.entries
     working += text_operations(plan) / rates.products + plan.bytes_written / rates.hashing
     reading = plan.bytes_read * pace.reading + plan.bytes_reread * pace.rereading
-    return _AROUND + max(working, reading) + min(working, reading) / 2 + plan.bytes_written * pace.writing
+    return _AROUND + max(working, reading) + min(working, reading) / 3 + plan.bytes_written * pace.writing
