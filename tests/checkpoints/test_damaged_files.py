@@ -27,7 +27,11 @@ def _refused(folder: Path) -> CheckpointError:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "pytorch_model.bin", "model.safetensors.index.json"]
+    "name",
+    [
+        *("model.safetensors", "config.json", "pytorch_model.bin", "model.safetensors.index.json"),
+        *("tokenizer.model", "merges.txt"),  # copied as they are
+    ],
 )
 def test_a_pointer_of_git_lfs_is_told(name: str, plain: PlainModel) -> None:
     """Fetching it again in the same way gives the same pointer."""

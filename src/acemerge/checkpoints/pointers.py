@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from acemerge.checkpoints import files
+from acemerge.checkpoints.address import scheme_of
+from acemerge.checkpoints.links import contained
 from acemerge.errors import CheckpointError
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 LENGTH = len(_BEGINNING)
+_MOST = 1024  # bytes of a pointer
 
 
 def check_fetched(beginning: bytes, path: Path) -> None:
@@ -15,3 +20,16 @@ def check_fetched(beginning: bytes, path: Path) -> None:
     if beginning.startswith(_BEGINNING):
         cure = "run git lfs pull in its repository, or fetch the model with hf download"
         raise CheckpointError(path, "is a pointer of Git LFS, and the file itself was not fetched", cure)
+
+
+def check_all_fetched(folder: Path, names: Iterable[str]) -> None:
+    """The same of files in a folder that are copied unread, as a tokenizer is. Nothing is asked of a store, where git
+    is not.
+    """
+    if scheme_of(folder):
+        return
+    root = files.resolve(folder)
+    for name in names:
+        path = contained(root, name)
+        if files.fingerprint(path)[0] <= _MOST:
+            check_fetched(files.read_small(path, _MOST)[:LENGTH], folder / name)

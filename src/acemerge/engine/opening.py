@@ -18,6 +18,7 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.hub import Located, locate
 from acemerge.checkpoints.hub_files import from_cache
 from acemerge.checkpoints.lora import open_expert, with_adapter
+from acemerge.checkpoints.pointers import check_all_fetched
 from acemerge.checkpoints.reader import Reader
 from acemerge.engine.agreement import check_agreement
 from acemerge.engine.devices import find_devices
@@ -175,6 +176,7 @@ def _open_models(recipe: Recipe, options: RunOptions) -> _Models:
     applied = dict(zip(recipe.adapters, located[len(recipe.models) :], strict=True))
     labels = expert_labels([applied.get(i, located[i]).name for i in range(1, len(recipe.models))])
     owner = _assets_owner(recipe, labels, opened)
+    check_all_fetched(owner.path, owner.assets)
     experts, unwrapping = unwrapped(base, models, labels)
     adapters = dict(zip(recipe.adapters, opened[len(recipe.models) :], strict=True))
     experts = [with_adapter(e, adapters[i]) if i in adapters else e for i, e in enumerate(experts, 1)]
