@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 UV := $(shell command -v uv)
 INSTALL := PIP_CONSTRAINT=constraints.txt $(VENV)/bin/python -m pip install --disable-pip-version-check --quiet
 DEMO_INSTALL := $(if $(UV),$(if $(PIP_FIND_LINKS),UV_FIND_LINKS='$(PIP_FIND_LINKS)') $(UV) pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt,$(INSTALL))
-# Processes of one thread, each with a file at a time; three, for they wait for files and for what they start.
-PYTEST := $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Processes of one thread, each with a file at a time; three, for they wait for files and for what they start. Without
+# byte code each of the hundreds of commands that they start would compile the library anew.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup test lint docs dist torture demo clean
 

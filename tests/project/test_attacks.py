@@ -51,8 +51,8 @@ from attacks import (
 from attacks.harness import Meter, Tally, check, clean, in_child
 
 # Cases in a test run; the others have a few.
-COUNTS = {"headers": 200, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 500, "bombs": 6}
-COUNTS |= {"changes": 6, "kills": 24, "os_faults": 30, "races": 5, "same_bytes": 2, "bit_flips": 300, "interrupts": 4}
+COUNTS = {"headers": 100, "oversize": 20, "layout": 200, "truncation": 100, "shards": 72, "pickles": 200, "bombs": 6}
+COUNTS |= {"changes": 4, "kills": 24, "os_faults": 20, "races": 5, "same_bytes": 1, "bit_flips": 300, "interrupts": 4}
 COUNTS |= {"images": 81, "data_paths": 60, "yaml_files": 200, "limits": 9, "patterns": 12, "weights": 30, "sizes": 60}
 COUNTS |= {"store_addresses": 40}
 FEW = 2
