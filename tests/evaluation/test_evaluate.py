@@ -122,6 +122,8 @@ def test_a_merged_model_with_the_heads_beside_it(family: Path) -> None:
     assert found.score == pytest.approx(np.mean(list(found.metrics.values())))
     assert found.about["examples"] == 41
     assert "heads/topic.safetensors" in found.about["head"]
+    there = r"the model has no heads/topics.safetensors; write `head:` as one of: tone, topic"
+    _refused(family, "merged", CheckpointError, there, head="topics")
 
 
 def test_a_model_in_a_store_scores_as_its_folder(

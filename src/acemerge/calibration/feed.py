@@ -97,7 +97,7 @@ def _of_examples(model: Model, task: Classification | Regression | Images | Zero
     asked = task
     if not labelled and isinstance(task, Classification | Regression):
         asked = task.model_copy(update={"label": None})
-    heads = find_heads(task.name, task.head_label, model.checkpoint, None)
+    heads = find_heads(task.name, task.head_label, model.checkpoint, None, task.head is not None)
     examples = open_examples(model, asked, heads, model)
 
     def forward(rows: Sequence[int]) -> Tensor:

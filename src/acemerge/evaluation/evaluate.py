@@ -123,7 +123,9 @@ def _labelled(
     model: Model, task: Classification | Regression | Images | ZeroShot, run: Run, on_batch: OnBatch
 ) -> Score:
     expert = run.model(task.expert) if task.expert else None
-    heads = find_heads(task.name, task.head_label, model.checkpoint, expert.checkpoint if expert else None)
+    heads = find_heads(
+        task.name, task.head_label, model.checkpoint, expert.checkpoint if expert else None, task.head is not None
+    )
     examples = open_examples(model, task, heads, expert)
     labels = examples.labels
     assert labels is not None  # load_tasks

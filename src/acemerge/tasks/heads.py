@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from acemerge.checkpoints import files
-from acemerge.checkpoints.assets import HEADS
+from acemerge.checkpoints.assets import HEADS, is_head
 from acemerge.checkpoints.folder import Checkpoint, read_stored
 from acemerge.checkpoints.header import read_header
 from acemerge.checkpoints.links import contained
@@ -47,13 +47,19 @@ class Heads:
         return found
 
 
-def find_heads(task: str, label: str, model: Checkpoint, expert: Checkpoint | None) -> Heads:
+def find_heads(task: str, label: str, model: Checkpoint, expert: Checkpoint | None, asked_for: bool = False) -> Heads:
     """Look in the model's `heads/LABEL.safetensors`, else in the expert's checkpoint, then in the model itself.
+
+    Where the task file names the head itself, it has to be among those that the model has, if it has any.
 
     With a file of its own, a merged model is taken as it was merged: what of a head the experts share in shape (the
     dense layer before the last) is in the model, and nothing is the expert's.
     """
     beside = _beside(model.path, label)
+    there = _labels(model.path) if asked_for and beside is None else []
+    if there:
+        what = f"the model has no {HEADS}/{label}.safetensors"
+        raise CheckpointError(f"task {task}", what, f"write `head:` as one of: {', '.join(there)}")
     sources = [] if beside is None else [beside]
     if beside is None and expert is not None:
         of_expert = _beside(expert.path, label)  # an adapter's, whose base has no such head
@@ -68,6 +74,13 @@ def _beside(model: Path, label: str) -> HeadSource | None:
         return None
     infos = read_header(contained(root, name))  # refuses what breaks the format
     return HeadSource(name, {info.spec.name: partial(read_stored, info) for info in infos})
+
+
+def _labels(model: Path) -> list[str]:
+    """Of the heads beside a model."""
+    folder = files.resolve(model) / HEADS
+    names = files.list_folder(folder) if files.kind(folder) == "folder" else []
+    return sorted(Path(name).stem for name in names if is_head(f"{HEADS}/{name}"))
 
 
 def _of_checkpoint(name: str, checkpoint: Checkpoint) -> HeadSource:
