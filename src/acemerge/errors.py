@@ -13,6 +13,7 @@ from typing import ClassVar
 _LONGEST_VALUE = 80
 # What pathlib makes of `s3://bucket/key`, wherever it stands in a message.
 _SQUEEZED = re.compile(r"(?<![\w/.+:-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
 
 
 def printable(text: str) -> str:
@@ -36,10 +37,31 @@ def addressed(text: object) -> str:
 
 @dataclass(frozen=True)
 class Cure:
-    """A cure that is another where models are in memory: these have no files, and merges of them fewer options."""
+    """A cure that is another where models are in memory: these have no files, and merges of them fewer options.
+
+    It may also be another for what lies in a store of objects, or is read from the Hub without a copy.
+    """
 
     of_files: str
     in_memory: str
+    in_store: str = ""
+    on_hub: str = ""
+
+    def because(self, reason: str) -> Cure:
+        """The same, after what has probably happened."""
+        told = (f"{reason}: {cure}" for cure in (self.of_files, self.in_memory, self.in_store, self.on_hub))
+        return Cure(*told)
+
+    def at(self, where: str) -> str:
+        """That for the file, folder or address `where`."""
+        if not _ADDRESS.match(where):
+            return self.of_files
+        return (self.on_hub if where.startswith("hf://") else self.in_store) or self.of_files
+
+
+def fetching(what: str) -> Cure:
+    """Of what is damaged or not there: a file is fetched, an object was to be put into its store, by whoever did."""
+    return Cure(f"fetch {what}", f"load {what}", f"upload {what}", "choose a revision that has it whole")
 
 
 class AcemergeError(Exception):
@@ -52,7 +74,8 @@ class AcemergeError(Exception):
 
     def __init__(self, where: object, what: str, cure: str | Cure) -> None:
         self._cures = cure if isinstance(cure, Cure) else Cure(cure, cure)
-        self.where, self.what, self.cure = addressed(where), addressed(what), addressed(self._cures.of_files)
+        self.where, self.what = addressed(where), addressed(what)
+        self.cure = addressed(self._cures.at(self.where))
         super().__init__(f"{self.where}: {self.what}; {self.cure}")
 
     @property

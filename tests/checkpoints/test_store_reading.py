@@ -258,3 +258,33 @@ def test_what_ends_too_early_is_an_error(plain: PlainModel, memory: FaultyClient
     size = files.fingerprint(address / "model.safetensors")[0]
     with pytest.raises(CheckpointError, match="10 bytes too early"):
         files.read_into(handle, [memoryview(bytearray(size + 10))], 0, address)
+
+
+# --- what is damaged there ----------------------------------------------------------------------------------
+
+
+def _cut(memory: FaultyClient, key: str) -> None:
+    memory.held.put(key, bytes(memory.held.get(key).bytes())[:-8])
+
+
+DAMAGE = {
+    "cut": ("model.safetensors", _cut, "truncated or has bytes appended: upload it again"),
+    "configuration": ("config.json", _cut, "not valid JSON .*; upload the file again"),
+    "lfs": (
+        "model.safetensors",
+        lambda memory, key: memory.held.put(key, b"version https://git-lfs.github.com/spec/v1\noid sha256:00"),
+        "run git lfs pull in its repository, and upload the file itself",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_is_damaged_in_a_store_is_uploaded_again(kind: str, plain: PlainModel, memory: FaultyClient) -> None:
+    """Fetching it again would give the same."""
+    name, damage, cure = DAMAGE[kind]
+    base, expert = put(memory, plain.save()[0], "base"), put(memory, plain.save()[1][0], "expert")
+    memory.held.put("expert/config.json", b'{"model_type": "bert", "vocab_size": 11}')
+    damage(memory, f"expert/{name}")
+    with pytest.raises(CheckpointError, match=cure) as refusal:
+        acemerge.merge(base, [expert], "average", force=True)
+    assert refusal.value.where.startswith("s3://bucket/expert")

@@ -17,14 +17,14 @@ from typing import IO, cast
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import MAX_TENSORS
 from acemerge.checkpoints.pointers import LENGTH, check_fetched
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 MAX_DIRECTORY = 16 << 20
 _ENTRY, _LOCAL = b"PK\x01\x02", b"PK\x03\x04"
 _OLDER = b"\x80"  # a bare pickle begins so
 _ENCRYPTED, _UTF8 = 0x1, 0x800
 _CURE = "load it where you trust it and save it again with save_pretrained, which writes safetensors"
-DAMAGED = f"fetch it again, or {_CURE}"
+DAMAGED = fetching(f"it again, or {_CURE}")
 # All that a state dict saved by torch.save consists of.
 _RECORD = re.compile(
     r"data\.pkl|data/[0-9]+|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id"
@@ -78,7 +78,7 @@ def _directory(window: _Window) -> tuple[list[zipfile.ZipInfo], int]:
         raise
     except Exception as failure:  # a hostile directory makes zipfile raise errors of many kinds
         what = f"its zip directory is damaged ({(str(failure) or type(failure).__name__)[:80]})"
-        raise CheckpointError(window.path, what, "fetch the file again") from None
+        raise CheckpointError(window.path, what, fetching("the file again")) from None
 
 
 class _Window:
@@ -154,4 +154,4 @@ def _check_apart(extents: list[tuple[int, int, str]], end: int, path: Path) -> N
             raise CheckpointError(path, f"the record {name[:80]!r} overlaps the one before it", DAMAGED)
         position = stop
     if position > end:
-        raise CheckpointError(path, "its records reach beyond its data", "fetch the file again: it is truncated")
+        raise CheckpointError(path, "its records reach beyond its data", fetching("the file again: it is truncated"))

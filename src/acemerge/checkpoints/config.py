@@ -9,11 +9,12 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import MAX_PARTS, parse_json
 from acemerge.checkpoints.links import contained
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 CONFIG = "config.json"
 MAX_CONFIG = 16 << 20
 _MAX_DEPTH = 64
+_AGAIN = fetching("the file again")
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
@@ -21,11 +22,11 @@ def read_config(path: Path) -> Mapping[str, Any]:
     target = contained(path.parent, path.name)
     # transformers itself writes Infinity for some limits.
     text = files.read_small(target, MAX_CONFIG)
-    config = parse_json(text, path, "fetch the file again", constants=True, parts=MAX_PARTS)
+    config = parse_json(text, path, _AGAIN, constants=True, parts=MAX_PARTS)
     if not isinstance(config, dict):
-        raise CheckpointError(path, "is no JSON object", "fetch the file again")
+        raise CheckpointError(path, "is no JSON object", _AGAIN)
     if not _is_shallow(config):
-        raise CheckpointError(path, f"is nested more than {_MAX_DEPTH} levels deep", "fetch the file again")
+        raise CheckpointError(path, f"is nested more than {_MAX_DEPTH} levels deep", _AGAIN)
     return config
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from acemerge.checkpoints.header import FLOAT8, TensorInfo, TensorSpec
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 from acemerge.shapes import Float, Tensor
 
 QUANTISATION = "quantization_config"
@@ -114,7 +114,7 @@ def find_float8(config: Mapping[str, Any], places: Mapping[str, TensorInfo], roo
             if found is not None:
                 scales[name] = _scale(info.spec, places[found], _block(config), root)
             elif told:
-                raise CheckpointError(root, f"tensor {name!r} is in fp8 and its scale is missing", "fetch it again")
+                raise CheckpointError(root, f"tensor {name!r} is in fp8 and its scale is missing", fetching("it again"))
     apart = {scale.info.spec.name for scale in scales.values()}
     if told:
         apart |= {name for name in places if _OF_ACTIVATIONS.fullmatch(name)}

@@ -21,12 +21,13 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.pointers import LENGTH, check_fetched
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, Cure, fetching
 
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 100_000
 MAX_PARTS = 10 * MAX_TENSORS
-_CURE = "the file is damaged or was not made by a safetensors writer: fetch or save it again"
+_CURE = fetching("or save it again").because("the file is damaged or was not made by a safetensors writer")
+_CUT = fetching("it again").because("the file is truncated or has bytes appended")
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -125,7 +126,7 @@ def _header_length(descriptor: files.Handle, size: int, path: Path) -> int:
     return length
 
 
-def parse_json(text: bytes, path: Path, cure: str, constants: bool = False, parts: int | None = None) -> Any:
+def parse_json(text: bytes, path: Path, cure: str | Cure, constants: bool = False, parts: int | None = None) -> Any:
     """JSON with duplicate keys, bottomless nesting and, unless `constants`, NaN and infinities refused.
 
     Also text of more than `parts` lists, tables and items: a few bytes of each take fifty of memory.
@@ -167,7 +168,7 @@ def check_name(name: str, path: Path) -> None:
     path_like = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if not name or len(name) > 512 or not name.isprintable() or path_like:
         raise CheckpointError(
-            path, f"the tensor name {name[:80]!r} is not allowed", "fetch it again, or rename the tensor"
+            path, f"the tensor name {name[:80]!r} is not allowed", fetching("it again, or rename the tensor")
         )
 
 
@@ -206,4 +207,4 @@ def _check_layout(infos: list[TensorInfo], start: int, size: int, path: Path) ->
         position += info.spec.nbytes
     if position != size:
         what = f"{size:,} bytes long, but its header describes {position:,}"
-        raise CheckpointError(path, what, "the file is truncated or has bytes appended: fetch it again")
+        raise CheckpointError(path, what, _CUT)

@@ -17,7 +17,7 @@ from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
 from acemerge.checkpoints.weight_files import ADAPTER, INDEX, PICKLED_ADAPTER, SINGLE, readable_adapter
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 ADAPTER_CONFIG, ADAPTER_MODEL = ADAPTER
 PREFIX = "base_model.model."
@@ -66,7 +66,7 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:
     for whole in (SINGLE, INDEX):
         if whole in names:
             raise CheckpointError(path, f"has both {ADAPTER_CONFIG} and {whole}", "remove the one that is not meant")
-    stored = readable_adapter(root, names, allow_pickle, "fetch the adapter's weights too")
+    stored = readable_adapter(root, names, allow_pickle, fetching("the adapter's weights too"))
     config_file, weights = contained(root, ADAPTER_CONFIG), contained(root, stored)
     prints = {file: files.fingerprint(file) for file in (weights, config_file)}
     settings = read_adapter_settings(read_config(root / ADAPTER_CONFIG), root / ADAPTER_CONFIG)
@@ -145,7 +145,7 @@ def _parts(infos: list[TensorInfo], settings: AdapterSettings, path: Path) -> _P
             parts.beginnings.add(own)
         _add(parts.whole, own, replace(info, spec=replace(info.spec, name=own), within=info), path)
     if not parts.layers and not parts.whole:
-        raise CheckpointError(path, "holds no tensors", "fetch the adapter again")
+        raise CheckpointError(path, "holds no tensors", fetching("the adapter again"))
     return parts
 
 
@@ -208,7 +208,7 @@ def _update(name: str, found: _Found, settings: AdapterSettings, path: Path) -> 
     module = name.removesuffix(".weight")
     for part in (*sorted(wanted - found.keys()), *sorted(found.keys() - wanted)):
         what = f"module {module!r} {'lacks' if part in wanted else 'has'} the tensor lora_{part}"
-        cure = "fetch the adapter again, or mend use_dora in its adapter_config.json"
+        cure = fetching("the adapter again, or mend use_dora in its adapter_config.json")
         raise CheckpointError(path, what, cure)
     A, B = (found[side].spec for side in sides)
     magnitude = found["magnitude"].spec if settings.dora else None
@@ -224,5 +224,5 @@ def _update(name: str, found: _Found, settings: AdapterSettings, path: Path) -> 
         raise CheckpointError(path, what, "mend r or rank_pattern in adapter_config.json")
     if magnitude is not None and magnitude.shape != B.shape[:1]:
         what = f"tensor {magnitude.name!r} has shape {list(magnitude.shape)}, not {list(B.shape[:1])}"
-        raise CheckpointError(path, what, "fetch the adapter again")
+        raise CheckpointError(path, what, fetching("the adapter again"))
     return Update(A, B, scaling, magnitude, transposed=embedding, embedding=embedding, stack=stack)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
+from acemerge.errors import Cure, fetching
 
 _MOST = 1000  # names of a folder that are looked at
 _WEIGHTS = r"(model\.safetensors(\.index\.json)?|adapter_model\.safetensors|model-\d{5}-of-\d{5}\.safetensors)"
 
 # A pattern of the paths in a folder; what is said, of the folder's name and what the pattern found, and the cure.
-_Say = Callable[[str, list[str]], tuple[str, str]]
+_Say = Callable[[str, list[str]], tuple[str, str | Cure]]
 _KNOWN: tuple[tuple[str, _Say], ...] = (
     (
         rf"(checkpoint-\d+)/{_WEIGHTS}",
@@ -69,7 +70,7 @@ _KNOWN: tuple[tuple[str, _Say], ...] = (
         r"(adapter_model\.(?:safetensors|bin))",
         lambda root, found: (
             f"has {_some(found)}, and no adapter_config.json",
-            "fetch its adapter_config.json too, which says how it is applied",
+            fetching("its adapter_config.json too, which says how it is applied"),
         ),
     ),
     (
@@ -97,7 +98,7 @@ _KNOWN: tuple[tuple[str, _Say], ...] = (
 )
 
 
-def what_is_there(where: object, paths: Sequence[str], within: str = "/") -> tuple[str, str] | None:
+def what_is_there(where: object, paths: Sequence[str], within: str = "/") -> tuple[str, str | Cure] | None:
     """What a folder with these paths is, and what to name instead; None where nothing is known of it.
 
     `within` stands between the folder and what is in it: a colon in a Hub id.

@@ -16,10 +16,12 @@ from acemerge.checkpoints.address import HUB, OBJECT_STORES, place_of
 from acemerge.checkpoints.ranges import Run, fill
 from acemerge.checkpoints.store import Listing, Stat, Store, StoreFailure, persistently
 from acemerge.checkpoints.store_hub import HubStore
-from acemerge.errors import CheckpointError, WriteError
+from acemerge.errors import CheckpointError, WriteError, fetching
 
 _FIRST = 64 << 10  # read with a file's first bytes: most headers end before
 _CHUNK = 16 << 20
+_TOO_LARGE = fetching("it, or make it, again").because("no file of its kind is so large")
+_CUT = fetching("it again").because("it is truncated or was replaced while it was read")
 _AGAIN = "check the address, the credentials in the environment and the network, then run again"
 
 
@@ -169,7 +171,7 @@ class Opened:
         end = max((offset + sum(map(len, buffers)) for offset, buffers in runs), default=0)
         if end > self.stat.size:
             what = f"ends at byte {self.stat.size:,}, {end - self.stat.size:,} bytes too early"
-            raise CheckpointError(self.path, what, "it is truncated or was replaced while it was read: upload it again")
+            raise CheckpointError(self.path, what, _CUT)
         if end <= _FIRST and end:
             self._first = self._first or self.read(0, min(_FIRST, self.stat.size))
             fill(runs, lambda start, end: self._first[start:end])
@@ -191,7 +193,7 @@ def check_size(path: Path, size: int, limit: int) -> None:
     """CheckpointError for a file, or an object, that is larger than its kind may be."""
     if size > limit:
         what = f"{size:,} bytes, more than the {limit:,} that such a file may have"
-        raise CheckpointError(path, what, "no file of its kind is so large: fetch it, or make it, again")
+        raise CheckpointError(path, what, _TOO_LARGE)
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import TensorInfo
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.weight_files import has_weights, safetensors_in
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 
 def is_pipeline(path: Path) -> bool:
@@ -51,5 +51,5 @@ def open_pipeline(path: Path) -> Checkpoint:
         inside = [f"{folder}/{name}" for name in names] if is_component(folder) else []
         assets += [n for n in inside if is_of_pipeline(n) and n != f"{folder}/{weights}"]
     if not places:
-        raise CheckpointError(path, "is a pipeline without any component that has weights", "fetch it again")
+        raise CheckpointError(path, "is a pipeline without any component that has weights", fetching("it again"))
     return Checkpoint(path, {name: i.spec for name, i in places.items()}, {}, tuple(assets), places, prints)

@@ -8,7 +8,7 @@ from pathlib import Path
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.links import contained
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, Cure
 
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 LENGTH = len(_BEGINNING)
@@ -18,7 +18,9 @@ _MOST = 1024  # bytes of a pointer
 def check_fetched(beginning: bytes, path: Path) -> None:
     """CheckpointError where a file begins as a pointer of Git LFS does: cloning it again gives the same."""
     if beginning.startswith(_BEGINNING):
-        cure = "run git lfs pull in its repository, or fetch the model with hf download"
+        pull = "run git lfs pull in its repository"
+        fetched = f"{pull}, or fetch the model with hf download"
+        cure = Cure(fetched, fetched, f"{pull}, and upload the file itself")
         raise CheckpointError(path, "is a pointer of Git LFS, and the file itself was not fetched", cure)
 
 

@@ -23,6 +23,13 @@ _CODE = re.compile(r"<Code>([A-Za-z]{1,60})</Code>")
 _DENIED = {"401", "403"}
 _OUT_OF_DATE = {"ExpiredToken", "RequestTimeTooSkewed", "TokenRefreshRequired"}
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
+# What the names of a store's settings begin with, and those of its address, where it is not the provider's own.
+_SETTINGS = {"s3": "AWS", "gs": "GOOGLE", "az": "AZURE"}
+_ENDPOINTS = {
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": (),  # it stands in the file of a service account
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
 
 
 def open_objects(scheme: str, bucket: str) -> ObjectStore:
@@ -44,16 +51,17 @@ def open_objects(scheme: str, bucket: str) -> ObjectStore:
 
 def _plain_http(scheme: str) -> dict[str, bool]:
     """Given with other options, these are no longer taken from the environment."""
-    wanted = os.environ.get("AWS_ALLOW_HTTP", "") if scheme == "s3" else os.environ.get("AZURE_ALLOW_HTTP", "")
+    wanted = os.environ.get(f"{_SETTINGS[scheme]}_ALLOW_HTTP", "")
     return {"allow_http": True} if wanted.lower() in ("1", "true", "yes", "on") else {}
 
 
 def _check_plain_http(scheme: str, bucket: str) -> None:
     """obstore would ask again and again, and say at last that nobody answers."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-    if scheme == "s3" and endpoint.startswith("http://") and not _plain_http(scheme):
-        what = "AWS_ENDPOINT_URL has no TLS, which is only taken where it is allowed"
-        raise UsageError(f"{scheme}://{bucket}", what, "set AWS_ALLOW_HTTP=true, or name an https:// endpoint")
+    named = next((name for name in _ENDPOINTS[scheme] if os.environ.get(name)), None)
+    if named and os.environ[named].startswith("http://") and not _plain_http(scheme):
+        what = f"{named} has no TLS, which is only taken where it is allowed"
+        cure = f"set {_SETTINGS[scheme]}_ALLOW_HTTP=true, or name an https:// endpoint"
+        raise UsageError(f"{scheme}://{bucket}", what, cure)
 
 
 class ObjectStore:

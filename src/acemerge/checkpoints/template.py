@@ -11,13 +11,13 @@ from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import MAX_PARTS, parse_json
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.tokenizer import spelled
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 TEMPLATE = "chat_template.jinja"
 TEMPLATE_FILES = (TEMPLATE, "chat_template.json")
 _SETTINGS = "tokenizer_config.json"
 _GENERATION = "generation_config.json"
-_CURE = "fetch the file again"
+_CURE = fetching("the file again")
 
 
 def read_template(checkpoint: Checkpoint) -> str | None:

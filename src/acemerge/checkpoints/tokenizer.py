@@ -12,7 +12,7 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import parse_json
 from acemerge.checkpoints.links import contained
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, fetching
 
 TOKENIZER = "tokenizer.json"
 _LISTS = (TOKENIZER, "vocab.json", "added_tokens.json", "vocab.txt")
@@ -22,7 +22,7 @@ _TOKENS = re.compile(
 # As large as those of half a million tokens with all their merges.
 _MAX_BYTES = 256 << 20
 _MAX_PARTS = 20_000_000
-_CURE = "fetch the file again"
+_CURE = fetching("the file again")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 

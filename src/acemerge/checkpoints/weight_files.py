@@ -14,14 +14,14 @@ from acemerge.checkpoints.header import MAX_PARTS, TensorInfo, parse_json, read_
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.nearby import what_is_there
 from acemerge.checkpoints.pickles import read_pickle
-from acemerge.errors import CheckpointError
+from acemerge.errors import CheckpointError, Cure, fetching
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PICKLED_ADAPTER = "adapter_model.bin"
 CONVERT = "save it again with save_pretrained, which writes safetensors, or add --allow-pickle to read it as plain data"
-_INDEX_AGAIN = "fetch the index again"
+_INDEX_AGAIN = fetching("the index again")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _OF_SHARDS = re.compile(r"-\d{5}-of-\d{5}\.")
 _PICKLES = re.compile(r".*\.(bin|pt|pth|pkl|ckpt)")
@@ -105,7 +105,7 @@ def adapter_weights(names: Collection[str]) -> str | None:
     return next((name for name in (ADAPTER[1], PICKLED_ADAPTER) if name in names), None)
 
 
-def readable_adapter(where: object, names: Collection[str], allow_pickle: bool, otherwise: str) -> str:
+def readable_adapter(where: object, names: Collection[str], allow_pickle: bool, otherwise: str | Cure) -> str:
     """The same; CheckpointError where none is there, with the cure `otherwise`, or none that may be read."""
     found = adapter_weights(names)
     if found is None:
@@ -153,11 +153,11 @@ def weight_files(root: Path, names: list[str], kind: _Format) -> list[Path]:
             raise CheckpointError(root, f"has both {kind.single} and {shards[0]}", "remove the one that is stale")
         return [contained(root, kind.single)]
     if kind.index not in names:
-        raise CheckpointError(root, f"has shards but no {kind.index}", "fetch the index file too")
+        raise CheckpointError(root, f"has shards but no {kind.index}", fetching("the index file too"))
     listed = sorted(set(_weight_map(root, kind).values()))
     for name in listed:
         if name not in names:
-            raise CheckpointError(root / name, "is in the index but not in the folder", "fetch the missing shard")
+            raise CheckpointError(root / name, "is in the index but not in the folder", fetching("the missing shard"))
     for name in shards:
         if name not in listed:
             raise CheckpointError(root / name, "is not in the index", "remove the stray shard or mend the index")
@@ -204,7 +204,7 @@ def _check_index(root: Path, places: Mapping[str, TensorInfo], kind: _Format) ->
     for name, file in mapping.items():
         if name not in places:
             what = f"lacks tensor {name[:80]!r}, which the index puts there"
-            raise CheckpointError(root / file, what, "fetch it again, or mend the index")
+            raise CheckpointError(root / file, what, fetching("it again, or mend the index"))
         if places[name].file != contained(root, file):
             what = f"the index puts tensor {name!r} there, but it is in {places[name].file.name}"
             raise CheckpointError(root / file, what, "mend the index")

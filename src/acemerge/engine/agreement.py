@@ -12,7 +12,7 @@ import torch
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.reader import Reader, Span
 from acemerge.engine.work import Setting
-from acemerge.errors import CheckpointError, Cure
+from acemerge.errors import CheckpointError, Cure, fetching
 from acemerge.models.roles import role_by_name
 from acemerge.planning.jobs import Input, Job, Keep, Plan
 from acemerge.planning.planner import UNQUANTISED, keep_apart
@@ -50,7 +50,7 @@ def differ_though_tied(job: Job, model: int, copy: str, who: str) -> CheckpointE
     """
     first = job.first_spelling(model)
     kinds = {role_by_name(replace(job.spec, name=name), conv1d=False).name for name in (first, copy)}
-    cure: str | Cure = keep_apart(job.name) if model else "fetch it again, or save it with one of the two"
+    cure: str | Cure = keep_apart(job.name) if model else fetching("it again, or save it with one of the two")
     if kinds == {"embedding", "output_head"}:
         cure = "set tie_word_embeddings to false in its config.json"
         cure += "; of an adapter, merge it into its base with peft first" if model else ""

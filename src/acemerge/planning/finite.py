@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from acemerge.errors import CheckpointError, Cure, NumericalError
+from acemerge.errors import CheckpointError, Cure, NumericalError, fetching
 from acemerge.planning.jobs import Job
 from acemerge.shapes import Float, Tensor
 
-_FETCH = Cure("fetch it again", "load it again")
+_FETCH = fetching("it again")
 
 DOUBLE = Cure("use --compute-dtype float64", "use compute_dtype='float64'")
 _WIDER = Cure("write --dtype bfloat16 or float32", "give a base of bfloat16 or float32, or use a smaller scale")
@@ -21,7 +22,8 @@ def cure_of(experts: Sequence[str]) -> Cure:
     if len(experts) == 1:
         return _FETCH
     out = "or leave the expert out"
-    return Cure(f"{_FETCH.of_files}, {out} with --nonfinite skip-expert", f"{_FETCH.in_memory}, {out}")
+    leaving_out = fetching(f"it again, {out} with --nonfinite skip-expert")
+    return replace(leaving_out, in_memory=f"{_FETCH.in_memory}, {out}")
 
 
 def is_finite(values: Tensor) -> bool:

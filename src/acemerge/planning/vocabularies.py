@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from acemerge.checkpoints.header import TensorSpec
-from acemerge.errors import CheckpointError, UsageError
+from acemerge.errors import CheckpointError, UsageError, fetching
 from acemerge.methods.elementwise import Average
 from acemerge.models.roles import Role, Roles
 from acemerge.models.vocabulary import Tokens, Vocabulary, added_tokens, differing, lend, match
@@ -123,7 +123,7 @@ class VocabularyPlanner:
             shapes = {model.tensors[name].shape[0] for name in own if name}
             if len(shapes) != 1 or not all(own):
                 if not all(own):
-                    raise CheckpointError(who, "lacks an embedding or an output head", "fetch it again")
+                    raise CheckpointError(who, "lacks an embedding or an output head", fetching("it again"))
                 what = "its embedding and output head have different rows"
                 raise CheckpointError(who, what, "bring them to one size first")
             counts.append(shapes.pop())
