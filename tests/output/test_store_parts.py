@@ -12,6 +12,7 @@ from stores import FaultyClient, obeyed
 
 import acemerge.engine.shared_counts
 import acemerge.engine.thresholds
+from acemerge.checkpoints.lora import open_expert
 from acemerge.errors import CheckpointError, UsageError, WriteError
 from acemerge.output.counts import COUNTS
 from acemerge.output.verify import verify
@@ -196,8 +197,12 @@ def test_of_two_processes_with_one_part_the_later_has_it(object: str, case: Case
 def test_an_output_that_parts_replace_is_none_until_the_finish(case: Case, memory: FaultyClient) -> None:
     case.merge(OUT, scale=0.25)
     memory.held.put("out/notes.txt", b"mine")
-    in_parts(case, 1, 2, 3, overwrite=True)
+    in_parts(case, 1, 2, overwrite=True)
     assert "acemerge.json" not in held(memory)
+    # It has an index, and shards of both.
+    with pytest.raises(CheckpointError, match=r"out: is an unfinished output: it has no acemerge\.json"):
+        open_expert(Path(OUT))
+    in_parts(case, 3, overwrite=True)
     case.merge(OUT, finish=True, overwrite=True)
     assert held(memory)["notes.txt"] == b"mine"
     memory.held.delete("out/notes.txt")

@@ -21,6 +21,7 @@ from acemerge.checkpoints.header import FLOAT8, TensorInfo, TensorSpec, read_hea
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.nearby import almost, paths_in, what_is_there
 from acemerge.checkpoints.pickles import read_pickle
+from acemerge.checkpoints.unfinished import check_finished
 from acemerge.checkpoints.weight_files import (
     ADAPTER,
     CONVERT,
@@ -108,6 +109,7 @@ def open_checkpoint(path: Path, allow_pickle: bool = False, dequantize: bool = F
         cure = almost(path) or ("check the address" if scheme_of(path) else known)
         raise CheckpointError(path, "no such folder" if there == "nothing" else "not a folder", cure)
     names = files.list_folder(root)
+    check_finished(path, names)
     if not has_weights(names):
         instead = what_is_there(path, paths_in(root))
         if instead:

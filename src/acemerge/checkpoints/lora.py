@@ -16,6 +16,7 @@ from acemerge.checkpoints.header import TensorInfo, TensorSpec, read_header
 from acemerge.checkpoints.links import contained
 from acemerge.checkpoints.pickles import read_pickle
 from acemerge.checkpoints.pipeline import is_pipeline, open_pipeline
+from acemerge.checkpoints.unfinished import check_finished
 from acemerge.checkpoints.weight_files import ADAPTER, INDEX, PICKLED_ADAPTER, SINGLE, readable_adapter
 from acemerge.errors import CheckpointError, fetching
 
@@ -63,6 +64,7 @@ def open_adapter(path: Path, allow_pickle: bool = False) -> Checkpoint:
     """
     root = files.resolve(path)
     names = files.list_folder(root)
+    check_finished(path, names)
     for whole in (SINGLE, INDEX):
         if whole in names:
             raise CheckpointError(path, f"has both {ADAPTER_CONFIG} and {whole}", "remove the one that is not meant")

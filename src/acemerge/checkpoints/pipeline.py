@@ -14,6 +14,7 @@ from acemerge.checkpoints.config import read_config
 from acemerge.checkpoints.folder import Checkpoint
 from acemerge.checkpoints.header import TensorInfo
 from acemerge.checkpoints.links import contained
+from acemerge.checkpoints.unfinished import check_finished
 from acemerge.checkpoints.weight_files import has_weights, safetensors_in
 from acemerge.errors import CheckpointError, fetching
 
@@ -29,7 +30,9 @@ def open_pipeline(path: Path) -> Checkpoint:
     """Open all components that have weights. Raises CheckpointError for those that cannot be read or are not known."""
     root = files.resolve(path)
     read_config(root / MODEL_INDEX)
-    folders = [name for name in files.list_folder(root) if files.kind(contained(root, name)) == "folder"]
+    there = files.list_folder(root)
+    check_finished(path, there)
+    folders = [name for name in there if files.kind(contained(root, name)) == "folder"]
     places: dict[str, TensorInfo] = {}
     prints: dict[Path, files.Fingerprint] = {}
     assets = [MODEL_INDEX]
