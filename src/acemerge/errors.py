@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 _LONGEST_VALUE = 80
+_AGAIN = "run again"
 # What pathlib makes of `s3://bucket/key`, wherever it stands in a message.
 _SQUEEZED = re.compile(r"(?<![\w/.+:-])([a-z][a-z0-9+.-]+):/(?=[\w-])")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://")
@@ -83,6 +84,13 @@ class AcemergeError(Exception):
         """The same error, with the cure for models that are no files."""
         return type(self)(self.where, self.what, self._cures.in_memory)
 
+    @property
+    def resumable(self) -> AcemergeError:
+        """The same error of a merge whose work is kept: to run it again takes --resume."""
+        if not self.cure.endswith(_AGAIN):
+            return self
+        return type(self)(self.where, self.what, f"{self.cure.removesuffix(_AGAIN)}go on with --resume")
+
     def __str__(self) -> str:
         return printable(self.args[0])  # input may hold control characters
 
@@ -97,6 +105,10 @@ class CheckpointError(AcemergeError):
     """A checkpoint that is malformed, incomplete or incompatible with the others."""
 
     exit_code = 3
+
+
+class UnreachableError(CheckpointError):
+    """A store that holds an input does not give it now: a merge can be resumed."""
 
 
 class NumericalError(AcemergeError):

@@ -13,6 +13,7 @@ from commands import failed, run
 from safetensors.torch import load_file
 from torch import Tensor
 
+import acemerge
 from acemerge import api
 from acemerge.engine.convert import open_conversion
 from acemerge.engine.run_options import RunOptions
@@ -50,6 +51,19 @@ def shards(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_text('{"version":  "1.0"}')
     (folder / "modeling.py").write_text("raise SystemExit")
     return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_parts_of_a_merge_are_not_continued(
+    options: list[str], plain: PlainModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That the rule is another than theirs is not what is wrong."""
+    base, experts = plain.save()
+    acemerge.merge(base, experts, "average", tmp_path / "out", shard="1/2", max_shard_size=300)
+    said = run(capsys, "convert", base, tmp_path / "out", *options)
+    failed(
+        said, 2, "out: holds parts of an unfinished merge, which no conversion continues; .*add --overwrite to remove"
+    )
 
 
 def test_shards_become_one_file(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

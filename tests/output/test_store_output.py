@@ -19,7 +19,7 @@ from obstore import exceptions
 from stores import S3, FaultyClient, obeyed
 
 import acemerge
-from acemerge.errors import AcemergeError, UsageError, WriteError
+from acemerge.errors import AcemergeError, UnreachableError, UsageError, WriteError
 from acemerge.output.manifest import load_manifest
 from acemerge.output.verify import verify
 from attacks.faulty import failing, faulty, unfaulty
@@ -209,6 +209,7 @@ def test_at_every_call_a_failure_leaves_nothing_finished_and_can_be_gone_on_with
     acemerge.merge(*models, out=OUT, **OPTIONS)
     total = len(memory.calls)
     assert is_whole(memory, local)
+    told: list[tuple[bool, str]] = []
     for last in range(0, total, 3):
         for key in held(memory):
             memory.held.delete(f"out/{key}")
@@ -222,14 +223,51 @@ def test_at_every_call_a_failure_leaves_nothing_finished_and_can_be_gone_on_with
         memory.fault = silent
         try:
             acemerge.merge(*models, out=OUT, **OPTIONS)
-        except WriteError:
+        except WriteError as failure:
             assert "acemerge.json" not in held(memory)
+            told.append((bool(held(memory)), failure.cure.rpartition("then ")[2]))
         memory.fault = obeyed
         there = {name for name in held(memory) if f".acemerge.work/{name}" in held(memory)}
         memory.calls.clear()
         acemerge.merge(*models, out=OUT, resume=True, **OPTIONS)
         assert is_whole(memory, local)
         assert not there & {call.removeprefix("put out/") for call in memory.calls if call.startswith("put")}
+    assert set(told) == {(False, "run again"), (True, "go on with --resume")}
+
+
+@pytest.mark.parametrize("out", ["s3://bucket/out", "folder"])
+def test_inputs_that_are_out_of_reach_for_a_while_cost_no_work(
+    memory: FaultyClient, models: Models, local: dict[str, bytes], tmp_path: Path, out: str
+) -> None:
+    """The error says how to go on, and what was computed before is not computed again. Before the end, all inputs are
+    looked at once more.
+    """
+    for model in (models[0], *models[1]):
+        for name, data in contents(model).items():
+            memory.held.put(f"in/{model.name}/{name}", data)
+    base, *experts = (f"s3://bucket/in/{model.name}" for model in (models[0], *models[1]))
+    place = out if "://" in out else tmp_path / out
+    lost = {"gone": False}
+
+    def silent(call: str, key: str, do: Callable[[], Any]) -> Any:
+        if lost["gone"] and key.startswith("in/"):
+            raise exceptions.GenericError("connection reset")
+        return do()
+
+    def progress(now: Any) -> None:
+        lost["gone"] |= now.done > 2
+
+    memory.fault = silent
+    with pytest.raises(UnreachableError, match=r"does not answer; .*, then go on with --resume$"):
+        acemerge.merge(base, experts, out=place, on_progress=progress, **OPTIONS)
+    memory.fault = obeyed
+    seen: list[Any] = []
+    acemerge.merge(base, experts, out=place, resume=True, on_progress=seen.append, **OPTIONS)
+    assert not seen
+    found = held(memory) if place == out else contents(tmp_path / out)
+    assert {name: found[name] for name in local if name.startswith("model")} == {
+        name: data for name, data in local.items() if name.startswith("model")
+    }
 
 
 def test_a_full_disk_of_this_machine(memory: FaultyClient, models: Models, local: dict[str, bytes]) -> None:

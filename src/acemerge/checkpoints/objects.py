@@ -16,7 +16,7 @@ from acemerge.checkpoints.address import HUB, OBJECT_STORES, place_of
 from acemerge.checkpoints.ranges import Run, fill
 from acemerge.checkpoints.store import Listing, Stat, Store, StoreFailure, persistently
 from acemerge.checkpoints.store_hub import HubStore
-from acemerge.errors import CheckpointError, WriteError, fetching
+from acemerge.errors import CheckpointError, UnreachableError, WriteError, fetching
 
 _FIRST = 64 << 10  # read with a file's first bytes: most headers end before
 _CHUNK = 16 << 20
@@ -68,9 +68,12 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except StoreFailure as failure:
-        what = {"missing": "no such object", "changed": "changed during the run"}.get(failure.kind, failure.said)
-        cure = "let nobody write to the inputs and run again" if failure.kind == "changed" else _AGAIN
-        raise CheckpointError(path, what, cure) from None
+        if failure.kind == "changed":
+            what, cure = "changed during the run", "let nobody write to the inputs and run again"
+            raise CheckpointError(path, what, cure) from None
+        if failure.kind == "missing":
+            raise CheckpointError(path, "no such object", _AGAIN) from None
+        raise UnreachableError(path, failure.said, _AGAIN) from None
 
 
 @contextlib.contextmanager

@@ -17,9 +17,11 @@ from acemerge.checkpoints.hub_files import from_cache
 from acemerge.checkpoints.links import contained
 from acemerge.engine.opening import Opened, check_output_apart
 from acemerge.engine.run_options import RunOptions
+from acemerge.errors import UsageError
 from acemerge.models.roles import Roles, find_roles
 from acemerge.models.tied_heads import heads_apart
 from acemerge.output.folder import check_output
+from acemerge.output.parts import holds_parts
 from acemerge.planning.costs import budget
 from acemerge.planning.jobs import Keep, Plan
 from acemerge.recipes.recipe import Recipe
@@ -29,6 +31,9 @@ from acemerge.recipes.tables import TensorRule
 def open_conversion(source: str, out: Path, options: RunOptions) -> Opened:
     """Open a checkpoint to be written to `out`, from headers alone. Raises CheckpointError, UsageError."""
     check_output_apart(out, [source])
+    if not options.overwrite and holds_parts(out):
+        cure = "choose another folder, or add --overwrite to remove them"
+        raise UsageError(out, "holds parts of an unfinished merge, which no conversion continues", cure)
     check_output(out, options.overwrite, options.resume)
     with from_cache():
         model = locate(source, options.allow_pickle, options.quiet, heads=True, stream=options.stream)

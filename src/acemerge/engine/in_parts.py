@@ -68,10 +68,11 @@ def compute_parts(
             for part in done:
                 told.done(part)
     except AcemergeError as failure:
-        if not isinstance(failure, RESUMABLE):
-            with output_at(out, options.overwrite, resume=True, in_parts=True) as output:
-                output.discard()
-            files.remove_folder(out)
+        if isinstance(failure, RESUMABLE):
+            raise failure.resumable from failure
+        with output_at(out, options.overwrite, resume=True, in_parts=True) as output:
+            output.discard()
+        files.remove_folder(out)
         raise
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import parse_json
-from acemerge.errors import AcemergeError, CheckpointError, ResourceError, UsageError, WriteError, shortages
+from acemerge.errors import (
+    AcemergeError,
+    CheckpointError,
+    ResourceError,
+    UnreachableError,
+    UsageError,
+    WriteError,
+    shortages,
+)
 from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
 from acemerge.output.names import LOCK, MANIFEST, MAX_MANIFEST, OLD, REPORT, WORK, is_output, side_folders
 from acemerge.output.protocol import Output
@@ -24,7 +32,7 @@ from acemerge.output.writer import PARTIAL, FileSum, write_partial
 from acemerge.planning.parts import SHARDS, Part
 
 # After these a run can be continued: nothing is wrong with what it was asked to do.
-RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError)
+RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError, UnreachableError)
 
 
 @dataclass
@@ -233,7 +241,9 @@ def undone_on_failure(output: Output) -> Iterator[None]:
     try:
         with shortages():
             yield
-    except RESUMABLE:
+    except RESUMABLE as failure:
+        if isinstance(failure, AcemergeError) and output.begun and output.part is None:
+            raise failure.resumable from failure
         raise
     except BaseException:
         if output.begun and not output.kept:

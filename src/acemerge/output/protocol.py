@@ -15,12 +15,14 @@ class Output(Protocol):
     """Where a run writes to: a folder, or a store. Files are written at `path` first, under their partial names.
 
     `begun` says that there are files of it, `kept` that they stay whatever fails: all weights are computed.
+    A `part` of a run is run again as it was, all of one with --resume.
     """
 
     path: Path
     written: dict[str, FileSum]
     begun: bool
     kept: bool
+    part: Part | None
 
     @property
     def home(self) -> Path:
