@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("every_rule")  # whose assertions tell what they 
 
 import torch  # noqa: E402
 from builders import PlainModel  # noqa: E402
+from google_store import google  # noqa: E402, F401
 from hub_server import FakeHub  # noqa: E402
 from hypothesis import settings  # noqa: E402
 from stores import memory, s3, s3_server  # noqa: E402, F401

@@ -344,7 +344,7 @@ def test_a_killed_run_is_gone_on_with_elsewhere(
     )
     killed = subprocess.run([sys.executable, "-c", program, *map(str, (models[0], *models[1])), out], check=False)
     assert killed.returncode == -9
-    with pytest.raises(UsageError, match="holds an unfinished merge; add --resume"):
+    with pytest.raises(UsageError, match="holds an unfinished merge; if no run is at work there, add --resume"):
         acemerge.merge(*models, out=out, **OPTIONS)
     report = acemerge.merge(*models, out=out, resume=True, **OPTIONS)
     found = s3.contents(out)

@@ -292,6 +292,8 @@ def check_contents(path: Path, overwrite: bool, resume: bool, in_parts: bool) ->
     if overwrite or not names or (resume and names & {JOURNAL, JOURNAL + PARTIAL, MANIFEST}):
         return
     if JOURNAL in names:
-        raise UsageError(path, "holds an unfinished merge", "add --resume to go on, or --overwrite to start again")
+        alone = "if no run is at work there, " if scheme_of(path) else ""  # where there is no lock, nobody knows
+        cure = f"{alone}add --resume to go on, or --overwrite to start again"
+        raise UsageError(path, "holds an unfinished merge", cure)
     what = "holds a finished merge" if MANIFEST in names else "is not empty"
     raise UsageError(path, what, "choose another folder or add --overwrite")
