@@ -235,6 +235,27 @@ def test_at_every_call_a_failure_leaves_nothing_finished_and_can_be_gone_on_with
     assert set(told) == {(False, "run again"), (True, "go on with --resume")}
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_an_upload_that_the_store_lost_is_begun_again(
+    memory: FaultyClient, models: Models, local: dict[str, bytes], times: int
+) -> None:
+    lost: list[str] = []
+
+    def forgetful(call: str, key: str, do: Callable[[], Any]) -> Any:
+        if call == "put" and key == "out/model-00002-of-00004.safetensors" and len(lost) < times:
+            lost.append(key)
+            raise FileNotFoundError("status code: 404 <Code>NoSuchUpload</Code>")
+        return do()
+
+    memory.fault = forgetful
+    if times > 1:
+        with pytest.raises(WriteError, match=r"safetensors: the store lost the upload; .*go on with --resume"):
+            acemerge.merge(*models, out=OUT, **OPTIONS)
+        memory.fault = obeyed
+    acemerge.merge(*models, out=OUT, resume=times > 1, **OPTIONS)
+    assert is_whole(memory, local)
+
+
 @pytest.mark.parametrize("out", ["s3://bucket/out", "folder"])
 def test_inputs_that_are_out_of_reach_for_a_while_cost_no_work(
     memory: FaultyClient, models: Models, local: dict[str, bytes], tmp_path: Path, out: str

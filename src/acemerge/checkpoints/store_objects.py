@@ -97,7 +97,7 @@ class ObjectStore:
     def upload(self, key: str, file: Path) -> Stat:
         size = file.stat().st_size
         part = max(PART, -(-size // _MOST_PARTS))
-        with _failures():
+        with _lost_uploads(), _failures():
             done = self._client.put(key, file, chunk_size=part, max_concurrency=_PARTS_IN_FLIGHT)
         return Stat(size, done["e_tag"] or "", done["version"] or "")
 
@@ -127,6 +127,20 @@ def _failures() -> Iterator[None]:
     except (exceptions.BaseError, OSError, ValueError) as failure:
         kind: Kind = next((kind for error, kind in kinds if isinstance(failure, error)), "passing")
         raise told(kind, str(failure)) from None
+
+
+@contextlib.contextmanager
+def _lost_uploads() -> Iterator[None]:
+    """What is missing where an object is uploaded is the upload, not the object: another may do.
+
+    The store forgot it, or it was complete when the answer was lost, and there was nothing to abort.
+    """
+    try:
+        yield
+    except StoreFailure as failure:
+        if failure.kind != "missing":
+            raise
+        raise StoreFailure("passing", "the store lost the upload") from None
 
 
 def told(kind: Kind, message: str) -> StoreFailure:
