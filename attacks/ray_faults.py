@@ -65,10 +65,15 @@ def _node_removed(case: Case, cluster: Any, delay: float) -> None:
 
 
 def _without_memory(case: Case, cluster: Any, delay: float) -> None:
-    """A task may map a megabyte more than it has: it says so itself, or its process ends."""
+    """A task may map a megabyte more than it has: it says so itself, or its process ends.
+
+    Ray gives a process that lives on to further tasks, and the limit is this case's alone.
+    """
+    limited: list[psutil.Process] = []
 
     def limit() -> None:
         for process in tasks_at_work()[:1]:
+            limited.append(process)
             most = process.memory_info().vms + (1 << 20)
             process.rlimit(psutil.RLIMIT_AS, (most, most))
 
@@ -79,6 +84,10 @@ def _without_memory(case: Case, cluster: Any, delay: float) -> None:
         except ResourceError as failure:
             check("--resume" in str(failure) and not (out / "acemerge.json").exists(), str(failure))
             case.merge(out, resume=True)
+        finally:
+            for process in limited:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
     case.check_output(out)
 
 

@@ -177,7 +177,9 @@ def test_a_body_that_ends_early_is_asked_for_again(plain: PlainModel, memory: Fa
 def test_what_does_not_pass_is_one_line(
     plain: PlainModel, memory: FaultyClient, failure: Exception, said: str, tmp_path: Path
 ) -> None:
-    """From any call on, within a bound of calls, with nothing written and no secret told."""
+    """From any call on, within a bound of calls, with nothing published and no secret told. What is kept of a merge, it
+    says how to go on with.
+    """
     base, experts = plain.save()
     there = [put(memory, folder, folder.name) for folder in (base, *experts)]
     acemerge.merge(there[0], there[1:])
@@ -190,13 +192,14 @@ def test_what_does_not_pass_is_one_line(
                 raise failure
             return do()
 
-        memory.fault = broken
+        memory.fault, out = broken, tmp_path / f"out-{first}"
         with pytest.raises(AcemergeError, match=said) as told:
-            acemerge.merge(there[0], there[1:], out=tmp_path / "out")
+            acemerge.merge(there[0], there[1:], out=out)
         assert KEY not in str(told.value)
         assert SECRET not in str(told.value)
         assert len(memory.calls) <= first + 60
-        assert not (tmp_path / "out").exists()
+        assert not (out / "acemerge.json").exists()
+        assert out.exists() == told.value.cure.endswith("go on with --resume")
 
 
 def test_a_stale_listing_is_found_out(plain: PlainModel, memory: FaultyClient) -> None:
