@@ -140,6 +140,15 @@ def _update(shape: tuple[int, ...], seed: int, graded: bool) -> torch.Tensor:
     return 0.02 * left @ right.T + 0.1 * faint
 
 
+def _along_one_input(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The same where a ridge as large as the mean diagonal keeps float32's word for all others: it is the energy of one
+    direction, which all experts share, and rounding elsewhere counts for as much as there are inputs.
+    """
+    left = torch.randn(shape[0], 1, generator=torch.Generator().manual_seed(seed))
+    right = torch.randn(shape[1], 1, generator=torch.Generator().manual_seed(shape[1]))
+    return 0.02 * left @ right.T
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @spread(
     name=["ties", "emr", "ace", "tact", "kron", "kron_auto", "swudi_a", "tsv_m", "svc", "iso_cts"],
@@ -184,6 +193,38 @@ def test_a_spectral_rule_allocates_what_the_plan_counts(
         assert counted <= 1.3 * taken
 
 
+@spread(
+    name=[name for name in sorted(METHODS) if not (make(name, {}).needs.matrix or make(name, {}).needs.calibration)],
+    experts=[8, 2],
+    sides=[(1000, 1000), (400, 800)],
+    even=[True, False],
+)
+def test_a_rule_of_entries_allocates_what_the_plan_counts(
+    name: str, experts: int, sides: tuple[int, int], even: bool
+) -> None:
+    """`even`: magnitudes are equal, where a rank is not found by a sample, and votes are even."""
+    needs = make(name, {}).needs
+    deltas = torch.stack([_update(sides, seed, graded=False) for seed in range(min(experts, needs.most_experts or 99))])
+    if even:
+        deltas = 0.01 * deltas.sign()
+        deltas[1::2] = -deltas[: 2 * (len(deltas) // 2) : 2]
+    assert allocated_by(name, deltas) <= needs.work.entries(len(deltas), *sides) * 4
+
+
+@spread(
+    trim=["none", "largest", "random", "middle", "by_rank"],
+    vote=[True, False],
+    arithmetic=["float32", "bfloat16"],
+    even=[True, False],
+)
+def test_what_trimming_allocates_is_counted(trim: str, vote: bool, arithmetic: str, even: bool) -> None:
+    params = {"trim": trim, "density": 0.5, "vote": vote, "arithmetic": arithmetic}
+    deltas = torch.stack([_update((1000, 800), seed, graded=False) for seed in range(4)])
+    deltas = 0.01 * deltas.sign() if even else deltas
+    counted = make("mergekit_sum", params).needs.work.entries(4, 1000, 800) * 4
+    assert allocated_by("mergekit_sum", deltas, **params) <= counted
+
+
 def test_what_runs_beside_is_counted_where_it_can(two_threads: None) -> None:
     two = make("cart", {}).needs.work.entries(3, 100, 200)
     torch.set_num_threads(1)
@@ -214,6 +255,7 @@ LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {
     "one": {"model.layers.0.mlp.up_proj.weight": (2500, 2500)},
 }
 _IN_SUITE = {("average", "llama", 3), ("ties", "llama", 3)}
+_ALONG_ONE = ("anchored",)  # repeated in float64 for such updates alone
 _CELLS = [
     pytest.param(*cell, marks=() if cell in _IN_SUITE else pytest.mark.torture, id="-".join(map(str, cell)))
     for cell in itertools.product(sorted(METHODS), LAYOUTS, (2, 3, 8))
@@ -221,11 +263,12 @@ _CELLS = [
 ]
 
 
-def _write_layout(folder: Path, layout: str, seed: int, graded: bool) -> Path:
+def _write_layout(folder: Path, layout: str, seed: int, graded: bool, along_one: bool = False) -> Path:
     tensors = {}
     for i, (name, shape) in enumerate(LAYOUTS[layout].items()):
         base = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(i))
-        moved = _update(shape, 1000 * seed + i, graded and len(shape) == 2)
+        matrix, own = len(shape) == 2, 1000 * seed + i
+        moved = _along_one_input(shape, own) if along_one and matrix else _update(shape, own, graded and matrix)
         tensors[name] = base + moved if seed else base
         tensors[name] = tensors[name] if graded else tensors[name].bfloat16()
     return write_checkpoint(folder, tensors)
@@ -234,9 +277,11 @@ def _write_layout(folder: Path, layout: str, seed: int, graded: bool) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 @pytest.mark.parametrize(("method", "layout", "experts"), _CELLS)
 def test_a_run_takes_what_the_plan_says(method: str, layout: str, experts: int, tmp_path: Path) -> None:
-    """Never more, and not much less: all of the process counted, imports and reader too."""
-    graded = make(method, {}).needs.matrix
-    base, *tuned = (_write_layout(tmp_path / f"m{i}", layout, i, graded) for i in range(experts + 1))
+    """Never more, and for the updates that take most not much less: all of the process counted, imports and reader
+    too. What the data spare is not known before they are read.
+    """
+    graded, along_one = make(method, {}).needs.matrix, method in _ALONG_ONE
+    base, *tuned = (_write_layout(tmp_path / f"m{i}", layout, i, graded, along_one) for i in range(experts + 1))
     recipe = make_recipe({"base": str(base), "experts": [str(m) for m in tuned], "method": method})
     expected = expected_memory(open_recipe(recipe, None, RunOptions()).plan)
     words = ["merge", "--base", base, *(w for e in tuned for w in ("--expert", e)), "--method", method]

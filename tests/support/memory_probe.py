@@ -38,7 +38,7 @@ def _measure(name: str, experts: int, sides: tuple[int, int], answer: Connection
     answer.send((_kilobytes("VmHWM") - before) * 1024)
 
 
-def allocated_by(name: str, deltas: torch.Tensor, **params: float) -> int:
+def allocated_by(name: str, deltas: torch.Tensor, **params: float | str | bool) -> int:
     """Bytes that torch's allocator had given out at once, beside the task vectors: what a rule's own tensors take, to
     the byte, and workspaces of LAPACK's.
     """

@@ -42,8 +42,8 @@ class _Blocks(ctypes.Structure):
     _fields_ = [(f"_{i}", ctypes.c_size_t) for i in range(8)] + [("free", ctypes.c_size_t), ("_9", ctypes.c_size_t)]
 
 
-def give_back_freed_memory() -> None:
-    """Return freed blocks to the system where there are more than 100 MB of them.
+def give_back_freed_memory(more_than: int = _MOST_FREED) -> None:
+    """Return freed blocks to the system where there are more than so many bytes of them.
 
     torch aligns its memory, and glibc then leaves slivers beside it. A small object in such a sliver keeps a freed
     block from being joined and used again: without this the heap grows for as long as a run lasts.
@@ -51,7 +51,7 @@ def give_back_freed_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
         library.mallinfo2.restype = _Blocks
-        if library.mallinfo2().free > _MOST_FREED:
+        if library.mallinfo2().free > more_than:
             library.malloc_trim(0)
 
 

@@ -34,6 +34,8 @@ _BATCH_PIECES = 256
 # Batches of a lane that wait, read or finished, beside those that are computed.
 WAITING = 2
 _SPLIT = 1 << 15  # entries for each of torch's threads
+# Of what others have freed, that a large tensor leaves lying beside what it takes.
+_FREED = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,8 @@ def _shared(batch: Batch[AnyJob]) -> dict[int, list[TensorSpec]]:
 
 def _compute(batch: Batch[AnyJob], inputs: _Inputs, place: Place, work: Work[AnyJob, Result]) -> Result:
     alone = len(batch.pieces) == 1
+    if batch.load == "large":
+        give_back_freed_memory(_FREED)
     try:
         with with_host(place.device):
             return work([(piece, _ValuesOf(i, inputs, alone)) for i, piece in enumerate(batch.pieces)], place)

@@ -124,8 +124,9 @@ class InInputs:
         pulls = self.problem.pulls if row is None else None
         active = [(t, a, pulls[t] if pulls else 0.0) for t, a in enumerate(self.problem.weights) if a]
         R = Y * (sum(pull for _, _, pull in active) - self.ridge)
+        room = Y.new_empty(self.problem.shape[0] * _WIDTH)
         for t, a, pull in active:
-            self._add(R, Y, partial(_widened, self.problem, t, rows, row), a, pull)
+            self._add(R, Y, partial(_widened, self.problem, t, rows, row, room=room), a, pull)
         return R
 
     def _add(self, R: Tensor, Y: Tensor, pair: Pair, a: float, pull: float) -> None:
@@ -168,9 +169,14 @@ class InRows:
         return left.sub_(Q, alpha=self.ridge).view_as(Y)
 
 
-def _widened(problem: Problem, t: int, rows: Rows, row: Tensor | None, part: slice) -> tuple[Tensor, Tensor]:
-    """Columns of the rows of X_t, or of the target `row`, and of Z_t."""
-    Z = problem.sources(t, torch.float64, None, part)
+def _widened(
+    problem: Problem, t: int, rows: Rows, row: Tensor | None, part: slice, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Columns of the rows of X_t, or of the target `row`, and of Z_t, this made in the room where there is one: memory
+    that is taken anew for each of many is not all used again.
+    """
+    out, width = problem.shape[0], len(range(*part.indices(problem.shape[1])))
+    Z = problem.sources(t, torch.float64, None if room is None else room[: out * width].view(out, width), part)
     if row is not None:
         return row[:, part].double(), Z
     return rows(Z if problem.targets is problem.sources else problem.targets(t, torch.float64, None, part)), Z

@@ -19,8 +19,11 @@ from acemerge.shapes import Bool, Float, Int, Tensor
 _LOW_BITS = 16
 UPPER = 1 << 15  # the sign bit is clear
 LOWER = 1 << _LOW_BITS
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18  # entries that are looked at at once: few enough to take no memory to speak of
 _SAMPLE = 1 << 15
+# A sample leaves less than a thirtieth of many entries to be sorted, but where many are equal.
+_GATHERED = 1 << 18
+_SHARE = 16
 _DEVIATIONS = 5
 
 
@@ -84,11 +87,14 @@ def kth_largest_magnitude(x: Float[Tensor, "*shape"], k: int) -> float:
     flat = x.flatten()
     stride = len(flat) // _SAMPLE | 1  # odd: else it might see a few columns only
     low, high = _bracket(magnitudes(flat[::stride]), k / len(flat))
-    above, between = 0, []
+    above, between, room = 0, [], max(_GATHERED, len(flat) // _SHARE)
     for block in flat.split(_BLOCK):
         sizes = magnitudes(block)
         above += int((sizes > high).count_nonzero())
         between.append(sizes[(sizes >= low) & (sizes <= high)])
+        room -= len(between[-1])
+        if room < 0:  # counting takes no more memory where they are many
+            return _by_counts(flat, k)
     inner = torch.cat(between)
     if 0 < k - above <= len(inner):
         return inner.kthvalue(len(inner) - (k - above) + 1).values.item()

@@ -9,11 +9,14 @@ import torch
 
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import largest_entry
-from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.elementwise import Blocks, row_blocks
 from acemerge.shapes import Float, Tensor
 
 # (expert, block of rows) -> the expert's sparse and weighted update there; called once for each, in order.
 Sparse = Callable[[int, slice], Tensor]
+# What `total` holds, and `elected_mean`: where votes are even what either of both signs would give.
+SUMMING = Blocks(block=3.0)
+ELECTING = Blocks(2.25, block=10.0, block_each=2.0)
 
 
 def total(deltas: Float[Tensor, "T *shape"], sparse: Sparse, scale: float) -> Float[Tensor, "*shape"]:

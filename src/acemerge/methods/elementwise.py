@@ -9,12 +9,40 @@ from typing import ClassVar
 
 import torch
 
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Work
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
 # Entries of one expert that are worked on at once: few enough to stay in a core's cache.
 _BLOCK = 1 << 17
+# What a block takes, and as much that the C library keeps of earlier ones.
+_KEPT = 2
+# Entries for weights, sums and thresholds.
+_NUMBERS = 1 << 12
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a rule holds beside the task vectors that walks over them with `row_blocks`, counted in float32: so many
+    tensors of the layer's size, `each` more for every expert, and in a block so many of its size, `block_each` more for
+    every expert. `then` is what it holds at another time, so that the larger of both counts.
+    """
+
+    tensors: float = 1.0
+    each: float = 0.0
+    block: float = 0.0
+    block_each: float = 0.0
+    then: Work | None = None
+
+    def entries(self, experts: int, rows: int, columns: int) -> int:
+        count = rows * columns
+        in_block = _KEPT * (self.block + self.block_each * experts) * min(count, max(_BLOCK, columns))
+        own = math.ceil((self.tensors + self.each * experts) * count + in_block) + _NUMBERS
+        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
+
+
+# While the k-th largest magnitude of a tensor is found.
+RANKING = Blocks(0.4, block=16.0)
 
 
 @dataclass(frozen=True)
@@ -27,7 +55,7 @@ class Average:
 
     name: ClassVar[str] = "average"
     source: ClassVar[str] = "arXiv 2203.05482"
-    needs: ClassVar[Needs] = Needs(entrywise=True, weights="not cancelling", factors="linear")
+    needs: ClassVar[Needs] = Needs(entrywise=True, weights="not cancelling", work=Blocks(), factors="linear")
 
     scale: Scale = 1.0
 
@@ -49,7 +77,7 @@ class TaskArithmetic:
 
     name: ClassVar[str] = "task_arithmetic"
     source: ClassVar[str] = "arXiv 2212.04089"
-    needs: ClassVar[Needs] = Needs(entrywise=True, factors="linear")
+    needs: ClassVar[Needs] = Needs(entrywise=True, work=Blocks(), factors="linear")
 
     scale: Scale = 0.3
 

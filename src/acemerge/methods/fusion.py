@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from acemerge.linalg.select import kth_largest_magnitude
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
-from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.elementwise import Blocks, row_blocks
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -31,7 +31,7 @@ class ArceeFusion:
 
     name: ClassVar[str] = "arcee_fusion"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Workspace(tensors=5))
+    needs: ClassVar[Needs] = Needs(base=True, most_experts=1, work=Blocks(4.25, block=16.0))
 
     scale: Scale = 1.0
 

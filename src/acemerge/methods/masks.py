@@ -10,7 +10,7 @@ from pydantic import Field
 
 from acemerge.linalg.rounding import NULL
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
-from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.elementwise import Blocks, row_blocks
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -30,7 +30,7 @@ class Consensus:
 
     name: ClassVar[str] = "consensus"
     source: ClassVar[str] = "arXiv 2405.07813"
-    needs: ClassVar[Needs] = Needs(entrywise=True)
+    needs: ClassVar[Needs] = Needs(entrywise=True, work=Blocks(block=4.0, block_each=2.0))
 
     lam: Annotated[float, Field(ge=0, allow_inf_nan=False, description="how much of the others an entry must beat")] = (
         0.4
@@ -71,7 +71,7 @@ class Emr:
 
     name: ClassVar[str] = "emr"
     source: ClassVar[str] = "arXiv 2405.17461"
-    needs: ClassVar[Needs] = Needs(masks=True)
+    needs: ClassVar[Needs] = Needs(masks=True, work=Blocks(each=0.25, block=3.0, block_each=5.0))
 
     scale: Scale = 1.0
 

@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale
+from acemerge.methods.elementwise import Blocks
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -29,7 +30,7 @@ class MergekitNearswap:
 
     name: ClassVar[str] = "mergekit_nearswap"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(most_experts=1, entrywise=True)
+    needs: ClassVar[Needs] = Needs(most_experts=1, entrywise=True, work=Blocks(4.0))
 
     t: Annotated[float, Field(ge=0, allow_inf_nan=False, description="difference up to which entries are swapped")] = (
         1e-4
@@ -59,7 +60,7 @@ class MergekitRam:
 
     name: ClassVar[str] = "mergekit_ram"
     source: ClassVar[str] = "arXiv 2601.13572"
-    needs: ClassVar[Needs] = Needs(work=Workspace(each=3))
+    needs: ClassVar[Needs] = Needs(work=Blocks(2.0, each=4.5))
 
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False, description="magnitude above which it was changed")] = (
         1e-5

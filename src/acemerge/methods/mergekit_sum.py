@@ -10,9 +10,9 @@ from pydantic import Field
 
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import kth_largest_magnitude, magnitudes
-from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace
+from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
-from acemerge.methods.elementwise import row_blocks
+from acemerge.methods.elementwise import Blocks, row_blocks
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Bool, Float, Int, Tensor
 
@@ -73,7 +73,16 @@ class MergekitSum:
     @property
     def needs(self) -> Needs:
         lengths = [len(value) for value in (self.density, self.gamma, self.epsilon) if isinstance(value, tuple)]
-        return Needs(experts=lengths[0] if lengths else None, work=Workspace(tensors=8))
+        return Needs(experts=lengths[0] if lengths else None, work=self._work)
+
+    @property
+    def _work(self) -> Blocks:
+        """In the sum, and before it where entries are chosen: where magnitudes are equal by sorting all of them."""
+        copy, mask = 0.5 * (self.arithmetic != "float32"), 0.25 * (self.trim != "none")
+        summing = Blocks(1.0, copy + mask, 2.0, 5.5 if self.vote else 1.0 + 4.0 * mask)
+        if self.trim == "none":
+            return summing
+        return Blocks(2.5 if self.trim == "random" else 8.0, copy + mask, then=summing)
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         wanted = deltas.dtype

@@ -15,14 +15,16 @@ from acemerge.linalg.gram import energies
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import magnitudes
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
+from acemerge.methods.elementwise import Blocks
 from acemerge.methods.mergekit_sum import exactly_largest
-from acemerge.methods.sphere import Weights
+from acemerge.methods.sphere import WEIGHING, Weights
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _NO_DIVISOR = 1e-8  # a sum of weights nearer to zero than this divides nothing
 _COLLINEAR = 1e-8  # an angle with a smaller sine is interpolated straight
+_CHOOSING = Blocks(9.0, each=1.0)  # where magnitudes are equal all are sorted
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class MergekitLinear:
 
     name: ClassVar[str] = "mergekit_linear"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True, entrywise=True, moves_equals=True)
+    needs: ClassVar[Needs] = Needs(base=True, entrywise=True, moves_equals=True, work=Blocks(block=3.0, block_each=2.0))
 
     scale: Scale = 1.0
 
@@ -60,7 +62,7 @@ class MergekitSlerp:
 
     name: ClassVar[str] = "mergekit_slerp"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True, most_experts=2)
+    needs: ClassVar[Needs] = Needs(base=True, most_experts=2, work=Blocks(6.0))
 
     of: Annotated[Literal["weights", "updates"], Field(description="what is interpolated")] = "weights"
     along: Annotated[Literal["tensor", "rows", "columns"], Field(description="what is one vector")] = "tensor"
@@ -112,7 +114,7 @@ class MergekitMultislerp:
 
     name: ClassVar[str] = "mergekit_multislerp"
     source: ClassVar[str] = "mergekit 0.1.5"
-    needs: ClassVar[Needs] = Needs(base=True)
+    needs: ClassVar[Needs] = Needs(base=True, work=WEIGHING)
 
     of: Annotated[Literal["weights", "updates"], Field(description="what is interpolated")] = "weights"
     normalize: Annotated[bool, Field(description="divide the weights by their sum")] = True
@@ -154,10 +156,13 @@ class MergekitSce:
 
     name: ClassVar[str] = "mergekit_sce"
     source: ClassVar[str] = "arXiv 2408.07990"
-    needs: ClassVar[Needs] = Needs()
 
     select: Annotated[float, Field(ge=0, le=1, description="share of the entries that differ, kept")] = 1.0
     scale: Scale = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(work=Blocks(2.5, 3.25, then=_CHOOSING) if self.select < 1 else Blocks(1.5, 3.25))
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         deltas = deltas * layer.weights.to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))

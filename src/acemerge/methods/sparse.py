@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -13,7 +13,8 @@ from acemerge.linalg.rounding import NULL
 from acemerge.linalg.select import at_least, at_most, kth_largest_magnitude, magnitudes, share_of
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale
 from acemerge.methods.chance import Chance
-from acemerge.methods.election import Sparse, elected_mean, elected_means, total
+from acemerge.methods.election import ELECTING, SUMMING, Sparse, elected_mean, elected_means, total
+from acemerge.methods.elementwise import RANKING
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
@@ -45,7 +46,8 @@ class Ties:
 
     @property
     def needs(self) -> Needs:
-        return Needs(keep=self.keep if self.trim == "global" else None)
+        work = replace(ELECTING, then=RANKING)
+        return Needs(keep=self.keep if self.trim == "global" else None, work=work)
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         thresholds = self._thresholds(deltas, layer)
@@ -87,7 +89,7 @@ class DareLinear:
 
     name: ClassVar[str] = "dare_linear"
     source: ClassVar[str] = "arXiv 2311.03099"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(work=SUMMING)
 
     p: Annotated[float, Field(ge=0, lt=1, description="probability that an entry is dropped")] = 0.5
     scale: Scale = 1.0
@@ -108,7 +110,7 @@ class DareTies:
 
     name: ClassVar[str] = "dare_ties"
     source: ClassVar[str] = "arXiv 2311.03099"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(work=ELECTING)
 
     p: Annotated[float, Field(ge=0, lt=1, description="probability that an entry is dropped")] = 0.5
     scale: Scale = 1.0
@@ -134,7 +136,7 @@ class Della:
 
     name: ClassVar[str] = "della"
     source: ClassVar[str] = "arXiv 2406.11617"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(work=replace(ELECTING, block=14.0))
 
     density: Annotated[Share, Field(description="mean probability that an entry is kept")] = 0.5
     eps: Annotated[float, Field(ge=0, lt=1, description="width of the window of probabilities")] = 0.1
@@ -183,7 +185,7 @@ class Breadcrumbs:
 
     name: ClassVar[str] = "breadcrumbs"
     source: ClassVar[str] = "arXiv 2312.06795"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(work=replace(SUMMING, block=4.0, then=RANKING))
 
     density: Annotated[Share, Field(description="share of the entries that is kept")] = 0.9
     gamma: Annotated[float, Field(ge=0, lt=1, description="share of the largest entries, dropped")] = 0.01

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, no_update
-from acemerge.methods.elementwise import row_blocks, weighted_sum
+from acemerge.methods.elementwise import Blocks, row_blocks, weighted_sum
 from acemerge.methods.stats import LayerStats
 from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
@@ -23,6 +23,9 @@ from acemerge.shapes import Float, Tensor
 _PARALLEL = 1 - 0.9995  # an angle whose cosine is nearer to one is interpolated straight
 _SHORT = 1e-8
 _OPPOSITE = math.pi - 1e-6  # from here on an angle has no direction but rounding's
+# What `Weights` hold with the result, and what inner products alone do.
+WEIGHING = Blocks(block=3.0, block_each=5.0)
+_COMPARING = Blocks(block_each=4.0)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Slerp:
 
     name: ClassVar[str] = "slerp"
     source: ClassVar[str] = "Shoemake 1985"
-    needs: ClassVar[Needs] = Needs(base=True, most_experts=2)
+    needs: ClassVar[Needs] = Needs(base=True, most_experts=2, work=WEIGHING)
 
     t: Annotated[float, Field(ge=0, le=1, description="place between the first, 0, and the second, 1")] = 0.5
     scale: Scale = 1.0
@@ -73,7 +76,7 @@ class ModelStock:
 
     name: ClassVar[str] = "model_stock"
     source: ClassVar[str] = "arXiv 2403.19522"
-    needs: ClassVar[Needs] = Needs()
+    needs: ClassVar[Needs] = Needs(work=_COMPARING)
 
     still: Annotated[
         Literal["drop", "count"], Field(description="what experts without an update do: drop out, or count")
@@ -115,7 +118,7 @@ class Karcher:
 
     name: ClassVar[str] = "karcher"
     source: ClassVar[str] = "Grove and Karcher 1973"
-    needs: ClassVar[Needs] = Needs(base=True, weights="not negative")
+    needs: ClassVar[Needs] = Needs(base=True, weights="not negative", work=WEIGHING)
 
     steps: Annotated[int, Field(ge=1, le=1000, description="most steps of the iteration")] = 10
     tol: Annotated[float, Field(gt=0, allow_inf_nan=False, description="a shorter step ends it, in radians")] = 1e-5

@@ -8,13 +8,22 @@ from acemerge.checkpoints.header import TensorSpec
 from acemerge.shapes import Bool, Tensor
 
 _BITS = torch.arange(8, dtype=torch.uint8)
+_BLOCK = 1 << 20  # entries that are packed at a time, in whole bytes
 
 
 def pack(mask: Bool[Tensor, "*shape"]) -> Tensor:
     """Eight entries to a byte, the first in the lowest bit: uint8 of (entries + 7) // 8."""
-    bits = mask.flatten().to(device="cpu", dtype=torch.uint8)
-    bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    return (bits << _BITS).sum(1, dtype=torch.uint8)
+    entries = mask.flatten()
+    packed = torch.empty((len(entries) + 7) // 8, dtype=torch.uint8)
+    room = torch.zeros(_BLOCK // 8, 8, dtype=torch.uint8)  # one for all: what is freed in between is not joined again
+    for start in range(0, len(entries), _BLOCK):
+        block = entries[start : start + _BLOCK]
+        bytes_of = packed[start // 8 : (start + _BLOCK) // 8]
+        bits = room[: len(bytes_of)]
+        bits[-1] = 0  # what lies beyond the last entry
+        bits.view(-1)[: len(block)] = block
+        torch.sum(torch.bitwise_left_shift(bits, _BITS, out=bits), 1, dtype=torch.uint8, out=bytes_of)
+    return packed
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Bool[Tensor, "*shape"]:

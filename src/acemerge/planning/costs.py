@@ -22,8 +22,8 @@ _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
 # matrices with other factors, of up to twice as many bytes.
 SHARED = 3
-# Of each entry of one expert whose magnitude is counted: its bits, and their number as an index.
-_COUNTED = 16
+# While magnitudes of one expert are counted, whatever their number: some blocks of them.
+_COUNTED = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
         magnitude = any(update and update.magnitude for update in job.updates)
         differencing = waiting + deltas + factors + magnitude * count * width
     if job.method.needs.keep is not None:
-        differencing = max(differencing, base + deltas + _COUNTED * count)
+        differencing = max(differencing, base + deltas + min(_COUNTED, 4 * width * count))
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     return max(differencing, base + deltas + _work_entries(job, piece, experts) * width) + widened - waiting
 
@@ -102,9 +102,14 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
 def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
     """What a rule works in beside full task vectors."""
     count = piece.count
-    slices, rows, columns = job.matrices if piece.rows is None else (1, piece.shape[0], count // piece.shape[0])
+    slices, rows, columns = job.matrices
+    if piece.rows is not None or not job.method.needs.matrix:  # then the rule gets all of it at once
+        slices, rows = 1, piece.shape[0] if piece.shape else 1
+        columns = count // max(1, rows)
     work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 or job.groups else 0)
     work += experts * _measured(job, rows, columns, count)
+    if job.makes_masks:  # eight entries to a byte
+        work += experts * count // 8 // job.compute_dtype.itemsize
     if isinstance(job, Merge) and job.fused:
         work += (experts + 1) * count  # the projections' own task vectors, and what is made of them
     if isinstance(job, Merge) and job.factors:  # the merged update beside what its singular vectors take
