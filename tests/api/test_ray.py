@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 
 import acemerge
 import acemerge.output.identity
+from acemerge.engine import on_ray
 from acemerge.engine.execute import Progress
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.verify import verify
@@ -230,7 +232,33 @@ def test_an_error_in_a_part_is_the_error_of_the_merge_and_leaves_nothing(cluster
 
 
 def test_more_threads_than_any_node_has_are_refused(cluster: Any, tmp_path: Path, out: Path, two_threads: None) -> None:
-    refused(Case(tmp_path, "average"), out, "none of its nodes, 2, has room for a task: 2 CPUs", ray=cluster.address)
+    case = Case(tmp_path, "average")
+    told = "none of its nodes, 2, has room for a task: 2 CPUs", "; set OMP_NUM_THREADS=1, or add nodes"
+    refused(case, out, *told, ray=cluster.address)
+    torch.set_num_threads(1)  # what it says
+    case.merge(out, ray=cluster.address)
+    case.check_output(out)
+
+
+def test_a_gpu_that_no_node_has_is_refused(cluster: Any, tmp_path: Path, out: Path) -> None:
+    case = Case(tmp_path, "average")
+    refused(case, out, "and a GPU; use --device cpu, or add nodes", ray=cluster.address, device="cuda")
+    case.merge(out, ray=cluster.address, device="cpu")
+    case.check_output(out)
+
+
+@pytest.mark.parametrize(
+    ("node", "cure"),
+    [
+        ({"CPU": 4, "memory": 2e9}, "give --max-memory 1850000000, or add nodes"),
+        ({"CPU": 1, "memory": 2e9}, "set OMP_NUM_THREADS=1 and give --max-memory 1850000000, or add nodes"),
+        ({"CPU": 4, "memory": 6e8}, "add nodes that have as much"),  # of which the merge takes more in any case
+        ({"memory": 4e9}, "add nodes that have as much"),
+    ],
+)
+def test_what_makes_room_for_a_task_is_named(node: dict[str, float], cure: str) -> None:
+    need = on_ray.Need(threads=2, memory=3_000_000_000, gpu=False)
+    assert on_ray.cure_of(need, [{"Resources": node}], least=1_000_000_000) == cure
 
 
 @pytest.mark.parametrize(
@@ -276,13 +304,45 @@ def test_without_ray_the_extra_is_named(case: Case, out: Path, monkeypatch: pyte
     refused(case, out, "--ray local: ray is not installed; pip install 'acemerge[ray]'", ray="local")
 
 
-def test_where_no_cluster_is_that_is_said(case: Case, out: Path) -> None:
-    """In a process of its own: this one is connected."""
-    words = ["merge", "--base", case.base, "--expert", case.experts[0], "-o", out, "--ray", "127.0.0.1:1"]
-    done = subprocess.run([sys.executable, "-m", "acemerge", *words], capture_output=True, text=True, check=False)
+def test_a_ray_that_is_too_old_is_named(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "__version__", "2.40.0")
+    told = "--ray local: ray 2.40.0 is older than 2.55; pip install --upgrade 'acemerge[ray]', on every machine"
+    refused(case, out, told, ray="local")
+
+
+def _said_alone(case: Case, out: Path, address: str, before: str = "") -> str:
+    """What a merge says in a process of its own, as this one is connected already; `before` is run first."""
+    words = ["merge", "--base", case.base, "--expert", case.experts[0], "-o", out, "--ray", address]
+    code = f"{before}\nfrom acemerge.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("acemerge: error: --ray 127.0.0.1:1: no cluster is there: ")
     assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def test_where_no_cluster_is_that_is_said(case: Case, out: Path) -> None:
+    said = _said_alone(case, out, "127.0.0.1:1")
+    assert said.startswith("acemerge: error: --ray 127.0.0.1:1: no cluster is there: ")
+
+
+def test_what_answers_and_is_no_cluster_is_not_waited_for(case: Case, out: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        said = _said_alone(case, out, f"127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "what answers there is no cluster's head; begin one by `ray start --head`" in said
+
+
+def test_a_cluster_of_another_version_is_told_apart(cluster: Any, case: Case, out: Path) -> None:
+    said = _said_alone(case, out, cluster.address, "import ray; ray.__version__ = '2.59.0'")
+    assert "the cluster has Ray 2." in said
+    assert "here is Ray 2.59.0 and Python 3." in said
+    assert "; install what the cluster has of Ray and Python here, too" in said
 
 
 def test_one_module_imports_ray() -> None:

@@ -26,7 +26,7 @@ from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.identity import difference
 from acemerge.output.parts import listed
-from acemerge.planning.costs import RESIDENT
+from acemerge.planning.costs import RESIDENT, peak_memory
 from acemerge.planning.parts import Part, parse_part
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def on_ray(opened: Opened, out: Path, options: RunOptions) -> Iterator[OnRay]:
         cluster = OnRay(ray, options.ray, opened, out, own, need)
         if cluster.slots == 0:
             what = f"none of its nodes, {len(nodes)}, has room for a task: {need}"
-            raise UsageError(f"--ray {options.ray}", what, "lower OMP_NUM_THREADS or --max-memory, or add nodes")
+            raise UsageError(f"--ray {options.ray}", what, cure_of(need, nodes, peak_memory(opened.plan)))
         yield cluster
 
 
@@ -233,6 +233,20 @@ class OnRay:
                     self.ray.cancel(ref, force=force)
                 if tasks:
                     _, tasks = self.ray.wait(tasks, num_returns=len(tasks), timeout=_STOPPED)
+
+
+def cure_of(need: Need, nodes: Sequence[Mapping[str, Any]], least: int) -> str:
+    """What would make room for a task, which takes no less than `least` bytes with Ray's own: what no node has."""
+    cpus, memory, gpus = (max(node["Resources"].get(key, 0) for node in nodes) for key in ("CPU", "memory", "GPU"))
+    asked = []
+    if need.gpu and not gpus:
+        asked.append("use --device cpu")
+    if 1 <= cpus < need.threads:
+        asked.append(f"set OMP_NUM_THREADS={int(cpus)}")
+    if least + _WORKER <= memory < need.memory:
+        asked.append(f"give --max-memory {int(memory) - _WORKER}")
+    short = cpus < 1 or memory < least + _WORKER
+    return f"{' and '.join(asked)}, or add nodes" if asked and not short else "add nodes that have as much"
 
 
 def _fields(part: Part, times: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -23,6 +24,7 @@ from acemerge.errors import UsageError
 
 _STORE = 80 << 20  # the least that Ray's object store takes: nothing of ours goes there
 _REACHED = 10.0  # seconds to reach a cluster's head
+_LEAST = (2, 55)  # the version of ray, as pyproject.toml has it
 
 
 @contextlib.contextmanager
@@ -33,6 +35,9 @@ def connected(address: str) -> Iterator[Any]:
             import ray
         except ImportError:
             raise UsageError(f"--ray {address}", "ray is not installed", "pip install 'acemerge[ray]'") from None
+        if _numbers(ray.__version__) < _LEAST:
+            what = f"ray {ray.__version__} is older than {_LEAST[0]}.{_LEAST[1]}"
+            raise UsageError(f"--ray {address}", what, "pip install --upgrade 'acemerge[ray]', on every machine")
         if ray.is_initialized():
             yield ray
             return
@@ -50,15 +55,40 @@ def _begin(ray: Any, address: str, settings: Mapping[str, Any]) -> None:
     if address not in ("auto", "local"):
         host, _, port = address.rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), _REACHED).close()
+            with socket.create_connection((host.strip("[]"), int(port)), _REACHED) as connection:
+                answers = _speaks_grpc(connection)
         except (OSError, OverflowError) as failure:
             raise UsageError(f"--ray {address}", f"no cluster is there: {failure}", cure) from None
+        if not answers:  # Ray would try for minutes
+            raise UsageError(f"--ray {address}", "what answers there is no cluster's head", cure)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError, TimeoutError) as failure:
+        if "Version mismatch" in str(failure):
+            cure = "install what the cluster has of Ray and Python here, too, or the same everywhere and begin it anew"
+            raise UsageError(f"--ray {address}", _versions(str(failure)), cure) from None
         raise UsageError(f"--ray {address}", f"no cluster could be joined: {last_line(failure)}", cure) from None
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether who answers does so as a head does: with settings of HTTP/2. One with TLS says nothing yet."""
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return True
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    return connection.recv(9)[3:4] == b"\4"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def _versions(told: str) -> str:
+    """Of what Ray says of the cluster's versions and of this process's, one line."""
+    found = re.findall(r"(Ray|Python): (\S+)", told)
+    cluster, here = (" and ".join(f"{name} {version}" for name, version in half) for half in (found[:2], found[2:]))
+    return f"the cluster has {cluster}, and here is {here}"
 
 
 @contextlib.contextmanager

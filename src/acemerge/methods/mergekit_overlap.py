@@ -60,7 +60,7 @@ class MergekitRam:
 
     name: ClassVar[str] = "mergekit_ram"
     source: ClassVar[str] = "arXiv 2601.13572"
-    needs: ClassVar[Needs] = Needs(work=Blocks(2.0, each=4.5))
+    needs: ClassVar[Needs] = Needs(work=Blocks(4.0, each=4.5))
 
     epsilon: Annotated[float, Field(ge=0, allow_inf_nan=False, description="magnitude above which it was changed")] = (
         1e-5

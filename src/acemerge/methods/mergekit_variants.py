@@ -162,7 +162,7 @@ class MergekitSce:
 
     @property
     def needs(self) -> Needs:
-        return Needs(work=Blocks(2.5, 3.25, then=_CHOOSING) if self.select < 1 else Blocks(1.5, 3.25))
+        return Needs(work=Blocks(4.5, 3.25, then=_CHOOSING) if self.select < 1 else Blocks(3.5, 3.25))
 
     def merge(self, deltas: Float[Tensor, "T *shape"], layer: Layer) -> LayerResult:
         deltas = deltas * layer.weights.to(deltas.dtype).view(-1, *[1] * (deltas.ndim - 1))

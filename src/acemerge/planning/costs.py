@@ -22,6 +22,9 @@ _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
 # matrices with other factors, of up to twice as many bytes.
 SHARED = 3
+# What the C library keeps of what a rule for matrices has freed, in pieces that it does not join: as much as the rule
+# works in, up to this.
+_KEPT = 48 << 20
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
@@ -96,7 +99,9 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
     if job.method.needs.keep is not None:
         differencing = max(differencing, base + deltas + min(_COUNTED, 4 * width * count))
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
-    return max(differencing, base + deltas + _work_entries(job, piece, experts) * width) + widened - waiting
+    work = _work_entries(job, piece, experts) * width
+    work += min(_KEPT, work) if job.method.needs.matrix else 0
+    return max(differencing, base + deltas + work) + widened - waiting
 
 
 def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
