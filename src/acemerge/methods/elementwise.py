@@ -17,7 +17,7 @@ from acemerge.shapes import Float, Tensor
 _BLOCK = 1 << 17
 # What a block takes, and as much that the C library keeps of earlier ones.
 _KEPT = 2
-# Entries for weights, sums and thresholds.
+# Entries for weights, sums and thresholds; of a tensor that is smaller no more than it has.
 _NUMBERS = 1 << 12
 
 
@@ -37,7 +37,7 @@ class Blocks:
     def entries(self, experts: int, rows: int, columns: int) -> int:
         count = rows * columns
         in_block = _KEPT * (self.block + self.block_each * experts) * min(count, max(_BLOCK, columns))
-        own = math.ceil((self.tensors + self.each * experts) * count + in_block) + _NUMBERS
+        own = math.ceil((self.tensors + self.each * experts) * count + in_block) + min(_NUMBERS, count)
         return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
 
 
