@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 
 from acemerge.calibration.calibrate import data_of
 from acemerge.checkpoints import named
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.engine.events import event_fields, logged
 from acemerge.engine.execute import (
     OnProgress,
@@ -43,7 +44,6 @@ from acemerge.methods import AnyMethod
 from acemerge.methods.registry import check_names
 from acemerge.output.manifest import InputFile, build_manifest, to_bytes
 from acemerge.output.merge_report import MergeReport
-from acemerge.output.names import MANIFEST
 from acemerge.output.parts import holds_parts
 from acemerge.output.place import output_at
 from acemerge.output.protocol import Output

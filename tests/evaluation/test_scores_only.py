@@ -17,13 +17,13 @@ from task_builders import save_family, sentences, write_tasks, write_tsv
 
 import acemerge
 from acemerge.checkpoints import files, machine
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.cli.interrupts import TERMINATED
 from acemerge.engine.opening import open_recipes
 from acemerge.engine.run_options import RunOptions
 from acemerge.errors import NumericalError
 from acemerge.evaluation import unkept
 from acemerge.evaluation.compare import by_methods
-from acemerge.output.names import MANIFEST
 from acemerge.recipes.recipe import make_recipe
 
 RULES = ["average", "ties", "dare_ties"]

@@ -9,7 +9,7 @@ from acemerge.errors import CheckpointError
 
 MANIFEST = "acemerge.json"  # written last
 JOURNAL = ".acemerge.journal"
-SHARDS = ".acemerge.shards"  # what the parts of a run note
+SHARDS = ".acemerge.shards"  # what the parts of a run note until they are finished
 
 
 def check_finished(path: Path, names: Collection[str]) -> None:

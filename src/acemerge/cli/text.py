@@ -94,7 +94,8 @@ def print_json(value: Any) -> None:
 def outcome(report: MergeReport) -> dict[str, Any]:
     """Of an output that was written, as JSON."""
     from acemerge.checkpoints import files
-    from acemerge.output.names import MANIFEST, REPORT
+    from acemerge.checkpoints.unfinished import MANIFEST
+    from acemerge.output.names import REPORT
 
     assert report.out is not None
     manifest, page = report.manifest, report.out / REPORT

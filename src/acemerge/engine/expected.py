@@ -11,13 +11,13 @@ from acemerge.planning.estimate import measure_rates, plan_seconds
 from acemerge.planning.jobs import Plan
 
 
-def expected_seconds(opened: Opened, plan: Plan, out: Path | None) -> float:
-    """Of the opened checkpoints' plan, or of a part of it, into this output; None where nothing is written.
+def expected_seconds(opened: Opened, plan: Plan, out: Path) -> float:
+    """Of the opened checkpoints' plan, or of a part of it, into this output.
 
     What stores and their network take is not known and not counted.
     """
     sizes = {path: found[0] for model in opened.models for path, found in model.fingerprints.items()}
     reading = seconds_to_read(list(sizes))
     again = 0.0 if machine.stays_cached(sum(sizes.values())) else reading
-    pace = FilePace(reading, again, 0.0 if out is None else seconds_to_write(out))
+    pace = FilePace(reading, again, seconds_to_write(out))
     return plan_seconds(plan, measure_rates(opened.devices[0]), pace)

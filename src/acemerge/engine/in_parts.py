@@ -13,6 +13,7 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hashes import check_unchanged, files_read, tensor_hashes
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.engine.beside import inputs_of, origins_of, whole_sums, write_beside
 from acemerge.engine.execute import Layout, OnProgress, Progress
 from acemerge.engine.executor import Executor
@@ -23,7 +24,7 @@ from acemerge.errors import AcemergeError
 from acemerge.output.folder import RESUMABLE, remove_files
 from acemerge.output.identity import digest
 from acemerge.output.manifest import build_manifest
-from acemerge.output.names import MANIFEST, WORK
+from acemerge.output.names import WORK
 from acemerge.output.parts import begun_parts
 from acemerge.output.place import output_at
 from acemerge.output.protocol import Output

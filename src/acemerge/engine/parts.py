@@ -11,6 +11,7 @@ from typing import Any
 from acemerge.checkpoints import files
 from acemerge.checkpoints.hashes import Hashed, Read, check_unchanged, files_read, known_sha256, longer
 from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.engine.beside import sums_of
 from acemerge.engine.execute import (
     Layout,
@@ -29,7 +30,6 @@ from acemerge.errors import CheckpointError, UsageError, shortages
 from acemerge.output.counts import CountNotes, forget_counts
 from acemerge.output.identity import difference, digest
 from acemerge.output.journal import Done
-from acemerge.output.names import MANIFEST
 from acemerge.output.parts import all_parts, check_begun, found_by_others, part_at, put_together
 from acemerge.output.protocol import Output
 from acemerge.output.writer import PARTIAL, FileSum

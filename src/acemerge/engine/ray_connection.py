@@ -77,7 +77,8 @@ def _speaks_grpc(connection: socket.socket) -> bool:
     if os.environ.get("RAY_USE_TLS", "0") != "0":
         return True
     connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
-    return connection.recv(9)[3:4] == b"\4"
+    with connection.makefile("rb") as answer:
+        return answer.read(9)[3:4] == b"\4"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

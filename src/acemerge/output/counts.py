@@ -22,10 +22,11 @@ import torch
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
+from acemerge.checkpoints.unfinished import SHARDS
 from acemerge.errors import CheckpointError
 from acemerge.output.folder import to_write
 from acemerge.output.writer import PARTIAL, write_file
-from acemerge.planning.parts import SHARDS, Part
+from acemerge.planning.parts import Part
 from acemerge.shapes import Int, Tensor
 
 Pass = Literal["upper", "lower"]  # of the halves of bits that are counted

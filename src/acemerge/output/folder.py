@@ -16,6 +16,7 @@ from pathlib import Path
 from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import parse_json
+from acemerge.checkpoints.unfinished import JOURNAL, MANIFEST, SHARDS
 from acemerge.errors import (
     AcemergeError,
     CheckpointError,
@@ -25,11 +26,11 @@ from acemerge.errors import (
     WriteError,
     shortages,
 )
-from acemerge.output.journal import JOURNAL, Done, Journal, Step, read_journal
-from acemerge.output.names import LOCK, MANIFEST, MAX_MANIFEST, OLD, REPORT, WORK, is_output, side_folders
+from acemerge.output.journal import Done, Journal, Step, read_journal
+from acemerge.output.names import LOCK, MAX_MANIFEST, OLD, REPORT, WORK, is_output, side_folders
 from acemerge.output.protocol import Output
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
-from acemerge.planning.parts import SHARDS, Part
+from acemerge.planning.parts import Part
 
 # After these a run can be continued: nothing is wrong with what it was asked to do.
 RESUMABLE = (KeyboardInterrupt, SystemExit, WriteError, ResourceError, UnreachableError)

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from acemerge.checkpoints import files, unfinished
+from acemerge.checkpoints import files
 from acemerge.checkpoints.hashes import Hashed, Read, longer
+from acemerge.checkpoints.unfinished import JOURNAL
 from acemerge.errors import CheckpointError
 from acemerge.output.records import TensorRecord
 from acemerge.output.writer import PARTIAL, Begun, FileSum
 
-JOURNAL = unfinished.JOURNAL
 MAX_JOURNAL = 1 << 30
 _BLOCK = 1 << 22
 _CHECK = 16

@@ -19,8 +19,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from acemerge.checkpoints import files
 from acemerge.checkpoints.header import parse_json
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.errors import CheckpointError
-from acemerge.output.names import MANIFEST, MAX_MANIFEST
+from acemerge.output.names import MAX_MANIFEST
 from acemerge.output.records import AGAIN, AGAIN_NOW, TensorRecord, share_lost
 from acemerge.output.writer import FileSum
 from acemerge.planning.jobs import Plan

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from acemerge.checkpoints import files, unfinished
+from acemerge.checkpoints import files
 from acemerge.checkpoints.assets import HEADS, MODEL_INDEX, is_asset_folder, is_component, is_of_pipeline
 from acemerge.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_MODEL
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.checkpoints.weight_files import is_model_file
 from acemerge.output.writer import PARTIAL
 
-MANIFEST = unfinished.MANIFEST
 CARD = "README.md"
 PICTURE = "merge.svg"  # of the card
 REPORT = "report.html"  # made of a finished output, no part of it

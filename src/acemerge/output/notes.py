@@ -16,20 +16,10 @@ from typing import Any
 from acemerge.checkpoints import objects
 from acemerge.checkpoints.hashes import Read
 from acemerge.checkpoints.store import Stat
+from acemerge.checkpoints.unfinished import JOURNAL
 from acemerge.errors import CheckpointError
 from acemerge.output.identity import digest
-from acemerge.output.journal import (
-    JOURNAL,
-    MAX_JOURNAL,
-    Done,
-    Step,
-    entries_of,
-    entry_of,
-    read_entry,
-    read_of,
-    spelled,
-    step_of,
-)
+from acemerge.output.journal import MAX_JOURNAL, Done, Step, entries_of, entry_of, read_entry, read_of, spelled, step_of
 from acemerge.output.names import WORK
 
 _FINDINGS = ".findings"

@@ -14,16 +14,17 @@ from typing import Any
 from acemerge.checkpoints import files, locks
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.header import TensorSpec, read_header
+from acemerge.checkpoints.unfinished import MANIFEST, SHARDS
 from acemerge.errors import AcemergeError, UsageError, shortages
 from acemerge.output.counts import COUNTS, forget_counts
 from acemerge.output.folder import RESUMABLE, OutputFolder, check_contents, check_output, remove_files
 from acemerge.output.identity import difference
 from acemerge.output.journal import read_findings, read_identity
-from acemerge.output.names import LOCK, MANIFEST, OLD
+from acemerge.output.names import LOCK, OLD
 from acemerge.output.protocol import Output
 from acemerge.output.store import findings_of_part, store_output
 from acemerge.output.writer import PARTIAL, header_bytes
-from acemerge.planning.parts import SHARDS, Part, part_of_folder
+from acemerge.planning.parts import Part, part_of_folder
 
 # What of a run's identity is of the machines that compute it, not of the one that puts its parts together.
 _OF_MACHINES = ("device", "accelerator", "threads", "processor")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.unfinished import JOURNAL, MANIFEST
 from acemerge.errors import CheckpointError, UsageError
 from acemerge.output.identity import difference, digest
-from acemerge.output.journal import JOURNAL
 from acemerge.output.manifest import load_manifest
-from acemerge.output.names import MANIFEST
 
 
 def is_finished(out: Path, about: Mapping[str, Any], overwrite: bool) -> bool:

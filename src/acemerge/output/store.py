@@ -25,15 +25,16 @@ from typing import Any, NoReturn
 from acemerge.checkpoints import files, objects
 from acemerge.checkpoints.hashes import Hashed, Read, longer
 from acemerge.checkpoints.store import Stat
+from acemerge.checkpoints.unfinished import JOURNAL, MANIFEST, SHARDS
 from acemerge.errors import AcemergeError, UsageError, WriteError
 from acemerge.output.counts import forget_counts
 from acemerge.output.folder import check_contents, check_output, to_write, undone_on_failure
 from acemerge.output.identity import digest
-from acemerge.output.journal import JOURNAL, Done, Journal, Step, entries_of
-from acemerge.output.names import MANIFEST, REPORT, WORK, is_output, side_folders
+from acemerge.output.journal import Done, Journal, Step, entries_of
+from acemerge.output.names import REPORT, WORK, is_output, side_folders
 from acemerge.output.notes import Notes
 from acemerge.output.writer import PARTIAL, FileSum, write_partial
-from acemerge.planning.parts import SHARDS, Part, part_of_folder
+from acemerge.planning.parts import Part, part_of_folder
 
 _OTHER_BEGAN = "another run has begun to write here"
 _ELSEWHERE = "choose another address"

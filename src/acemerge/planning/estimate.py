@@ -51,22 +51,28 @@ def measure_rates(device: torch.device) -> Rates:
 
     On the CPU by all threads at once, each by itself: they share what memory gives, and processors that may be halves
     of one or have other work. Threads that wait for each other would tell of the longest turn that another took.
+    Another device does what one thread asks of it.
     """
+    threads, is_host = torch.get_num_threads(), device.type == "cpu"
     X, data = torch.randn(_SIDE, _SIDE, device=device), bytes(_HASHED)
+
+    def finish() -> None:
+        if not is_host:
+            torch.accelerator.synchronize(device)
 
     def product() -> int:
         X @ X
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        finish()
         return 2 * _SIDE**3
 
     def widening() -> Callable[[], int]:
         # Each thread has a task vector after the other before it, more than its cache holds.
-        stored, wide = torch.zeros(4, _ENTRIES, dtype=torch.bfloat16), torch.zeros(5, _ENTRIES)
+        stored, wide = torch.zeros(4, _ENTRIES, dtype=torch.bfloat16), torch.zeros(5, _ENTRIES, device=device)
 
         def work() -> int:
             for i in range(4):
                 wide[i].copy_(stored[i]).sub_(wide[4])
+            finish()
             return stored.numel()
 
         return work
@@ -75,8 +81,8 @@ def measure_rates(device: torch.device) -> Rates:
         hashlib.sha256(data).digest()
         return _HASHED
 
-    products = _rate_by_all(lambda: product) if device.type == "cpu" else _rate_of(product)
-    return Rates(products, _rate_by_all(widening), _rate_by_all(lambda: hashed))
+    asking = threads if is_host else 1
+    return Rates(_rate(lambda: product, asking), _rate(widening, asking), _rate(lambda: hashed, threads))
 
 
 def _rate_of(work: Callable[[], int]) -> float:
@@ -88,10 +94,8 @@ def _rate_of(work: Callable[[], int]) -> float:
     return done / took
 
 
-def _rate_by_all(begin: Callable[[], Callable[[], int]]) -> float:
-    """The same by all threads at once, each with what it begins with."""
-    threads = torch.get_num_threads()
-
+def _rate(begin: Callable[[], Callable[[], int]], threads: int) -> float:
+    """The same by so many threads at once, each with what it begins with."""
     with pool_of(threads, "rates") as pool:
         return sum(pool.map(lambda _: _rate_of(begin()), range(threads)))
 

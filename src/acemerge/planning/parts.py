@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from acemerge.checkpoints import unfinished
+from acemerge.checkpoints.unfinished import SHARDS
 from acemerge.errors import UsageError
 from acemerge.planning.jobs import Plan
 
-SHARDS = unfinished.SHARDS  # in an output folder: what its parts note until they are finished
 _PART = re.compile(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", re.ASCII)
 _FOLDER = re.compile(r"([1-9][0-9]{0,5})-of-([1-9][0-9]{0,5})", re.ASCII)
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from acemerge.checkpoints import files
+from acemerge.checkpoints.unfinished import MANIFEST
 from acemerge.errors import AcemergeError
 from acemerge.evaluation.evaluate import Run, ScoreTask, score_task
 from acemerge.evaluation.tables import Score
 from acemerge.output.manifest import versions
-from acemerge.output.names import MANIFEST
 from acemerge.output.writer import write_file
 from acemerge.tasks.networks import Model
 from acemerge.tasks.task_file import AnyTask
