@@ -175,7 +175,7 @@ def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int]
 
 
 @spread(
-    name=["dc_merge", "cart", "tsv_m", "iso_c", "iso_cts", "svc"],
+    name=["dc_merge", "cart", "tsv_m", "iso_c", "iso_cts", "svc", "core_space", "knots"],
     experts=[8, 2, 3],
     sides=[(320, 320), (640, 320), (240, 960)],
     kind=["alike", "unlike", "faint"],
@@ -183,13 +183,13 @@ def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int]
 def test_a_spectral_rule_allocates_what_the_plan_counts(
     name: str, experts: int, sides: tuple[int, int], kind: str
 ) -> None:
-    """With one thread, so one decomposition at a time. Some hold a square matrix of each expert, two or eleven."""
+    """With one thread, so one decomposition at a time. Only dc_merge holds square matrices of each expert."""
     counted = make(name, {}).needs.work.entries(experts, *sides) * 4
     lengths = [0.05**seed if kind == "unlike" else 1 for seed in range(experts)]
     deltas = torch.stack([x * _update(sides, i + 1, kind != "faint") for i, x in enumerate(lengths)])
     taken = allocated_by(name, deltas)
     assert taken <= counted
-    if name in ("dc_merge", "iso_cts"):
+    if name in ("dc_merge", "iso_cts", "tsv_m"):
         assert counted <= 1.3 * taken
 
 
@@ -209,6 +209,13 @@ def test_a_rule_of_entries_allocates_what_the_plan_counts(
         deltas = 0.01 * deltas.sign()
         deltas[1::2] = -deltas[: 2 * (len(deltas) // 2) : 2]
     assert allocated_by(name, deltas) <= needs.work.entries(len(deltas), *sides) * 4
+
+
+def test_the_rule_inside_counts() -> None:
+    """Also where it takes more than what it is turned or calibrated with."""
+    for name in ("knots", "core_space", "svc", "trust"):
+        inside, alone = make(name, {"over": "kron_auto"}).needs.work, make("kron_auto", {}).needs.work
+        assert inside.entries(8, 640, 640) >= alone.entries(8, 640, 640)
 
 
 @spread(

@@ -73,8 +73,7 @@ def leading_singular(
     if not in_float64 and (found := leading_in_float32(X, k, floor, share)) is not None:
         return Singular(*found)
     given, X = X, X.double()
-    spectrum = once(known, "eigenvectors of X^T X", given, lambda: _eigenvectors(X))
-    s, V = _right_singular(X, k, floor, share, spectrum)
+    s, V = _right_singular(X, k, floor, share, once(known, "eigenvectors of X^T X", given, lambda: _eigenvectors(X)))
     U = X @ V
     U /= s
     return Singular(U, torch.nn.functional.pad(s, (0, k - len(s))), V)
@@ -126,15 +125,16 @@ def _right_singular(
     """
     k = min(k, X.shape[1])
     values, vectors = _eigenvectors(X) if spectrum is None else spectrum
-    s, V = values.flip(0).clamp_min(0).sqrt(), vectors.flip(1)
-    del vectors, spectrum
+    s, n = values.flip(0).clamp_min(0).sqrt(), len(values)
     floor = max(floor, share * float(s[0]))
     good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
-    if good >= k or good == 0:
-        return s[: min(good, k)], V[:, : min(good, k)]
-    rest = V[:, good:]
-    small, W = _right_singular(X @ rest, k - good, floor)
-    return torch.cat([s[:good], small]), torch.cat([V[:, :good], rest @ W], 1)
+    kept = min(good, k)
+    V = vectors[:, n - kept :].flip(1)  # a copy: a part of all vectors would keep all of them
+    if kept in (0, k):
+        return s[:kept], V
+    rest = vectors[:, : n - kept]
+    small, W = _right_singular(X @ rest, k - kept, floor)
+    return torch.cat([s[:kept], small]), torch.cat([V, rest @ W], 1)
 
 
 def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

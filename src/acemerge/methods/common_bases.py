@@ -14,13 +14,30 @@ from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
 from acemerge.methods.around import Over, accepted_by, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace, no_update
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, Workspace, no_update
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
 
-# While a basis is found, and while what is turned into it is merged.
-_MERGING = Workspace(5, each=2)
-_ONE_BASIS, _TWO_BASES = Workspace(6, 17, "rows", then=_MERGING), Workspace(6, 17, "longer", then=_MERGING)
+_FINDING = Workspace(5, 14, "rows")  # a basis of the left side
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """What is held while bases are found, and then: these in float64, the turned updates, and while they are made a
+    second copy or one in float64, or what the other rule works in with its result.
+    """
+
+    both_sides: bool
+    inner: Work
+
+    def entries(self, experts: int, rows: int, columns: int) -> int:
+        count, finding = rows * columns, _FINDING.entries(experts, rows, columns)
+        bases = 2 * rows * min(rows, experts * columns)
+        if self.both_sides:
+            finding = max(finding, bases + _FINDING.entries(experts, columns, rows))
+            bases += 2 * columns * min(columns, experts * rows)
+        merging = max(experts * count, 4 * count, self.inner.entries(experts, rows, columns) + count)
+        return max(finding, bases + experts * count + merging)
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:
@@ -34,8 +51,9 @@ def _inner(over: str | Mapping[str, Any]) -> Method:
     return rule
 
 
-def _needs(inner: Method, factors: Literal["frame", "left frame"], work: Workspace) -> Needs:
+def _needs(inner: Method, factors: Literal["frame", "left frame"]) -> Needs:
     weights, most, energy = inner.needs.weights, inner.needs.most_experts, inner.needs.base_energy
+    work = _Turned(factors == "frame", inner.needs.work)
     return Needs(True, base_energy=energy, weights=weights, most_experts=most, work=work, factors=factors)
 
 
@@ -68,7 +86,7 @@ class Knots:
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.inner, "left frame", _ONE_BASIS)
+        return _needs(self.inner, "left frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         frame = _frame(deltas, layer)
@@ -105,7 +123,7 @@ class CoreSpace:
 
     @property
     def needs(self) -> Needs:
-        return _needs(self.inner, "frame", _TWO_BASES)
+        return _needs(self.inner, "frame")
 
     def merge(self, deltas: Float[Tensor, "T out in"], layer: Layer) -> LayerResult:
         frame = _frame(deltas, layer)

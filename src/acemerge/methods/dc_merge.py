@@ -44,7 +44,7 @@ class DcMerge:
     name: ClassVar[str] = "dc_merge"
     source: ClassVar[str] = "arXiv 2603.06242"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, work=Workspace(4, 6, "shorter", squares_each=11, beside=SECOND), factors="frame"
+        matrix=True, work=Workspace(4, 8, "shorter", squares_each=9, beside=SECOND), factors="frame"
     )
 
     top: Annotated[float, Field(gt=0, le=1, description="share of a core's entries that are kept, the largest")] = 1e-3

@@ -23,9 +23,9 @@ from acemerge.shapes import Float, Tensor
 
 # The leading singular vectors of one matrix: several copies of it and of its Gram matrix, in float64 where float32 will
 # not do.
-DECOMPOSITION = Workspace(5, 12, "shorter")
+DECOMPOSITION = Workspace(4, 11, "shorter")
 # Another at the same time, with what its thread keeps.
-SECOND = Workspace(8, 14, "shorter")
+SECOND = Workspace(7, 13, "shorter")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cart:
 
     name: ClassVar[str] = "cart"
     source: ClassVar[str] = "arXiv 2412.12153"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(10, 12, "shorter", beside=SECOND), factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(9, 11, "shorter", beside=SECOND), factors="frame")
 
     lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
@@ -76,9 +76,7 @@ class TsvM:
 
     name: ClassVar[str] = "tsv_m"
     source: ClassVar[str] = "arXiv 2412.00081"
-    needs: ClassVar[Needs] = Needs(
-        matrix=True, work=Workspace(9, 10, "shorter", squares_each=2, beside=SECOND), factors="frame"
-    )
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=SECOND), factors="frame")
 
     scale: Scale = 1.0
 
@@ -148,9 +146,7 @@ class IsoCts:
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
     needs: ClassVar[Needs] = Needs(
-        matrix=True,
-        work=Workspace(6, 15, "shorter", squares_each=2, beside=Workspace(5, 22, "shorter", squares_each=2)),
-        factors="frame",
+        matrix=True, work=Workspace(8, 13, "shorter", beside=Workspace(5, 22, "shorter")), factors="frame"
     )
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8

@@ -13,7 +13,7 @@ from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
 from acemerge.methods.around import Over, inner_rule
 from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Workspace
-from acemerge.methods.spectral import SECOND, spectral_operations, with_update
+from acemerge.methods.spectral import spectral_operations, with_update
 from acemerge.shapes import Float, Tensor
 
 
@@ -51,7 +51,7 @@ class Svc:
         inner = self.inner.needs
         # One after the other: what it calibrates, the shares on the system, the singular vectors.
         own = Workspace(8, 4, "system", then=inner.work)
-        work = Workspace(10, 9, "shorter", beside=SECOND, then=own)
+        work = Workspace(10, 8, "shorter", then=own)
         return replace(
             inner,
             matrix=True,
