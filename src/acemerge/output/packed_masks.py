@@ -15,7 +15,8 @@ def pack(mask: Bool[Tensor, "*shape"]) -> Tensor:
     """Eight entries to a byte, the first in the lowest bit: uint8 of (entries + 7) // 8."""
     entries = mask.flatten()
     packed = torch.empty((len(entries) + 7) // 8, dtype=torch.uint8)
-    room = torch.zeros(_BLOCK // 8, 8, dtype=torch.uint8)  # one for all: what is freed in between is not joined again
+    # One for all: what is freed in between is not joined again. No larger than the mask: it would leave as large a gap.
+    room = torch.zeros(min(len(packed), _BLOCK // 8), 8, dtype=torch.uint8)
     for start in range(0, len(entries), _BLOCK):
         block = entries[start : start + _BLOCK]
         bytes_of = packed[start // 8 : (start + _BLOCK) // 8]
