@@ -155,9 +155,10 @@ def _disturbance(problem: Problem, t: int, M: Float[Tensor, "*matrix"]) -> float
     sizes = largest_entry(R), largest_entry(Z)
     if not all(sizes):
         return 0.0
-    product = (R / sizes[0]) @ (Z / sizes[1]).T  # products of very small or large entries would leave float32
-    size = sizes[0] * sizes[1]
-    return float(energies(product[None])) * size * size  # infinite, not an error, where it is beyond float64
+    size, turned = sizes[0] * sizes[1], (Z / sizes[1]).T  # products of very small or large entries would leave float32
+    # By as many rows as there are columns: all of (out, out) may be many times a layer.
+    total = sum(float(energies(((rows / sizes[0]) @ turned)[None])) for rows in R.split(R.shape[1]))
+    return total * size * size  # infinite, not an error, where it is beyond float64
 
 
 def _sizes(problem: Problem, dtype: torch.dtype) -> dict[int, float]:
