@@ -160,18 +160,23 @@ def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple
 
 
 @spread(
-    name=["ace", "actmat", "tact", "ace_auto", "anchored", "kron", "kron_auto", "core_space", "knots"],
-    sides=[(640, 640), (1280, 640), (1920, 480), (640, 2560), (520, 1040)],
+    name=["ace", "actmat", "tact", "ace_auto", "anchored", "cauchy", "swudi_a", "kron", "kron_auto"],
+    experts=[8, 3],
+    sides=[(640, 640), (1280, 640), (1920, 480), (2560, 160), (640, 2560), (320, 2560), (520, 1040)],
     unlike=[False, True],
 )
-def test_a_rule_allocates_what_the_plan_counts(name: str, sides: tuple[int, int], unlike: bool) -> None:
-    """For updates that are repeated in float64, of one length or of very different ones, and no more by a quarter."""
-    counted = make(name, {}).needs.work.entries(3, *sides) * 4
-    deltas = torch.stack([_update(sides, seed, graded=True) * (0.05**seed if unlike else 1) for seed in range(1, 4)])
+def test_a_rule_allocates_what_the_plan_counts(name: str, experts: int, sides: tuple[int, int], unlike: bool) -> None:
+    """For updates that are repeated in float64, of one length or of very different ones.
+
+    For two sides and three experts no more by a quarter; for eight by two fifths, for the C library keeps more then.
+    """
+    counted = make(name, {}).needs.work.entries(experts, *sides) * 4
+    lengths = [0.3**seed if unlike else 1 for seed in range(experts)]
+    deltas = torch.stack([x * _update(sides, seed + 1, graded=True) for seed, x in enumerate(lengths)])
     taken = allocated_by(name, deltas)
     assert taken <= counted
     if name.startswith("kron"):
-        assert counted <= 1.25 * taken
+        assert counted <= (1.25 if experts == 3 else 1.4) * taken
 
 
 @spread(
@@ -235,7 +240,7 @@ def test_what_trimming_allocates_is_counted(trim: str, vote: bool, arithmetic: s
 def test_what_runs_beside_is_counted_where_it_can(two_threads: None) -> None:
     two = make("cart", {}).needs.work.entries(3, 100, 200)
     torch.set_num_threads(1)
-    assert two - make("cart", {}).needs.work.entries(3, 100, 200) == 8 * 100 * 200 + 14 * 100**2
+    assert two - make("cart", {}).needs.work.entries(3, 100, 200) == 5 * 100 * 200 + 13 * 100**2
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.0], ids=["float64", "pseudo-inverse"])

@@ -113,7 +113,9 @@ def rounding_floor(X: Float[Tensor, "out in"]) -> float:
 
 def _eigenvectors(X: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
     """Of `X^T X`, and its eigenvalues, ascending."""
-    values, vectors = torch.linalg.eigh(symmetric_product(X))
+    gram = symmetric_product(X)
+    del X  # what nobody else holds is let go of before the dearest step
+    values, vectors = torch.linalg.eigh(gram)
     return values, vectors
 
 
@@ -125,16 +127,19 @@ def _right_singular(
     """
     k = min(k, X.shape[1])
     values, vectors = _eigenvectors(X) if spectrum is None else spectrum
-    s, n = values.flip(0).clamp_min(0).sqrt(), len(values)
-    floor = max(floor, share * float(s[0]))
-    good = int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum())
-    kept = min(good, k)
-    V = vectors[:, n - kept :].flip(1)  # a copy: a part of all vectors would keep all of them
-    if kept in (0, k):
-        return s[:kept], V
-    rest = vectors[:, : n - kept]
-    small, W = _right_singular(X @ rest, k - kept, floor)
-    return torch.cat([s[:kept], small]), torch.cat([V, rest @ W], 1)
+    del spectrum  # the vectors go when others are there
+    found: list[tuple[Tensor, Tensor]] = []
+    while True:
+        s, n = values.flip(0).clamp_min(0).sqrt(), len(values)
+        floor = max(floor, share * float(s[0]))
+        good = min(k, int((s > max(floor, _GRAM_RANGE * float(s[0]))).sum()))
+        found.append((s[:good], vectors[:, n - good :].flip(1)))  # a copy: a part of all vectors would keep all of them
+        k, share = k - good, 0.0
+        if good == 0 or k == 0:
+            return torch.cat([s for s, _ in found]), torch.cat([V for _, V in found], 1)
+        rest = vectors[:, : n - good]
+        values, W = _eigenvectors(X @ rest)
+        vectors = rest @ W
 
 
 def inverse_root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

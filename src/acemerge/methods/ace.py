@@ -43,7 +43,7 @@ class _AceWork:
             fit = 11 * layer + beside + 9 * system // 2
         else:
             system, beside = columns**2, 4 * layer
-            fit = max(13 * layer + 2 * system, 6 * layer + 9 * system // 2)
+            fit = max(13 * layer + 2 * system, 6 * layer + 9 * system // 2, 4 * layer + 5 * system)
         singular = 4 * layer + beside + 8 * system if self.may_be_singular else 0
         return max(fit, spectrum, singular) + _VECTORS * (rows + columns)
 

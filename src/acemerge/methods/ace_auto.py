@@ -46,7 +46,7 @@ class AceAuto(LeastSquaresRule[_Sizes]):
     name: ClassVar[str] = "ace_auto"
     source: ClassVar[str] = "acemerge, after arXiv 2603.02945"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(10, 5), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(9, 4), factors="frame", input_side=True
     )
 
     scale: Scale = 1.0

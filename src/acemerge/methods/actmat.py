@@ -21,6 +21,9 @@ from acemerge.methods.status import Status
 from acemerge.shapes import Float, Tensor
 
 _VOCABULARY = 20_000  # a tensor with a longer side is averaged
+# In products and a solve, or where the system is many times the layer, in its pseudo-inverse.
+_WORK = Workspace(8, 8, then=Workspace(3, 11))
+_TRIMMING = Workspace(11, 9, then=Workspace(5, 11))
 
 Ridge = Annotated[
     float, Field(ge=0, allow_inf_nan=False, description="ridge, as a share of the mean diagonal of sum G_t")
@@ -41,9 +44,7 @@ class Actmat(LeastSquaresRule[None]):
 
     name: ClassVar[str] = "actmat"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(8, 9), factors="frame", input_side=True
-    )
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=_WORK, factors="frame", input_side=True)
 
     lam: Ridge = 0.0
     p: Power = 0
@@ -73,7 +74,7 @@ class Tact(LeastSquaresRule[None]):
 
     name: ClassVar[str] = "tact"
     source: ClassVar[str] = "arXiv 2604.01329"
-    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=Workspace(11, 9), input_side=True)
+    needs: ClassVar[Needs] = Needs(matrix=True, weights="not negative", work=_TRIMMING, input_side=True)
 
     keep: Annotated[Share, Field(description="share of the entries that estimate the second moment")] = 0.5
     lam: Ridge = 0.0

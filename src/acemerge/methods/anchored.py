@@ -37,7 +37,7 @@ class Anchored(LeastSquaresRule[None]):
     name: ClassVar[str] = "anchored"
     source: ClassVar[str] = "acemerge"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, weights="not negative", work=Workspace(10, 5), factors="frame", input_side=True
+        matrix=True, weights="not negative", work=Workspace(9, 4), factors="frame", input_side=True
     )
 
     lam: Annotated[

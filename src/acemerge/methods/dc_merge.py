@@ -13,10 +13,11 @@ from acemerge.linalg.select import kth_largest_magnitude, largest_entry, share_o
 from acemerge.linalg.spectral import SHARED, Singular, leading_singular, polar
 from acemerge.linalg.threads import side_by_side
 from acemerge.methods.base import Layer, LayerResult, Needs, Scale, Workspace, no_update
-from acemerge.methods.spectral import SECOND, spectral_operations, with_update
+from acemerge.methods.spectral import spectral_operations, with_update
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
+_SECOND = Workspace(2, 4, "shorter")  # a decomposition beside another: most is held later, by the cores
 _STEEPEST = 5.0  # of the first singular value to the last, where they are smoothed to a line
 Smooth = Literal["none", "mean", "linear"]
 
@@ -44,7 +45,7 @@ class DcMerge:
     name: ClassVar[str] = "dc_merge"
     source: ClassVar[str] = "arXiv 2603.06242"
     needs: ClassVar[Needs] = Needs(
-        matrix=True, work=Workspace(4, 8, "shorter", squares_each=9, beside=SECOND), factors="frame"
+        matrix=True, work=Workspace(4, 8, "shorter", squares_each=9, beside=_SECOND), factors="frame"
     )
 
     top: Annotated[float, Field(gt=0, le=1, description="share of a core's entries that are kept, the largest")] = 1e-3

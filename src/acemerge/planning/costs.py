@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from acemerge.errors import UsageError
-from acemerge.methods.elementwise import Average
+from acemerge.methods.base import Needs
+from acemerge.methods.elementwise import Average, Blocks
 from acemerge.methods.spectral import DECOMPOSITION
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, MergeByToken, Plan
 from acemerge.planning.pieces import Piece, pieces
@@ -22,9 +23,9 @@ _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
 # matrices with other factors, of up to twice as many bytes.
 SHARED = 3
-# What the C library keeps of what a rule for matrices has freed, in pieces that it does not join: as much as the rule
-# works in, up to this.
-_KEPT = 40 << 20
+# What the C library keeps of what a rule has freed, in pieces that it does not join: as much as the rule works in, up
+# to this. Blocks that follow one another leave none.
+_KEPT = 46 << 20
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
@@ -100,8 +101,14 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
         differencing = max(differencing, base + deltas + min(_COUNTED, 4 * width * count))
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     work = _work_entries(job, piece, experts) * width
-    work += min(_KEPT, work) if job.method.needs.matrix else 0
+    work += min(_KEPT, work) if _frees_tensors(job.method.needs) else 0
     return max(differencing, base + deltas + work) + widened - waiting
+
+
+def _frees_tensors(needs: Needs) -> bool:
+    """Whether a rule works in whole tensors of the layer's size, and in more than its result."""
+    work = needs.work
+    return not isinstance(work, Blocks) or (work.tensors > 1 and not (work.block or work.block_each))
 
 
 def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
