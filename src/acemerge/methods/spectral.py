@@ -25,9 +25,9 @@ from acemerge.shapes import Float, Tensor
 # not do.
 DECOMPOSITION = Workspace(4, 11, "shorter")
 # Another at the same time, with what its thread keeps.
-SECOND = Workspace(5, 13, "shorter")
+_SECOND = Workspace(4, 13, "shorter")
 # A polar factor at the same time as another, which is when the rules that take it hold most.
-SECOND_POLAR = Workspace(3, 12, "shorter")
+_SECOND_POLAR = Workspace(3, 12, "shorter")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Cart:
 
     name: ClassVar[str] = "cart"
     source: ClassVar[str] = "arXiv 2412.12153"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(9, 11, "shorter", beside=SECOND), factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(9, 11, "shorter", beside=_SECOND), factors="frame")
 
     lam: Annotated[float, Field(allow_inf_nan=False, description="factor on the low-rank parts")] = 1.5
     k_frac: Annotated[float, Field(ge=0, le=1, description="share of the singular directions kept")] = 0.08
@@ -78,7 +78,7 @@ class TsvM:
 
     name: ClassVar[str] = "tsv_m"
     source: ClassVar[str] = "arXiv 2412.00081"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=SECOND_POLAR), factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=_SECOND_POLAR), factors="frame")
 
     scale: Scale = 1.0
 
@@ -147,7 +147,7 @@ class IsoCts:
 
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=SECOND_POLAR), factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=_SECOND_POLAR), factors="frame")
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
     scale: Scale = 1.0

@@ -25,7 +25,7 @@ _ALLOWANCE = 500_000_000
 SHARED = 3
 # What the C library keeps of what a rule has freed, in pieces that it does not join: as much as the rule works in, up
 # to this. Blocks that follow one another leave none.
-_KEPT = 46 << 20
+_KEPT = 40 << 20
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
