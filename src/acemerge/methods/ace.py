@@ -148,9 +148,9 @@ class Ace(LeastSquaresRule[_Active]):
         )
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
-        """A refinement is the residual's product, a Gram matrix and two products with k directions."""
+        """A refinement is the residual's product, a Gram matrix, its eigenvectors and two products with k of them."""
         shorter = min(rows, columns)
-        refine = rows * columns * (2 * columns + shorter + 4 * int(self.k_frac * shorter))
+        refine = rows * columns * (2 * columns + shorter + 4 * int(self.k_frac * shorter)) + 9 * shorter**3
         fit = least_squares_operations(experts, rows, columns, symmetric=True)
         return fit + (refine if self.ablation == "E4" else 0)
 
