@@ -22,7 +22,7 @@ from acemerge.shapes import Float, Tensor
 
 _VOCABULARY = 20_000  # a tensor with a longer side is averaged
 # In products and a solve, or where the system is many times the layer, in its pseudo-inverse.
-_WORK = Workspace(8, 8, then=Workspace(3, 11))
+_WORK = Workspace(8, 7, then=Workspace(3, 11))
 _TRIMMING = Workspace(11, 9, then=Workspace(5, 11))
 
 Ridge = Annotated[

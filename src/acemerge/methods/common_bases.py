@@ -14,11 +14,9 @@ from acemerge.linalg.lowrank import Frame
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_singular
 from acemerge.methods.around import Over, accepted_by, inner_rule
-from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, Workspace, no_update
+from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work, no_update
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
-
-_FINDING = Workspace(5, 14, "rows")  # a basis of the left side
 
 
 @dataclass(frozen=True)
@@ -31,13 +29,18 @@ class _Turned:
     inner: Work
 
     def entries(self, experts: int, rows: int, columns: int) -> int:
-        count, finding = rows * columns, _FINDING.entries(experts, rows, columns)
+        count, finding = rows * columns, _finding(experts, rows, columns)
         bases = 2 * rows * min(rows, experts * columns)
         if self.both_sides:
-            finding = max(finding, bases + _FINDING.entries(experts, columns, rows))
+            finding = max(finding, bases + _finding(experts, columns, rows))
             bases += 2 * columns * min(columns, experts * rows)
         merging = max(experts * count, 4 * count, self.inner.entries(experts, rows, columns) + count)
         return max(finding, bases + experts * count + merging)
+
+
+def _finding(experts: int, rows: int, columns: int) -> int:
+    """While a basis of the left side is found: its singular vectors, and copies of a triangular factor that is wide."""
+    return 14 * min(rows, experts * columns) ** 2 + 3 * max(0, rows - columns) * rows
 
 
 def _inner(over: str | Mapping[str, Any]) -> Method:

@@ -26,8 +26,9 @@ from acemerge.shapes import Float, Tensor
 DECOMPOSITION = Workspace(4, 11, "shorter")
 # Another at the same time, with what its thread keeps.
 _SECOND = Workspace(4, 13, "shorter")
-# A polar factor at the same time as another, which is when the rules that take it hold most.
-_SECOND_POLAR = Workspace(3, 12, "shorter")
+# A second polar factor at the same time, which is when the rules that take two hold most; in iso_cts with its sum's
+# vectors.
+_SECOND_POLAR, _WITH_SUM = Workspace(2, 12, "shorter"), Workspace(5, 12, "shorter")
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class IsoCts:
 
     name: ClassVar[str] = "iso_cts"
     source: ClassVar[str] = "arXiv 2502.04959"
-    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=_SECOND_POLAR), factors="frame")
+    needs: ClassVar[Needs] = Needs(matrix=True, work=Workspace(8, 13, "shorter", beside=_WITH_SUM), factors="frame")
 
     common: Annotated[float, Field(ge=0, le=1, description="share of the directions taken from the sum")] = 0.8
     scale: Scale = 1.0
