@@ -28,7 +28,7 @@ DECOMPOSITION = Workspace(4, 11, "shorter")
 _SECOND = Workspace(4, 13, "shorter")
 # A second polar factor at the same time, which is when the rules that take two hold most; in iso_cts with its sum's
 # vectors.
-_SECOND_POLAR, _WITH_SUM = Workspace(2, 12, "shorter"), Workspace(5, 12, "shorter")
+_SECOND_POLAR, _WITH_SUM = Workspace(2, 12, "shorter"), Workspace(4, 12, "shorter")
 
 
 @dataclass(frozen=True)
