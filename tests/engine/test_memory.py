@@ -166,17 +166,16 @@ def test_a_rule_works_in_the_memory_that_the_plan_counts(name: str, sides: tuple
     unlike=[False, True],
 )
 def test_a_rule_allocates_what_the_plan_counts(name: str, experts: int, sides: tuple[int, int], unlike: bool) -> None:
-    """For updates that are repeated in float64, of one length or of very different ones.
-
-    For two sides and three experts no more by a quarter; for eight by two fifths, for the C library keeps more then.
+    """For updates that are repeated in float64, of one length or of very different ones. For two sides and three
+    experts no more by a quarter, for eight by three tenths.
     """
     counted = make(name, {}).needs.work.entries(experts, *sides) * 4
-    lengths = [0.3**seed if unlike else 1 for seed in range(experts)]
+    lengths = [0.05**seed if unlike else 1 for seed in range(experts)]
     deltas = torch.stack([x * _update(sides, seed + 1, graded=True) for seed, x in enumerate(lengths)])
     taken = allocated_by(name, deltas)
     assert taken <= counted
     if name.startswith("kron"):
-        assert counted <= (1.25 if experts == 3 else 1.4) * taken
+        assert counted <= (1.25 if experts == 3 else 1.3) * taken
 
 
 @spread(

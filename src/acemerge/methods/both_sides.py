@@ -143,8 +143,7 @@ class KeptWork:
         inverses = [size * size if size <= K else size * K + K * K for size in (m, n)]
         maps = sides + n * n + experts * k * m + sum(inverses)
         factored = maps + m * n + 2 * max(min(m, K), min(n, K)) ** 2
-        # An application takes three such products; of what earlier ones freed the C library keeps some pieces.
-        solved = maps + self.carried * m * n + 4 * experts * k * n
+        solved = maps + self.carried * m * n + 3 * experts * k * n
         return 2 * max(made, factored, solved)
 
 
