@@ -11,8 +11,9 @@ from acemerge.shapes import Tensor
 
 # A buffer may serve for something smaller, but not much: the rest would be lost to the budget.
 _SLACK = 1.5
-# The C library does as well with smaller ones.
-_LEAST = 1 << 20
+# Smaller ones are left to the C library. In larger ones it would put small objects when they are free, could not join
+# their pieces again, and would keep some more with every batch.
+_LEAST = 1 << 16
 
 
 class Buffers:
