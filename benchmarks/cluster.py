@@ -43,7 +43,7 @@ import acemerge
 from acemerge.engine.opening import Opened, open_recipe
 from acemerge.engine.run_options import RunOptions
 from acemerge.methods import make
-from acemerge.planning.costs import RESIDENT, operations
+from acemerge.planning.costs import operations, resident
 from acemerge.planning.estimate import Rates, measure_rates, piece_seconds
 from acemerge.planning.jobs import Job
 from acemerge.planning.parts import spread
@@ -234,7 +234,7 @@ def sizes(arguments: argparse.Namespace) -> None:
         plan = opened.plan
         hours = sum(measured.seconds(job) for job in plan.jobs) / 3600
         figures = (plan.bytes_read / 1e9, plan.bytes_written / 1e9, len(opened.layout.every))
-        more = ((RESIDENT + opened.budget) / 1e9, operations(plan) / 1e15, hours)
+        more = ((resident(plan) + opened.budget) / 1e9, operations(plan) / 1e15, hours)
         print(f"| {name} | {' | '.join(f'{figure:,.0f}' for figure in (*figures, *more))} |")
 
 

@@ -264,12 +264,14 @@ LAYOUTS: dict[str, dict[str, tuple[int, ...]]] = {
         "lm_head.weight": (8000, 768),
     },
     "one": {"model.layers.0.mlp.up_proj.weight": (2500, 2500)},
+    "many": {f"model.layers.{i // 200}.mlp.experts.{i % 200}.up_proj.weight": (8, 16) for i in range(8000)},
 }
-_IN_SUITE = {("average", "llama", 3), ("ties", "llama", 3)}
+_MANY_BATCHES = ("kron_auto", "small", 16)
+_IN_SUITE = {("average", "llama", 3), ("ties", "llama", 3), ("average", "many", 2), _MANY_BATCHES}
 _ALONG_ONE = ("anchored",)  # repeated in float64 for such updates alone
 _CELLS = [
     pytest.param(*cell, marks=() if cell in _IN_SUITE else pytest.mark.torture, id="-".join(map(str, cell)))
-    for cell in itertools.product(sorted(METHODS), LAYOUTS, (2, 3, 8))
+    for cell in [*itertools.product(sorted(METHODS), LAYOUTS, (2, 3, 8)), _MANY_BATCHES]
     if make(cell[0], {}).needs.calibration is None and (make(cell[0], {}).needs.most_experts or 99) >= cell[2]
 ]
 

@@ -20,7 +20,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHANGED = "let nobody write to the inputs and run again"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Hashed:
     """The first `nbytes` of the `of` bytes that a file has from `offset` on, by their SHA-256."""
 
@@ -56,20 +56,20 @@ Read = Mapping[str, Mapping[str, Hashed] | None]
 WHOLE_FILE = ""
 
 
-@dataclass
+@dataclass(slots=True)
 class TensorHash:
     """The SHA-256 of a stored tensor, from its bytes as they are read for another purpose.
 
     Bytes are hashed in the order of the file. What was passed over is read for the hash alone, and what comes again was
-    hashed before.
+    hashed before. There is one for every tensor of a model, so it keeps no digest when it has the hash.
     """
 
     info: TensorInfo
     _descriptor: Callable[[Path], files.Handle] = field(repr=False)
+    _lock: Lock = field(repr=False)  # others may have it, too
     in_order: bool = True
     _position: int = 0
-    _digest: hashlib._Hash = field(default_factory=hashlib.sha256, repr=False)
-    _lock: Lock = field(default_factory=Lock, repr=False)
+    _digest: hashlib._Hash | Hashed = field(default_factory=hashlib.sha256, repr=False)
 
     def feed(self, offset: int, view: memoryview) -> None:
         """Bytes that were read from `offset` of the file on."""
@@ -86,12 +86,21 @@ class TensorHash:
     def so_far(self) -> Hashed:
         """What is known of it, while more is read."""
         with self._lock:
-            return Hashed(self.info.offset, self.info.spec.nbytes, self._position, self._digest.copy().hexdigest())
+            return self._hashed(self._digest)
+
+    def _hashed(self, digest: hashlib._Hash | Hashed) -> Hashed:
+        if isinstance(digest, Hashed):
+            return digest
+        return Hashed(self.info.offset, self.info.spec.nbytes, self._position, digest.copy().hexdigest())
 
     def _add(self, view: memoryview) -> None:
         with self._lock:
+            if isinstance(self._digest, Hashed):
+                return
             self._digest.update(view)
             self._position += len(view)
+            if self._position == self.info.spec.nbytes:
+                self._digest = self._hashed(self._digest)
 
     def _read_up_to(self, end: int) -> None:
         block = bytearray(min(_BLOCK, max(0, end - self._position)))

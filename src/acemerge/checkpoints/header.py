@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class TensorSpec:
         return self.count * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where one tensor lies: the bytes of `spec` from `offset` in `file`.
 
@@ -187,7 +188,7 @@ def _tensor_info(name: str, entry: Any, types: Mapping[str, torch.dtype], data_s
         raise CheckpointError(path, f"tensor {name!r} has a malformed shape", _CURE)
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(path, f"tensor {name!r} has malformed data offsets", _CURE)
-    spec = TensorSpec(name, types[dtype], tuple(shape))
+    spec = TensorSpec(sys.intern(name), types[dtype], tuple(shape))  # the same in every model
     if spec.nbytes != offsets[1] - offsets[0]:
         what = f"tensor {name!r} needs {spec.nbytes:,} bytes by its shape but has {offsets[1] - offsets[0]:,}"
         raise CheckpointError(path, what, _CURE)

@@ -193,7 +193,7 @@ class Reader:
             file, name = span.file, span.stored.spec.name
             found = self._hashes.setdefault(file, {})
             if name not in found:
-                found[name] = TensorHash(span.stored, self._descriptor)
+                found[name] = TensorHash(span.stored, self._descriptor, self._lock)
             found[name].feed(span.offset, view)
             if not found[name].in_order:
                 self._again.add(file)

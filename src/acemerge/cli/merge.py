@@ -65,11 +65,11 @@ def before(console: Console, opened: Opened, out: Path, resumed: bool, cluster: 
     from acemerge.checkpoints import files
     from acemerge.checkpoints.address import scheme_of
     from acemerge.engine.expected import expected_seconds
-    from acemerge.planning.costs import RESIDENT
+    from acemerge.planning.costs import resident
 
     plan = opened.plan if opened.part is None else _part_of(opened)
     table(console, ("rule", "tensors", "size", "what"), _rows(plan), numeric=("tensors", "size"))
-    free, most = files.free_bytes(files.resolve(out)), RESIDENT + opened.budget
+    free, most = files.free_bytes(files.resolve(out)), resident(opened.plan) + opened.budget
     reads = size(plan.bytes_read + opened.plan.bytes_reread)
     facts = [
         ("experts", ", ".join(plan.experts)),

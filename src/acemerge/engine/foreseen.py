@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from acemerge.engine.pipeline import WAITING, Batch, batches, lane_slots
-from acemerge.planning.costs import RESIDENT, budget, in_flight
+from acemerge.planning.costs import budget, in_flight, resident
 from acemerge.planning.jobs import Job, Plan
 from acemerge.planning.pieces import pieces
 
@@ -43,4 +43,4 @@ def allowed(plan: Plan, limit: int | None, workers: int) -> int:
 
 def expected_memory(plan: Plan, workers: int = 1) -> int:
     """The bytes that the process takes at most, as it runs without a limit of the user's."""
-    return RESIDENT + allowed(plan, None, workers)
+    return resident(plan) + allowed(plan, None, workers)

@@ -26,7 +26,7 @@ from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.identity import difference
 from acemerge.output.parts import listed
-from acemerge.planning.costs import RESIDENT, peak_memory
+from acemerge.planning.costs import peak_memory, resident
 from acemerge.planning.parts import Part, parse_part
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def on_ray(opened: Opened, out: Path, options: RunOptions) -> Iterator[OnRay]:
         if device == "auto":
             device = "cuda" if any(node["Resources"].get("GPU") for node in nodes) else "cpu"
         own = replace(options, ray=None, device=device, resume=True, push=None, report=False, quiet=True)
-        need = Need(torch.get_num_threads(), RESIDENT + _WORKER + opened.budget, device == "cuda")
+        need = Need(torch.get_num_threads(), resident(opened.plan) + _WORKER + opened.budget, device == "cuda")
         cluster = OnRay(ray, options.ray, opened, out, own, need)
         if cluster.slots == 0:
             what = f"none of its nodes, {len(nodes)}, has room for a task: {need}"

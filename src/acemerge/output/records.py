@@ -17,7 +17,7 @@ AGAIN = "make the output again with --overwrite, or restore the file"
 AGAIN_NOW = "make the output again with --overwrite by this version of acemerge"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord:
     """How a tensor was made, and what its rule said of it.
 

@@ -17,7 +17,10 @@ from acemerge.recipes.recipe import SELF
 from acemerge.tasks.own_text import TEXTS, TOKENS
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
-RESIDENT = 315_000_000
+_PROCESS = 315_000_000
+# What it notes, of tens of thousands of small tensors more than they have: of every tensor that is read its place and
+# its hash, of every one that is made its job, what its rule said and their words in the manifest.
+_OF_INPUT, _OF_TENSOR = 1_300, 7_000
 # Beside the largest tensor's task vectors; the process's own is part of it.
 _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
@@ -220,9 +223,14 @@ def _averaged(plan: Plan) -> int:
     return largest(replace(plan, jobs=tuple(averaged)))[0]
 
 
+def resident(plan: Plan) -> int:
+    """The bytes of the process itself and of what it notes of each tensor, whatever is in flight."""
+    return _PROCESS + _OF_TENSOR * len(plan.jobs) + _OF_INPUT * sum(len(job.inputs) for job in plan.jobs)
+
+
 def peak_memory(plan: Plan) -> int:
     """Bytes that the process takes at most where nothing is read ahead of the largest tensor."""
-    return RESIDENT + largest(plan)[0]
+    return resident(plan) + largest(plan)[0]
 
 
 def budget(plan: Plan, limit: int | None) -> int:
@@ -230,18 +238,18 @@ def budget(plan: Plan, limit: int | None) -> int:
 
     Raises UsageError when `limit` is too small for a tensor of the plan.
     """
-    needed, name = largest(plan)
+    (needed, name), always = largest(plan), resident(plan)
     if limit is not None:
-        if RESIDENT + needed > limit:
+        if always + needed > limit:
             rule = next(job.rule for job in plan.jobs if job.name == name)
-            what = f"tensor {name!r} by {rule} needs {RESIDENT + needed:,} bytes, more than {limit:,}"
+            what = f"tensor {name!r} by {rule} needs {always + needed:,} bytes, more than {limit:,}"
             cure = "allow more"
-            if RESIDENT + _averaged(plan) <= limit:
+            if always + _averaged(plan) <= limit:
                 cure += ", or give tensors of its size a rule that needs less, as average, in the recipe's rules"
             raise UsageError("--max-memory", what, cure)
-        return limit - RESIDENT
+        return limit - always
     tensors = [job.spec.count * job.compute_dtype.itemsize for job in plan.jobs]
-    promised = (len(plan.experts) + 4) * max(tensors, default=0) + _ALLOWANCE - RESIDENT
+    promised = (len(plan.experts) + 4) * max(tensors, default=0) + _ALLOWANCE - always
     return max(needed, promised)
 
 
