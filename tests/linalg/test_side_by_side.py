@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -25,6 +26,23 @@ def test_results_come_in_order_each_by_half_of_the_threads() -> None:
     torch.set_num_threads(2)
     assert list(side_by_side(lambda i: (i, torch.get_num_threads()), range(5), CPU)) == [(i, 1) for i in range(5)]
     assert torch.get_num_threads() == 2
+
+
+def test_results_do_not_pile_up_behind_a_slow_one() -> None:
+    torch.set_num_threads(2)
+    begun, gate = list[int](), Event()
+
+    def work(i: int) -> int:
+        begun.append(i)
+        if i == 0:
+            gate.wait(60)
+        return i
+
+    Timer(0.2, gate.set).start()
+    results = side_by_side(work, range(8), CPU)
+    assert next(results) == 0
+    assert sorted(begun) == [0, 1]
+    assert list(results) == [*range(1, 8)]
 
 
 def test_an_error_comes_out() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Barrier, Event, Thread
 from typing import TypeVar
 
@@ -54,10 +55,19 @@ def check_room(count: int) -> None:
 
 
 def side_by_side(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> Iterator[Result]:
-    """`map(function, items)`, on a CPU two at once, each with half of torch's threads; more would take more memory."""
+    """`map(function, items)`, on a CPU two at once, each with half of torch's threads; more would take more memory.
+
+    A result that nobody has taken yet is one of the two: where the first is slow, others do not pile up behind it.
+    """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads < 2 or len(items) < 2:
         yield from map(function, items)
         return
     with pool_of(2, "side by side", threads // 2) as pool:
-        yield from pool.map(function, items)
+        begun: deque[Future[Result]] = deque()
+        for item in items:
+            if len(begun) == 2:
+                yield begun.popleft().result()
+            begun.append(pool.submit(function, item))
+        while begun:
+            yield begun.popleft().result()
