@@ -17,7 +17,7 @@ from acemerge.checkpoints.files import close
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_MOST_FREED = 100_000_000
+_MOST_FREED = 40_000_000
 
 _SYSTEM = Path("/")
 # Control groups: where they are, the files of a group's limit on memory and of its use, and how its totals are named.

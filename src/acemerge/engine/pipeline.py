@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic
 
@@ -36,6 +36,9 @@ WAITING = 2
 _SPLIT = 1 << 15  # entries for each of torch's threads
 # Of what others have freed, that a large tensor leaves lying beside what it takes.
 _FREED = 8 << 20
+# Seconds after which memory is looked at again while a tensor is worked on: a rule leaves holes behind that it does not
+# fill, and oftener would cost it more than a hundredth of its time.
+_LOOKED = 0.5
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ class Pipeline:
                 pending.append((batch, self._submit(batch, work)))
                 batch = next(waiting, None)
             done, future = pending.popleft()
+            while not wait([future], _LOOKED).done:
+                give_back_freed_memory()
             yield done.pieces, future.result()
             give_back_freed_memory()
 

@@ -26,9 +26,9 @@ _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
 # matrices with other factors, of up to twice as many bytes.
 SHARED = 3
-# What the C library keeps of what a rule has freed, in pieces that it does not join: as much as the rule works in, up
-# to this. Blocks that follow one another leave none.
-_KEPT = 40 << 20
+# What the C library keeps of what rules have freed, in pieces that it does not join: as much as one works in, up to
+# this. Blocks that follow one another leave none.
+_KEPT = 60_000_000
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
@@ -104,7 +104,6 @@ def _beside_task_vectors(job: ByRule, piece: Piece[Job], experts: int) -> int:
         differencing = max(differencing, base + deltas + min(_COUNTED, 4 * width * count))
     widened = job.widens * 2 * count * 4  # the base, and one expert at a time
     work = _work_entries(job, piece, experts) * width
-    work += min(_KEPT, work) if _frees_tensors(job.method.needs) else 0
     return max(differencing, base + deltas + work) + widened - waiting
 
 
@@ -213,24 +212,37 @@ def largest(plan: Plan) -> tuple[int, str]:
     return max(found, default=(0, ""))
 
 
-def _averaged(plan: Plan) -> int:
-    """The bytes of the piece that takes most where every tensor is averaged, by ranges of rows."""
-    by_rows = plan.recipe.nonfinite == "error"
-    averaged = [
-        replace(job, method=Average(), entrywise=by_rows, fused=None) if isinstance(job, Merge) else job
-        for job in plan.jobs
-    ]
-    return largest(replace(plan, jobs=tuple(averaged)))[0]
-
-
 def resident(plan: Plan) -> int:
-    """The bytes of the process itself and of what it notes of each tensor, whatever is in flight."""
-    return _PROCESS + _OF_TENSOR * len(plan.jobs) + _OF_INPUT * sum(len(job.inputs) for job in plan.jobs)
+    """The bytes of the process itself, of what it notes of each tensor, and of what it keeps, whatever is in flight."""
+    notes = _OF_TENSOR * len(plan.jobs) + _OF_INPUT * sum(len(job.inputs) for job in plan.jobs)
+    return _PROCESS + notes + _kept(plan)
+
+
+def _kept(plan: Plan) -> int:
+    """What the C library keeps of what is freed; tensors of one shape and rule leave as much."""
+    freeing = {
+        (id(job.method), job.spec.shape, job.compute_dtype): job
+        for job in plan.jobs
+        if not isinstance(job, Keep) and _frees_tensors(job.method.needs)
+    }
+    experts = len(plan.experts)
+    works = (_work_entries(job, Piece(job), experts) * job.compute_dtype.itemsize for job in freeing.values())
+    return min(_KEPT, max(works, default=0))
 
 
 def peak_memory(plan: Plan) -> int:
     """Bytes that the process takes at most where nothing is read ahead of the largest tensor."""
     return resident(plan) + largest(plan)[0]
+
+
+def _averaged(plan: Plan) -> int:
+    """The same where every tensor is averaged, by ranges of rows."""
+    by_rows = plan.recipe.nonfinite == "error"
+    averaged = [
+        replace(job, method=Average(), entrywise=by_rows, fused=None) if isinstance(job, Merge) else job
+        for job in plan.jobs
+    ]
+    return peak_memory(replace(plan, jobs=tuple(averaged)))
 
 
 def budget(plan: Plan, limit: int | None) -> int:
@@ -244,7 +256,7 @@ def budget(plan: Plan, limit: int | None) -> int:
             rule = next(job.rule for job in plan.jobs if job.name == name)
             what = f"tensor {name!r} by {rule} needs {always + needed:,} bytes, more than {limit:,}"
             cure = "allow more"
-            if always + _averaged(plan) <= limit:
+            if _averaged(plan) <= limit:
                 cure += ", or give tensors of its size a rule that needs less, as average, in the recipe's rules"
             raise UsageError("--max-memory", what, cure)
         return limit - always
