@@ -7,8 +7,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -336,6 +338,77 @@ def test_what_answers_and_is_no_cluster_is_not_waited_for(case: Case, out: Path)
         server.shutdown()
         server.server_close()
     assert "what answers there is no cluster's head; begin one by `ray start --head`" in said
+
+
+def test_a_cluster_that_wants_a_token_is_told_apart(case: Case, out: Path) -> None:
+    """As `ray start` makes one wherever the user has a token, and clients with an address send none."""
+    failing = """
+import ray
+def init(*_, **__):
+    raise ConnectionError("Failed to connect") from RuntimeError("Unauthenticated: RPC error: InvalidAuthToken: ...")
+ray.init = init
+"""
+    said = _said_alone(case, out, "auto", failing)
+    assert "the cluster wants Ray's token, and none or another one was given; set RAY_AUTH_MODE=token" in said
+
+
+@pytest.fixture
+def head() -> Iterator[tuple[str, psutil.Process]]:
+    """A cluster of one node that no other test has: its address and its head's process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is too long a path for Ray's sockets
+        words = ["start", "--head", "--block", f"--port={address.rpartition(':')[2]}", "--num-cpus=1"]
+        words += [f"--object-store-memory={80 << 20}", "--include-dashboard=false", f"--temp-dir={folder}"]
+        code = "from ray.scripts.scripts import main; main()"
+        environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        cluster = subprocess.Popen(
+            [sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+        )
+        own = psutil.Process(cluster.pid)
+        try:
+            yield address, _begun(own, "gcs_server", "raylet")
+        finally:
+            for process in [*own.children(recursive=True), own]:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            cluster.wait()
+
+
+def _begun(cluster: psutil.Process, *names: str) -> psutil.Process:
+    """The first process of these names when all are there."""
+    while True:
+        found = {process.name(): process for process in cluster.children(recursive=True)}
+        if found.keys() >= set(names):
+            return found[names[0]]
+        time.sleep(0.1)
+
+
+@pytest.mark.torture  # half a minute of waiting
+def test_a_head_that_is_lost_is_one_line_and_the_merge_goes_on_without_it(
+    head: tuple[str, psutil.Process], long: Case, out: Path
+) -> None:
+    address, process = head
+    words = ["merge", "--base", str(long.base), *(word for e in long.experts for word in ("--expert", str(e)))]
+    words += ["-o", str(out), "--ray", address, "--max-shard-size", long.options["max_shard_size"], "--method", "ace"]
+    merge = subprocess.Popen(
+        [sys.executable, "-m", "acemerge", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+    )
+    while merge.poll() is None and not ((working := tasks_at_work()) and _journals(out)):
+        time.sleep(0.01)
+    process.kill()
+    for task in working:
+        task.suspend()  # else it would be done before anybody misses the head
+    _, errors = merge.communicate(timeout=300)
+    assert merge.returncode == 4, errors
+    assert errors.startswith(f"acemerge: error: --ray {address}: the cluster's head has not answered for ")
+    assert errors.endswith("; begin it again, then go on with --resume\n")
+    long.merge(out, resume=True)
+    long.check_output(out)
 
 
 def test_a_cluster_of_another_version_is_told_apart(cluster: Any, case: Case, out: Path) -> None:

@@ -21,7 +21,7 @@ from acemerge.engine import remote
 from acemerge.engine.execute import Progress
 from acemerge.engine.executor import OnPart
 from acemerge.engine.opening import Opened
-from acemerge.engine.ray_connection import connected, last_line
+from acemerge.engine.ray_connection import connected, head_answers, last_line
 from acemerge.engine.run_options import RunOptions
 from acemerge.errors import AcemergeError, ResourceError, UsageError
 from acemerge.output.identity import difference
@@ -38,6 +38,7 @@ _POLLED = 0.25
 _STOPPED = 10.0  # for tasks that were cancelled, before they are killed
 _LOOKED_FOR = 10.0  # seconds between two looks at the nodes
 _LONELY = 300.0  # without a node that could take a part
+_HEADLESS = 20.0  # without a head: Ray ends this process after 60
 _OF_MACHINES = ("device", "accelerator", "threads", "processor")
 
 
@@ -214,9 +215,14 @@ class OnRay:
         return None if found is None else found.error(f"part {part}")
 
     def _still_there(self, seen: float) -> float:
-        """When last there was a node that can take a task; ResourceError where that is too long ago."""
+        """When last there was a head, and a node that can take a task; ResourceError where that is too long ago."""
         now = time.monotonic()
         if now - seen < _LOOKED_FOR:
+            return seen
+        if not head_answers(self.ray):
+            if now - seen > _HEADLESS:
+                what = f"the cluster's head has not answered for {now - seen:.0f} seconds"
+                raise ResourceError(f"--ray {self.address}", what, "begin it again, then go on with --resume")
             return seen
         if self._nodes():
             return now

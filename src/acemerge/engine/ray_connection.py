@@ -69,7 +69,28 @@ def _begin(ray: Any, address: str, settings: Mapping[str, Any]) -> None:
         if "Version mismatch" in str(failure):
             cure = "install what the cluster has of Ray and Python here, too, or the same everywhere and begin it anew"
             raise UsageError(f"--ray {address}", _versions(str(failure)), cure) from None
+        if _wants_token(failure):
+            what = "the cluster wants Ray's token, and none or another one was given"
+            cure = "set RAY_AUTH_MODE=token, with the head's ~/.ray/auth_token here, too, or RAY_AUTH_TOKEN"
+            raise UsageError(f"--ray {address}", what, cure) from None
         raise UsageError(f"--ray {address}", f"no cluster could be joined: {last_line(failure)}", cure) from None
+
+
+def _wants_token(failure: BaseException | None) -> bool:
+    """Whether a failure came of this: with an address, Ray sends no token unless it is told to."""
+    while failure is not None:
+        if "InvalidAuthToken" in str(failure):
+            return True
+        failure = failure.__cause__ or failure.__context__
+    return False
+
+
+def head_answers(ray: Any) -> bool:
+    """Whether the head of the cluster that ray is connected to can still be reached."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), _REACHED):
+        return True
+    return False
 
 
 def _speaks_grpc(connection: socket.socket) -> bool:
