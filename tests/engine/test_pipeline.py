@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import acemerge
+import acemerge.engine.opening
 import acemerge.engine.pipeline
 import acemerge.planning.pieces
 from acemerge.checkpoints.folder import open_checkpoint
@@ -185,16 +186,19 @@ def test_idle_buffers_have_the_room_that_those_in_use_leave() -> None:
 
 
 def test_a_stream_of_pieces_works_in_the_same_buffers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh one costs more than the work that is done in it."""
+    """A fresh one costs more than the work that is done in it. With room for all, there are no more than are in use at
+    once: those of three pieces, of which two wait, and one to work in for each.
+    """
     made: list[int] = []
+    monkeypatch.setattr(acemerge.engine.opening, "allowed", lambda *_: 1 << 30)
     fresh = mmap.mmap
     monkeypatch.setattr(mmap, "mmap", lambda *a, **k: made.append(a[1]) or fresh(*a, **k))
     monkeypatch.setattr(acemerge.planning.pieces, "_PIECE", 1 << 21)
     W = torch.randn(1 << 14, 1 << 10)
     folders = [write_checkpoint(tmp_path / f"m{i}", {"layers.0.weight": W * (1 + i / 100)}) for i in range(3)]
-    acemerge.merge(folders[0], folders[1:], method="average")
-    taken = 24 * (len(folders) + 1)  # the inputs of each piece, and a place to work in
-    assert 0 < len(made) < taken / 2
+    acemerge.merge(folders[0], folders[1:], method="average")  # 24 pieces
+    usual = made.count(max(set(made), key=made.count))
+    assert 0 < usual <= 3 * (len(folders) + 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs Linux")
