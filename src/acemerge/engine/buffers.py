@@ -11,8 +11,8 @@ from acemerge.shapes import Tensor
 
 # A buffer may serve for something smaller, but not much: the rest would be lost to the budget.
 _SLACK = 1.5
-# Smaller ones are left to the C library. In larger ones it would put small objects when they are free, could not join
-# their pieces again, and would keep some more with every batch.
+# Smaller ones are left to the C library. Larger ones that are free it would cut up: small objects in them keep it from
+# joining the rest again, and it would have more of them with every batch.
 _LEAST = 1 << 16
 
 

@@ -35,7 +35,7 @@ class _AceWork:
 
     may_be_singular: bool
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         layer, shorter, stacked = rows * columns, min(rows, columns) ** 2, experts * rows
         spectrum = 6 * layer + 10 * shorter
         if prefers_dual(experts, rows, columns):

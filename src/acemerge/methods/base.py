@@ -90,9 +90,11 @@ class LayerResult:
 
 @runtime_checkable
 class Work(Protocol):
-    """The memory that a rule takes beside the task vectors, in entries of float32."""
+    """The memory that a rule takes beside the task vectors, in entries of float32, where torch has so many threads for
+    it, or as many as it has now.
+    """
 
-    def entries(self, experts: int, rows: int, columns: int) -> int: ...
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Workspace:
     beside: Work | None = None
     then: Work | None = None
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         short, long = sorted((rows, columns))
         sides = {
             "shorter": short,
@@ -124,9 +126,9 @@ class Workspace:
         }
         own = (self.tensors + self.each * experts) * rows * columns
         own += (self.squares + self.squares_each * experts) * sides[self.side] ** 2
-        if self.beside is not None and torch.get_num_threads() > 1:
-            own += self.beside.entries(experts, rows, columns)
-        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
+        if self.beside is not None and (threads or torch.get_num_threads()) > 1:
+            own += self.beside.entries(experts, rows, columns, threads)
+        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns, threads))
 
 
 @dataclass(frozen=True)

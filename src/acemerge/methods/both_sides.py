@@ -134,7 +134,7 @@ class KeptWork:
     pooled_keep: float
     carried: int  # tensors of the layer's size
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         n, m = sorted((rows, columns))
         k, pooled = (min(n, kept_directions(share, n)) for share in (self.keep, self.pooled_keep))
         K = experts * pooled

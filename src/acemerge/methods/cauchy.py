@@ -39,9 +39,9 @@ class RefitWork:
     inner: Work
     turned: bool
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         sides = (columns, rows) if self.turned else (rows, columns)
-        return self.inner.entries(experts, *sides) + 4 * rows * columns
+        return self.inner.entries(experts, *sides, threads) + 4 * rows * columns
 
 
 @dataclass(frozen=True)

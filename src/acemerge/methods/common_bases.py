@@ -28,13 +28,13 @@ class _Turned:
     both_sides: bool
     inner: Work
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         count, finding = rows * columns, _finding(experts, rows, columns)
         bases = 2 * rows * min(rows, experts * columns)
         if self.both_sides:
             finding = max(finding, bases + _finding(experts, columns, rows))
             bases += 2 * columns * min(columns, experts * rows)
-        merging = max(experts * count, 4 * count, self.inner.entries(experts, rows, columns) + count)
+        merging = max(experts * count, 4 * count, self.inner.entries(experts, rows, columns, threads) + count)
         return max(finding, bases + experts * count + merging)
 
 

@@ -34,11 +34,11 @@ class Blocks:
     block_each: float = 0.0
     then: Work | None = None
 
-    def entries(self, experts: int, rows: int, columns: int) -> int:
+    def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         count = rows * columns
         in_block = _KEPT * (self.block + self.block_each * experts) * min(count, max(_BLOCK, columns))
         own = math.ceil((self.tensors + self.each * experts) * count + in_block) + min(_NUMBERS, count)
-        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns))
+        return max(own, 0 if self.then is None else self.then.entries(experts, rows, columns, threads))
 
 
 # While the k-th largest magnitude of a tensor is found.

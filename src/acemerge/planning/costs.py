@@ -17,7 +17,7 @@ from acemerge.recipes.recipe import SELF
 from acemerge.tasks.own_text import TEXTS, TOKENS
 
 # The process itself: code, libraries, their threads and what an allocator keeps.
-_PROCESS = 315_000_000
+_PROCESS = 305_000_000
 # What it notes, of tens of thousands of small tensors more than they have: of every tensor that is read its place and
 # its hash, of every one that is made its job, what its rule said and their words in the manifest.
 _OF_INPUT, _OF_TENSOR = 1_300, 7_000
@@ -28,7 +28,7 @@ _ALLOWANCE = 500_000_000
 SHARED = 3
 # What the C library keeps of what rules have freed, in pieces that it does not join: as much as one works in, up to
 # this. Blocks that follow one another leave none.
-_KEPT = 60_000_000
+_KEPT = 40_000_000
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
@@ -120,7 +120,8 @@ def _work_entries(job: ByRule, piece: Piece[Job], experts: int) -> int:
     if piece.rows is not None or not job.method.needs.matrix:  # then the rule gets all of it at once
         slices, rows = 1, piece.shape[0] if piece.shape else 1
         columns = count // max(1, rows)
-    work = job.method.needs.work.entries(experts, rows, columns) + (count if slices > 1 or job.groups else 0)
+    threads = None if piece.load == "large" else 1  # others are computed side by side
+    work = job.method.needs.work.entries(experts, rows, columns, threads) + (count if slices > 1 or job.groups else 0)
     work += experts * _measured(job, rows, columns, count)
     if job.makes_masks:  # eight entries to a byte
         work += experts * count // 8 // job.compute_dtype.itemsize
@@ -220,13 +221,13 @@ def resident(plan: Plan) -> int:
 
 def _kept(plan: Plan) -> int:
     """What the C library keeps of what is freed; tensors of one shape and rule leave as much."""
-    freeing = {
+    freeing: dict[object, ByRule] = {
         (id(job.method), job.spec.shape, job.compute_dtype): job
-        for job in plan.jobs
-        if not isinstance(job, Keep) and _frees_tensors(job.method.needs)
+        for job in plan.ruled
+        if _frees_tensors(job.method.needs)
     }
-    experts = len(plan.experts)
-    works = (_work_entries(job, Piece(job), experts) * job.compute_dtype.itemsize for job in freeing.values())
+    each = ((job, next(pieces(job, job.entrywise))) for job in freeing.values())
+    works = (_work_entries(job, piece, len(plan.experts)) * job.compute_dtype.itemsize for job, piece in each)
     return min(_KEPT, max(works, default=0))
 
 
