@@ -34,14 +34,14 @@ def _inner(over: str | Mapping[str, Any]) -> LeastSquaresRule[Any]:
 
 @dataclass(frozen=True)
 class RefitWork:
-    """What the other rule's fit takes, of the transposes where `turned`, and four tensors of the layer's size."""
+    """What the other rule's fit takes, of the transposes where `turned`, and three tensors of the layer's size."""
 
     inner: Work
     turned: bool
 
     def entries(self, experts: int, rows: int, columns: int, threads: int | None = None) -> int:
         sides = (columns, rows) if self.turned else (rows, columns)
-        return self.inner.entries(experts, *sides, threads) + 4 * rows * columns
+        return self.inner.entries(experts, *sides, threads) + 3 * rows * columns
 
 
 @dataclass(frozen=True)

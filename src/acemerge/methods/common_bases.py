@@ -18,11 +18,14 @@ from acemerge.methods.base import Layer, LayerResult, Method, Needs, Scale, Work
 from acemerge.methods.spectral import precise_sum, spectral_operations
 from acemerge.shapes import Float, Tensor
 
+_UNJOINED = 10_000_000  # entries
+
 
 @dataclass(frozen=True)
 class _Turned:
     """What is held while bases are found, and then: these in float64, the turned updates, and while they are made a
-    second copy or one in float64, or what the other rule works in with its result.
+    second copy or one in float64, or what the other rule works in with its result. What it frees is of so many sizes
+    that the C library joins little of it.
     """
 
     both_sides: bool
@@ -35,7 +38,8 @@ class _Turned:
             finding = max(finding, bases + _finding(experts, columns, rows))
             bases += 2 * columns * min(columns, experts * rows)
         merging = max(experts * count, 4 * count, self.inner.entries(experts, rows, columns, threads) + count)
-        return max(finding, bases + experts * count + merging)
+        own = max(finding, bases + experts * count + merging)
+        return own + min(own, _UNJOINED)
 
 
 def _finding(experts: int, rows: int, columns: int) -> int:
