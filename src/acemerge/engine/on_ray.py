@@ -174,6 +174,7 @@ class OnRay:
                         raise ResourceError(failure.where, what, "see why, then go on with --resume")
                     lost[part] += 1
                     log.warning("%s was lost: %s", failure.where, failure.what, extra=_fields(part, lost[part]))
+                    self._wait_for_head()  # a task that is handed in without one is never begun
                     at_work[self._submit(part, board, True)] = part
                 seen = self._still_there(seen)
         finally:
@@ -215,21 +216,26 @@ class OnRay:
         return None if found is None else found.error(f"part {part}")
 
     def _still_there(self, seen: float) -> float:
-        """When last there was a head, and a node that can take a task; ResourceError where that is too long ago."""
+        """When last there was a node that can take a task; ResourceError where that is too long ago."""
         now = time.monotonic()
         if now - seen < _LOOKED_FOR:
             return seen
-        if not head_answers(self.ray):
-            if now - seen > _HEADLESS:
-                what = f"the cluster's head has not answered for {now - seen:.0f} seconds"
-                raise ResourceError(f"--ray {self.address}", what, "begin it again, then go on with --resume")
-            return seen
+        self._wait_for_head()
         if self._nodes():
             return now
         if now - seen > _LONELY:
             what = f"no node with room for a task is left: {self.need}"
             raise ResourceError(f"--ray {self.address}", what, "add nodes, then go on with --resume")
         return seen
+
+    def _wait_for_head(self) -> None:
+        """ResourceError where it does not answer for long."""
+        missed = time.monotonic()
+        while not head_answers(self.ray):
+            if time.monotonic() - missed > _HEADLESS:
+                what = f"the cluster's head has not answered for {_HEADLESS:.0f} seconds"
+                raise ResourceError(f"--ray {self.address}", what, "begin it again, then go on with --resume")
+            time.sleep(1)
 
     def _stop(self, tasks: list[Any]) -> None:
         """End what is at work: asked to first, so that its notes are whole, then killed."""
