@@ -378,11 +378,12 @@ def head() -> Iterator[tuple[str, psutil.Process]]:
 
 def _begun(cluster: psutil.Process, *names: str) -> psutil.Process:
     """The first process of these names when all are there."""
-    while True:
+    for _ in range(1200):
         found = {process.name(): process for process in cluster.children(recursive=True)}
         if found.keys() >= set(names):
             return found[names[0]]
         time.sleep(0.1)
+    raise TimeoutError(f"no {' and '.join(names)} after two minutes")
 
 
 @pytest.mark.torture  # half a minute of waiting

@@ -37,7 +37,7 @@ _SPLIT = 1 << 15  # entries for each of torch's threads
 # Of what others have freed, that a large tensor leaves lying beside what it takes.
 _FREED = 8 << 20
 # Seconds after which memory is looked at again while a tensor is worked on: a rule leaves holes behind that it does not
-# fill, and oftener would cost it more than a hundredth of its time.
+# fill. To give them back costs up to a thirtieth of its time, and oftener up to twice that.
 _LOOKED = 0.5
 
 
