@@ -17,7 +17,7 @@ from acemerge.methods.spectral import spectral_operations, with_update
 from acemerge.methods.stats import LayerStats
 from acemerge.shapes import Float, Tensor
 
-_SECOND = Workspace(5, each=1)  # a decomposition beside another: most is held later, by the cores
+_SECOND = Workspace(5)  # a decomposition beside another: most is held later, by the cores
 _STEEPEST = 5.0  # of the first singular value to the last, where they are smoothed to a line
 Smooth = Literal["none", "mean", "linear"]
 
