@@ -26,9 +26,9 @@ _ALLOWANCE = 500_000_000
 # Factors of all experts of a mixture are kept for the next ones: so many times those of one matrix, for an expert has
 # matrices with other factors, of up to twice as many bytes.
 SHARED = 3
-# What the C library keeps of what rules have freed, in pieces that it does not join: as much as one works in, up to
-# this. Blocks that follow one another leave none.
-_KEPT = 40_000_000
+# What the C library keeps of what rules have freed, in pieces that it does not join: so much of each tensor, which is
+# no use to the next one, up to this and to what one works in. Blocks that follow one another leave none.
+_KEPT_OF_EACH, _KEPT = 10_000_000, 50_000_000
 # While magnitudes of one expert are counted, whatever their number: some blocks of them.
 _COUNTED = 8 << 20
 
@@ -220,15 +220,12 @@ def resident(plan: Plan) -> int:
 
 
 def _kept(plan: Plan) -> int:
-    """What the C library keeps of what is freed; tensors of one shape and rule leave as much."""
-    freeing: dict[object, ByRule] = {
-        (id(job.method), job.spec.shape, job.compute_dtype): job
-        for job in plan.ruled
-        if _frees_tensors(job.method.needs)
-    }
-    each = ((job, next(pieces(job, job.entrywise))) for job in freeing.values())
+    """What the C library keeps of what is freed. Tensors of one shape and rule work in as much."""
+    freeing = [job for job in plan.ruled if _frees_tensors(job.method.needs)]
+    unlike: dict[object, ByRule] = {(id(job.method), job.spec.shape, job.compute_dtype): job for job in freeing}
+    each = ((job, next(pieces(job, job.entrywise))) for job in unlike.values())
     works = (_work_entries(job, piece, len(plan.experts)) * job.compute_dtype.itemsize for job, piece in each)
-    return min(_KEPT, max(works, default=0))
+    return min(_KEPT, _KEPT_OF_EACH * len(freeing), max(works, default=0))
 
 
 def peak_memory(plan: Plan) -> int:
