@@ -229,8 +229,11 @@ def test_who_waits_can_be_interrupted(case: Case, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 600.0)
 
-        # In its sleep itself: elsewhere Python may swallow what a signal raises, as where an object is finalised.
-        patch.setattr(time, "sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+
+        def interrupted(seconds: float) -> None:  # as by a signal, whatever handler another test has left
+            raise KeyboardInterrupt
+
+        patch.setattr(time, "sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
             case.merge(out, shard="1/3")
     monkeypatch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 0.0)
