@@ -229,7 +229,6 @@ def test_who_waits_can_be_interrupted(case: Case, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(acemerge.engine.shared_counts, "_PATIENCE", 600.0)
 
-
         def interrupted(seconds: float) -> None:  # as by a signal, whatever handler another test has left
             raise KeyboardInterrupt
 
