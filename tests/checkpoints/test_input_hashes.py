@@ -13,8 +13,9 @@ from hashes import stored_hashes, tensors_read
 from torch import Tensor
 
 import acemerge
-from acemerge.checkpoints import files
-from acemerge.checkpoints.reader import Reader
+from acemerge.checkpoints import files, reader
+from acemerge.checkpoints.folder import open_checkpoint
+from acemerge.checkpoints.reader import Reader, Span
 from acemerge.output.manifest import load_manifest, to_bytes
 from acemerge.planning import pieces
 
@@ -45,6 +46,25 @@ def test_every_tensor_once_however_often_it_is_read(
     models = many_rows(tmp_path, 3)
     report = acemerge.merge(models[0], models[1:], method, out=tmp_path / "out", force=True)
     assert tensors_read(report.manifest) == [hashes_of(model) for model in models]
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100, 244])
+def test_what_is_hashed_in_parts_is_read_whole(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts end within tensors, at their ends, and behind several."""
+    monkeypatch.setattr(reader, "_HASHED", at_once)
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(11), "b": torch.randn(5, 10), "c": torch.zeros(0, 3), "d": torch.randn(3)}
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors))
+    found = Reader(checkpoint, hashing=True)
+    names = sorted(tensors)
+    places = found.places([Span(name) for name in names])
+    stored = found.read(places, torch.empty(places.nbytes, dtype=torch.uint8))
+    for name, values in zip(names, stored, strict=True):
+        assert torch.equal(values.tensor(), tensors[name]), name
+    (read,) = found.hashes().values()
+    assert {name: hashed.sha256 for name, hashed in read.tensors.items()} == {
+        name: sum for name, sum in hashes_of(tmp_path / "m").items() if name != "c"
+    }
 
 
 def test_what_no_rule_wants_is_not_listed_and_heads_are(plain: PlainModel) -> None:

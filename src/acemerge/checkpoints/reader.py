@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,8 @@ from acemerge.checkpoints.hashes import FileRead, Hashed, TensorHash
 from acemerge.checkpoints.header import FLOAT8, TensorInfo
 from acemerge.shapes import Tensor
 
+# So many bytes are read before they are hashed: a core's own cache has them all.
+_HASHED = 512 << 10
 # Tensors begin at a multiple of this in a buffer, whatever their place in the file.
 _ALIGNMENT = 64
 
@@ -131,14 +133,13 @@ class Reader:
         """The tensors at `places`, within `buffer` (uint8)."""
         space: memoryview = buffer.numpy().data
         for file, together in groupby(_runs(places.found), key=lambda run: run[0].file):
-            spans = list(together)
-            runs = [(run[0].offset, [space[p.at : p.at + p.nbytes] for p in run]) for run in spans]
-            files.read_runs(self._descriptor(file), runs, file)
-            for span, (offset, views) in zip(spans, runs, strict=True):
-                if not self.cached:
-                    files.forget(self._descriptor(file), offset, sum(map(len, views)))
-                if self.hashing:
-                    self._hash(span, views)
+            runs = list(together)
+            # What is hashed is hashed while a core's cache has it; an object is asked for as few times as may be.
+            by_parts = self.hashing and not scheme_of(file)
+            for part in ([part] for run in runs for part in _parts(run)) if by_parts else [runs]:
+                self._read(file, part, space)
+            for run in runs if not self.cached else ():
+                files.forget(self._descriptor(file), run[0].offset, sum(place.nbytes for place in run))
 
         def within(place: _FoundSpan) -> Tensor:
             return buffer[place.at : place.at + place.nbytes].view(place.dtype).view(place.shape)
@@ -149,6 +150,15 @@ class Reader:
             else Stored(within(p))
             for p in places.found
         ]
+
+    def _read(self, file: Path, runs: Sequence[Sequence[_FoundSpan]], space: memoryview) -> None:
+        """Runs of one file, and their hashes."""
+        views = [[space[place.at : place.at + place.nbytes] for place in run] for run in runs]
+        found = [(run[0].offset, own) for run, own in zip(runs, views, strict=True)]
+        files.read_runs(self._descriptor(file), found, file)
+        if self.hashing:
+            for run, own in zip(runs, views, strict=True):
+                self._hash(run, own)
 
     def hashes(self) -> dict[Path, FileRead]:
         """All that was read, with each tensor's hash complete."""
@@ -226,3 +236,20 @@ def _runs(found: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
         run.append(place)
     if run:
         yield run
+
+
+def _parts(run: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
+    """A run in parts of up to `_HASHED` bytes, spans that are larger in parts of their bytes."""
+    part: list[_FoundSpan] = []
+    room = _HASHED
+    for place in run:
+        done = 0
+        while done < place.nbytes:
+            nbytes = min(room, place.nbytes - done)
+            part.append(replace(place, offset=place.offset + done, at=place.at + done, nbytes=nbytes))
+            done, room = done + nbytes, room - nbytes
+            if room == 0:
+                yield part
+                part, room = [], _HASHED
+    if part:
+        yield part
