@@ -302,12 +302,18 @@ def test_the_estimate_follows_the_operations(tmp_path: Path, monkeypatch: pytest
     computing, reading = 4 * nbytes / 200, 3 * nbytes * 0.1
     together = max(computing, reading) + min(computing, reading) / 3
     assert expected("average", never, never, 200.0, FilePace(0.1, 0.2, 0.5)) == pytest.approx(together + nbytes * 0.5)
+    # What processors copy is work, and no time that passes beside it.
+    computing, waiting = computing + 3 * nbytes * 0.04, 3 * nbytes * 0.06
+    copied = FilePace(0.1, 0.2, 0.5, 0.04)
+    assert expected("average", never, never, 200.0, copied) == pytest.approx(
+        max(computing, waiting) + min(computing, waiting) / 3 + nbytes * 0.5
+    )
     reading = 3 * nbytes * (0.1 + 2 * 0.2)  # ties counts twice before it merges
     assert expected("ties", never, never, never, FilePace(0.1, 0.2, 0.5)) == pytest.approx(reading + nbytes * 0.5)
 
 
 def test_rates_are_measured_in_a_moment() -> None:
     rates = measure_rates(torch.device("cpu"))
-    assert 1e8 < rates.products < 1e15
+    assert 1e8 < rates.operations < 1e15
     assert 1e6 < rates.entries < 1e13
     assert 1e6 < rates.hashing < 1e11

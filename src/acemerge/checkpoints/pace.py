@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -23,28 +24,34 @@ _MOST = 0.15  # seconds, but for the chunk that is under way
 
 @dataclass(frozen=True)
 class FilePace:
-    """Seconds for a byte that is read, read once more, and written and synced; 0 of what is not known."""
+    """Seconds for a byte that is read, read once more, and written and synced; 0 of what is not known. Of reading it
+    processors work for `copying`: all of it, where the system's cache has the files.
+    """
 
     reading: float = 0.0
     rereading: float = 0.0
     writing: float = 0.0
+    copying: float = 0.0
 
 
-def seconds_to_read(paths: Sequence[Path]) -> float:
+def seconds_to_read(paths: Sequence[Path]) -> tuple[float, float]:
     """For a byte of these files where all are read at once, from the disk or from the system's cache as far as that has
-    them. Of objects in stores it is not known.
+    them; and of one processor's work for it. Of objects in stores it is not known: 0.
     """
     here = [path for path in paths if not scheme_of(path)][: 2 * _AT_ONCE]
     spaces = [memoryview(bytearray(_CHUNK)) for _ in here]  # not to be mapped while the clock runs
     started = time.perf_counter()
     with ThreadPoolExecutor(max(1, min(_AT_ONCE, len(here)))) as pool:
-        nbytes = sum(pool.map(lambda path, space: _read_some(path, space, started + _MOST), here, spaces))
-    return (time.perf_counter() - started) / nbytes if nbytes else 0.0
+        found = list(pool.map(lambda path, space: _read_some(path, space, started + _MOST), here, spaces))
+    nbytes = sum(done for done, _ in found) or math.inf
+    return (time.perf_counter() - started) / nbytes, sum(worked for _, worked in found) / nbytes
 
 
-def _read_some(path: Path, space: memoryview, until: float) -> int:
-    """Bytes that were read of a file, at places that are spread over it; none of one that cannot be read."""
-    done = 0
+def _read_some(path: Path, space: memoryview, until: float) -> tuple[int, float]:
+    """Bytes that were read of a file, at places that are spread over it, and the thread's seconds of a processor; none
+    of one that cannot be read.
+    """
+    done, started = 0, time.thread_time()
     with contextlib.suppress(AcemergeError):
         size = files.fingerprint(path)[0]
         descriptor = files.open_for_reading(path)
@@ -58,7 +65,7 @@ def _read_some(path: Path, space: memoryview, until: float) -> int:
                     break
         finally:
             files.close(descriptor)
-    return done
+    return done, time.thread_time() - started
 
 
 def seconds_to_write(path: Path) -> float:
@@ -74,14 +81,23 @@ def seconds_to_write(path: Path) -> float:
         folder = next(place for place in (path, *path.parents) if place.is_dir())
         descriptor = os.open(folder, os.O_WRONLY | unnamed | files.OWN, 0o600)
         try:
-            block, done, started = os.urandom(_CHUNK), 0, time.perf_counter()
-            for _ in _until(started + _MOST):
-                done += os.write(descriptor, block)
+            block = os.urandom(_CHUNK)
+            # Once for the memory alone: a virtual machine is slow to get what it never had.
+            _write_some(descriptor, block)
+            os.ftruncate(descriptor, 0)
+            started = time.perf_counter()
+            done = _write_some(descriptor, block)
             os.fsync(descriptor)
             return (time.perf_counter() - started) / done
         finally:
             files.close(descriptor)
     return 0.0
+
+
+def _write_some(descriptor: int, block: bytes) -> int:
+    """Bytes that were written behind each other from the file's beginning."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return sum(os.write(descriptor, block) for _ in _until(time.perf_counter() + _MOST))
 
 
 def _until(end: float) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,19 +26,21 @@ _FACTORING, _CALLS, _SHORTEST, _SPECTRAL = 2.5, 150, 64, 1.8
 _SUMMING, _CHOOSING, _COUNTING = 0.75, 6.0, 20.0
 # Seconds of a run before its first tensor and behind its last one, and of Python's own work for each.
 _AROUND, _TENSOR = 0.6, 0.5e-3
-_SIDE = 512  # of the product that is measured
+# What is measured for a rule on matrices: some products, and one eigen-decomposition of about `9 n^3` operations, which
+# are three in ten of all. How much slower it is differs from one processor to the next.
+_SIDE, _PRODUCTS, _DECOMPOSED = 512, 4, 384
 _ENTRIES = 1 << 20
-_HASHED = 4 << 20
+_HASHED = 512 << 10
 _LONG_ENOUGH = 0.08  # seconds of each measurement
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second with all of its threads: floating-point operations in products, entries that are
-    read in bfloat16, widened and subtracted, bytes that are hashed.
+    """What a machine does in a second with all of its threads: floating-point operations of a rule on matrices, entries
+    that are read in bfloat16, widened and subtracted, bytes that are hashed.
     """
 
-    products: float
+    operations: float
     entries: float
     hashing: float
 
@@ -54,20 +57,24 @@ def measure_rates(device: torch.device) -> Rates:
     Another device does what one thread asks of it.
     """
     threads, is_host = torch.get_num_threads(), device.type == "cpu"
-    X, data = torch.randn(_SIDE, _SIDE, device=device), bytes(_HASHED)
+    X, S, data = torch.randn(_SIDE, _SIDE, device=device), torch.randn(_DECOMPOSED, _DECOMPOSED), os.urandom(_HASHED)
 
     def finish() -> None:
         if not is_host:
             torch.accelerator.synchronize(device)
 
-    def product() -> int:
-        X @ X
+    def rule() -> int:
+        for _ in range(_PRODUCTS):
+            X @ X
         finish()
-        return 2 * _SIDE**3
+        if is_host:  # elsewhere few are made, and not all devices have them
+            torch.linalg.eigh(S)
+        return _PRODUCTS * 2 * _SIDE**3 + (9 * _DECOMPOSED**3 if is_host else 0)
 
     def widening() -> Callable[[], int]:
-        # Each thread has a task vector after the other before it, more than its cache holds.
-        stored, wide = torch.zeros(4, _ENTRIES, dtype=torch.bfloat16), torch.zeros(5, _ENTRIES, device=device)
+        # Each thread has a task vector after the other before it, more than its cache holds. Zeros would be one page
+        # of memory, over and over.
+        stored, wide = torch.ones(4, _ENTRIES, dtype=torch.bfloat16), torch.ones(5, _ENTRIES, device=device)
 
         def work() -> int:
             for i in range(4):
@@ -82,7 +89,7 @@ def measure_rates(device: torch.device) -> Rates:
         return _HASHED
 
     asking = threads if is_host else 1
-    return Rates(_rate(lambda: product, asking), _rate(widening, asking), _rate(lambda: hashed, threads))
+    return Rates(_rate(lambda: rule, asking), _rate(widening, asking), _rate(lambda: hashed, threads))
 
 
 def _rate_of(work: Callable[[], int]) -> float:
@@ -113,7 +120,7 @@ def piece_seconds(piece: Piece[Job], experts: int, rates: Rates) -> float:
     low_rank = isinstance(job, Merge) and job.keeps_low_rank
     operations = piece_operations(piece, experts)
     by_products = job.method.needs.matrix or low_rank
-    per_second = rates.products / _times_products(job) if by_products else rates.entries / _steps(job)
+    per_second = rates.operations / _times_products(job) if by_products else rates.entries / _steps(job)
     passes = 1 + (0 if low_rank else experts)
     return hashing + operations / per_second + passes * piece.count / rates.entries
 
@@ -141,6 +148,8 @@ def plan_seconds(plan: Plan, rates: Rates, pace: FilePace | None = None) -> floa
     working = sum(piece_seconds(Piece(job), experts, rates) for job in plan.jobs) + _TENSOR * len(plan.jobs)
     looking = sum(job.spec.count for job in plan.ruled if job.method.needs.keep is not None)
     working += 2 * experts * looking * _COUNTING / rates.entries
-    working += text_operations(plan) / rates.products + plan.bytes_written / rates.hashing
-    reading = plan.bytes_read * pace.reading + plan.bytes_reread * pace.rereading
+    working += text_operations(plan) / rates.operations + plan.bytes_written / rates.hashing
+    copying = (plan.bytes_read + plan.bytes_reread) * pace.copying
+    reading = max(0.0, plan.bytes_read * pace.reading + plan.bytes_reread * pace.rereading - copying)
+    working += copying
     return _AROUND + max(working, reading) + min(working, reading) / 3 + plan.bytes_written * pace.writing
