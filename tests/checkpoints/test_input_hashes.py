@@ -51,7 +51,7 @@ def test_every_tensor_once_however_often_it_is_read(
 @pytest.mark.parametrize("at_once", [1, 7, 100, 244])
 def test_what_is_hashed_in_parts_is_read_whole(at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts end within tensors, at their ends, and behind several."""
-    monkeypatch.setattr(reader, "_HASHED", at_once)
+    monkeypatch.setattr(reader, "IN_CACHE", at_once)
     torch.manual_seed(0)
     tensors = {"a": torch.randn(11), "b": torch.randn(5, 10), "c": torch.zeros(0, 3), "d": torch.randn(3)}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", tensors))

@@ -14,12 +14,10 @@ from acemerge.checkpoints import files
 from acemerge.checkpoints.address import scheme_of
 from acemerge.checkpoints.float8 import dequantised
 from acemerge.checkpoints.folder import Checkpoint
-from acemerge.checkpoints.hashes import FileRead, Hashed, TensorHash
+from acemerge.checkpoints.hashes import IN_CACHE, FileRead, Hashed, TensorHash
 from acemerge.checkpoints.header import FLOAT8, TensorInfo
 from acemerge.shapes import Tensor
 
-# So many bytes are read before they are hashed: a core's own cache has them all.
-_HASHED = 512 << 10
 # Tensors begin at a multiple of this in a buffer, whatever their place in the file.
 _ALIGNMENT = 64
 
@@ -134,10 +132,10 @@ class Reader:
         space: memoryview = buffer.numpy().data
         for file, together in groupby(_runs(places.found), key=lambda run: run[0].file):
             runs = list(together)
-            # What is hashed is hashed while a core's cache has it; an object is asked for as few times as may be.
-            by_parts = self.hashing and not scheme_of(file)
-            for part in ([part] for run in runs for part in _parts(run)) if by_parts else [runs]:
-                self._read(file, part, space)
+            # Of an object as much as may be is asked for at once.
+            in_parts = self.hashing and not scheme_of(file)
+            for some in [[part] for run in runs for part in _parts(run)] if in_parts else [runs]:
+                self._read(file, some, space)
             for run in runs if not self.cached else ():
                 files.forget(self._descriptor(file), run[0].offset, sum(place.nbytes for place in run))
 
@@ -239,9 +237,9 @@ def _runs(found: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
 
 
 def _parts(run: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
-    """A run in parts of up to `_HASHED` bytes, spans that are larger in parts of their bytes."""
+    """A run in parts of up to `IN_CACHE` bytes, which may end within a tensor."""
     part: list[_FoundSpan] = []
-    room = _HASHED
+    room = IN_CACHE
     for place in run:
         done = 0
         while done < place.nbytes:
@@ -250,6 +248,6 @@ def _parts(run: Sequence[_FoundSpan]) -> Iterator[list[_FoundSpan]]:
             done, room = done + nbytes, room - nbytes
             if room == 0:
                 yield part
-                part, room = [], _HASHED
+                part, room = [], IN_CACHE
     if part:
         yield part

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from acemerge.checkpoints.hashes import IN_CACHE
 from acemerge.checkpoints.pace import FilePace
 from acemerge.linalg.threads import pool_of
 from acemerge.methods.base import Workspace
@@ -30,7 +31,6 @@ _AROUND, _TENSOR = 0.6, 0.5e-3
 # are three in ten of all. How much slower it is differs from one processor to the next.
 _SIDE, _PRODUCTS, _DECOMPOSED = 512, 4, 384
 _ENTRIES = 1 << 20
-_HASHED = 512 << 10
 _LONG_ENOUGH = 0.08  # seconds of each measurement
 
 
@@ -57,7 +57,7 @@ def measure_rates(device: torch.device) -> Rates:
     Another device does what one thread asks of it.
     """
     threads, is_host = torch.get_num_threads(), device.type == "cpu"
-    X, S, data = torch.randn(_SIDE, _SIDE, device=device), torch.randn(_DECOMPOSED, _DECOMPOSED), os.urandom(_HASHED)
+    X, S, data = torch.randn(_SIDE, _SIDE, device=device), torch.randn(_DECOMPOSED, _DECOMPOSED), os.urandom(IN_CACHE)
 
     def finish() -> None:
         if not is_host:
@@ -86,7 +86,7 @@ def measure_rates(device: torch.device) -> Rates:
 
     def hashed() -> int:
         hashlib.sha256(data).digest()
-        return _HASHED
+        return IN_CACHE
 
     asking = threads if is_host else 1
     return Rates(_rate(lambda: rule, asking), _rate(widening, asking), _rate(lambda: hashed, threads))
