@@ -18,9 +18,9 @@ from acemerge.planning.costs import piece_operations, text_operations
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
-# So many times as long as what is measured takes, operation by operation, what a rule does in factors, and of whole
-# matrices by their shorter side, with calls and checks that cost the most in small ones; and where all of it is singular
-# vectors. See `benchmarks/expected.py`.
+# So many times as long as what is measured takes an operation of a rule: in factors, and of whole matrices by their
+# shorter side, with calls and checks that cost the most in small ones; and where all of it is singular vectors. See
+# `benchmarks/expected.py`.
 _FACTORING, _CALLS, _SHORTEST, _SPECTRAL = 2.5, 150, 64, 1.8
 # So many steps over an entry does an operation of a rule take that sees no matrix: others than sums make masks, signs
 # and counts in memory of their own. And so many takes a count of a magnitude.
