@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -24,6 +24,7 @@ from acemerge.shapes import Float, Tensor
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
 _NO_RIDGE = 1e-8  # eps from which a system counts as regular for energies up to 1e4: see `solve.largest_condition`
 _VECTORS = 200  # rows and columns of the layer, sums of them that are looked at included, in all
+_WIDENED = 512  # columns that are widened at a time for their means
 _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
 
 
@@ -54,12 +55,11 @@ class _Active:
     values are refined there.
     """
 
-    deltas: Float[Tensor, "T out in"]
+    centred: Centred
     scales: Float[Tensor, " T"]
     gamma: float | None
     heterogeneous: bool
     refined: int
-    layer: Layer
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,17 @@ class Ace(LeastSquaresRule[_Active]):
             deltas, weights, n = deltas[active], weights[active], n[active]
         gamma = heterogeneity(n)
         hetero = self.ablation != "E1" and gamma is not None and gamma > self.tau
-        a = second_moment_scales(deltas, weights, layer.frame) if hetero else weights
+        centred = Centred(deltas, layer.frame)
+        a = centred.second_moment_scales(weights, n) if hetero else weights
         refined = int(self.k_frac * min(layer.sides(deltas))) if hetero and self.ablation == "E4" else 0
-        problem = self._closed_form(deltas, a, n.mean().item() if hetero else 1.0, layer)
+        problem = self._closed_form(centred, a, n.mean().item() if hetero else 1.0, layer)
         problem = replace(problem, residual_of=partial(deltas.sum, 0) if refined else None)
-        return problem, _Active(deltas, a, gamma, hetero, refined, layer)
+        return problem, _Active(centred, a, gamma, hetero, refined)
 
     def from_fit(self, fit: Fit, kept: _Active) -> tuple[Float[Tensor, "out in"], LayerStats]:
         M, in_float64 = fit.M, 0
         if fit.residual is not None:
-            direction = add_mean_rows(fit.residual, kept.deltas, kept.scales, kept.layer.frame).add_(M)
+            direction = kept.centred.add_mean_rows(fit.residual, kept.scales).add_(M)
             leading = leading_polar(direction, kept.refined)
             M.add_(leading.polar, alpha=float(leading.singular_values.mean()))
             in_float64 = int(leading.singular_values.dtype == torch.float64)
@@ -129,22 +130,18 @@ class Ace(LeastSquaresRule[_Active]):
         stats = LayerStats(gamma=kept.gamma, branch=branch, eps=self.eps, refined=kept.refined)
         return M, replace(stats, float64_spectra=in_float64)
 
-    def _closed_form(self, deltas: Tensor, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
+    def _closed_form(self, centred: Centred, a: Tensor, mean_energy: float, layer: Layer) -> Problem:
         """`pre`: estimated from the centred task vectors, ridge and prior as the regulariser."""
-        frame, columns = layer.frame, deltas.shape[2]
-
-        def centred(t: int, dtype: torch.dtype, room: Tensor | None = None, columns: slice = ALL) -> Tensor:
-            return centre(in_type(deltas[t][:, columns], dtype, room), frame, room)
-
+        out, columns = centred.deltas.shape[1:]
         return Problem(
             targets=centred,
             sources=centred,
             weights=a.tolist(),
-            shape=(deltas.shape[1], columns),
+            shape=(out, columns),
             pulls=(self.eps * a).tolist(),
             ridge=self.eps * a.sum().item(),
-            prior=columns / layer.sides(deltas)[1] / mean_energy if self.ablation in ("E3", "E4") else None,
-            ones=None if frame is None else frame.columns,
+            prior=columns / layer.sides(centred.deltas)[1] / mean_energy if self.ablation in ("E3", "E4") else None,
+            ones=None if layer.frame is None else layer.frame.columns,
         )
 
     def operations(self, experts: int, rows: int, columns: int) -> int:
@@ -155,60 +152,62 @@ class Ace(LeastSquaresRule[_Active]):
         return fit + (refine if self.ablation == "E4" else 0)
 
 
-def column_means(
-    D: Float[Tensor, "out in"], frame: Frame | None
-) -> tuple[Float[Tensor, " in"], Float[Tensor, " out"] | None]:
-    """The column means mu and, where D is a core and 1 not just ones, `1` in its coordinates.
+@dataclass(frozen=True)
+class Centred:
+    """`C_t = D_t - 1 mu_t^T` of the task vectors D_t (out, in), mu_t (in,) their column means.
 
-    In a frame `mu^T = (1 / out) 1^T D`, with out the layer's.
+    Where the D_t are cores, `1` is not just ones, and in its coordinates `mu^T = (1 / out) 1^T D`, out the layer's.
+    Each mu_t is made once in a type.
     """
-    if frame is None:
-        return D.mean(0), None
-    ones = frame.rows.to(D.dtype)
-    return (ones @ D) / frame.shape[0], ones
 
+    deltas: Float[Tensor, "T out in"]
+    frame: Frame | None = None
+    _means: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
-def centre(
-    D: Float[Tensor, "out in"], frame: Frame | None, room: Float[Tensor, "out in"] | None = None
-) -> Float[Tensor, "out in"]:
-    """`C = D - 1 mu^T`, made in the room where given."""
-    mu, ones = column_means(D, frame)
-    return torch.sub(D, mu, out=room) if ones is None else torch.addr(D, ones, mu, alpha=-1, out=room)
+    def means(self, t: int, dtype: torch.dtype) -> Float[Tensor, " in"]:
+        """mu_t."""
+        if (t, dtype) not in self._means:
+            D = self.deltas[t]
+            parts = [D] if D.dtype == dtype else D.split(_WIDENED, 1)
+            self._means[t, dtype] = torch.cat([self._mean(part.to(dtype)) for part in parts])
+        return self._means[t, dtype]
 
+    def _mean(self, D: Float[Tensor, "out some"]) -> Float[Tensor, " some"]:
+        return D.mean(0) if self.frame is None else self.frame.rows.to(D.dtype) @ D / self.frame.shape[0]
 
-def second_moment_scales(
-    deltas: Float[Tensor, "T out in"], weights: Float[Tensor, " T"], frame: Frame | None = None
-) -> Float[Tensor, " T"]:
-    """`a_t = w_t / z_t`; zero where every row is alike, to rounding, and there is nothing to normalise."""
-    n = energies(deltas)
-    z = torch.stack([_centred_energy(D, energy, frame) for D, energy in zip(deltas, n, strict=True)])
-    rounding = n * NULL**2
-    return torch.where(z > rounding, weights / z, 0)
+    def __call__(self, t: int, dtype: torch.dtype, room: Tensor | None = None, columns: slice = ALL) -> Tensor:
+        """`C_t`, as `Experts` says."""
+        D, mu = in_type(self.deltas[t][:, columns], dtype, room), self.means(t, dtype)[columns]
+        if self.frame is None:
+            return torch.sub(D, mu, out=room)
+        return torch.addr(D, self.frame.rows.to(dtype), mu, alpha=-1, out=room)
 
+    def second_moment_scales(self, weights: Float[Tensor, " T"], n: Float[Tensor, " T"]) -> Float[Tensor, " T"]:
+        """`a_t = w_t / z_t` with the energies n of the D_t; zero where every row is alike, to rounding, and there is
+        nothing to normalise.
+        """
+        z = torch.stack([self._energy(t, energy) for t, energy in enumerate(n)])
+        rounding = n * NULL**2
+        return torch.where(z > rounding, weights / z, 0)
 
-def _centred_energy(D: Tensor, energy: Tensor, frame: Frame | None) -> Tensor:
-    """`||C||^2 = ||D||^2 - (2 out - 1^T 1) ||mu||^2`, out the layer's, from C itself where little would be left."""
-    mu, ones = column_means(D, frame)
-    count = D.shape[0] if frame is None or ones is None else 2 * frame.shape[0] - ones.double().square().sum()
-    left = energy - count * mu.double().square().sum()
-    return left if left > _CANCELLED * energy else energies(centre(D, frame)[None])[0]
+    def _energy(self, t: int, energy: Tensor) -> Tensor:
+        """`||C||^2 = ||D||^2 - (2 out - 1^T 1) ||mu||^2`, from C itself where little would be left."""
+        dtype = self.deltas.dtype
+        count = float(self.deltas.shape[1])
+        if self.frame is not None:
+            count = 2 * self.frame.shape[0] - float(self.frame.rows.double().square().sum())
+        left = energy - count * self.means(t, dtype).double().square().sum()
+        return left if left > _CANCELLED * energy else energies(self(t, dtype)[None])[0]
 
-
-def add_mean_rows(
-    total: Float[Tensor, "out in"],
-    deltas: Float[Tensor, "T out in"],
-    a: Float[Tensor, " T"],
-    frame: Frame | None = None,
-) -> Float[Tensor, "out in"]:
-    """`total + 1 sum_t a_t mu_t^T S_t`, in place: `D_t S_t = C_t S_t + 1 mu_t^T S_t`, and `mu^T S = (C mu)^T C`."""
-    for update, scale in zip(deltas, a.tolist(), strict=True):
-        D = update.to(total.dtype)
-        mu, ones = column_means(D, frame)
-        one = torch.ones_like(D[:, 0]) if ones is None else ones
-        along = D @ mu - mu.dot(mu) * one  # C mu, (out,)
-        row = (along @ D - along.dot(one) * mu) * scale  # (in,)
-        total += row if ones is None else torch.outer(ones, row)
-    return total
+    def add_mean_rows(self, total: Float[Tensor, "out in"], a: Float[Tensor, " T"]) -> Float[Tensor, "out in"]:
+        """`total + 1 sum_t a_t mu_t^T S_t`, in place: `D_t S_t = C_t S_t + 1 mu_t^T S_t`, and `mu^T S = (C mu)^T C`."""
+        one = torch.ones_like(total[:, 0]) if self.frame is None else self.frame.rows.to(total.dtype)
+        rows = torch.zeros_like(total[0])
+        for t, scale in enumerate(a.tolist()):
+            D, mu = self.deltas[t].to(total.dtype), self.means(t, total.dtype)
+            along = D @ mu - mu.dot(mu) * one  # C mu, (out,)
+            rows.add_(along @ D - along.dot(one) * mu, alpha=scale)
+        return total.add_(rows) if self.frame is None else total.addr_(one, rows)
 
 
 def heterogeneity(n: Float[Tensor, " T"]) -> float | None:
