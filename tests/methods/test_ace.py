@@ -93,3 +93,13 @@ def test_rows_that_are_alike_but_for_rounding_have_no_scale() -> None:
     for given in (deltas, deltas.float()):
         scales = Centred(given).second_moment_scales(torch.ones(4, dtype=torch.float64), energies(given))
         assert (scales > 0).tolist() == [False, False, True, True]
+
+
+def test_columns_of_a_centred_expert_are_those_of_all_of_it() -> None:
+    """In float64 its means come from a few columns at a time, and are not the ones that float32 had."""
+    deltas = _randn(2, 5, 1100).float() + 3
+    centred = Centred(deltas)
+    exact = deltas.double() - deltas.double().mean(1, keepdim=True)
+    torch.testing.assert_close(centred(1, torch.float32), exact[1].float(), rtol=0, atol=2e-6)
+    for columns in (slice(None), slice(500, 1030)):
+        torch.testing.assert_close(centred(1, torch.float64, columns=columns), exact[1][:, columns], rtol=0, atol=1e-14)

@@ -11,6 +11,7 @@ import torch
 from acemerge.shapes import Float, Tensor
 
 ALL = slice(None)
+WIDTH = 512  # columns that are widened at a time
 
 
 @runtime_checkable
@@ -32,6 +33,11 @@ def as_given(deltas: Float[Tensor, "T out in"]) -> Experts:
 def in_type(D: Float[Tensor, "out in"], dtype: torch.dtype, room: Tensor | None) -> Float[Tensor, "out in"]:
     """D itself where it is in this type, else a copy, in the room where there is one."""
     return D.to(dtype) if room is None or D.dtype == dtype else room.copy_(D)
+
+
+def column_parts(Y: Float[Tensor, "m n"]) -> list[slice]:
+    """The columns of Y in parts that are few enough to be widened at a time."""
+    return [slice(start, start + WIDTH) for start in range(0, Y.shape[1], WIDTH)]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from acemerge.linalg.problem import Problem
+from acemerge.linalg.problem import WIDTH, Problem, column_parts
 from acemerge.shapes import Float, Tensor
 
 Solve = Callable[[Tensor], Tensor]
@@ -30,7 +30,6 @@ _STEPS = 4
 _CONVERGES = 0.25  # share of an error that a step may leave: with more it is no longer sure to vanish
 _PROBES = 32
 _SURE = 1.5  # 32 sums see less than two thirds of an error once in a thousand times, of one along many directions never
-_WIDTH = 512  # columns that are widened at a time
 
 
 @runtime_checkable
@@ -52,7 +51,7 @@ def probed_error(Y: Float[Tensor, "m n"], residual: Residual, solve: Solve) -> f
     It costs next to nothing.
     """
     signs = _signs(len(Y)).to(Y.device)
-    sums = torch.cat([signs @ Y[:, part].double() for part in _columns(Y)], 1)
+    sums = torch.cat([signs @ Y[:, part].double() for part in column_parts(Y)], 1)
     missing = _solved(solve, residual(sums, lambda X: signs @ X))
     size = float(Y.norm())
     return _SURE * float(missing.norm()) / _PROBES**0.5 / size if size else 0.0
@@ -105,10 +104,6 @@ def _solved(solve: Solve, R: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
     return solve((R / largest).float()).mul_(largest) if largest else torch.zeros_like(R, dtype=torch.float32)
 
 
-def _columns(Y: Float[Tensor, "m n"]) -> list[slice]:
-    return [slice(start, start + _WIDTH) for start in range(0, Y.shape[1], _WIDTH)]
-
-
 @dataclass(frozen=True)
 class InInputs:
     """`Residual` in the input space."""
@@ -124,7 +119,7 @@ class InInputs:
         pulls = self.problem.pulls if row is None else None
         active = [(t, a, pulls[t] if pulls else 0.0) for t, a in enumerate(self.problem.weights) if a]
         R = Y * (sum(pull for _, _, pull in active) - self.ridge)
-        room = Y.new_empty(self.problem.shape[0] * _WIDTH)
+        room = Y.new_empty(self.problem.shape[0] * WIDTH)
         for t, a, pull in active:
             self._add(R, Y, partial(_widened, self.problem, t, rows, row, room=room), a, pull)
         return R
@@ -132,10 +127,10 @@ class InInputs:
     def _add(self, R: Tensor, Y: Tensor, pair: Pair, a: float, pull: float) -> None:
         """`R += (X_t - Y) (a_t Z_t^T Z_t + l_t I)`."""
         left = torch.zeros(len(Y), self.problem.shape[0], dtype=Y.dtype, device=Y.device)
-        for part in _columns(Y):
+        for part in column_parts(Y):
             X, Z = pair(part)
             left.addmm_(X - Y[:, part], Z.T)
-        for part in _columns(Y):
+        for part in column_parts(Y):
             X, Z = pair(part)
             R[:, part].addmm_(left, Z, alpha=a)
             if pull:
@@ -157,7 +152,7 @@ class InRows:
         out, columns = problem.shape
         roots = [a**0.5 for a in problem.weights]
         left = torch.zeros_like(Q)
-        for part in _columns(Y.new_empty(0, columns)):
+        for part in column_parts(Y.new_empty(0, columns)):
             pairs = [_widened(problem, t, rows, row, part) for t in range(len(roots))]
             M = sum((Q[:, t] @ Z).mul_(roots[t]) for t, (_, Z) in enumerate(pairs))
             for t, (X, Z) in enumerate(pairs):

@@ -12,7 +12,7 @@ from pydantic import Field
 from acemerge.linalg.gram import energies
 from acemerge.linalg.least_squares import Fit
 from acemerge.linalg.lowrank import Frame
-from acemerge.linalg.problem import ALL, Problem, in_type, prefers_dual
+from acemerge.linalg.problem import ALL, Problem, column_parts, in_type, prefers_dual
 from acemerge.linalg.rounding import NULL
 from acemerge.linalg.spectral import leading_polar
 from acemerge.methods.actmat import least_squares_operations
@@ -24,7 +24,6 @@ from acemerge.shapes import Float, Tensor
 _TINY = 1e-12  # added inside the log and to the denominator of gamma
 _NO_RIDGE = 1e-8  # eps from which a system counts as regular for energies up to 1e4: see `solve.largest_condition`
 _VECTORS = 200  # rows and columns of the layer, sums of them that are looked at included, in all
-_WIDENED = 512  # columns that are widened at a time for their means
 _CANCELLED = 1 / 16  # share of the energy that must be left for a difference to be trusted
 
 
@@ -162,14 +161,14 @@ class Centred:
 
     deltas: Float[Tensor, "T out in"]
     frame: Frame | None = None
-    _means: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _means: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def means(self, t: int, dtype: torch.dtype) -> Float[Tensor, " in"]:
         """mu_t."""
         if (t, dtype) not in self._means:
             D = self.deltas[t]
-            parts = [D] if D.dtype == dtype else D.split(_WIDENED, 1)
-            self._means[t, dtype] = torch.cat([self._mean(part.to(dtype)) for part in parts])
+            parts = [ALL] if D.dtype == dtype else column_parts(D)
+            self._means[t, dtype] = torch.cat([self._mean(D[:, part].to(dtype)) for part in parts])
         return self._means[t, dtype]
 
     def _mean(self, D: Float[Tensor, "out some"]) -> Float[Tensor, " some"]:

@@ -18,7 +18,7 @@ from acemerge.planning.costs import piece_operations, text_operations
 from acemerge.planning.jobs import ByRule, Job, Keep, Merge, Plan
 from acemerge.planning.pieces import Piece
 
-# So many times as long as what is measured takes an operation of a rule: in factors, and of whole matrices by their
+# An operation of a rule takes so many times as long as one that is measured: in factors, and of whole matrices by their
 # shorter side, with calls and checks that cost the most in small ones; and where all of it is singular vectors. See
 # `benchmarks/expected.py`.
 _FACTORING, _CALLS, _SHORTEST, _SPECTRAL = 2.5, 150, 64, 1.8
